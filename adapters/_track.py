@@ -1,0 +1,251 @@
+"""One model following rows of tokens: prompt pass, next tokens, forks and lookahead, under a plan of hidden edits.
+
+Letters: `B` prompts, `N` rows, `T` positions, `K` candidates, `D` width, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from steer.adapters._cache import copy_rows, crop_last, full_attention, new_cache
+from steer.adapters._plan import Plan, Rows, recording
+from steer.core import Cost, HiddenEdit, InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from steer.adapters.transformers import LanguageModel
+
+Mounted = Sequence[tuple[HiddenEdit, frozenset[int] | None]]
+
+
+@dataclass
+class Track:
+    """Rows of one model in mid-text. `logits` and `hidden` belong to the last token of each row."""
+
+    model: LanguageModel
+    cache: Cache
+    mask: Tensor
+    """1 where a cached position is real, `[N, T]`."""
+    padded: bool
+    """Whether any position is padding; without padding no mask is passed, which the attention kernels like."""
+    position: Tensor
+    """Position of the next token of each row, without padding `[N]`."""
+    logits: Tensor
+    hidden: Tensor | None
+    plan: Plan | None
+    branch: tuple[Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
+    """Candidates `[N, K]`, their logits `[N, K, V]` and hidden states, while they hang from the cache."""
+
+
+def left_padded(ids: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask `[B, T]`."""
+    width = max(len(row) for row in ids)
+    tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in ids], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
+    return tokens, mask
+
+
+def _forward(
+    model: LanguageModel, tokens: Tensor, mask: Tensor, padded: bool, position: Tensor, cache: Cache,
+    program: dict[int, Rows], keep: int = 1, hidden: bool = False, attention: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Logits `[N, keep, V]` (0 keeps every position) and, if asked, the final hidden states of every position, on which
+    the output head works.
+    """
+    seen: list[Tensor] = []
+    handle = model.trunk.register_forward_hook(lambda m, args, out: seen.append(out[0])) if hidden else None
+    try:
+        with model.hooks.running(program):
+            out: Any = model.network(
+                input_ids=tokens,
+                attention_mask=attention if attention is not None else (mask if padded else None),
+                position_ids=position if position.dim() == 2 else position.unsqueeze(1),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            )
+    finally:
+        if handle is not None:
+            handle.remove()
+    return out.logits, seen[0] if seen else None
+
+
+def start(
+    model: LanguageModel, ids: Sequence[Sequence[int]], edits: Mounted, n: int, hidden: bool
+) -> tuple[Track, Cost]:
+    """The prompt pass: every prompt is read once, then its cache serves `n` rows."""
+    tokens, mask = left_padded(ids, model.pad_token_id, model.device)
+    position = (mask.cumsum(1) - 1).clamp_min(0)
+    padded = bool((mask == 0).any())
+    lengths = [len(row) for row in ids]
+    cost = Cost(prompt_tokens=sum(lengths), model_calls=1)
+    cache = new_cache(model.config)
+    args = (mask, padded)
+    reads = sorted({layer for edit, _ in edits for layer in edit.reads})
+    if not reads:
+        plan = Plan.compile(edits, model.info, lengths, [None] * len(edits), model.places) if edits else None
+        program = plan.chunk(position.cpu()) if plan else {}
+        logits, last = _forward(model, tokens, *args, position, cache, program, hidden=hidden)
+    else:
+        with recording(model.blocks, reads) as seen:
+            logits, last = _forward(model, tokens, *args, position, cache, {}, hidden=hidden)
+        at_end = {layer: x[:, -1].float() for layer, x in seen.items()}
+        weights = [
+            edit.weights({layer: at_end[layer] for layer in edit.reads}) if edit.reads else None for edit, _ in edits
+        ]
+        plan = Plan.compile(edits, model.info, lengths, weights, model.places)
+        logits, last, cache, more = _read_again(
+            model, tokens, mask, padded, position, cache, plan, logits, last, hidden
+        )
+        cost = cost + more
+    track = Track(model, cache, mask, padded, position[:, -1] + 1, logits[:, -1], _last(last), plan or None)
+    return (fork(track, torch.arange(len(ids)).repeat_interleave(n)) if n > 1 else track), cost
+
+
+def _last(hidden: Tensor | None) -> Tensor | None:
+    return None if hidden is None else hidden[:, -1]
+
+
+def _read_again(
+    model: LanguageModel, tokens: Tensor, mask: Tensor, padded: bool, position: Tensor, cache: Cache, plan: Plan,
+    logits: Tensor, last: Tensor | None, hidden: bool,
+) -> tuple[Tensor, Tensor | None, Cache, Cost]:  # fmt: skip
+    """Now that the prompt has been read and its edits are known, redo what they change of it: nothing, the last
+    position alone, or the whole prompt.
+    """
+    first = plan.first_position()
+    end = position[:, -1].cpu()
+    if bool((first > end).all()):
+        return logits, last, cache, Cost()
+    if bool((first >= end).all()) and full_attention(cache):
+        crop_last(cache, 1)
+        tokens, position = tokens[:, -1:], position[:, -1:]
+    else:
+        cache = new_cache(model.config)
+    program = plan.chunk(position.cpu())
+    logits, last = _forward(model, tokens, mask, padded, position, cache, program, hidden=hidden)
+    return logits, last, cache, Cost(model_calls=1)
+
+
+def fork(track: Track, index: Tensor) -> Track:
+    """New rows; row i is row `index[i]`. The old track stays usable. The prompt's cache is indexed once, here."""
+    at = index.to(track.mask.device)
+    return replace(
+        track,
+        cache=copy_rows(track.cache, at, track.model.config),
+        mask=track.mask[at],
+        position=track.position[at],
+        logits=track.logits[at],
+        hidden=None if track.hidden is None else track.hidden[at],
+        plan=track.plan.rows(index) if track.plan else None,
+        branch=None if track.branch is None else tuple(x[at] for x in track.branch),  # type: ignore[arg-type]
+    )
+
+
+def advance(track: Track, tokens: Tensor) -> tuple[Track, int]:
+    """Every row takes its token `[N]`; returns the track (the same cache, moved on) and the model calls spent."""
+    if track.branch is not None:
+        taken = _take_branch(track, tokens)
+        if taken is not None:
+            return taken, 0
+    hidden = track.hidden is not None
+    mask = torch.cat([track.mask, track.mask.new_ones(len(track.mask), 1)], 1)
+    program = track.plan.decode(track.position) if track.plan else {}
+    logits, last = _forward(
+        track.model, tokens.unsqueeze(1), mask, track.padded, track.position, track.cache, program, hidden=hidden
+    )
+    return replace(
+        track, mask=mask, position=track.position + 1, logits=logits[:, -1], hidden=_last(last), branch=None
+    ), 1
+
+
+def look(track: Track, candidates: Tensor) -> Tensor:
+    """Hidden states after each of `candidates` `[N, K]` in one pass of tree attention: all K share the row's prefix and
+    its next position, and none sees another. `[N, K, D]`. What was computed is kept for `advance`.
+    """
+    if not full_attention(track.cache):
+        raise UnsupportedError(
+            "lookahead over candidates needs a model in which every layer attends to the whole prefix; "
+            "use a Q-head, which needs no lookahead"
+        )
+    n, k = candidates.shape
+    old = track.mask.shape[1]
+    blocked = torch.full((n, 1, k, old + k), torch.finfo(track.logits.dtype).min, dtype=track.logits.dtype)
+    blocked = blocked.to(track.logits.device)
+    blocked[..., :old].masked_fill_(track.mask[:, None, None, :].bool(), 0.0)
+    blocked[..., old:].masked_fill_(torch.eye(k, dtype=torch.bool, device=blocked.device), 0.0)
+    position = track.position.unsqueeze(1).expand(n, k)
+    program = track.plan.decode(track.position) if track.plan else {}
+    logits, hidden = _forward(
+        track.model, candidates, track.mask, True, position, track.cache, program, keep=0, hidden=True,
+        attention=blocked,
+    )  # fmt: skip
+    assert hidden is not None
+    track.branch = (candidates, logits, hidden)
+    return hidden
+
+
+def _take_branch(track: Track, tokens: Tensor) -> Track | None:
+    """The track after `tokens` where each is among the candidates that were looked at; otherwise drop the branch."""
+    assert track.branch is not None
+    candidates, logits, hidden = track.branch
+    found = candidates == tokens.unsqueeze(1)
+    width = candidates.shape[1]
+    track.branch = None
+    if not bool(found.any(1).all()):
+        crop_last(track.cache, width)
+        return None
+    choice = found.int().argmax(1)
+    for layer in track.cache.layers:
+        layer.keep_branch(width, choice)
+    rows = torch.arange(len(choice), device=choice.device)
+    return replace(
+        track,
+        mask=torch.cat([track.mask, track.mask.new_ones(len(track.mask), 1)], 1),
+        position=track.position + 1,
+        logits=logits[rows, choice],
+        hidden=hidden[rows, choice],
+        branch=None,
+    )
+
+
+def continuation_logits(track: Track, tokens: Tensor) -> Tensor:
+    """Logits `[N, T, V]` that each of `tokens` `[N, T]` was predicted from, in one pass. Consumes the track."""
+    if tokens.shape[1] == 1:
+        return track.logits.unsqueeze(1)
+    logits, _ = _continued(track, tokens[:, :-1], hidden=False)
+    return torch.cat([track.logits.unsqueeze(1), logits], 1)
+
+
+def continuation_hidden(track: Track, tokens: Tensor) -> Tensor:
+    """Final hidden states `[N, T + 1, D]` before the first of `tokens` `[N, T]` and after each. Consumes the track."""
+    assert track.hidden is not None
+    _, hidden = _continued(track, tokens, hidden=True)
+    assert hidden is not None
+    return torch.cat([track.hidden.unsqueeze(1), hidden], 1)
+
+
+def _continued(track: Track, fed: Tensor, hidden: bool) -> tuple[Tensor, Tensor | None]:
+    position = track.position.unsqueeze(1) + torch.arange(fed.shape[1], device=fed.device)
+    mask = torch.cat([track.mask, track.mask.new_ones(fed.shape)], 1)
+    program = track.plan.chunk(position.cpu()) if track.plan else {}
+    return _forward(
+        track.model, fed, mask, track.padded, position, track.cache, program, keep=1 if hidden else 0, hidden=hidden
+    )
+
+
+def check_lengths(ids: Sequence[Sequence[int]], new: int, limit: int | None) -> None:
+    """Refuse prompts that leave no room for `new` tokens."""
+    for i, row in enumerate(ids):
+        if not row:
+            raise InputError(f"prompts[{i}]", "", "a prompt with at least one token")
+        if limit is not None and len(row) + new > limit:
+            raise InputError(
+                f"prompts[{i}]", f"{len(row)} tokens and max_new_tokens={new}",
+                f"at most {limit} tokens in all, the model's context",
+            )  # fmt: skip

@@ -1,0 +1,179 @@
+"""How a language model's tokens are drawn: temperature, truncation, what ends a text.
+
+Order at every step: the user's `LogitsProcessor`s and penalties, temperature, transition edits, truncation (top-k,
+top-p, min-p). So `beta` means what it says whatever the temperature, and the tilted law is what gets truncated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.logits_process import (
+    LogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
+from transformers.generation.stopping_criteria import StoppingCriteria
+
+from steer.core import InputError, check
+
+_BOUNDS = {
+    "max_new_tokens": (lambda x: isinstance(x, int) and x >= 1, "an integer of 1 or more"),
+    "temperature": (lambda x: _finite(x) and x >= 0, "a number of 0 (greedy) or more"),
+    "top_k": (lambda x: isinstance(x, int) and x >= 0, "an integer of 0 (off) or more"),
+    "top_p": (lambda x: _finite(x) and 0 < x <= 1, "0 < top_p <= 1"),
+    "min_p": (lambda x: _finite(x) and 0 <= x < 1, "0 <= min_p < 1"),
+    "repetition_penalty": (lambda x: _finite(x) and x > 0, "a number above 0 (1 is off)"),
+    "no_repeat_ngram_size": (lambda x: isinstance(x, int) and x >= 0, "an integer of 0 (off) or more"),
+    "min_new_tokens": (lambda x: isinstance(x, int) and x >= 0, "an integer of 0 or more"),
+}
+
+# Fields of a GenerationConfig that choose another algorithm than sampling token by token.
+_OTHER_ALGORITHMS = ("num_beams", "num_beam_groups", "penalty_alpha", "dola_layers", "constraints", "force_words_ids",
+                     "assistant_model", "guidance_scale", "watermarking_config", "typical_p", "epsilon_cutoff",
+                     "eta_cutoff", "sequence_bias", "forced_eos_token_id", "forced_bos_token_id")  # fmt: skip
+
+
+def _finite(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and x == x and abs(x) != float("inf")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Settings with the names that transformers gives them; `temperature=0` is greedy.
+
+    Raises `InputError` naming the field where a value is out of range.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    eos_token_id: tuple[int, ...] | None = None
+    """None: the model's own."""
+    logits_processor: tuple[LogitsProcessor, ...] = field(default=(), repr=False)
+    stopping_criteria: tuple[StoppingCriteria, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        for name, (holds, allowed) in _BOUNDS.items():
+            value = getattr(self, name)
+            check(bool(holds(value)), name, value, allowed)
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        check(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "non-empty strings")
+
+    @classmethod
+    def create(cls, config: GenerationConfig | None = None, **settings: Any) -> Decoding:
+        """From a `GenerationConfig` and settings that override it. Fields that steer does not honour are refused."""
+        known = {f.name for f in fields(cls)}
+        for name in settings:
+            check(name in known, "generate()", name, ", ".join(sorted(known)))
+        values = {} if config is None else _from_generation_config(config)
+        values.update({k: v for k, v in settings.items() if v is not None})
+        for name in ("logits_processor", "stopping_criteria", "stop", "suppress_tokens"):
+            if name in values and not isinstance(values[name], str | tuple):
+                values[name] = tuple(values[name])
+        if isinstance(values.get("eos_token_id"), int):
+            values["eos_token_id"] = (values["eos_token_id"],)
+        elif values.get("eos_token_id") is not None:
+            values["eos_token_id"] = tuple(values["eos_token_id"])
+        if "bad_words_ids" in values:
+            values["bad_words_ids"] = tuple(tuple(ids) for ids in values["bad_words_ids"])
+        return cls(**values)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def truncates(self) -> bool:
+        return self.greedy or self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    def processors(self, prompt_length: int, eos: Sequence[int], device: torch.device) -> list[LogitsProcessor]:
+        """The processors to run on `(ids [N, T], logits [N, V])` before temperature."""
+        made: list[LogitsProcessor] = list(self.logits_processor)
+        if self.repetition_penalty != 1:
+            made.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.no_repeat_ngram_size:
+            made.append(NoRepeatNGramLogitsProcessor(self.no_repeat_ngram_size))
+        if self.bad_words_ids:
+            made.append(NoBadWordsLogitsProcessor([list(w) for w in self.bad_words_ids], list(eos)))
+        if self.suppress_tokens:
+            made.append(SuppressTokensLogitsProcessor(list(self.suppress_tokens), device=str(device)))
+        if self.min_new_tokens:
+            made.append(MinNewTokensLengthLogitsProcessor(prompt_length, self.min_new_tokens, list(eos), str(device)))
+        return made
+
+    def tempered(self, logits: Tensor) -> Tensor:
+        """Log-law `[..., V]` after temperature, in float32 or better. Greedy decoding keeps temperature 1 here: its
+        KL and log-probabilities are those of the laws whose mode is taken.
+        """
+        x = logits if logits.dtype == torch.float64 else logits.float()
+        return torch.log_softmax(x if self.greedy or self.temperature == 1 else x / self.temperature, -1)
+
+    def truncated(self, log_law: Tensor) -> Tensor:
+        """The log-law `[..., V]` cut by top-k, top-p and min-p, normalised again."""
+        if not (self.top_k or self.top_p < 1 or self.min_p):
+            return log_law
+        keep = torch.ones_like(log_law, dtype=torch.bool)
+        if self.top_k and self.top_k < log_law.shape[-1]:
+            keep &= log_law >= log_law.topk(self.top_k, -1).values[..., -1:]
+        if self.min_p:
+            keep &= log_law >= log_law.amax(-1, keepdim=True) + torch.log(torch.tensor(self.min_p))
+        if self.top_p < 1:
+            ordered, order = torch.where(keep, log_law, -torch.inf).log_softmax(-1).sort(-1, descending=True)
+            mass_before = ordered.exp().cumsum(-1) - ordered.exp()
+            keep &= (mass_before < self.top_p).gather(-1, order.argsort(-1))
+        return torch.where(keep, log_law, -torch.inf).log_softmax(-1)
+
+    def draw(self, log_law: Tensor, generator: torch.Generator) -> Tensor:
+        """One token for each row `[N]` of `[N, V]`: the mode when greedy, otherwise by inverting the CDF at one uniform
+        number a row, so that two runs with the same seed and nearly the same laws mostly agree.
+        """
+        if self.greedy:
+            return log_law.argmax(-1)
+        cdf = log_law.exp().cumsum(-1)
+        uniform = torch.rand(len(log_law), 1, dtype=cdf.dtype, generator=generator, device=generator.device)
+        point = uniform.to(cdf.device) * cdf[:, -1:]
+        token = torch.searchsorted(cdf, point, right=True)
+        # Rounding can put the point at the very end, where the tokens may have no mass.
+        last = torch.searchsorted(cdf, cdf[:, -1:].contiguous(), right=False)
+        return torch.minimum(token, last).squeeze(1)
+
+    def with_eos(self, eos: Sequence[int]) -> Decoding:
+        """The same settings, ending at `eos` where no other token was asked for."""
+        return self if self.eos_token_id is not None else replace(self, eos_token_id=tuple(eos))
+
+
+def _from_generation_config(config: GenerationConfig) -> dict[str, Any]:
+    given = {k: v for k, v in config.to_diff_dict().items() if v is not None}
+    for name in _OTHER_ALGORITHMS:
+        value = given.get(name)
+        if value is not None and value not in (1, 1.0, 0.0, False):
+            raise InputError(
+                f"generation_config.{name}", value, "unset: steer samples token by token (its samplers search)"
+            )
+    names = {"max_new_tokens", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size",
+             "min_new_tokens", "bad_words_ids", "suppress_tokens", "eos_token_id"}  # fmt: skip
+    values: dict[str, Any] = {k: v for k, v in given.items() if k in names}
+    if "stop_strings" in given:
+        stop = given["stop_strings"]
+        values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    # A GenerationConfig is greedy unless it says do_sample.
+    values["temperature"] = float(given.get("temperature") or 1.0) if given.get("do_sample") else 0.0
+    return values

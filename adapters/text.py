@@ -1,0 +1,388 @@
+"""`TextProcess`: a causal language model as a `Process` whose step is a block of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from steer.adapters import _track
+from steer.adapters._track import Track
+from steer.adapters.decoding import Decoding
+from steer.core import (
+    Ability,
+    Context,
+    Cost,
+    Edit,
+    HiddenEdit,
+    Process,
+    Prompt,
+    PromptEdit,
+    Samples,
+    Site,
+    TransitionEdit,
+    check,
+)
+
+if TYPE_CHECKING:
+    from steer.adapters.transformers import LanguageModel
+
+Mounted = tuple[tuple[Edit, frozenset[int] | None], ...]
+
+
+@dataclass(frozen=True)
+class TextState:
+    """Rows of texts in mid-generation; `prefix` is `[N, max_new_tokens]`, filled up to `step` tokens."""
+
+    group: Tensor
+    step: int
+    log_prob: Tensor
+    base_log_prob: Tensor | None
+    kl: Tensor | None
+    cost: Cost
+    prompts: list[Prompt] = field(repr=False)
+    prefix: Tensor = field(repr=False)
+    length: Tensor
+    finished: Tensor
+    track: Track = field(repr=False)
+    companions: tuple[Track, ...] = field(repr=False)
+    ids: Tensor | None = field(repr=False)
+    """Prompt ids `[N, T]`, only kept for processors and criteria that want to see them."""
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """What a transition edit sees of a language model's rows."""
+
+    step: int
+    prefix: Tensor
+    base: Tensor
+    track: Track = field(repr=False)
+    others: dict[int, Track] = field(repr=False)
+
+    @property
+    def hidden(self) -> Tensor:
+        assert self.track.hidden is not None
+        return self.track.hidden
+
+    def lookahead(self, candidates: Tensor) -> Tensor:
+        return _track.look(self.track, candidates)
+
+    def companion(self, process: Process) -> Context:
+        assert isinstance(process, TextProcess)
+        track = self.others[id(process)]
+        return TextContext(self.step, self.prefix, process.decoding.tempered(track.logits), track, self.others)
+
+
+@dataclass(frozen=True)
+class TextProcess(Process):
+    """Generation by one language model. A step draws `block` tokens for every row."""
+
+    model: LanguageModel
+    decoding: Decoding
+    edits: Mounted = ()
+    block: int = 1
+
+    sites = frozenset({Site.PROMPT, Site.HIDDEN, Site.TRANSITION})
+    abilities = frozenset({Ability.FORK, Ability.LOG_PROB, Ability.PREVIEW})
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "decoding", self.decoding.with_eos(self.model.eos_token_ids))
+
+    @property
+    def num_steps(self) -> int:
+        return -(-self.decoding.max_new_tokens // self.block)
+
+    def copy(self, edits: Mounted) -> TextProcess:
+        return replace(self, edits=edits)
+
+    def validate(self, edit: Edit) -> None:
+        if isinstance(edit, HiddenEdit):
+            depth = self.model.info.num_layers
+            for layer in (*(term.layer for term in edit.terms(self.model.info)), *edit.reads):
+                check(0 <= layer < depth, "layer", layer, f"0 to {depth - 1}, the blocks of {self.model.info.name}")
+        if isinstance(edit, TransitionEdit):
+            for companion in edit.companions:
+                ours, theirs = self.model.info.unembedding().shape[0], companion.model.vocabulary  # type: ignore[attr-defined]
+                check(ours == theirs, "companion", f"a vocabulary of {theirs}", f"the same vocabulary, {ours}")
+
+    def _mounted(self, kind: type) -> list[Any]:
+        return [(edit, wanted) for edit, wanted in self.edits if isinstance(edit, kind)]
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of every prompt after the prompt edits that it asked for; checks lengths."""
+        seen = list(prompts)
+        for edit, wanted in self._mounted(PromptEdit):
+            seen = [edit.rewrite(p) if wanted is None or b in wanted else p for b, p in enumerate(seen)]
+        ids = [self.model.encode(p) for p in seen]
+        _track.check_lengths(ids, self.decoding.max_new_tokens, self.model.context_length)
+        return ids
+
+    @torch.inference_mode()
+    def init(self, prompts: Sequence[Prompt], n: int, generator: torch.Generator) -> TextState:
+        check(isinstance(n, int) and n >= 1, "n", n, "an integer of 1 or more")
+        check(len(prompts) >= 1, "prompts", prompts, "at least one")
+        ids = self.encode(prompts)
+        guided = self._mounted(TransitionEdit)
+        track, cost = _track.start(self.model, ids, self._mounted(HiddenEdit), n, hidden=bool(guided))
+        companions = []
+        for process in self._companions():
+            other, spent = _track.start(process.model, ids, process._mounted(HiddenEdit), n, hidden=True)
+            companions.append(other)
+            cost = cost + spent
+        rows = len(prompts) * n
+        device = track.logits.device
+        exact = not (self._mounted(HiddenEdit) or self._mounted(PromptEdit))
+        zero = torch.zeros(rows, dtype=torch.float64)
+        watched = self.decoding.processors(0, (), device) or self.decoding.stopping_criteria
+        padded = _track.left_padded(ids, self.model.pad_token_id, device)[0]
+        return TextState(
+            group=torch.arange(len(prompts)).repeat_interleave(n),
+            step=0,
+            log_prob=zero,
+            base_log_prob=zero if exact else None,
+            kl=zero if exact else None,
+            cost=cost,
+            prompts=list(prompts),
+            prefix=torch.full((rows, self.decoding.max_new_tokens), self.model.pad_token_id, device=device),
+            length=torch.zeros(rows, dtype=torch.long, device=device),
+            finished=torch.zeros(rows, dtype=torch.bool, device=device),
+            track=track,
+            companions=tuple(companions),
+            ids=padded.repeat_interleave(n, 0) if watched else None,
+        )
+
+    def _companions(self) -> list[TextProcess]:
+        found: dict[int, Any] = {}
+        for edit, _ in self._mounted(TransitionEdit):
+            found.update({id(process): process for process in edit.companions})
+        return list(found.values())
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Keeps the hooks on the blocks that this process and its companions steer."""
+        with ExitStack() as stack:
+            for process in (self, *self._companions()):
+                terms = [term for edit, _ in process._mounted(HiddenEdit) for term in edit.terms(process.model.info)]
+                stack.enter_context(process.model.hooks.installed({term.layer for term in terms}))
+            yield
+
+    def done(self, state: TextState) -> bool:
+        return state.step >= self.decoding.max_new_tokens or bool(state.finished.all())
+
+    def propose(self, state: TextState, generator: torch.Generator) -> TextState:
+        for _ in range(self.block):
+            if self.done(state):
+                break
+            state = self._token(state, generator)
+        return state
+
+    @torch.inference_mode()
+    def _token(self, state: TextState, generator: torch.Generator) -> TextState:
+        base, law = self._laws(state)
+        token = self.decoding.draw(law, generator)
+        alive = ~state.finished
+        token = torch.where(alive, token, self.model.pad_token_id)
+
+        def taken(log_law: Tensor) -> Tensor:
+            value = log_law.gather(1, token.unsqueeze(1)).squeeze(1)
+            return torch.where(alive, value, 0.0).double().cpu()
+
+        base_log_prob, kl = state.base_log_prob, state.kl
+        log_prob = state.log_prob + taken(law)
+        if base_log_prob is not None and kl is not None:
+            if law is base:
+                base_log_prob = base_log_prob + (log_prob - state.log_prob)
+            else:
+                gap = torch.where(law.isneginf(), 0.0, law.exp() * (law - base)).sum(-1)
+                base_log_prob = base_log_prob + taken(base)
+                kl = kl + torch.where(alive, gap, 0.0).double().cpu()
+        prefix = state.prefix
+        prefix[:, state.step] = token
+        length = state.length + alive
+        step = state.step + 1
+        finished = state.finished | self._ended(token, state, prefix, step)
+        state = replace(
+            state, step=step, log_prob=log_prob, base_log_prob=base_log_prob, kl=kl, prefix=prefix, length=length,
+            finished=finished, cost=state.cost + Cost(generated_tokens=int(alive.sum())),
+        )  # fmt: skip
+        return state if self.done(state) else self._advanced(state, token)
+
+    def _advanced(self, state: TextState, token: Tensor) -> TextState:
+        track, calls = _track.advance(state.track, token)
+        companions = []
+        for companion in state.companions:
+            moved, more = _track.advance(companion, token)
+            companions.append(moved)
+            calls += more
+        return replace(state, track=track, companions=tuple(companions), cost=state.cost + Cost(model_calls=calls))
+
+    def _laws(self, state: TextState) -> tuple[Tensor, Tensor]:
+        """Log-law of the next token before and after transition edits and truncation, both `[N, V]`; the same tensor
+        where nothing changes it.
+        """
+        logits = state.track.logits
+        if state.ids is not None:
+            ids = torch.cat([state.ids, state.prefix[:, : state.step]], 1)
+            for processor in self.decoding.processors(state.ids.shape[1], self.decoding.eos_token_id or (), ids.device):
+                logits = processor(ids, logits)
+        base = law = self.decoding.tempered(logits)
+        guided = self._mounted(TransitionEdit)
+        if guided:
+            others = {id(p): t for p, t in zip(self._companions(), state.companions, strict=True)}
+            context = TextContext(state.step, state.prefix[:, : state.step], base, state.track, others)
+            touched = torch.zeros(len(state), 1, dtype=torch.bool, device=law.device)
+            for edit, wanted in guided:
+                mine = torch.ones_like(touched)
+                if wanted is not None:
+                    mine = torch.tensor([[g in wanted] for g in state.group.tolist()], device=law.device)
+                law = torch.where(mine, edit.shift(law, context), law)
+                touched |= mine
+            law = torch.where(touched, torch.log_softmax(law, -1), base)  # other rows keep their bits
+        return base, self.decoding.truncated(law)
+
+    def _ended(self, token: Tensor, state: TextState, prefix: Tensor, step: int) -> Tensor:
+        eos = self.decoding.eos_token_id or ()
+        ended = torch.zeros_like(state.finished)
+        for end in eos:
+            ended |= token == end
+        if self.decoding.stop:
+            # A stop string lies within the last tokens: as many as it has bytes, and one that it ends inside of.
+            tail = max(len(s.encode()) for s in self.decoding.stop) + 1
+            texts = [self.model.tokenizer.decode(row) for row in prefix[:, max(0, step - tail) : step].tolist()]
+            ended |= torch.tensor([any(s in t for s in self.decoding.stop) for t in texts], device=ended.device)
+        if state.ids is not None:
+            ids = torch.cat([state.ids, prefix[:, :step]], 1)
+            for criterion in self.decoding.stopping_criteria:
+                ended |= torch.as_tensor(criterion(ids, None), device=ended.device)
+        return ended
+
+    @torch.inference_mode()
+    def gather(self, state: TextState, index: Tensor) -> TextState:
+        at = index.to(state.prefix.device)
+        host = index.cpu()
+        return replace(
+            state,
+            group=state.group[host],
+            log_prob=state.log_prob[host],
+            base_log_prob=None if state.base_log_prob is None else state.base_log_prob[host],
+            kl=None if state.kl is None else state.kl[host],
+            prefix=state.prefix[at],
+            length=state.length[at],
+            finished=state.finished[at],
+            track=_track.fork(state.track, index),
+            companions=tuple(_track.fork(c, index) for c in state.companions),
+            ids=None if state.ids is None else state.ids[at],
+        )
+
+    @torch.inference_mode()
+    def log_likelihood(self, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Summed log-probability `[N]` of each row's `tokens` after its prompt, at this process's temperature, under
+        its hidden and prompt edits (transition edits and truncation are left out).
+        """
+        owner, ids = group.tolist(), self.encode(prompts)
+        mine = replace(self, edits=_by_row(self.edits, owner))
+        total = torch.zeros(len(owner), dtype=torch.float64)
+        for rows, logits, target, real in sequence_logits(mine, [ids[b] for b in owner], tokens):
+            taken = self.decoding.tempered(logits).gather(2, target.unsqueeze(2)).squeeze(2)
+            total[rows] = torch.where(real, taken, 0.0).sum(1).double().cpu()
+        return total
+
+    def preview(self, state: TextState) -> Samples:
+        """The partial texts."""
+        return self.decode(state)
+
+    def decode(self, state: TextState) -> Samples:
+        tokens = [row[:n] for row, n in zip(state.prefix.tolist(), state.length.tolist(), strict=True)]
+        group, log_prob = state.group, state.log_prob
+
+        def later() -> Tensor:
+            return divergence(self, state.prompts, group, tokens, log_prob)
+
+        return Samples(
+            prompts=[self.model.show(p) for p in state.prompts],
+            outputs=[self.model.decode(row, self.decoding.stop) for row in tokens],
+            tokens=tokens,
+            group=group,
+            log_weight=torch.zeros(len(state), dtype=torch.float64),
+            log_prob=state.log_prob,
+            base_log_prob=state.base_log_prob,
+            kl_estimate=later if state.kl is None else state.kl,
+            cost=state.cost,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- scoring
+
+
+@torch.inference_mode()
+def sequence_logits(
+    process: TextProcess, ids: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
+) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+    """Yields `(rows, logits [n, T, V], targets [n, T], real [n, T])` in batches of similar length: the logits from
+    which each row's `tokens` follow its prompt `ids`, under the process's hidden edits.
+    """
+    model = process.model
+    order = sorted(range(len(ids)), key=lambda i: (len(tokens[i]), len(ids[i])))
+    order = [i for i in order if tokens[i]]
+    budget = 24_000_000 // model.vocabulary
+    at = 0
+    while at < len(order):
+        longest, stop = len(tokens[order[at]]), at
+        while stop < len(order) and (stop - at + 1) * len(tokens[order[stop]]) <= max(budget, longest):
+            stop += 1
+        rows = order[at : max(stop, at + 1)]
+        at += len(rows)
+        width = max(len(tokens[i]) for i in rows)
+        target = torch.tensor([[*tokens[i], *[0] * (width - len(tokens[i]))] for i in rows], device=model.device)
+        real = torch.tensor([[j < len(tokens[i]) for j in range(width)] for i in rows], device=model.device)
+        edits = [
+            (edit, None if wanted is None else frozenset(j for j, i in enumerate(rows) if i in wanted))
+            for edit, wanted in process._mounted(HiddenEdit)
+        ]
+        track, _ = _track.start(model, [ids[i] for i in rows], edits, 1, hidden=False)
+        yield rows, _track.continuation_logits(track, target), target, real
+
+
+def divergence(
+    process: TextProcess,
+    prompts: Sequence[Prompt],
+    group: Tensor,
+    tokens: Sequence[Sequence[int]],
+    log_prob: Tensor,
+) -> Tensor:
+    """KL of the edited law to the base along each text `[N]`: the exact KL of every step's law, after temperature and
+    truncation, summed over the tokens that were drawn. Two passes over the finished text, for edits of prompts and
+    hidden states. Where transition edits or processors act as well, the one-sample estimate `log q(y) - log p(y)` of
+    each text instead, with log q as it was recorded while sampling: unbiased, noisier, and negative for some texts.
+    """
+    owner = group.tolist()
+    base = process.unedited()
+    mine = replace(process, edits=_by_row(process.edits, owner))
+    edited_ids, base_ids = process.encode(prompts), base.encode(prompts)
+    total = torch.zeros(len(owner), dtype=torch.float64)
+    if process._mounted(TransitionEdit) or process.decoding.processors(0, (), process.model.device):
+        return log_prob - base.log_likelihood(prompts, group, tokens)
+    edited_rows = sequence_logits(mine, [edited_ids[b] for b in owner], tokens)
+    for rows, logits, target, real in edited_rows:
+        law = process.decoding.truncated(process.decoding.tempered(logits))
+        track, _ = _track.start(base.model, [base_ids[owner[i]] for i in rows], (), 1, hidden=False)
+        reference = process.decoding.tempered(_track.continuation_logits(track, target))
+        gap = torch.where(law.isneginf(), 0.0, law.exp() * (law - reference)).sum(-1)
+        total[rows] = torch.where(real, gap, 0.0).sum(1).double().cpu()
+    return total
+
+
+def _by_row(edits: Mounted, owner: Sequence[int]) -> Mounted:
+    """Edits numbered by prompt, numbered by row instead."""
+    return tuple(
+        (edit, None if wanted is None else frozenset(i for i, b in enumerate(owner) if b in wanted))
+        for edit, wanted in edits
+    )

@@ -1,0 +1,307 @@
+"""Language models through transformers: anything that `AutoModelForCausalLM` loads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from steer.adapters._blocks import decoder_blocks
+from steer.adapters._plan import Hooks, Place, recording
+from steer.adapters.decoding import Decoding
+from steer.adapters.text import TextProcess
+from steer.core import Edit, InputError, ModelInfo, Prompt, Reward, Sampler, Samples, SteerError, check
+
+# Ordinary sentences on which the residual stream's norm is measured.
+_CALIBRATION = (
+    "The library opens at nine in the morning and closes at six.",
+    "Water boils at a lower temperature when the air pressure falls.",
+    "She wrote a short letter to her brother about the new house.",
+    "In 1969 the first people walked on the surface of the moon.",
+    "To make the soup, cut the onions and cook them slowly in butter.",
+    "The committee will meet again on Tuesday to discuss the budget.",
+    "A function takes an input and returns exactly one output.",
+    "Rain is expected in the north, with clear skies by the evening.",
+)
+
+
+def load(
+    model: str | Path | nn.Module,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    device_map: Any = None,
+    name: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> LanguageModel:
+    """A language model from a Hugging Face id, a local folder, a GGUF file, or a loaded module with its tokenizer.
+
+    `options` go to `from_pretrained`. Only safetensors and GGUF weights are read. Raises `SteerError` where nothing can
+    be loaded.
+    """
+    if isinstance(model, nn.Module):
+        check(tokenizer is not None, "tokenizer", None, "the model's tokenizer, when a loaded model is given")
+        return LanguageModel(
+            model, tokenizer, name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+        )
+    where, extra = str(model), {}
+    if where.endswith(".gguf"):
+        check(Path(where).is_file(), "model", where, "a GGUF file that exists")
+        where, extra = str(Path(where).parent), {"gguf_file": Path(where).name}
+    try:
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+        network = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code,
+            **({} if extra else {"use_safetensors": True}), **extra, **options,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise SteerError(f"model: could not load {str(model)!r}: {first}") from error
+    if device is not None and device_map is None:
+        network = network.to(device)
+    return LanguageModel(network, tokenizer, name or str(model))
+
+
+class LanguageModel:
+    """A causal language model and its tokenizer, ready to be steered. The network itself is never changed."""
+
+    def __init__(self, network: Any, tokenizer: Any, name: str) -> None:
+        self.network, self.tokenizer, self.name = network.eval(), tokenizer, name
+        self.network.requires_grad_(False)
+        self.config = network.config.get_text_config(decoder=True)
+        self.blocks = decoder_blocks(network)
+        self.trunk = network.base_model
+        """The network without its output head."""
+        if self.trunk is network:
+            raise SteerError(f"model {type(network).__name__}: has no base model under its output head")
+        self.hooks = Hooks(self.blocks)
+        self._norms: Tensor | None = None
+
+    # ---- facts
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.network.get_input_embeddings().weight.device
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """Device and dtype of each block's output."""
+        where = [next(block.parameters()) for block in self.blocks]
+        return [(p.device, self.network.dtype) for p in where]
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.network.get_output_embeddings().weight.shape[0])
+
+    @property
+    def context_length(self) -> int | None:
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def pad_token_id(self) -> int:
+        for value in (self.tokenizer.pad_token_id, *self.eos_token_ids):
+            if value is not None:
+                return int(value)
+        return 0
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        given = self.network.generation_config.eos_token_id if self.network.generation_config else None
+        given = self.tokenizer.eos_token_id if given is None else given
+        return () if given is None else tuple(given) if isinstance(given, list | tuple) else (int(given),)
+
+    @cached_property
+    def info(self) -> ModelInfo:
+        width = int(self.config.hidden_size)
+        return ModelInfo(
+            name=self.name,
+            fingerprint=self._fingerprint(),
+            num_layers=len(self.blocks),
+            width=width,
+            model_type=str(self.config.model_type),
+            residual_norms=self.residual_norms,
+            unembedding=lambda: self.network.get_output_embeddings().weight,
+        )
+
+    def _fingerprint(self) -> str:
+        weight = self.network.get_input_embeddings().weight
+        facts = [self.config.model_type, len(self.blocks), self.config.hidden_size, *weight.shape]
+        digest = hashlib.sha256(repr(facts).encode())
+        if weight.device.type != "meta":
+            # bf16 first, so that one checkpoint loaded in two precisions is one model.
+            flat = weight.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 256)].to(torch.bfloat16).float().cpu()
+            digest.update(sample.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def residual_norms(self) -> Tensor:
+        """Median norm of the residual stream after each block `[L]`, on a few ordinary sentences. The first token, an
+        attention sink with a norm of its own, is left out.
+        """
+        if self._norms is None:
+            norms: list[list[Tensor]] = [[] for _ in self.blocks]
+            for text in _CALIBRATION:
+                ids = torch.tensor([self.tokenizer(text)["input_ids"]], device=self.device)
+                with torch.inference_mode(), recording(self.blocks, range(len(self.blocks))) as seen:
+                    self.trunk(input_ids=ids, use_cache=False)
+                for layer, x in seen.items():
+                    norms[layer].append(x[0, 1:].float().norm(dim=-1).cpu())
+            self._norms = torch.stack([torch.cat(x).median() for x in norms]).clone()
+        return self._norms
+
+    # ---- text
+
+    @property
+    def chats(self) -> bool:
+        """Whether plain prompts are wrapped as a user's message."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt. Text becomes a user's message where the model has a chat template, and is continued as
+        it stands where it has none; a `RawText` is always continued.
+        """
+        if isinstance(prompt, str):
+            check(bool(prompt.strip()), "prompt", prompt, "text that is not empty")
+            if isinstance(prompt, RawText) or not self.chats:
+                return list(self.tokenizer(str(prompt))["input_ids"])
+            prompt = [{"role": "user", "content": str(prompt)}]
+        check(bool(prompt) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt),
+              "prompt", prompt, "text, or messages with role and content")  # fmt: skip
+        check(self.chats, "prompt", "messages", f"text: {self.name} has no chat template")
+        # A chat that ends with the assistant's own words is continued there.
+        resumed = prompt[-1]["role"] == "assistant"
+        text = self.tokenizer.apply_chat_template(
+            list(prompt), tokenize=False, add_generation_prompt=not resumed, continue_final_message=resumed
+        )
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def show(self, prompt: Prompt) -> Any:
+        """The prompt as it appears in results."""
+        return prompt if isinstance(prompt, str) else list(prompt)
+
+    def decode(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
+        """Text of generated tokens, cut before the first stop string."""
+        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        cuts = [at for at in (text.find(s) for s in stop) if at >= 0]
+        return text[: min(cuts)] if cuts else text
+
+    # ---- generation
+
+    def process(self, *, config: GenerationConfig | None = None, block: int = 1, **settings: Any) -> TextProcess:
+        """The model as a `Process`, with decoding settings as for `generate`."""
+        return TextProcess(self, Decoding.create(config, **settings), block=block)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        edits: Any = (),
+        sampler: Sampler | str | None = None,
+        reward: Reward | str | Callable[..., Any] | None = None,
+        beta: float = 1.0,
+        n: int | None = None,
+        seed: int | None = None,
+        max_rows: int = 64,
+        generation_config: GenerationConfig | None = None,
+        stream: bool | Any = False,
+        progress: bool = False,
+        **decoding: Any,
+    ) -> Any:
+        """Generate for every prompt; see `steer.generate` for what the arguments mean."""
+        from steer import engine
+
+        config = generation_config
+        if config is not None and n is None and config.num_return_sequences not in (None, 1):
+            n = config.num_return_sequences
+        process = self.process(config=config, **decoding)
+        plan = engine.prepare(
+            process, prompts, edits=edits, sampler=sampler, reward=reward, beta=beta, n=n, seed=seed,
+            max_rows=max_rows, progress=progress, model=self,
+        )  # fmt: skip
+        if stream is True:
+            from steer.adapters.streaming import stream_texts
+
+            return stream_texts(self, plan)
+        if stream:
+            from steer.adapters.streaming import feed_streamer
+
+            return feed_streamer(self, plan, stream)
+        return engine.execute(plan)
+
+    def log_likelihood(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Summed log-probability `[N]` of each output after its prompt under the unedited model at temperature 1, and
+        the number of its tokens `[N]`.
+        """
+        tokens = samples.tokens or [
+            list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in samples.texts
+        ]
+        process = self.process(max_new_tokens=max(1, max(len(t) for t in tokens)))
+        total = process.log_likelihood(samples.prompts, samples.group, tokens)
+        return total, torch.tensor([len(t) for t in tokens], dtype=torch.float64)
+
+    # ---- reading
+
+    @torch.no_grad()
+    def hidden_states(
+        self,
+        ids: Sequence[Sequence[int]],
+        layers: Sequence[int] | None = None,
+        *,
+        pool: str = "last",
+        since: Sequence[int] | None = None,
+        max_tokens: int = 4096,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> dict[int, Tensor]:
+        """Residual stream after each of `layers` (default: all) of every row of token ids: `{layer: [N, D]}`.
+
+        `pool` is "last" (the last token) or "mean" (over the tokens from position `since` of each row on; by default
+        all but the first, an attention sink). Batches hold rows of one length, so
+        that nothing is padded, up to `max_tokens`; the output head is never run.
+        """
+        check(pool in ("last", "mean"), "pool", pool, "last, mean")
+        wanted = list(range(len(self.blocks))) if layers is None else list(layers)
+        out = {layer: torch.empty(len(ids), self.info.width) for layer in wanted}
+        for rows in _same_lengths(ids, max_tokens):
+            tokens = torch.tensor([ids[i] for i in rows], device=self.device)
+            with recording(self.blocks, wanted) as seen:
+                self.trunk(input_ids=tokens, use_cache=False)
+            for layer, x in seen.items():
+                if pool == "last" or x.shape[1] == 1:
+                    pooled = x[:, -1]
+                elif since is None:
+                    pooled = x[:, 1:].mean(1)
+                else:
+                    pooled = torch.stack([row[since[i] :].mean(0) for i, row in zip(rows, x, strict=True)])
+                out[layer][rows] = pooled.float().cpu()
+            if on_batch is not None:
+                on_batch(len(rows))
+        return out
+
+
+class RawText(str):
+    """Text to be continued as it stands, without the chat template."""
+
+
+def _same_lengths(ids: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    groups: dict[int, list[int]] = {}
+    for i, row in enumerate(ids):
+        groups.setdefault(len(row), []).append(i)
+    batches = []
+    for length, rows in sorted(groups.items()):
+        if length == 0:
+            raise InputError("ids", "an empty row", "at least one token")
+        step = max(1, max_tokens // length)
+        batches += [rows[i : i + step] for i in range(0, len(rows), step)]
+    return batches
+
+
+__all__ = ["Edit", "LanguageModel", "RawText", "load"]

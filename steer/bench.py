@@ -1,0 +1,430 @@
+"""What steering costs: `python -m steer.bench [names...] [--repeats R] [--json PATH] [--peers PYTHON]`.
+
+Every figure compares two things in CPU time of one thread, A B B A ..., and gives the median over pairs of runs with a
+95% interval; a machine's speed and its other work cancel. A figure with a bar passes where its median does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MODEL = "smollm2-135m"
+WIDTH, DEPTH = 4096, 30  # of the stack of trivial blocks
+Task = Callable[[], Any]
+
+
+# ------------------------------------------------------------------------------------------------------ statistics
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Order statistics that enclose the median with probability `level`, whatever the law; the extremes where there are
+    too few values for that.
+    """
+    ordered, n, cut = sorted(values), len(values), 0
+    outside = 0.0
+    while cut < n // 2:
+        outside += 2 * comb(n, cut) / 2**n
+        if outside > 1 - level:
+            break
+        cut += 1
+    lowest = max(0, cut - 1)
+    return ordered[lowest], ordered[n - 1 - lowest]
+
+
+def cpu_seconds(task: Task) -> float:
+    """CPU time of this process for one call."""
+    began = time.process_time()
+    task()
+    return time.process_time() - began
+
+
+def alternate(tasks: Sequence[Task], repeats: int, clock: Callable[[Task], float] = cpu_seconds) -> list[list[float]]:
+    """What `clock` says of each task, `repeats` times, in an order that is reversed every time."""
+    seen: list[list[float]] = [[] for _ in tasks]
+    for repeat in range(repeats):
+        order = range(len(tasks)) if repeat % 2 == 0 else reversed(range(len(tasks)))
+        for i in order:
+            seen[i].append(clock(tasks[i]))
+    return seen
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    what: str
+    values: list[float]
+    unit: str = "x"
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the bar is met; None without one."""
+        if self.at_least is None and self.at_most is None:
+            return None
+        above = self.at_least is None or self.median >= self.at_least
+        return above and (self.at_most is None or self.median <= self.at_most)
+
+    def __str__(self) -> str:
+        low, high = interval(self.values)
+        bar = f">= {self.at_least}" if self.at_least else f"<= {self.at_most}" if self.at_most else ""
+        verdict = {True: "pass", False: "FAIL", None: ""}[self.passed]
+        number = f"{self.median:8.3f} {self.unit:<2} [{low:.3f}, {high:.3f}]"
+        return f"{self.name:<11} {self.what:<58} {number:<32} {bar:<8} {verdict}".rstrip()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self) | {"median": self.median, "interval": interval(self.values), "passed": self.passed}
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    """Pair by pair."""
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+# ----------------------------------------------------------------------------------------------------------- setup
+
+
+@dataclass
+class Bench:
+    """What figures share. `model` is loaded on first use unless one is given."""
+
+    repeats: int = 5
+    tokens: int = 64
+    peers: str | None = None
+    given: Any = field(default=None, repr=False)
+
+    @cached_property
+    def model(self) -> Any:
+        if self.given is not None:
+            return self.given
+        import steer
+
+        return steer.load(MODEL, dtype="float32", device="cpu")
+
+    def prompts(self, count: int) -> list[Any]:
+        """Texts of different lengths, continued as they stand."""
+        from steer import RawText
+
+        texts = json.loads((_recipes() / "neutral_prompts.json").read_text(encoding="utf-8"))
+        return [RawText(text) for text in texts[:count]]
+
+    def generating(self, rows: int, **settings: Any) -> Task:
+        """A call of `generate` of fixed length."""
+        prompts = self.prompts(rows)
+        return lambda: self.model.generate(prompts, seed=0, max_new_tokens=self.tokens, eos_token_id=[], **settings)
+
+    def vector(self, seed: int = 0) -> Any:
+        """Random directions on the middle third of the layers."""
+        from steer import SteeringVector
+
+        info = self.model.info
+        generator = torch.Generator().manual_seed(seed)
+        layers = range(info.num_layers // 3, max(1, 2 * info.num_layers // 3))
+        noise = {layer: torch.randn(info.width, generator=generator) for layer in layers}
+        return SteeringVector(noise, 0.02).normalised()
+
+    def compare(self, tasks: Sequence[Task], repeats: int | None = None) -> list[list[float]]:
+        """CPU seconds of each task, alternating, after one call of each."""
+        for task in tasks:
+            task()
+        return alternate(tasks, repeats or self.repeats)
+
+
+def _recipes() -> Path:
+    from steer import recipes
+
+    return Path(recipes.__path__[0])
+
+
+# --------------------------------------------------------------------------------------------------------- figures
+
+
+def steered(bench: Bench) -> Iterator[Row]:
+    """Tokens a second with a vector on the middle third of the layers, over those without."""
+    plain, one = bench.compare([bench.generating(1), bench.generating(1, edits=bench.vector())])
+    yield Row("steered", "steered / unsteered tokens/s, batch 1", ratios(plain, one), at_least=0.97)
+    each = [[bench.vector(seed)] for seed in range(8)]
+    tasks = [bench.generating(8), bench.generating(8, edits=bench.vector()), bench.generating(8, edits=each)]
+    plain, same, different = bench.compare(tasks)
+    yield Row("steered", "steered / unsteered tokens/s, batch 8", ratios(plain, same), at_least=0.97)
+    yield Row("steered", "the same with eight different vectors", ratios(plain, different))
+
+
+def unsteered(bench: Bench) -> Iterator[Row]:
+    """Tokens a second of an unsteered `generate` over those of the library's own on the same padded ids."""
+    for rows in (1, 8):
+        with _no_end(bench.model.network):
+            theirs, ours = bench.compare([_library(bench, bench.prompts(rows)), bench.generating(rows)])
+        yield Row("unsteered", f"steer / network.generate tokens/s, batch {rows}", ratios(theirs, ours), at_least=0.95)
+
+
+def _library(bench: Bench, prompts: Sequence[Any], tokens: int | None = None, n: int = 1) -> Task:
+    """The library's own `generate`: plain sampling of a fixed length inside `_no_end`."""
+    from steer.adapters._track import left_padded
+
+    model, length = bench.model, tokens or bench.tokens
+    ids, mask = left_padded([model.encode(p) for p in prompts], model.pad_token_id, model.device)
+    return lambda: model.network.generate(
+        ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+        max_new_tokens=length, num_return_sequences=n, pad_token_id=model.pad_token_id,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _no_end(network: Any) -> Iterator[None]:
+    """No text ends early in the library's `generate`."""
+    config = network.generation_config
+    kept, config.eos_token_id = config.eos_token_id, None
+    try:
+        yield
+    finally:
+        config.eos_token_id = kept
+
+
+def hook(bench: Bench) -> Iterator[Row]:
+    """Microseconds that a steered layer adds to a decode step, beside a bare hook and other libraries'."""
+    from steer.adapters._plan import Hooks
+
+    blocks = _stack()
+    hooks, plan, position = Hooks(blocks), _plan(DEPTH), torch.tensor([100])
+
+    def step() -> None:
+        program = plan.decode(position)
+        with hooks.running(program):
+            _through(blocks, hidden)
+
+    hidden = torch.zeros(1, 1, WIDTH)
+    with torch.inference_mode(), hooks.installed(plan.layers):
+        kept = _added(step, bench)
+    with torch.inference_mode():
+        fresh = _added(step, bench)
+    bare = _bare(bench)
+    yield Row("hook", f"added per steered layer and step, width {WIDTH}", kept, "us", at_most=3.0)
+    yield Row("hook", "the same, hooks installed anew at every step", fresh, "us")
+    yield Row("hook", "a bare hook that adds in place", bare, "us")
+    yield Row("hook", "steer / the bare hook", ratios(kept, bare))
+    if bench.peers:
+        runs = [_peer(bench.peers, "hooks") for _ in range(min(3, bench.repeats))]
+        for name in runs[0]:
+            yield Row("hook", f"{name}, on its own", [run[name] for run in runs], "us")
+
+
+def _stack() -> nn.ModuleList:
+    return nn.ModuleList(nn.Identity() for _ in range(DEPTH))
+
+
+def _through(blocks: nn.ModuleList, hidden: Tensor) -> Tensor:
+    for block in blocks:
+        hidden = block(hidden)
+    return hidden
+
+
+def _plan(depth: int) -> Any:
+    """A vector on every layer, compiled for one row."""
+    from steer import SteeringVector
+    from steer.adapters._plan import Plan
+    from steer.core import ModelInfo
+
+    info = ModelInfo(
+        name="stack", model_type="", fingerprint="", num_layers=depth, width=WIDTH,
+        residual_norms=lambda: torch.ones(depth), unembedding=lambda: torch.zeros(1, WIDTH),
+    )  # fmt: skip
+    vector = SteeringVector({layer: torch.randn(WIDTH) for layer in range(depth)}, 0.02)
+    return Plan.compile([(vector, None)], info, [5], [None], [(torch.device("cpu"), torch.float32)] * depth)
+
+
+def _added(step: Task, bench: Bench, steps: int = 500) -> list[float]:
+    """Microseconds per layer by which `step` takes longer than a pass through the blocks alone."""
+    blocks, hidden = _stack(), torch.zeros(1, 1, WIDTH)
+
+    def many(task: Task) -> Task:
+        return lambda: [task() for _ in range(steps)]
+
+    longer, plain = bench.compare([many(step), many(lambda: _through(blocks, hidden))], 4 * bench.repeats)
+    return [(a - b) / steps / DEPTH * 1e6 for a, b in zip(longer, plain, strict=True)]
+
+
+def _bare(bench: Bench) -> list[float]:
+    """The least that any hook can cost."""
+    blocks, hidden, constant = _stack(), torch.zeros(1, 1, WIDTH), torch.zeros(1, 1, WIDTH)
+    for block in blocks:
+        block.register_forward_hook(lambda module, args, out: out.add_(constant))
+    with torch.inference_mode():
+        return _added(lambda: _through(blocks, hidden), bench)
+
+
+def extraction(bench: Bench) -> Iterator[Row]:
+    """CPU time to fit a vector at all layers from 64 pairs, over that of the fastest other library."""
+    from steer.train.vector import train_vector
+
+    if not bench.peers:
+        print("extraction  SKIPPED: needs --peers PYTHON, an interpreter with repeng and steering-vectors", flush=True)
+        return
+    lines = (_recipes() / "sentiment_pairs.jsonl").read_text(encoding="utf-8").splitlines()[:64]
+    pairs = [json.loads(line) for line in lines]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "pairs.jsonl")
+        file.write_text("\n".join(lines), encoding="utf-8")
+        batch = _best_batch(bench.peers, file)
+        names = ["repeng", f"steering-vectors:{batch}"]
+        train_vector(bench.model, pairs[:4])
+        tasks = [lambda: train_vector(bench.model, pairs), *names]
+        seen = alternate(tasks, min(3, bench.repeats), lambda task: _clock(task, bench.peers, file))  # type: ignore[arg-type]
+    mine, others = seen[0], seen[1:]
+    fastest = [min(times) for times in zip(*others, strict=True)]
+    yield Row("extraction", "steer / the faster of both", ratios(mine, fastest), at_most=0.75)
+    for name, theirs in zip(names, others, strict=True):
+        yield Row("extraction", f"steer / {name}", ratios(mine, theirs))
+
+
+def _clock(task: Task | str, python: str | None, file: Path) -> float:
+    """CPU seconds of our own task, or of the one that a peer's name stands for, by its own count."""
+    if not isinstance(task, str):
+        return cpu_seconds(task)
+    assert python is not None
+    return _peer(python, task, file)[task]
+
+
+def _best_batch(python: str, file: Path) -> int:
+    """The batch size at which steering-vectors is fastest."""
+    sizes = (1, 8, 32)
+    return min(sizes, key=lambda size: _clock(f"steering-vectors:{size}", python, file))
+
+
+def _peer(python: str, name: str, pairs: Path | None = None) -> dict[str, float]:
+    """What `bench_peers.py` prints, run by another interpreter."""
+    from steer.models import resolve
+
+    script = Path(__file__).with_name("bench_peers.py")
+    command = [python, str(script), name, str(resolve(MODEL)), str(pairs), str(torch.get_num_threads())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} failed in {python}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def best_of_n(bench: Bench, length: int = 512, n: int = 32, tokens: int = 16) -> Iterator[Row]:
+    """CPU time of 32 continuations of a long prompt by the library, over ours, which reads the prompt once."""
+    from steer import RawText
+
+    model = bench.model
+    words = " ".join(str(i) for i in range(length))
+    ids = model.encode(RawText(words))[:length]
+    prompt = RawText(model.tokenizer.decode(ids))
+    ours = _best_of(bench, prompt, n, tokens)
+    with _no_end(model.network):
+        seen = bench.compare([ours], min(3, bench.repeats))[0]
+        theirs = cpu_seconds(_library(bench, [prompt], tokens, n))
+    name = f"{n} x {tokens} tokens after {len(model.encode(prompt))}: network.generate / steer"
+    yield Row("best-of-n", name, [theirs / mine for mine in seen], at_least=6.0)
+
+
+def _best_of(bench: Bench, prompt: Any, n: int, tokens: int) -> Task:
+    return lambda: bench.model.generate(
+        prompt, sampler="best-of-n", n=n, reward=lambda texts: [float(len(text)) for text in texts], seed=0,
+        max_new_tokens=tokens, eos_token_id=[],
+    )  # fmt: skip
+
+
+def value(bench: Bench) -> Iterator[Row]:
+    """CPU time of a token under a Q-head over that of a plain one."""
+    from steer import ValueGuidance
+    from steer.methods.value import HeadValue, QHead
+
+    head = QHead(bench.model.info.width)
+    nn.init.normal_(head.outer.weight, std=0.02)
+    guidance = ValueGuidance(HeadValue(head, bench.model.info.unembedding()), beta=1.0, top_k=20)
+    for rows in (1, 8):
+        plain, guided = bench.compare([bench.generating(rows), bench.generating(rows, edits=guidance)])
+        yield Row("value", f"Q-head / plain, cost of a token, batch {rows}", ratios(guided, plain), at_most=1.1)
+
+
+def imports(bench: Bench) -> Iterator[Row]:
+    """CPU time of a process that imports steer, over one that imports torch."""
+    names = ("steer", "torch")
+    tasks = [lambda name=name: subprocess.run([sys.executable, "-c", f"import {name}"], check=True) for name in names]
+    for task in tasks:
+        task()
+    ours, theirs = alternate(tasks, 2 * bench.repeats, _children)
+    yield Row("import", "import steer / import torch", ratios(ours, theirs), at_most=1.2)
+
+
+def _children(task: Task) -> float:
+    """CPU time of the processes that a task starts."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    task()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+FIGURES: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    "steered": steered,
+    "unsteered": unsteered,
+    "hook": hook,
+    "extraction": extraction,
+    "best-of-n": best_of_n,
+    "value": value,
+    "import": imports,
+}
+"""Every figure by its name; each yields its rows."""
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+
+def run(bench: Bench, names: Sequence[str] = ()) -> list[Row]:
+    """Measure, printing each row as it comes."""
+    rows = []
+    for name in names or FIGURES:
+        for row in FIGURES[name](bench):
+            print(row, flush=True)
+            rows.append(row)
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 1 where a bar is missed."""
+    parser = argparse.ArgumentParser(prog="python -m steer.bench", description="Measure what steering costs.")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of: {', '.join(FIGURES)} (default: all)")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of runs for each figure (default: 5)")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--peers", metavar="PYTHON", help="an interpreter with repeng and steering-vectors")
+    options = parser.parse_args(arguments)
+    unknown = sorted(set(options.names) - set(FIGURES))
+    if unknown or options.repeats < 1:
+        parser.error(f"unknown figure {unknown[0]!r}" if unknown else "--repeats must be 1 or more")
+    torch.set_num_threads(1)
+    began = time.process_time()
+    rows = run(Bench(options.repeats, peers=options.peers), options.names)
+    print(f"{time.process_time() - began:.0f} s of CPU time; {sum(row.passed is False for row in rows)} bars missed")
+    if options.json:
+        options.json.write_text(json.dumps([row.to_dict() for row in rows], indent=2) + "\n", encoding="utf-8")
+    return int(any(row.passed is False for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""The commands, made from the declarations in `options`."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from steer.cli.options import COMMANDS
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="steer", help="Steer and align open-weight models at inference time.", no_args_is_help=False,
+    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+models = typer.Typer(help="Models that come with steer.")
+train = typer.Typer(help="Train a vector, a controller or a value head.")
+app.add_typer(models, name="models")
+app.add_typer(train, name="train")
+
+Edits = Annotated[Path, typer.Argument(metavar="FILE", help="An artifact.")]
+
+
+def _command(name: str) -> Callable[..., None]:
+    """The command line's view of an entry in `COMMANDS`: a function with one parameter for each option."""
+    options = COMMANDS[name]
+    hints = get_type_hints(options, include_extras=True)
+
+    def parameter(option: Any) -> inspect.Parameter:
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        default = inspect.Parameter.empty if default is MISSING else default
+        kind = inspect.Parameter.KEYWORD_ONLY
+        return inspect.Parameter(option.name, kind, default=default, annotation=hints[option.name])
+
+    def call(**given: Any) -> None:
+        results = sys.stdout
+        # Whatever a library or a reward prints belongs beside the results, not among them.
+        with redirect_stdout(sys.stderr):
+            from steer.cli.jobs import JOBS, Session
+
+            JOBS[name](options(**given))(Session(results))
+
+    call.__signature__ = inspect.Signature([parameter(f) for f in fields(options)])  # type: ignore[attr-defined]
+    call.__annotations__ = {f.name: hints[f.name] for f in fields(options)}
+    call.__doc__ = options.__doc__
+    return call
+
+
+for _name in COMMANDS:
+    _group, _, _last = _name.rpartition(" ")
+    (train if _group else app).command(_last)(_command(_name))
+
+
+@models.command("list")
+def list_models() -> None:
+    """What can be fetched, and what is here."""
+    from steer.models import list_models as entries
+
+    for entry in entries():
+        state = "fetched" if entry.fetched else "not fetched"
+        typer.echo(
+            f"{entry.name}  {entry.kind}  {entry.license}  {entry.size / 1e6:.0f} MB  {state}\n    {entry.description}"
+        )
+
+
+@models.command("fetch")
+def fetch_model(name: Annotated[str, typer.Argument(metavar="NAME", help="See `steer models list`.")]) -> None:
+    """Download a model and convert it, once."""
+    from steer.models import fetch
+
+    typer.echo(str(fetch(name, lambda message: print(message, file=sys.stderr))))
+
+
+@app.command()
+def show(file: Edits) -> None:
+    """Print an artifact's card."""
+    if file.suffix == ".gguf":
+        from steer.artifacts import load_gguf
+
+        directions, hint = load_gguf(file)
+        width = len(next(iter(directions.values())))
+        typer.echo(f"control vector for {hint}\nlayers: {', '.join(map(str, directions))}\nwidth: {width}")
+        return
+    from steer.artifacts import read_card
+
+    typer.echo(read_card(file).describe())
+
+
+@app.command()
+def export(
+    file: Edits,
+    out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.")],
+    layers: Annotated[
+        str | None, typer.Option(help="10-19, or 3,5,8, or all; default: those that the vector steers.")
+    ] = None,
+    hint: Annotated[str | None, typer.Option(help="Architecture named in the file; default: the model's.")] = None,
+) -> None:
+    """Write a steering vector as a control vector for llama.cpp: its directions as they are, without a strength."""
+    from steer.cli.export import export_vector
+
+    typer.echo(export_vector(file, out, layers, hint))
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The name of a shipped recipe, or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="A variable, or STEP.OPTION.")
+    ] = None,
+) -> None:
+    """Run a recipe: everything in it is checked before anything starts."""
+    results = sys.stdout
+    with redirect_stdout(sys.stderr):
+        from steer.cli.jobs import Session
+        from steer.recipe import load_recipe
+
+        load_recipe(recipe, overrides or []).run(Session(results))

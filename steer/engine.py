@@ -1,0 +1,191 @@
+"""`load()` and `generate()`: pick the adapter, mount edits, run the sampler."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steer.core import Edit, Process, Prompt, Reward, Sampler, Samples, check
+from steer.methods.best_of_n import Ancestral, BestOfN
+from steer.models import resolve
+from steer.progress import ticking
+from steer.rewards import as_reward
+
+__all__ = ["SAMPLERS", "generate", "load", "make_sampler"]
+
+SAMPLERS: dict[str, type[Sampler]] = {"ancestral": Ancestral, "best-of-n": BestOfN}
+"""Samplers by their name on the command line."""
+
+
+def load(model: str | Path, **options: Any) -> Any:
+    """A model ready to be steered: an embedded name (`smollm2-135m`), a Hugging Face id, a local folder or a GGUF file.
+
+    `options` go to the adapter: `dtype`, `device`, `device_map`, `trust_remote_code` (off), and the library's own.
+    """
+    where = resolve(str(model))
+    from steer.adapters import transformers
+
+    return transformers.load(where, name=str(model), **options)
+
+
+def make_sampler(sampler: Sampler | str | None, n: int | None = None, **settings: Any) -> Sampler:
+    """A sampler from its name and settings. `n` is its population: outputs, candidates or particles for each prompt."""
+    if isinstance(sampler, Sampler):
+        check(n is None and not settings, "n", n, "unset: the sampler that was given has its own")
+        return sampler
+    name = sampler or "ancestral"
+    check(name in SAMPLERS, "sampler", name, ", ".join(SAMPLERS))
+    kind = SAMPLERS[name]
+    known = list(kind.__dataclass_fields__)  # type: ignore[attr-defined]
+    for key in settings:
+        check(key in known, f"sampler {name}", key, ", ".join(known))
+    if n is not None:
+        population = next((name for name in ("n", "num_particles") if name in known), None)
+        check(population is not None, "n", n, f"unset: {name} has no population")
+        settings[str(population)] = n
+    return kind(**settings)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked request, ready to run."""
+
+    process: Process
+    prompts: list[Prompt]
+    sampler: Sampler
+    reward: Reward | None
+    beta: float
+    seed: int
+    rows: int
+    progress: bool
+    edits: list[tuple[Edit, frozenset[int] | None]] = field(default_factory=list)
+
+
+def prepare(
+    process: Process,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    edits: Any = (),
+    sampler: Sampler | str | None = None,
+    reward: Reward | str | Callable[..., Any] | None = None,
+    beta: float = 1.0,
+    n: int | None = None,
+    seed: int | None = None,
+    max_rows: int = 64,
+    progress: bool = False,
+    model: Any = None,
+) -> Plan:
+    """Check everything that can be checked before work starts; see `generate`."""
+    several = _as_prompts(prompts)
+    check(isinstance(beta, int | float) and 0 < beta < float("inf"), "beta", beta, "a number above 0")
+    check(isinstance(max_rows, int) and max_rows >= 1, "max_rows", max_rows, "an integer of 1 or more")
+    check(seed is None or isinstance(seed, int), "seed", seed, "an integer")
+    chosen = make_sampler(sampler, n)
+    scored = as_reward(reward)
+    if isinstance(chosen, BestOfN):
+        check(scored is not None, "reward", None, "a reward: best-of-n needs something to be best at")
+    if scored is not None and model is not None:
+        scored = scored.bind(model)
+    mounted = [(edit.with_beta(float(beta)), wanted) for edit, wanted in _as_edits(edits, len(several))]
+    for edit, wanted in mounted:
+        process.edited(edit, None if wanted is None else sorted(wanted))  # refused here, not in the middle of a run
+    if hasattr(process, "encode"):
+        process.encode(several)
+    population = getattr(chosen, "n", getattr(chosen, "num_particles", 1))
+    return Plan(
+        process, several, chosen, scored, float(beta), secrets.randbits(31) if seed is None else seed,
+        max(1, max_rows // population), progress, mounted,
+    )  # fmt: skip
+
+
+def execute(plan: Plan, on_step: Callable[[int, Any], None] | None = None) -> Samples:
+    """Run a plan in batches of prompts. `on_step(first_prompt, state)` sees every step."""
+    parts = []
+    batches = -(-len(plan.prompts) // plan.rows)
+    with ticking(plan.progress, "generating", batches * plan.process.num_steps) as tick:
+        for first in range(0, len(plan.prompts), plan.rows):
+            prompts = plan.prompts[first : first + plan.rows]
+            process = _mounted(plan, first, len(prompts))
+            generator = torch.Generator().manual_seed((plan.seed * 1_000_003 + first) % 2**63)
+
+            def step(state: Any, first: int = first) -> None:
+                tick(1)
+                if on_step is not None:
+                    on_step(first, state)
+
+            with process.session():
+                parts.append(
+                    plan.sampler.run(
+                        process, prompts, generator=generator, reward=plan.reward, beta=plan.beta, on_step=step
+                    )
+                )
+    return Samples.join(parts)
+
+
+def generate(process: Process, prompts: Prompt | Sequence[Prompt], **settings: Any) -> Samples:
+    """Draw from a process under edits, with a sampler and a reward.
+
+    Args:
+        process: what generates. `LanguageModel.generate` is this function with the model's own process.
+        prompts: one prompt or several; a chat is a list of messages.
+        edits: an edit, a list of edits for every prompt, or a list with one entry for each prompt (an edit, a list of
+            edits, or None): one batch, different edits.
+        sampler: a `Sampler`, or its name; default: independent samples.
+        reward: a `Reward`, an expression such as "sentiment - 0.3*profanity", or a callable on texts.
+        beta: KL coefficient of the target `p exp(reward / beta)`, for samplers that weigh.
+        n: population for each prompt: outputs, best-of-n's candidates, particles.
+        seed: same seed, same result on the same machine; None draws one.
+        max_rows: rows generated at once.
+        progress: show a bar on standard error.
+
+    Raises:
+        InputError: a field is out of range; nothing has run.
+        UnsupportedError: the process cannot do what the edit or sampler needs.
+    """
+    return execute(prepare(process, prompts, **settings))
+
+
+def _as_prompts(prompts: Any) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    check(isinstance(prompts, Sequence) and len(prompts) > 0, "prompts", prompts, "a prompt or a list of prompts")
+    if all(isinstance(m, dict) for m in prompts):
+        return [prompts]
+    return list(prompts)
+
+
+def _as_edits(edits: Any, count: int) -> list[tuple[Edit, frozenset[int] | None]]:
+    if isinstance(edits, Edit):
+        return [(edits, None)]
+    if edits is None:
+        return []
+    per_prompt = any(e is None or isinstance(e, list | tuple) for e in edits)
+    if not per_prompt:
+        for edit in edits:
+            check(isinstance(edit, Edit), "edits", edit, "edits, or one list of edits (or None) for each prompt")
+        return [(edit, None) for edit in edits]
+    check(len(edits) == count, "edits", f"{len(edits)} entries", f"one for each of {count} prompts")
+    # One edit on many prompts is one mounted edit.
+    order: list[Edit] = []
+    wanted: dict[int, set[int]] = {}
+    for b, mine in enumerate(edits):
+        for edit in [] if mine is None else [mine] if isinstance(mine, Edit) else mine:
+            check(isinstance(edit, Edit), f"edits[{b}]", edit, "edits")
+            if id(edit) not in wanted:
+                order.append(edit)
+            wanted.setdefault(id(edit), set()).add(b)
+    return [(edit, frozenset(wanted[id(edit)])) for edit in order]
+
+
+def _mounted(plan: Plan, first: int, count: int) -> Process:
+    process = plan.process
+    for edit, wanted in plan.edits:
+        mine = None if wanted is None else [b - first for b in wanted if first <= b < first + count]
+        if mine is None or mine:
+            process = process.edited(edit, mine)
+    return process

@@ -1,0 +1,154 @@
+"""Best-of-N, plain sampling, and what best-of-N does exactly."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.core import Cost, Process, Prompt, Reward, Sampler, Samples, check
+
+__all__ = ["Ancestral", "BestOfN", "best_of_n_kl", "best_of_n_law", "reward_curve"]
+
+
+def _rollouts(
+    process: Process,
+    prompts: Sequence[Prompt],
+    n: int,
+    generator: torch.Generator,
+    reward: Reward | None,
+    on_step: Callable[[Any], None] | None,
+) -> Samples:
+    began = time.perf_counter()
+    state = process.init(prompts, n, generator)
+    while not process.done(state):
+        state = process.propose(state, generator)
+        if on_step is not None:
+            on_step(state)
+    samples = process.decode(state)
+    scores = None if reward is None else reward(samples)
+    spent = Cost(reward_calls=0 if reward is None else len(samples), seconds=time.perf_counter() - began)
+    return replace(samples, reward=scores, cost=samples.cost + spent)
+
+
+@dataclass(frozen=True)
+class Ancestral(Sampler):
+    """Draw `n` independent outputs for each prompt; a reward only scores them."""
+
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        check(isinstance(self.n, int) and self.n >= 1, "n", self.n, "an integer of 1 or more")
+
+    def run(
+        self,
+        process: Process,
+        prompts: Sequence[Prompt],
+        *,
+        generator: torch.Generator,
+        reward: Reward | None = None,
+        beta: float = 1.0,
+        on_step: Callable[[Any], None] | None = None,
+    ) -> Samples:
+        return _rollouts(process, prompts, self.n, generator, reward, on_step)
+
+
+@dataclass(frozen=True)
+class BestOfN(Sampler):
+    """Draw `n` outputs for each prompt and keep the one with the highest reward.
+
+    Ties are broken uniformly. `samples.pool` holds every candidate, `samples.kl` adds the bound `log n - (n - 1) / n`
+    to the drift of the process itself. `beta` plays no part: n sets the strength (Stiennon et al. 2020).
+    """
+
+    n: int = 8
+
+    def __post_init__(self) -> None:
+        check(isinstance(self.n, int) and self.n >= 1, "n", self.n, "an integer of 1 or more")
+
+    def run(
+        self,
+        process: Process,
+        prompts: Sequence[Prompt],
+        *,
+        generator: torch.Generator,
+        reward: Reward | None = None,
+        beta: float = 1.0,
+        on_step: Callable[[Any], None] | None = None,
+    ) -> Samples:
+        check(reward is not None, "reward", None, "a reward: best-of-n needs something to be best at")
+        pool = _rollouts(process, prompts, self.n, generator, reward, on_step)
+        scores = pool.reward
+        assert scores is not None
+        chosen = []
+        for b in range(len(prompts)):
+            rows = (pool.group == b).nonzero().squeeze(1)
+            best = rows[scores[rows] == scores[rows].max()]
+            chosen.append(best[torch.randint(len(best), (1,), generator=generator)])
+        index = torch.cat(chosen)
+        kept = pool.select(index)
+        bound = best_of_n_kl(self.n)
+        own = kept.kl_estimate
+
+        def later() -> Tensor:
+            kl = own() if callable(own) else own
+            return torch.full((len(index),), bound, dtype=torch.float64) + (0.0 if kl is None else kl)
+
+        return replace(kept, pool=pool, lineage=index, kl_estimate=later if callable(own) or own is None else later())
+
+
+def best_of_n_kl(n: int) -> float:
+    """`log n - (n - 1) / n` in nats: KL of best-of-n to the base where no two rewards tie, an upper bound otherwise
+    (Beirami et al. 2024).
+    """
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_n_law(log_prob: Tensor, reward: Tensor, n: int) -> Tensor:
+    """Exact law of best-of-n with uniform tie breaking over an enumerated space, both `[M]`:
+
+    `P(y) = p(y) / P(R = r(y)) * (P(R <= r(y))^n - P(R < r(y))^n)`.
+    """
+    p = log_prob.double().exp()
+    levels, which = torch.unique(reward, return_inverse=True)
+    mass = torch.zeros(len(levels), dtype=torch.float64).index_add(0, which, p)
+    upto = mass.cumsum(0)
+    below = upto - mass
+    return p / mass[which] * (upto**n - below**n)[which]
+
+
+def reward_curve(scores: Tensor, sizes: Sequence[int], evaluated: Tensor | None = None) -> Tensor:
+    """Unbiased expected score of best-of-n for each n in `sizes`, from one pool of `N >= n` samples.
+
+    With `scores` `[..., N]` sorted ascending, `R_n = sum_i C(i-1, n-1) / C(N, n) g_(i)`, where g is `evaluated`
+    (default: the scores themselves; a gold score shows over-optimisation). Tied scores share the mean of their g.
+    Returns `[..., len(sizes)]` in float64.
+    """
+    gold = (scores if evaluated is None else evaluated).double()
+    pool = scores.shape[-1]
+    ordered, order = scores.double().sort(-1)
+    g = _tied_mean(ordered, gold.gather(-1, order))
+    curves = []
+    for n in sizes:
+        check(1 <= n <= pool, "n", n, f"1 to {pool}, the pool's size")
+        weights, weight = [0.0] * pool, n / pool
+        for i in range(pool, n - 1, -1):
+            weights[i - 1] = weight
+            weight = weight * (i - n) / (i - 1) if i > 1 else 0.0
+        curves.append(g @ torch.tensor(weights, dtype=torch.float64))
+    return torch.stack(curves, -1)
+
+
+def _tied_mean(ordered: Tensor, g: Tensor) -> Tensor:
+    flat_scores, flat = ordered.reshape(-1, ordered.shape[-1]), g.reshape(-1, g.shape[-1])
+    rows = []
+    for row, values in zip(flat_scores, flat, strict=True):
+        _, which, count = torch.unique_consecutive(row, return_inverse=True, return_counts=True)
+        sums = torch.zeros(len(count), dtype=torch.float64).index_add(0, which, values)
+        rows.append((sums / count)[which])
+    return torch.stack(rows).reshape(g.shape)

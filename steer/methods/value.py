@@ -1,0 +1,150 @@
+"""Value-augmented sampling (Han et al. 2024): `p(a | s)` proportional to `pi(a | s) exp(Q(s, a) / beta)`.
+
+Q is the value of the frozen policy, learnt by regression on its own rollouts; it is not the soft value, so the tilt is
+exact only where one stochastic step remains. The paper's beta multiplies the value: it is 1 / beta here.
+
+Letters: `N` rows, `K` candidates, `D` width, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steer.core import Context, Process, TransitionEdit, check
+
+__all__ = ["QHead", "ValueGuidance", "ValueHead"]
+
+Value = Callable[[Context, Tensor], Tensor]
+"""`(context, candidates [N, K]) -> [N, K]`: the value of the prefix after each candidate."""
+
+
+class QHead(nn.Module):
+    """`Q(s, a) = <f(h), E_a> / sqrt(D) + v(h)` on the hidden state h that predicts a; E is the frozen output embedding.
+
+    f is a residual MLP `D -> hidden -> D`; v, the part that all candidates share, cancels when they are centred and
+    only helps the fit. Costs one small matrix product a token and the embeddings of the K candidates.
+    """
+
+    def __init__(self, width: int, hidden: int = 256) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inner = nn.Linear(width, hidden)
+        self.outer = nn.Linear(hidden, width)
+        self.shared = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+        nn.init.zeros_(self.shared.weight)
+        nn.init.zeros_(self.shared.bias)
+
+    def forward(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
+        """`hidden` `[..., D]` and `embeddings` `[..., K, D]` of the candidates: values `[..., K]`."""
+        inner = nn.functional.silu(self.inner(self.norm(hidden.float())))
+        query = self.outer(inner)
+        return (embeddings.float() @ query.unsqueeze(-1)).squeeze(-1) / query.shape[-1] ** 0.5 + self.shared(inner)
+
+
+class ValueHead(nn.Module):
+    """`V(s)`, a scalar on the hidden state after a prefix; candidates are looked at in one tree-attention pass."""
+
+    def __init__(self, width: int, hidden: int = 256) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inner = nn.Linear(width, hidden)
+        self.outer = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[..., D]` to `[...]`."""
+        return self.outer(nn.functional.silu(self.inner(self.norm(hidden.float())))).squeeze(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadValue:
+    """A head as a `Value`, on the model itself or on another one that follows in lockstep with its own cache."""
+
+    head: nn.Module
+    embeddings: Tensor | None = None
+    """Output embeddings `[V, D]` for a `QHead`."""
+    source: Process | None = None
+
+    @torch.inference_mode()
+    def __call__(self, context: Context, candidates: Tensor) -> Tensor:
+        seen = context if self.source is None else context.companion(self.source)
+        if self.embeddings is None:
+            return self.head(seen.lookahead(candidates))
+        return self.head(seen.hidden, self.embeddings[candidates.to(self.embeddings.device)])
+
+
+@dataclass(frozen=True)
+class LogitValue:
+    """The next-token logits of another language model as Q: an autoregressive reward model, one pass for all tokens
+    (Xu et al. 2025).
+    """
+
+    source: Process
+
+    def __call__(self, context: Context, candidates: Tensor) -> Tensor:
+        return context.companion(self.source).base.gather(1, candidates)
+
+
+@dataclass(frozen=True, eq=False)
+class ValueGuidance(TransitionEdit):
+    """Adds `strength * (Q(s, a) - mean of Q over the top K) / beta` to the log-law of the K likeliest tokens.
+
+    Attributes:
+        value: values of candidates; `HeadValue` of a trained head, or any function.
+        beta: KL coefficient; None takes that of the run. It acts after temperature.
+        strength: weight of this value, negative to turn it down; several guidances add up, since mean values do.
+        top_k: candidates, chosen by the base law (ties by lowest id); 0 or more than V takes all.
+        tail: what becomes of the other tokens: "mean" leaves them their base law, as if each had the average value;
+            "mask" excludes them.
+        model: the card's entry of the model that the head belongs to.
+    """
+
+    value: Value
+    beta: float | None = None
+    strength: float = 1.0
+    top_k: int = 20
+    tail: str = "mean"
+    model: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check(self.beta is None or 0 < self.beta < float("inf"), "beta", self.beta, "a number above 0")
+        check(isinstance(self.top_k, int) and self.top_k >= 0, "top_k", self.top_k, "an integer of 0 (all) or more")
+        check(self.tail in ("mean", "mask"), "tail", self.tail, "mean, mask")
+        check(abs(self.strength) < float("inf"), "strength", self.strength, "a finite number")
+
+    def with_beta(self, beta: float) -> ValueGuidance:
+        return self if self.beta is not None else replace(self, beta=beta)
+
+    @property
+    def companions(self) -> tuple[Process, ...]:
+        source = getattr(self.value, "source", None)
+        return () if source is None else (source,)
+
+    def shift(self, x: Tensor, context: Context) -> Tensor:
+        base, vocabulary = context.base, x.shape[-1]
+        if self.top_k == 0 or self.top_k >= vocabulary:
+            candidates = torch.arange(vocabulary, device=x.device).expand(len(x), -1)
+        else:
+            candidates = _top(base, self.top_k)
+        q = self.value(context, candidates).to(x.device, x.dtype)
+        push = (q - q.mean(-1, keepdim=True)) * (self.strength / (1.0 if self.beta is None else self.beta))
+        if self.tail == "mean":
+            return x.scatter_add(1, candidates, push)
+        return torch.full_like(x, -torch.inf).scatter(1, candidates, x.gather(1, candidates) + push)
+
+
+def _top(log_law: Tensor, k: int) -> Tensor:
+    """The k likeliest tokens `[N, k]`; in small vocabularies the lowest ids among equals, which `topk` does not
+    promise.
+    """
+    if log_law.shape[-1] <= 1024:
+        return log_law.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return log_law.topk(k, -1).indices

@@ -1,0 +1,303 @@
+"""Train the weighted controller through the frozen model.
+
+Under the paper's loss, a squared error on the scale alone, the gradient of the layer weights is exactly zero. Here the
+steered model itself is the loss: it should open with a refusal (or any wanted opening) where it is to be steered, and
+say what it would have said elsewhere.
+
+    loss = CE(opening | steered, positive) + kl * KL(base || steered, negative) + gate * BCE(s) + sparsity * mean(s w)
+
+Letters: `N` rows, `L` layers, `D` width, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steer.artifacts import Artifact, Card, data_hash
+from steer.core import Prompt, check
+from steer.methods.controller import ControllerNetwork
+from steer.progress import ticking
+from steer.train.loop import fit
+
+__all__ = ["ANSWERS", "REFUSALS", "train_controller"]
+
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I'm sorry, but I can't assist with that request.",
+    "I can't help with that request, because it could cause harm.",
+    "Sorry, but I'm not able to help with this.",
+)
+ANSWERS = (
+    "Sure, here is how you can do that:",
+    "Of course. Here are the steps to follow:",
+    "Here is a simple way to do this:",
+    "Certainly! The first thing that you need is",
+)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of one training step, as left-padded prompts without their last token, and what follows."""
+
+    rows: list[int]
+    positive: Tensor
+    keys: list[tuple[Tensor, Tensor]]
+    mask: Tensor
+
+
+def train_controller(
+    model: Any,
+    positive: Sequence[Prompt],
+    negative: Sequence[Prompt],
+    *,
+    preset: str = "steer",
+    openings: Sequence[str] = REFUSALS,
+    answers: Sequence[str] = ANSWERS,
+    strength: float = 0.1,
+    inputs: str = "",
+    hidden: int = 128,
+    epochs: int | None = None,
+    batch_size: int = 16,
+    learning_rate: float = 2e-3,
+    kl: float = 1.0,
+    gate: float = 1.0,
+    sparsity: float = 0.05,
+    max_negative: int = 0,
+    reply_tokens: int = 12,
+    held_out: float = 0.15,
+    seed: int = 0,
+    work: Path | None = None,
+    progress: bool = False,
+) -> Artifact:
+    """A controller that steers `positive` prompts towards `openings` and leaves `negative` prompts alone.
+
+    Args:
+        model: a language model from `steer.load`.
+        positive: prompts to steer.
+        negative: prompts to leave alone; `max_negative` (default: twice the positives) bounds how many are used.
+        preset: "steer", or "paper": squared error on the scale only, the unembedding direction, alpha 2 without
+            threshold, as published; its layer weights keep their initial value.
+        openings: what the steered model should say first; `answers` are the contrast for the direction.
+        strength: alpha, in units of each layer's residual norm.
+        inputs: layers whose last prompt state is read, default the last third, as in the paper.
+        kl, gate, sparsity: weights of the loss terms.
+        reply_tokens: tokens of the model's own reply on which the KL of negative prompts is taken.
+        held_out: share of the prompts on which the scale's balanced accuracy is measured.
+        work: folder for resumable state.
+
+    Raises:
+        InputError: too few prompts, a bad setting.
+    """
+    from steer.mount import parse_layers
+
+    check(preset in ("steer", "paper"), "preset", preset, "steer, paper")
+    check(len(positive) >= 4, "positive", f"{len(positive)} prompts", "at least 4")
+    check(len(negative) >= 4, "negative", f"{len(negative)} prompts", "at least 4")
+    check(strength > 0, "strength", strength, "a number above 0")
+    depth = model.info.num_layers
+    reads = parse_layers(inputs or f"{2 * depth // 3}-{depth - 1}", list(range(depth)))
+    negative = list(negative)[: max_negative or 2 * len(positive)]
+    ids = [model.encode(p) for p in (*positive, *negative)]
+    label = torch.tensor([1.0] * len(positive) + [0.0] * len(negative))
+    with ticking(progress, "reading prompts", len(ids)) as tick:
+        seen = model.hidden_states(ids, reads, on_batch=tick)
+    states = torch.cat([seen[layer] for layer in reads], -1)
+    torch.manual_seed(seed)
+    paper = preset == "paper"
+    network = ControllerNetwork(states.shape[1], depth, 1024 if paper else hidden)
+    train, test = _split(label, held_out, seed)
+    network.mean.copy_(states[train].mean(0))
+    network.std.copy_(states[train].std(0).clamp_min(1e-4))
+    before = _mean_weights(network, states[label > 0])
+    if paper:
+        directions = _unembedding_direction(model, openings, answers).expand(depth, -1).contiguous()
+        strength, learning_rate, batch_size, epochs = 2.0, 5e-5, 4, epochs or 4
+    else:
+        directions = _opening_directions(model, ids[: len(positive)], openings, answers, progress)
+        epochs = epochs or 4
+    settings = {
+        "preset": preset, "strength": strength, "inputs": reads, "epochs": epochs, "batch_size": batch_size, "seed":
+        seed, "learning_rate": learning_rate, "kl": kl, "gate": gate, "sparsity": sparsity, "reply_tokens":
+        reply_tokens, "openings": list(openings), "answers": list(answers), "hidden": hidden, "held_out": held_out,
+    }  # fmt: skip
+    rows = data_hash([*positive, *negative])
+    if paper:
+        batches: list[Any] = [list(chunk) for chunk in torch.tensor(train).split(batch_size)]
+        history = fit(network, batches, _paper_loss(states, label), epochs=epochs, learning_rate=learning_rate,
+                      settings={**settings, "data": rows}, seed=seed, work=work, progress=progress)  # fmt: skip
+    else:
+        lesson = _Lesson(model, ids, label, states, directions, strength, openings, (kl, gate, sparsity), seed)
+        lesson.prepare(train, batch_size, reply_tokens, progress)
+        history = fit(network, lesson.batches, lesson.loss, epochs=epochs, learning_rate=learning_rate,
+                      settings={**settings, "data": rows}, seed=seed, work=work, progress=progress)  # fmt: skip
+    network.eval()
+    accuracy = _balanced_accuracy(network, states[test], label[test])
+    card = Card(
+        kind="controller",
+        model=model.info.entry(),
+        layers=list(range(depth)),
+        settings={
+            "strength": strength,
+            "unit": "raw" if paper else "norm",
+            "threshold": 0.0 if paper else 0.5,
+            "scope": "generated" if paper else "reply",
+        },
+        recipe=settings,
+        data={"sha256": rows, "rows": len(ids), "positive": len(positive), "negative": len(negative)},
+        metrics={
+            "held_out_balanced_accuracy": accuracy,
+            "loss": [round(x, 5) for x in history],
+            "layer_weights_initial": before,
+            "layer_weights": _mean_weights(network, states[label > 0]),
+        },
+    )
+    tensors = {f"network.{k}": v.detach().clone() for k, v in network.state_dict().items()}
+    return Artifact({**tensors, "directions": directions}, card)
+
+
+def _split(label: Tensor, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Rows to train on and rows to judge on, of both classes."""
+    generator = torch.Generator().manual_seed(seed)
+    train: list[int] = []
+    test: list[int] = []
+    for value in (1.0, 0.0):
+        rows = (label == value).nonzero().squeeze(1)
+        rows = rows[torch.randperm(len(rows), generator=generator)].tolist()
+        cut = max(1, int(len(rows) * share))
+        test += rows[:cut]
+        train += rows[cut:]
+    return train, test
+
+
+def _balanced_accuracy(network: ControllerNetwork, states: Tensor, label: Tensor) -> float:
+    with torch.no_grad():
+        fires = network(states)[0] > 0
+    return float((fires[label > 0].double().mean() + (~fires[label == 0]).double().mean()) / 2)
+
+
+def _mean_weights(network: ControllerNetwork, states: Tensor) -> list[float]:
+    with torch.no_grad():
+        return [round(float(w), 5) for w in network(states)[1].mean(0)]
+
+
+def _paper_loss(states: Tensor, label: Tensor) -> Any:
+    """MSE of s to 1 on positive and, with weight 1/2, to 0 on negative prompts."""
+
+    def loss(network: nn.Module, rows: list[Tensor], epoch: int) -> Tensor:
+        at = torch.stack(rows)
+        scale = torch.sigmoid(network(states[at])[0])
+        weight = torch.where(label[at] > 0, 1.0, 0.5)
+        return (weight * (scale - label[at]).square()).mean()
+
+    return loss
+
+
+def _unembedding_direction(model: Any, openings: Sequence[str], answers: Sequence[str]) -> Tensor:
+    """The paper's direction `[1, D]`: mean output embedding of the openings' tokens minus that of the answers'."""
+    matrix = model.info.unembedding().float()
+
+    def mean(texts: Sequence[str]) -> Tensor:
+        ids = [t for text in texts for t in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        return matrix[torch.tensor(ids, device=matrix.device)].mean(0).cpu()
+
+    direction = mean(openings) - mean(answers)
+    return (direction / direction.norm()).unsqueeze(0)
+
+
+def _opening_directions(
+    model: Any, ids: Sequence[list[int]], openings: Sequence[str], answers: Sequence[str], progress: bool
+) -> Tensor:
+    """Unit directions `[L, D]`: mean state over an opening's tokens minus that over an answer's, after the same
+    prompts.
+    """
+    prompts = list(ids)[:64]
+    rows, since = [], []
+    for texts in (openings, answers):
+        for i, prompt in enumerate(prompts):
+            reply = model.tokenizer(texts[i % len(texts)], add_special_tokens=False)["input_ids"]
+            rows.append([*prompt, *reply])
+            since.append(len(prompt) - 1)
+    with ticking(progress, "reading openings", len(rows)) as tick:
+        seen = model.hidden_states(rows, pool="mean", since=since, on_batch=tick)
+    means = torch.stack([seen[layer] for layer in range(model.info.num_layers)])
+    difference = means[:, : len(prompts)].mean(1) - means[:, len(prompts) :].mean(1)
+    return difference / difference.norm(dim=-1, keepdim=True)
+
+
+class _Lesson:
+    """Batches and loss of the end-to-end objective. Prompts are read once; steps run on the last token and the
+    reply.
+    """
+
+    def __init__(
+        self, model: Any, ids: list[list[int]], label: Tensor, states: Tensor, directions: Tensor, strength: float,
+        openings: Sequence[str], weights: tuple[float, float, float], seed: int,
+    ) -> None:  # fmt: skip
+        self.model, self.ids, self.label, self.states = model, ids, label, states
+        self.push = directions * model.residual_norms().unsqueeze(1) * strength
+        self.openings = [model.tokenizer(t, add_special_tokens=False)["input_ids"] for t in openings]
+        self.kl, self.gate, self.sparsity = weights
+        self.seed = seed
+        self.replies: dict[int, list[int]] = {}
+        self.batches: list[_Batch] = []
+
+    def prepare(self, rows: list[int], batch_size: int, reply_tokens: int, progress: bool) -> None:
+        """Read every prompt but its last token, and let the model answer the negative ones."""
+        ordered = sorted(rows, key=lambda i: len(self.ids[i]))
+        chunks = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+        from steer.adapters.learning import read_prefix
+
+        with ticking(progress, "reading prompts", len(rows)) as tick:
+            for chunk in chunks:
+                keys, mask, replies = read_prefix(self.model, [self.ids[i] for i in chunk], reply_tokens)
+                self.replies.update(dict(zip(chunk, replies, strict=True)))
+                self.batches.append(_Batch(chunk, self.label[chunk] > 0, keys, mask))
+                tick(len(chunk))
+
+    def loss(self, network: nn.Module, batch: _Batch, epoch: int) -> Tensor:
+        at = torch.tensor(batch.rows)
+        logit, weights = network(self.states[at])
+        scale = torch.sigmoid(logit)
+        amount = scale.unsqueeze(1) * weights
+        total = self.gate * nn.functional.binary_cross_entropy_with_logits(logit, self.label[at])
+        total = total + self.sparsity * amount.mean()
+        pick = torch.Generator().manual_seed(self.seed * 31 + epoch)
+        opening = self.openings[int(torch.randint(len(self.openings), (1,), generator=pick))]
+        replies = [
+            opening if up else self.replies[i] for i, up in zip(batch.rows, batch.positive.tolist(), strict=True)
+        ]
+        steered, target, real = self._reply(batch, replies, self._program(amount))
+        log_law = torch.log_softmax(steered.float(), -1)
+        up = batch.positive
+        if bool(up.any()):
+            taken = log_law[up].gather(2, target[up].unsqueeze(2)).squeeze(2)
+            total = total - (taken * real[up]).sum() / real[up].sum() * up.float().mean() * 2
+        if bool((~up).any()):
+            down = (~up).nonzero().squeeze(1)
+            with torch.no_grad():
+                base, _, _ = self._reply(batch, replies, {})
+            reference = torch.log_softmax(base[down].float(), -1)
+            gap = (reference.exp() * (reference - log_law[down])).sum(-1)
+            total = total + self.kl * (gap * real[down]).sum() / real[down].sum() * (~up).float().mean() * 2
+        return total
+
+    def _reply(self, batch: _Batch, replies: list[list[int]], program: dict[int, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        from steer.adapters.learning import reply_logits
+
+        last = [self.ids[i][-1] for i in batch.rows]
+        return reply_logits(self.model, last, replies, batch.keys, batch.mask, program)
+
+    def _program(self, amount: Tensor) -> dict[int, Any]:
+        """Differentiable additions at every layer, `amount` `[N, L]`."""
+
+        def adding(layer: int) -> Any:
+            push = self.push[layer]
+            return lambda h: h + (amount[:, layer, None, None] * push).to(h.device, h.dtype)
+
+        return {layer: adding(layer) for layer in range(amount.shape[1])}

@@ -1,0 +1,377 @@
+"""The command line: what goes where, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from steer import artifacts
+from steer.artifacts import Card
+from steer.cli import main
+from steer.engine import SAMPLERS
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Steer:
+    """Calls the command line in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *arguments: object) -> Result:
+        self.capsys.readouterr()
+        code = main([str(a) for a in arguments])
+        return Result(code, *self.capsys.readouterr())
+
+
+@pytest.fixture
+def steer(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Steer:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STEER_HOME", str(tmp_path / "home"))
+    return Steer(capsys)
+
+
+def refused(result: Result, *words: str) -> None:
+    """Exit status 2, nothing on stdout, one line that says what is wrong."""
+    assert result.code == 2
+    assert result.out == ""
+    errors = [line for line in result.err.splitlines() if "error" in line.lower() or "Traceback" in line]
+    assert len(errors) == 1 and errors[0].startswith("steer: error: "), result.err
+    for word in words:
+        assert word in errors[0]
+
+
+def vector(path: Path, *, width: int = 32, layers: tuple[int, ...] = (0, 1), depth: int = 2, nan: bool = False) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"direction.{layer}": torch.randn(width, generator=generator) for layer in layers}
+    card = Card("vector", {"name": "tiny", "num_layers": depth, "width": width}, list(layers), {"unit": "norm"})
+    artifacts.save(path, tensors, card)
+    if nan:
+        from safetensors.torch import save_file
+
+        tensors["direction.0"][3] = torch.nan
+        save_file(tensors, path, {"steer": json.dumps(card.__dict__)})
+    return path
+
+
+@pytest.fixture
+def ask(steer: Steer, tiny_lm_dir: Path) -> Any:
+    """`steer generate` on the tiny model."""
+
+    def call(*arguments: object, prompt: str | None = "hello world", model: object = tiny_lm_dir) -> Result:
+        given = [] if prompt is None else ["--prompt", prompt]
+        return steer("generate", "--model", model, *given, "--max-new-tokens", 4, *arguments)
+
+    return call
+
+
+# --------------------------------------------------------------------------------------------------------- generate
+
+
+def test_json_alone_goes_to_stdout(tmp_path: Path, tiny_lm_dir: Path) -> None:
+    (tmp_path / "loud.py").write_text("def count(texts):\n    print('noise')\n    return [len(t) for t in texts]\n")
+    command = [sys.executable, "-m", "steer", "generate", "--model", str(tiny_lm_dir), "--prompt", "hello", "--json"]
+    more = ["--n", "2", "--seed", "5", "--max-new-tokens", "4", "--reward", "loud:count", "--out", "deep/out.json"]
+    done = subprocess.run(command + more, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found) == {"model", "prompts", "cost", "seed"} and found["seed"] == 5
+    assert [set(s) for s in found["prompts"][0]["samples"]] == [{"text", "reward", "log_weight", "kl"}] * 2
+    assert "noise" in done.stderr and "noise" not in done.stdout and "Loading" not in done.stderr
+    assert json.loads((tmp_path / "deep" / "out.json").read_text()) == found
+
+
+def test_text_shows_prompt_sample_reward_and_kl(ask: Any) -> None:
+    done = ask("--reward", "length", "--seed", 1)
+    assert done.code == 0
+    assert done.out.startswith("> hello world\n") and "[reward " in done.out and ", kl 0.000]" in done.out
+
+
+def test_same_seed_same_text(ask: Any) -> None:
+    first, second, other = (ask("--seed", s, "--json", "--max-new-tokens", 12) for s in (3, 3, 4))
+    assert json.loads(first.out)["prompts"] == json.loads(second.out)["prompts"] != json.loads(other.out)["prompts"]
+
+
+def test_a_seed_is_drawn_and_reported(ask: Any) -> None:
+    drawn = json.loads(ask("--json").out)
+    again = json.loads(ask("--json", "--seed", drawn["seed"]).out)
+    assert drawn["prompts"] == again["prompts"]
+
+
+def test_an_edit_is_mounted(ask: Any, tmp_path: Path) -> None:
+    found = json.loads(
+        ask("--edit", f"{vector(tmp_path / 'v.safetensors')}:0.5:scope=reply", "--seed", 1, "--json").out
+    )
+    assert found["prompts"][0]["samples"][0]["kl"] > 0
+
+
+def test_a_value_head_is_checked_without_its_model(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steer.methods.value import QHead
+
+    tensors = {name: torch.rand(x.shape) for name, x in QHead(32, 16).state_dict().items()}
+    artifacts.save("value.safetensors", tensors, Card("value", {"name": "tiny"}, recipe={"head": "q"}))
+    assert ask("--edit", "value.safetensors:2:top_k=5:model=any", "--beta", "0.5").code == 0
+    monkeypatch.setattr("steer.cli.jobs.load", lambda *a, **k: pytest.fail("the model was loaded"))
+    refused(ask("--edit", "value.safetensors:scope=reply"), "scope", "top_k")
+
+
+def test_prompts_from_a_file(ask: Any, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "hello"}]
+    (tmp_path / "prompts.json").write_text(json.dumps(["a cat", chat]))
+    found = json.loads(ask("--prompts", "prompts.json", "--json", prompt=None).out)
+    assert [p["prompt"] for p in found["prompts"]] == ["a cat", chat]
+
+
+def test_best_of_n_with_settings(ask: Any) -> None:
+    found = json.loads(ask("--sampler", "best-of-n", "--set", "n=3", "--reward", "length", "--json").out)
+    assert len(found["prompts"][0]["samples"]) == 1 and found["cost"]["reward_calls"] == 3
+
+
+def test_stream_prints_what_is_drawn(ask: Any) -> None:
+    streamed, plain = ask("--stream", "--seed", 1), ask("--seed", 1)
+    assert streamed.code == 0
+    assert streamed.out.split("\n  [")[0] == plain.out.split("\n  [")[0].removeprefix("> hello world\n")
+
+
+def test_system_message_and_raw_text_change_the_prompt(ask: Any) -> None:
+    tokens = [
+        json.loads(ask(*more, "--json").out)["cost"]["prompt_tokens"]
+        for more in ((), ("--raw",), ("--system", "a cat"))
+    ]
+    assert tokens[1] < tokens[0] < tokens[2]
+
+
+# ----------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--n", "0"], ["n: got 0"]),
+        (["--beta", "0"], ["beta: got 0"]),
+        (["--beta", "nan"], ["beta: got nan"]),
+        (["--temperature", "-1"], ["temperature: got -1"]),
+        (["--max-new-tokens", "0"], ["max_new_tokens: got 0"]),
+        (["--top-p", "2"], ["top_p"]),
+        (["--max-rows", "0"], ["max_rows"]),
+        (["--sampler", "magic"], ["sampler", "magic", *SAMPLERS]),
+        (["--sampler", "best-of-n"], ["reward"]),
+        (["--set", "nn=3"], ["nn", "did you mean n?"]),
+        (["--set", "n=many"], ["n: got 'many'", "an integer"]),
+        (["--set", "n"], ["key=value"]),
+        (["--reward", "sentimant"], ["sentimant", "sentiment"]),
+        (["--dtype", "int3"], ["dtype"]),
+        (["--device", "toaster"], ["device"]),
+        (["--edit", "nothing.safetensors"], ["nothing.safetensors", "no such file"]),
+        (["--raw", "--system", "x"], ["raw"]),
+        (["--stream", "--json"], ["stream"]),
+        (["--prompts", "none.json"], ["prompt"]),
+        (["--nonsense"], ["--nonsense"]),
+        (["--n", "x"], ["--n"]),
+    ],
+)
+def test_bad_options_are_refused_before_the_model_loads(
+    ask: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]
+) -> None:
+    monkeypatch.setattr("steer.cli.jobs.load", lambda *a, **k: pytest.fail("the model was loaded"))
+    refused(ask(*arguments), *words)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '[""]', "[3]", "[[]]", '[[{"role": "user"}]]', "[" * 5000, b"\xff\xfe"]
+)
+def test_bad_prompt_files(ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | bytes) -> None:
+    monkeypatch.setattr("steer.cli.jobs.load", lambda *a, **k: pytest.fail("the model was loaded"))
+    (tmp_path / "p.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(ask("--prompts", "p.json", prompt=None), "prompts")
+
+
+def test_bad_prompts(ask: Any) -> None:
+    refused(ask(prompt=""), "prompt", "not empty")
+    refused(ask(prompt="cat " * 200), "prompts[0]", "at most 128 tokens")
+
+
+def test_unknown_models(ask: Any, tmp_path: Path) -> None:
+    refused(ask(model="smollm2-135"), "did you mean smollm2-135m?")
+    refused(ask(model="smollm2-135m"), "steer models fetch smollm2-135m")
+    refused(ask(model=tmp_path), "could not load")
+
+
+def test_artifacts_that_do_not_fit(ask: Any, tmp_path: Path) -> None:
+    refused(ask("--edit", vector(tmp_path / "wide.safetensors", width=48)), "48", "32")
+    refused(ask("--edit", vector(tmp_path / "deep.safetensors", layers=(0, 7), depth=8)), "8", "2")
+    artifacts.save_gguf("deep.gguf", {7: torch.ones(32)}, "llama")
+    refused(ask("--edit", "deep.gguf"), "layer: got 7", "0 to 1")
+    refused(ask("--edit", f"{vector(tmp_path / 'v.safetensors')}:layers=5"), "layers", "0 and 1")
+    refused(ask("--edit", f"{vector(tmp_path / 'w.safetensors')}:colour=blue"), "colour")
+
+
+def test_broken_artifacts(ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steer.cli.jobs.load", lambda *a, **k: pytest.fail("the model was loaded"))
+    refused(ask("--edit", vector(tmp_path / "nan.safetensors", nan=True)), "NaN")
+    whole = vector(tmp_path / "v.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused(ask("--edit", "cut.safetensors"), "truncated")
+    (tmp_path / "evil.safetensors").write_bytes(pickle.dumps({"direction.0": [1.0]}))
+    refused(ask("--edit", "evil.safetensors"), "pickle")
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "word"),
+    [("raises", "1 / 0", "ZeroDivisionError"), ("nan", "[float('nan')] * len(texts)", "NaN"), ("short", "[]", "shape")],
+)
+def test_bad_rewards(
+    ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, body: str, word: str
+) -> None:
+    (tmp_path / f"rewards_{name}.py").write_text(f"def score(texts):\n    return {body}\n")
+    monkeypatch.delitem(sys.modules, f"rewards_{name}", raising=False)
+    refused(ask("--reward", f"rewards_{name}:score"), word)
+
+
+def test_output_that_cannot_be_written(ask: Any, tmp_path: Path) -> None:
+    refused(ask("--out", tmp_path), "out", "not a folder")
+    (tmp_path / "file").touch()
+    refused(ask("--out", tmp_path / "file" / "out.json"), "out")
+
+
+def test_infinite_numbers_are_null() -> None:
+    from steer.report import as_json
+
+    assert as_json({"a": [float("nan"), float("-inf"), 1.5], "b": "x"}) == '{"a": [null, null, 1.5], "b": "x"}'
+
+
+def test_interrupted(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*given: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("steer.cli.jobs.load", stop)
+    assert ask().code == 130
+
+
+# ----------------------------------------------------------------------------------------------------------- others
+
+
+def test_help_is_quick_and_loads_nothing() -> None:
+    code = "import sys; from steer.cli import main; main(['--help']); print('torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stderr.strip() == "False" and "generate" in done.stdout
+
+
+def test_importing_steer_imports_no_engine() -> None:
+    code = (
+        "import sys, steer\n"
+        "assert 'torch' not in sys.modules\n"
+        "names = [n for n in steer.__all__ if n != 'RawText']\n"
+        "assert all(getattr(steer, n) for n in names) and set(names) <= set(dir(steer))\n"
+        "assert callable(steer.generate) and callable(steer.load)\n"
+        "print([m for m in ('transformers', 'vllm', 'diffusers', 'gradio') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+    with pytest.raises(AttributeError, match="nonsense"):
+        import steer
+
+        steer.nonsense  # noqa: B018
+
+
+def test_models_are_listed(steer: Steer) -> None:
+    done = steer("models", "list")
+    assert done.code == 0 and "smollm2-135m" in done.out and "not fetched" in done.out
+    refused(steer("models", "fetch", "smolm2"), "did you mean smollm2-135m?")
+
+
+def test_show_and_export(steer: Steer, tmp_path: Path) -> None:
+    made = vector(tmp_path / "v.safetensors")
+    assert "vector for tiny" in steer("show", made).out
+    assert steer("export", made, "v.gguf").out == "wrote v.gguf: layers 1\n"
+    directions, hint = artifacts.load_gguf("v.gguf")
+    assert hint == "unknown" and torch.equal(directions[1], artifacts.load(made)[0]["direction.1"])
+    assert "layers: 1" in steer("show", "v.gguf").out
+    refused(steer("export", made, "v.gguf", "--layers", "0"), "block 0")
+    refused(steer("export", made, "v.gguf", "--layers", "9"), "layers")
+    refused(steer("show", "absent.safetensors"), "no such file")
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Training functions that only write down what they were asked."""
+    calls: list[dict[str, Any]] = []
+    made = ({"direction.0": torch.ones(32)}, Card("vector", {"name": "tiny"}))
+
+    def train_vector(
+        model: Any, pairs: Any, *, method: str = "mean", l2: float = 1.0, seed: int = 0, progress: bool = False
+    ) -> Any:
+        calls.append({"pairs": pairs, "method": method, "l2": l2, "seed": seed})
+        return made
+
+    def train_controller(model: Any, positive: Any, negative: Any, *, epochs: int | None = None, seed: int = 0, work: Path | None, progress: bool = False) -> Any:  # fmt: skip  # noqa: E501
+        assert work is not None
+        work.mkdir()
+        calls.append({"positive": positive, "negative": negative, "epochs": epochs, "work": work})
+        return made
+
+    def train_value(model: Any, prompts: Any, reward: Any, *, head: str = "q", td_lambda: float = 0.95, seed: int = 0, work: Path | None, progress: bool = False) -> Any:  # fmt: skip  # noqa: E501
+        assert work is not None
+        work.mkdir()
+        calls.append({"prompts": prompts, "reward": str(reward), "head": head, "td_lambda": td_lambda, "work": work})
+        return made
+
+    for function in (train_vector, train_controller, train_value):
+        module = ModuleType(f"steer.train.{function.__name__.removeprefix('train_')}")
+        setattr(module, function.__name__, function)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return calls
+
+
+def test_train_vector(steer: Steer, training: list[dict[str, Any]], tiny_lm_dir: Path, tmp_path: Path) -> None:
+    rows = [{"positive": "good", "negative": "bad"}, {"positive": "nice", "negative": "awful"}]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    train = ("train", "vector", "--model", tiny_lm_dir, "--pairs", "pairs.jsonl", "--out", "out/v.safetensors")
+    done = steer(*train, "--method", "probe", "--set", "l2=0.5", "--seed", 4)
+    assert done.code == 0 and "wrote out/v.safetensors" in done.out
+    assert training == [{"pairs": rows, "method": "probe", "l2": 0.5, "seed": 4}]
+    assert artifacts.read_card("out/v.safetensors").kind == "vector"
+    refused(steer(*train, "--method", "magic"), "method", "mean, pca, probe")
+    refused(steer(*train, "--set", "l3=1"), "l3", "did you mean l2?")
+    refused(steer(*train, "--set", "progress=1"), "progress")
+    (tmp_path / "pairs.jsonl").write_text('{"positive": "good", "negative": "bad"}\n{"positive": "good"}\n')
+    refused(steer(*train), "pairs line 2")
+    assert len(training) == 1
+
+
+def test_train_with_work(steer: Steer, training: list[dict[str, Any]], tiny_lm_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('["a", "b"]')
+    controller = ("--positive", "p.json", "--negative", "p.json", "--set", "epochs=3", "--keep-work")
+    value = ("--prompts", "p.json", "--reward", "sentiment - 0.1*length", "--set", "td_lambda=0.5")
+    assert steer("train", "controller", "--model", tiny_lm_dir, *controller, "--out", "c.st").code == 0
+    assert steer("train", "value", "--model", tiny_lm_dir, *value, "--out", "v.st").code == 0
+    assert training[0]["epochs"] == 3 and training[0]["positive"] == ["a", "b"]
+    assert training[1]["td_lambda"] == 0.5 and training[1]["reward"] == "sentiment - 0.1*length"
+    assert Path("c.st.work").is_dir() and not Path("v.st.work").exists()
+    refused(steer("train", "value", "--model", tiny_lm_dir, *value, "--out", os.devnull + "/v.st"), "out")
+
+
+def test_eval(steer: Steer, tiny_lm_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('["a cat", "hello"]')
+    given = ("eval", "--model", tiny_lm_dir, "--edit", vector(tmp_path / "v.safetensors"), "--prompts", "p.json")
+    done = steer(*given, "--strengths", "-0.2,0.2", "--max-new-tokens", 4, "--reward", "length", "--out", "report")
+    assert done.code == 0 and "unsteered" in done.out and "-0.2" in done.out
+    assert Path("report/report.json").is_file() and Path("report/report.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(Path("report/report.json").read_text())["artifact"] == "v.safetensors"
+    refused(steer(*given, "--strengths", "1,two", "--out", "report"), "strengths", "two")
+    refused(steer(*given, "--strengths", "1,inf", "--out", "report"), "strengths")
+    refused(steer(*given, "--out", "p.json"), "out")

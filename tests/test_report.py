@@ -1,0 +1,145 @@
+"""The report: what it measures is what a direct computation gives, and it says where steering breaks."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steer.core import InputError
+from steer.methods.prompt import SystemPrompt
+from steer.methods.vector import SteeringVector
+from steer.report import Report, Row, _breaks, _interval, default_strengths, evaluate
+from steer.rewards import distinct_n
+
+PROMPTS = ["a cat", "hello world", "the sun is", "why"]
+
+
+@pytest.fixture(scope="module")
+def edit() -> SteeringVector:
+    generator = torch.Generator().manual_seed(0)
+    return SteeringVector({layer: torch.randn(32, generator=generator) for layer in (0, 1)}).normalised()
+
+
+@pytest.fixture(scope="module")
+def report(tiny_lm: Any, edit: SteeringVector) -> Report:
+    return evaluate(
+        tiny_lm,
+        PROMPTS,
+        edit,
+        strengths=[0.4, -0.4],
+        reward="length",
+        seed=3,
+        max_new_tokens=8,
+        n=2,
+        system="a calm dog",
+    )
+
+
+def test_rows(report: Report) -> None:
+    kinds = [(row.kind, row.strength) for row in report.rows]
+    assert kinds == [
+        ("unsteered", 0.0), ("steered", -0.4), ("steered", 0.4), ("random", -0.4), ("random", 0.4), ("system", None),
+    ]  # fmt: skip
+    assert [row.strength for row in report.of("random")] == [-0.4, 0.0, 0.4]
+    base = report.rows[0]
+    assert base.kl == 0 and base.perplexity_ratio == 1
+    assert all(row.kl > 0 for row in report.rows[1:])  # type: ignore[operator]
+    assert all(row.reward_low <= row.reward <= row.reward_high for row in report.rows)
+    assert all(len(row.examples) == 2 and row.examples[0]["prompt"] == "a cat" for row in report.rows)
+
+
+def test_a_row_is_what_a_direct_computation_gives(tiny_lm: Any, edit: SteeringVector, report: Report) -> None:
+    made = tiny_lm.generate(PROMPTS, edits=replace(edit, strength=0.4), reward="length", seed=3, max_new_tokens=8, n=2)
+    total, tokens = tiny_lm.log_likelihood(made)
+    row = report.rows[2]
+    assert row.reward == pytest.approx(float(made.reward.mean()), abs=1e-12)
+    assert row.kl == pytest.approx(float(made.kl.mean()), rel=1e-6)
+    assert row.kl_per_token == pytest.approx(float(made.kl.sum() / tokens.sum()), rel=1e-6)
+    assert row.perplexity == pytest.approx(math.exp(-float(total.sum() / tokens.sum())), rel=1e-6)
+    assert row.distinct_2 == distinct_n(made.texts, 2) and row.tokens == float(tokens.mean())
+
+
+def test_the_system_prompt_is_measured_against_the_plain_prompt(tiny_lm: Any, report: Report) -> None:
+    made = tiny_lm.generate(PROMPTS, edits=SystemPrompt("a calm dog"), reward="length", seed=3, max_new_tokens=8, n=2)
+    assert report.rows[-1].kl == pytest.approx(float(made.kl.mean()), rel=1e-6)
+
+
+def test_random_directions_alternate_between_prompts(tiny_lm: Any, edit: SteeringVector, report: Report) -> None:
+    pair = [replace(edit.random(seed), strength=0.4) for seed in (1, 2)]
+    edits = [[pair[0]], [pair[1]], [pair[0]], [pair[1]]]
+    made = tiny_lm.generate(PROMPTS, edits=edits, reward="length", seed=3, max_new_tokens=8, n=2)
+    assert report.rows[4].kl == pytest.approx(float(made.kl.mean()), rel=1e-6)
+
+
+def test_one_prompt_without_a_control(tiny_lm: Any, edit: SteeringVector) -> None:
+    made = evaluate(tiny_lm, ["a cat"], edit, strengths=[0.1], reward="length", max_new_tokens=3, control=False)
+    assert [row.kind for row in made.rows] == ["unsteered", "steered"]
+    both = evaluate(tiny_lm, ["a cat"], edit, strengths=[0.1], reward="length", max_new_tokens=3)
+    assert [row.kind for row in both.rows] == ["unsteered", "steered", "random"]
+
+
+def test_nothing_runs_where_the_edit_does_not_fit(tiny_lm: Any) -> None:
+    with pytest.raises(InputError, match="width 48"):
+        evaluate(tiny_lm, PROMPTS, SteeringVector({0: torch.ones(48)}), reward="length")
+    with pytest.raises(InputError, match="strength"):
+        evaluate(tiny_lm, PROMPTS, SystemPrompt("x"))
+    with pytest.raises(InputError, match="prompts"):
+        evaluate(tiny_lm, [], SteeringVector({0: torch.ones(32)}))
+
+
+def test_bootstrap_interval() -> None:
+    # 2000 draws of a mean of 400: its quantiles lie within 0.02 of the normal ones, 5 standard errors of a quantile.
+    values = torch.randn(400, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    low, high = _interval(values)
+    half = 1.96 * float(values.std(correction=0)) / 20
+    assert low == pytest.approx(float(values.mean()) - half, abs=0.02)
+    assert high == pytest.approx(float(values.mean()) + half, abs=0.02)
+
+
+def _row(kind: str, strength: float, perplexity: float = 10.0, distinct: float = 0.8) -> Row:
+    return Row(
+        kind=kind, strength=strength, reward=strength, reward_low=strength - 0.1, reward_high=strength + 0.1,
+        kl=strength**2, kl_per_token=strength**2 / 10, perplexity=perplexity, perplexity_ratio=perplexity / 10,
+        distinct_1=distinct, distinct_2=distinct, distinct_3=distinct, tokens=10.0,
+    )  # fmt: skip
+
+
+def test_breaks_are_the_first_on_each_side() -> None:
+    rows = [
+        _row("unsteered", 0.0), _row("steered", -0.2, 16.0), _row("steered", -0.1, 14.0), _row("steered", 0.1),
+        _row("steered", 0.2, 12.0, 0.3), _row("steered", 0.3, 99.0), _row("random", 0.1, 99.0),
+    ]  # fmt: skip
+    found = _breaks(rows)
+    assert [b.strength for b in found] == [-0.2, 0.2]
+    assert "perplexity" in found[0].reason and "distinct-2" in found[1].reason
+    made = Report("tiny", "calm", "sentiment", {}, rows, found)
+    assert "breaks at -0.2" in made.verdict and made.table().count("< breaks") == 2
+    assert "no strength" in replace(made, breaks=[]).verdict
+
+
+def test_writing(report: Report, tmp_path: Path) -> None:
+    report.write(tmp_path / "new" / "folder")
+    files = {p.name: p for p in (tmp_path / "new" / "folder").iterdir()}
+    assert set(files) == {"report.json", "report.png"}
+    found = json.loads(files["report.json"].read_text())
+    assert len(found["rows"]) == 6 and found["verdict"] == report.verdict and found["settings"]["seed"] == 3
+    assert files["report.png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_without_numbers_is_still_json_and_a_picture(tmp_path: Path) -> None:
+    rows = [_row("unsteered", 0.0), replace(_row("steered", 1.0, 1e5), reward=math.nan, kl=None, kl_per_token=None)]
+    Report("tiny", "calm", "sentiment", {}, rows, _breaks(rows)).write(tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["rows"][1]["reward"] is None
+
+
+def test_default_strengths(edit: SteeringVector) -> None:
+    assert default_strengths(edit) == [-0.3, -0.2, -0.1, 0, 0.1, 0.2, 0.3]
+    assert default_strengths(replace(edit, operator="ablate")) == [0.0, 0.5, 1.0]
+    many = replace(edit, directions=dict.fromkeys(range(10), torch.ones(32)))
+    assert max(default_strengths(many)) == 0.1
