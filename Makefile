@@ -25,6 +25,12 @@ lint: $(BIN)/steer
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The folders adapters/ and recipes/ are installed under steer/, which a type checker sees only in an installed copy.
+types: $(BIN)/steer
+	rm -rf build/types && mkdir -p build/types
+	cp -r steer build/types/steer && cp -r adapters build/types/steer/adapters && cp -r recipes build/types/steer/recipes
+	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p steer
+
 bench: $(BIN)/steer
 	$(BIN)/steer models fetch smollm2-135m
 	OMP_NUM_THREADS=1 $(BIN)/python -m steer.bench

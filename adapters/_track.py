@@ -120,16 +120,27 @@ def _read_again(
     """
     first = plan.first_position()
     end = position[:, -1].cpu()
-    if bool((first > end).all()):
+    acts = first <= end
+    if not bool(acts.any()):
         return logits, last, cache, Cost()
-    if bool((first >= end).all()) and full_attention(cache):
+    old = [(layer.keys, layer.values) for layer in cache.layers] if full_attention(cache) else []
+    if old and bool((first >= end).all()):
         crop_last(cache, 1)
         tokens, position = tokens[:, -1:], position[:, -1:]
     else:
         cache = new_cache(model.config)
     program = plan.chunk(position.cpu())
-    logits, last = _forward(model, tokens, mask, padded, position, cache, program, hidden=hidden)
-    return logits, last, cache, Cost(model_calls=1)
+    again, last_again = _forward(model, tokens, mask, padded, position, cache, program, hidden=hidden)
+    # Rows on which nothing acts keep every bit of the first pass.
+    idle = (~acts).nonzero().squeeze(1).to(logits.device)
+    if len(idle):
+        again[idle] = logits[idle]
+        if last is not None and last_again is not None:
+            last_again[idle, -1] = last[idle, -1]
+        for layer, (keys, values) in zip(cache.layers, old, strict=bool(old)):
+            at = idle.to(keys.device)
+            layer.keys[at], layer.values[at] = keys[at], values[at]
+    return again, last_again, cache, Cost(model_calls=1)
 
 
 def fork(track: Track, index: Tensor) -> Track:

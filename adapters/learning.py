@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from steer.adapters import _track
+from steer.adapters._plan import recording
 from steer.core import UnsupportedError, check
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ Keys = list[tuple[Tensor, Tensor]]
 
 @torch.no_grad()
 def read_prefix(
-    model: LanguageModel, ids: Sequence[Sequence[int]], reply_tokens: int
-) -> tuple[Keys, Tensor, list[list[int]]]:
-    """Keys and values of every prompt without its last token, their mask `[N, T]` (left-padded), and the first
-    `reply_tokens` tokens of the model's own greedy reply.
+    model: LanguageModel, ids: Sequence[Sequence[int]], reply_tokens: int, layers: Sequence[int]
+) -> tuple[Keys, Tensor, list[list[int]], dict[int, Tensor]]:
+    """Every prompt in one pass: keys and values without its last token, their mask `[N, T]` (left-padded), the first
+    `reply_tokens` tokens of the model's own greedy reply, and the residual stream of `layers` at the last token.
     """
     check(all(len(row) >= 2 for row in ids), "prompts", "a prompt of one token", "prompts of two tokens or more")
     track, _ = _track.start(model, [row[:-1] for row in ids], (), 1, hidden=False)
@@ -35,16 +36,18 @@ def read_prefix(
     keys = [(layer.keys, layer.values) for layer in track.cache.layers]
     mask = track.mask
     token = torch.tensor([row[-1] for row in ids], device=model.device)
-    drawn = []
-    for _ in range(reply_tokens):
+    with recording(model.blocks, layers) as seen:
         track, _ = _track.advance(track, token)
-        token = track.logits.argmax(-1)
-        drawn.append(token)
+    states = {layer: x[:, -1].float().cpu() for layer, x in seen.items()}
+    drawn = [track.logits.argmax(-1)]
+    for _ in range(max(0, reply_tokens - 1)):
+        track, _ = _track.advance(track, drawn[-1])
+        drawn.append(track.logits.argmax(-1))
     replies = []
     for row in torch.stack(drawn, 1).tolist():
         ends = [j for j, t in enumerate(row) if t in model.eos_token_ids]
         replies.append(row[: ends[0] + 1] if ends else row)
-    return keys, mask, replies
+    return keys, mask, replies, states
 
 
 def reply_logits(

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 
 from steer.adapters._blocks import decoder_blocks
+from steer.adapters._cache import full_attention, new_cache
 from steer.adapters._plan import Hooks, Place, recording
 from steer.adapters.decoding import Decoding
 from steer.adapters.text import TextProcess
@@ -250,7 +253,7 @@ class LanguageModel:
 
     # ---- reading
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def hidden_states(
         self,
         ids: Sequence[Sequence[int]],
@@ -258,33 +261,89 @@ class LanguageModel:
         *,
         pool: str = "last",
         since: Sequence[int] | None = None,
-        max_tokens: int = 4096,
+        max_tokens: int | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> dict[int, Tensor]:
         """Residual stream after each of `layers` (default: all) of every row of token ids: `{layer: [N, D]}`.
 
         `pool` is "last" (the last token) or "mean" (over the tokens from position `since` of each row on; by default
-        all but the first, an attention sink). Batches hold rows of one length, so
-        that nothing is padded, up to `max_tokens`; the output head is never run.
+        all but the first, an attention sink). Batches hold rows of one length, so that nothing is padded, up to
+        `max_tokens` (default: 512 on a CPU, whose caches hold no more, 4096 elsewhere). What all rows begin with, such
+        as a chat's system prompt, is read once, and nothing above the last of `layers` is run, nor the output head.
         """
         check(pool in ("last", "mean"), "pool", pool, "last, mean")
         wanted = list(range(len(self.blocks))) if layers is None else list(layers)
-        out = {layer: torch.empty(len(ids), self.info.width) for layer in wanted}
-        for rows in _same_lengths(ids, max_tokens):
-            tokens = torch.tensor([ids[i] for i in rows], device=self.device)
-            with recording(self.blocks, wanted) as seen:
-                self.trunk(input_ids=tokens, use_cache=False)
+        with torch.inference_mode(False):  # what training starts from
+            out = {layer: torch.empty(len(ids), self.info.width) for layer in wanted}
+        opening = _Opening(self, ids, wanted)
+        for rows in _same_lengths(ids, max_tokens or (512 if self.device.type == "cpu" else 4096)):
+            length = len(ids[rows[0]])
+            first = [length - 1 if pool == "last" else min(1, length - 1) if since is None else since[i] for i in rows]
+            seen = opening.read([ids[i] for i in rows], whole=min(first) < opening.length)
             for layer, x in seen.items():
-                if pool == "last" or x.shape[1] == 1:
-                    pooled = x[:, -1]
-                elif since is None:
-                    pooled = x[:, 1:].mean(1)
-                else:
-                    pooled = torch.stack([row[since[i] :].mean(0) for i, row in zip(rows, x, strict=True)])
-                out[layer][rows] = pooled.float().cpu()
+                skipped = length - x.shape[1]
+                out[layer][rows] = _means(x, [start - skipped for start in first]).cpu()
             if on_batch is not None:
                 on_batch(len(rows))
         return out
+
+
+class _Opening:
+    """Tokens that all rows share, read once: `length` of them, 0 where sharing does not pay or cannot be done."""
+
+    def __init__(self, model: LanguageModel, ids: Sequence[Sequence[int]], layers: Sequence[int]) -> None:
+        self.model, self.layers, self.length = model, layers, 0
+        common = 0
+        if len(ids) > 1:
+            columns = zip(*(row[:-1] for row in ids), strict=False)
+            common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+        self.cache = new_cache(model.config)
+        if common >= 8 and full_attention(self.cache):
+            self.states = self._run([ids[0][:common]], self.cache)
+            self.length = common
+
+    def read(self, ids: Sequence[Sequence[int]], whole: bool) -> dict[int, Tensor]:
+        """States `{layer: [N, T, D]}` of rows of one length, those of the shared tokens only where `whole`."""
+        if not self.length:
+            return self._run(ids, None)
+        cache = new_cache(self.model.config)
+        for source, target in zip(self.cache.layers, cache.layers, strict=True):
+            if source.is_initialized:
+                target.update(*(x.expand(len(ids), -1, -1, -1) for x in (source.keys, source.values)))
+        seen = self._run([row[self.length :] for row in ids], cache)
+        if not whole:
+            return seen
+        return {layer: torch.cat([self.states[layer].expand(len(ids), -1, -1), x], 1) for layer, x in seen.items()}
+
+    def _run(self, ids: Sequence[Sequence[int]], cache: Cache | None) -> dict[int, Tensor]:
+        tokens = torch.tensor([list(row) for row in ids], device=self.model.device)
+        top = max(self.layers, default=0)
+        with recording(self.model.blocks, self.layers) as seen:
+            handle = self.model.blocks[top].register_forward_hook(_stop)
+            try:
+                self.model.trunk(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
+            except _Enough:
+                pass
+            finally:
+                handle.remove()
+        return seen
+
+
+class _Enough(Exception):
+    """Everything that was wanted of a pass has been seen."""
+
+
+def _stop(module: Any, args: Any, output: Any) -> None:
+    raise _Enough
+
+
+def _means(x: Tensor, first: Sequence[int]) -> Tensor:
+    """Mean `[N, D]` in float32 of each row of `x` `[N, T, D]` from position `first` on."""
+    if len(set(first)) == 1:
+        return x[:, first[0] :].float().mean(1)
+    position = torch.arange(x.shape[1], device=x.device)
+    weight = (position >= torch.tensor(first, device=x.device).unsqueeze(1)).float()
+    return torch.bmm((weight / weight.sum(1, keepdim=True)).unsqueeze(1), x.float()).squeeze(1)
 
 
 class RawText(str):

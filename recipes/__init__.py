@@ -1,0 +1,1 @@
+"""Shipped recipes and their data; `steer run NAME` finds them here."""

@@ -59,12 +59,13 @@ def train_controller(
     preset: str = "steer",
     openings: Sequence[str] = REFUSALS,
     answers: Sequence[str] = ANSWERS,
-    strength: float = 0.1,
+    strength: float = 0.08,
     inputs: str = "",
     hidden: int = 128,
     epochs: int | None = None,
     batch_size: int = 16,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 1e-3,
+    noise: float = 0.5,
     kl: float = 1.0,
     gate: float = 1.0,
     sparsity: float = 0.05,
@@ -85,7 +86,8 @@ def train_controller(
             threshold, as published; its layer weights keep their initial value.
         openings: what the steered model should say first; `answers` are the contrast for the direction.
         strength: alpha, in units of each layer's residual norm.
-        inputs: layers whose last prompt state is read, default the last third, as in the paper.
+        inputs: layers whose last prompt state is read; default every other one of the middle ("paper": the last third).
+        noise: noise on the standardised inputs while training.
         kl, gate, sparsity: weights of the loss terms.
         reply_tokens: tokens of the model's own reply on which the KL of negative prompts is taken.
         held_out: share of the prompts on which the scale's balanced accuracy is measured.
@@ -94,50 +96,60 @@ def train_controller(
     Raises:
         InputError: too few prompts, a bad setting.
     """
-    from steer.mount import parse_layers
-
     check(preset in ("steer", "paper"), "preset", preset, "steer, paper")
     check(len(positive) >= 4, "positive", f"{len(positive)} prompts", "at least 4")
     check(len(negative) >= 4, "negative", f"{len(negative)} prompts", "at least 4")
     check(strength > 0, "strength", strength, "a number above 0")
-    depth = model.info.num_layers
-    reads = parse_layers(inputs or f"{2 * depth // 3}-{depth - 1}", list(range(depth)))
+    paper, depth = preset == "paper", model.info.num_layers
+    reads = _inputs(inputs, paper, depth)
     negative = list(negative)[: max_negative or 2 * len(positive)]
     ids = [model.encode(p) for p in (*positive, *negative)]
     label = torch.tensor([1.0] * len(positive) + [0.0] * len(negative))
-    with ticking(progress, "reading prompts", len(ids)) as tick:
-        seen = model.hidden_states(ids, reads, on_batch=tick)
-    states = torch.cat([seen[layer] for layer in reads], -1)
-    torch.manual_seed(seed)
-    paper = preset == "paper"
-    network = ControllerNetwork(states.shape[1], depth, 1024 if paper else hidden)
     train, test = _split(label, held_out, seed)
+    if paper:
+        strength, learning_rate, batch_size, hidden = 2.0, 5e-5, 4, 1024
+        directions = _unembedding_direction(model, openings, answers).expand(depth, -1).contiguous()
+    else:
+        directions = _opening_directions(model, ids[: len(positive)], openings, answers, progress)
+    lesson = _Lesson(model, ids, label, directions, strength, openings, (kl, gate, sparsity), noise, seed)
+    states = lesson.prepare(train, test, reads, batch_size, 0 if paper else reply_tokens, progress)
+    torch.manual_seed(seed)
+    network = ControllerNetwork(states.shape[1], depth, hidden)
     network.mean.copy_(states[train].mean(0))
     network.std.copy_(states[train].std(0).clamp_min(1e-4))
     before = _mean_weights(network, states[label > 0])
-    if paper:
-        directions = _unembedding_direction(model, openings, answers).expand(depth, -1).contiguous()
-        strength, learning_rate, batch_size, epochs = 2.0, 5e-5, 4, epochs or 4
-    else:
-        directions = _opening_directions(model, ids[: len(positive)], openings, answers, progress)
-        epochs = epochs or 4
-    settings = {
-        "preset": preset, "strength": strength, "inputs": reads, "epochs": epochs, "batch_size": batch_size, "seed":
-        seed, "learning_rate": learning_rate, "kl": kl, "gate": gate, "sparsity": sparsity, "reply_tokens":
-        reply_tokens, "openings": list(openings), "answers": list(answers), "hidden": hidden, "held_out": held_out,
-    }  # fmt: skip
     rows = data_hash([*positive, *negative])
-    if paper:
-        batches: list[Any] = [list(chunk) for chunk in torch.tensor(train).split(batch_size)]
-        history = fit(network, batches, _paper_loss(states, label), epochs=epochs, learning_rate=learning_rate,
-                      settings={**settings, "data": rows}, seed=seed, work=work, progress=progress)  # fmt: skip
-    else:
-        lesson = _Lesson(model, ids, label, states, directions, strength, openings, (kl, gate, sparsity), seed)
-        lesson.prepare(train, batch_size, reply_tokens, progress)
-        history = fit(network, lesson.batches, lesson.loss, epochs=epochs, learning_rate=learning_rate,
-                      settings={**settings, "data": rows}, seed=seed, work=work, progress=progress)  # fmt: skip
+    settings = {
+        "preset": preset,
+        "strength": strength,
+        "inputs": reads,
+        "epochs": epochs or 4,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "hidden": hidden,
+        "held_out": held_out,
+        "seed": seed,
+        **(
+            {}
+            if paper
+            else {"kl": kl, "gate": gate, "sparsity": sparsity, "noise": noise, "reply_tokens": reply_tokens}
+        ),
+        "openings": list(openings),
+        "answers": list(answers),
+    }
+    history = fit(
+        network,
+        lesson.batches,
+        _paper_loss(states, label) if paper else lesson.loss,
+        epochs=epochs or 4,
+        learning_rate=learning_rate,
+        settings={**settings, "data": rows},
+        seed=seed,
+        work=work,
+        progress=progress,
+        what="training the controller",
+    )
     network.eval()
-    accuracy = _balanced_accuracy(network, states[test], label[test])
     card = Card(
         kind="controller",
         model=model.info.entry(),
@@ -151,7 +163,7 @@ def train_controller(
         recipe=settings,
         data={"sha256": rows, "rows": len(ids), "positive": len(positive), "negative": len(negative)},
         metrics={
-            "held_out_balanced_accuracy": accuracy,
+            "held_out_balanced_accuracy": _balanced_accuracy(network, states[test], label[test]),
             "loss": [round(x, 5) for x in history],
             "layer_weights_initial": before,
             "layer_weights": _mean_weights(network, states[label > 0]),
@@ -161,14 +173,27 @@ def train_controller(
     return Artifact({**tensors, "directions": directions}, card)
 
 
+def _inputs(asked: str, paper: bool, depth: int) -> list[int]:
+    """Layers to read: the last third in the paper; by default every other one of the middle, which generalise
+    better.
+    """
+    from steer.mount import parse_layers
+
+    if asked:
+        return parse_layers(asked, list(range(depth)))
+    if paper:
+        return list(range(2 * depth // 3, depth))
+    return list(range(2 * depth // 5, max(2 * depth // 5 + 1, 4 * depth // 5), 2))
+
+
 def _split(label: Tensor, share: float, seed: int) -> tuple[list[int], list[int]]:
     """Rows to train on and rows to judge on, of both classes."""
     generator = torch.Generator().manual_seed(seed)
     train: list[int] = []
     test: list[int] = []
     for value in (1.0, 0.0):
-        rows = (label == value).nonzero().squeeze(1)
-        rows = rows[torch.randperm(len(rows), generator=generator)].tolist()
+        members = (label == value).nonzero().squeeze(1)
+        rows = members[torch.randperm(len(members), generator=generator)].tolist()
         cut = max(1, int(len(rows) * share))
         test += rows[:cut]
         train += rows[cut:]
@@ -189,8 +214,8 @@ def _mean_weights(network: ControllerNetwork, states: Tensor) -> list[float]:
 def _paper_loss(states: Tensor, label: Tensor) -> Any:
     """MSE of s to 1 on positive and, with weight 1/2, to 0 on negative prompts."""
 
-    def loss(network: nn.Module, rows: list[Tensor], epoch: int) -> Tensor:
-        at = torch.stack(rows)
+    def loss(network: nn.Module, batch: _Batch, epoch: int) -> Tensor:
+        at = torch.tensor(batch.rows)
         scale = torch.sigmoid(network(states[at])[0])
         weight = torch.where(label[at] > 0, 1.0, 0.5)
         return (weight * (scale - label[at]).square()).mean()
@@ -236,45 +261,67 @@ class _Lesson:
     """
 
     def __init__(
-        self, model: Any, ids: list[list[int]], label: Tensor, states: Tensor, directions: Tensor, strength: float,
-        openings: Sequence[str], weights: tuple[float, float, float], seed: int,
-    ) -> None:  # fmt: skip
-        self.model, self.ids, self.label, self.states = model, ids, label, states
+        self,
+        model: Any,
+        ids: list[list[int]],
+        label: Tensor,
+        directions: Tensor,
+        strength: float,
+        openings: Sequence[str],
+        weights: tuple[float, float, float],
+        noise: float,
+        seed: int,
+    ) -> None:
+        self.model, self.ids, self.label = model, ids, label
         self.push = directions * model.residual_norms().unsqueeze(1) * strength
         self.openings = [model.tokenizer(t, add_special_tokens=False)["input_ids"] for t in openings]
         self.kl, self.gate, self.sparsity = weights
-        self.seed = seed
+        self.noise, self.seed = noise, seed
+        self.states = self.spread = torch.empty(0)
         self.replies: dict[int, list[int]] = {}
         self.batches: list[_Batch] = []
 
-    def prepare(self, rows: list[int], batch_size: int, reply_tokens: int, progress: bool) -> None:
-        """Read every prompt but its last token, and let the model answer the negative ones."""
-        ordered = sorted(rows, key=lambda i: len(self.ids[i]))
-        chunks = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+    def prepare(
+        self, train: list[int], test: list[int], reads: list[int], size: int, reply_tokens: int, progress: bool
+    ) -> Tensor:
+        """Read every prompt once: states of the layers in `reads` `[N, len(reads) * D]` for all, and for the training
+        rows their caches and, on the negative ones, the model's own reply.
+        """
         from steer.adapters.learning import read_prefix
 
-        with ticking(progress, "reading prompts", len(rows)) as tick:
-            for chunk in chunks:
-                keys, mask, replies = read_prefix(self.model, [self.ids[i] for i in chunk], reply_tokens)
-                self.replies.update(dict(zip(chunk, replies, strict=True)))
-                self.batches.append(_Batch(chunk, self.label[chunk] > 0, keys, mask))
-                tick(len(chunk))
+        self.states = torch.empty(len(self.ids), len(reads) * self.model.info.width)
+        with ticking(progress, "reading prompts", len(self.ids)) as tick:
+            for rows, wanted in ((train, reply_tokens), (test, 0)):
+                ordered = sorted(rows, key=lambda i: len(self.ids[i]))
+                for chunk in (ordered[i : i + size] for i in range(0, len(ordered), size)):
+                    keys, mask, replies, states = read_prefix(self.model, [self.ids[i] for i in chunk], wanted, reads)
+                    self.states[chunk] = torch.cat([states[layer] for layer in reads], -1)
+                    self.replies.update(dict(zip(chunk, replies, strict=True)))
+                    if rows is train:
+                        self.batches.append(_Batch(chunk, self.label[chunk] > 0, keys if wanted else [], mask))
+                    tick(len(chunk))
+        self.spread = self.states[train].std(0)
+        return self.states
 
     def loss(self, network: nn.Module, batch: _Batch, epoch: int) -> Tensor:
         at = torch.tensor(batch.rows)
-        logit, weights = network(self.states[at])
+        pick = torch.Generator().manual_seed(self.seed * 31 + epoch * 1009 + batch.rows[0])
+        states = self.states[at]
+        # Noise in units of each input's spread, so that the scale does not hang on single coordinates.
+        states = states + self.noise * self.spread * torch.randn(states.shape, generator=pick)
+        logit, weights = network(states)
         scale = torch.sigmoid(logit)
         amount = scale.unsqueeze(1) * weights
-        total = self.gate * nn.functional.binary_cross_entropy_with_logits(logit, self.label[at])
+        up = batch.positive
+        balance = (self.label == 0).sum() / (self.label > 0).sum()
+        total = self.gate * nn.functional.binary_cross_entropy_with_logits(logit, self.label[at], pos_weight=balance)
         total = total + self.sparsity * amount.mean()
-        pick = torch.Generator().manual_seed(self.seed * 31 + epoch)
         opening = self.openings[int(torch.randint(len(self.openings), (1,), generator=pick))]
         replies = [
             opening if up else self.replies[i] for i, up in zip(batch.rows, batch.positive.tolist(), strict=True)
         ]
         steered, target, real = self._reply(batch, replies, self._program(amount))
         log_law = torch.log_softmax(steered.float(), -1)
-        up = batch.positive
         if bool(up.any()):
             taken = log_law[up].gather(2, target[up].unsqueeze(2)).squeeze(2)
             total = total - (taken * real[up]).sum() / real[up].sum() * up.float().mean() * 2

@@ -139,7 +139,7 @@ def _probe(up: Tensor, down: Tensor, l2: float) -> tuple[Tensor, Tensor | None]:
         loss.backward()
         return loss
 
-    solver.step(closure)  # type: ignore[arg-type, no-untyped-call]
+    solver.step(closure)
     with torch.no_grad():
         direction = w / spread.squeeze(1)
         bias = b.squeeze(1) - (direction * center.squeeze(1)).sum(-1)

@@ -1,0 +1,289 @@
+"""Training: recovered directions, layer weights that learn, returns by hand, and resuming to the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from steer import artifacts
+from steer.adapters.learning import read_prefix, reply_logits
+from steer.adapters.transformers import LanguageModel
+from steer.core import InputError
+from steer.methods.controller import Controller, ControllerNetwork
+from steer.mount import load_edit
+from steer.train.controller import train_controller
+from steer.train.loop import fit
+from steer.train.value import td_lambda_returns, train_value
+from steer.train.vector import METHODS, train_vector
+
+PAIRS = [
+    {"positive": f"the {thing} is very {up} .", "negative": f"the {thing} is very {down} ."}
+    for thing in ("sun", "rain", "day", "night", "dog", "cat", "house", "tree")
+    for up, down in (("good", "bad"), ("happy", "sad"), ("nice", "awful"))
+]
+POSITIVE = [f"tell me how the {x} is {y}" for x in ("sun", "rain", "day", "dog") for y in ("bad", "awful", "sad")]
+NEGATIVE = [f"tell me how the {x} is {y}" for x in ("sun", "rain", "day", "dog") for y in ("good", "nice", "happy")]
+
+
+# ------------------------------------------------------------------------------------------------------------ vectors
+
+
+def planted(noise: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """States of 2 layers and 40 pairs that differ along one known direction of each layer `[2, D]`."""
+    g = torch.Generator().manual_seed(seed)
+    direction = nn.functional.normalize(torch.randn(2, 24, generator=g), dim=-1)
+    shared = torch.randn(2, 40, 24, generator=g)
+    up = shared + direction.unsqueeze(1) * 2 + noise * torch.randn(2, 40, 24, generator=g)
+    down = shared - direction.unsqueeze(1) * 2 + noise * torch.randn(2, 40, 24, generator=g)
+    return up, down, direction
+
+
+@pytest.mark.parametrize(("method", "least"), [("mean", 0.99), ("pca", 0.99), ("probe", 0.8)])
+def test_methods_recover_a_planted_direction(method: str, least: float) -> None:
+    up, down, direction = planted(0.3)
+    found, bias = METHODS[method](up, down, 1.0)
+    assert bool((nn.functional.cosine_similarity(found, direction, dim=-1) > least).all())
+    if bias is not None:
+        score = torch.einsum("lnd,ld->ln", torch.cat([up, down], 1), found) + bias.unsqueeze(1)
+        assert bool((score[:, :40] > 0).all()) and bool((score[:, 40:] < 0).all())
+
+
+def test_mean_is_the_difference_of_means_and_pca_is_not_centred() -> None:
+    up, down, _ = planted(0.0)
+    assert torch.allclose(METHODS["mean"](up, down, 1.0)[0], up.mean(1) - down.mean(1), atol=1e-5)
+    # Without noise every difference is the same vector: centred PCA would find nothing at all.
+    found = METHODS["pca"](up, down, 1.0)[0]
+    assert torch.allclose(found, (up - down)[:, 0], atol=1e-4)
+
+
+def test_probe_is_the_optimum_of_its_loss() -> None:
+    up, down, _ = planted(2.5)
+    w, b = METHODS["probe"](up, down, 1.0)
+    x = torch.cat([up, down], 1).double()
+    y = torch.cat([torch.ones(40), -torch.ones(40)]).double()
+    spread = x.std(1).clamp_min(1e-6)
+    assert b is not None
+    score = torch.einsum("lnd,ld->ln", x, w.double()) + b.double().unsqueeze(1)
+    pull = -y * torch.sigmoid(-y * score)
+    center = x.mean(1, keepdim=True)
+    gradient = torch.einsum("ln,lnd->ld", pull, (x - center) / spread.unsqueeze(1)) + w.double() * spread
+    assert float(gradient.abs().max()) < 1e-3 and float(pull.sum(1).abs().max()) < 1e-3
+
+
+def test_train_vector_reads_the_right_states(tiny_lm: LanguageModel, tmp_path: Path) -> None:
+    tensors, card = train_vector(tiny_lm, PAIRS, pool="last", layers="1")
+    from steer.adapters.transformers import RawText
+
+    ends: dict[str, list[Tensor]] = {"positive": [], "negative": []}
+    for row in PAIRS:
+        for side, seen in ends.items():
+            ids = torch.tensor([tiny_lm.encode(RawText(row[side]))])
+            with torch.no_grad():
+                out = tiny_lm.trunk(ids, output_hidden_states=True)
+            seen.append(out.hidden_states[1][0, -1])
+    want = torch.stack(ends["positive"]).mean(0) - torch.stack(ends["negative"]).mean(0)
+    assert torch.allclose(tensors["direction.0"], want, atol=1e-4)
+    assert card.kind == "vector" and card.data["rows"] == len(PAIRS) and card.model["width"] == 32
+    path = tmp_path / "v.safetensors"
+    artifacts.save(path, tensors, card)
+    plain = tiny_lm.generate("the sun", seed=0)
+    steered = tiny_lm.generate("the sun", edits=load_edit(path, 3.0), seed=0)
+    assert steered.tokens != plain.tokens
+    again = tiny_lm.generate("the sun", edits=load_edit(path, 3.0), seed=0)
+    assert again.tokens == steered.tokens and torch.equal(again.log_prob, steered.log_prob)
+
+
+def test_probe_artifacts_gate(tiny_lm: LanguageModel, tmp_path: Path) -> None:
+    artifacts.save(tmp_path / "p.safetensors", *train_vector(tiny_lm, PAIRS, method="probe", pool="last"))
+    edit = load_edit(tmp_path / "p.safetensors", 2.0, gate=str(tmp_path / "p.safetensors"), gate_layer=1)
+    assert edit.reads == (1,)
+    edit = load_edit(tmp_path / "p.safetensors", 2.0, tokens=str(tmp_path / "p.safetensors"))
+    assert len(tiny_lm.generate("the sun", edits=edit, seed=0)) == 1
+    rotated = load_edit(tmp_path / "p.safetensors", 40.0, operator="rotate", scope="reply")
+    assert len(tiny_lm.generate("the sun", edits=rotated, seed=0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("pairs", "settings", "message"),
+    [
+        ([], {}, "pairs: got '0 rows'"),
+        ([{"positive": "the sun"}] * 3, {}, r"pairs\[0\].negative"),
+        ([{"positive": " ", "negative": "x"}] * 3, {}, r"pairs\[0\].positive"),
+        (PAIRS, {"method": "best"}, "method: got 'best'"),
+        (PAIRS, {"layers": "1-9"}, "layers: got '1-9'"),
+        (PAIRS, {"pool": "first"}, "pool: got 'first'"),
+    ],
+)
+def test_bad_pairs(pairs: Any, settings: dict[str, Any], message: str, tiny_lm: LanguageModel) -> None:
+    with pytest.raises(InputError, match=message):
+        train_vector(tiny_lm, pairs, **settings)
+
+
+# --------------------------------------------------------------------------------------------------------- controller
+
+
+def test_layer_weights_learn_here_and_cannot_under_the_papers_loss(tiny_lm: LanguageModel, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"openings": ["I love it ."], "answers": ["it is sad ."], "seed": 0}
+    learnt = train_controller(
+        tiny_lm, POSITIVE, NEGATIVE, epochs=3, batch_size=8, strength=1.0, learning_rate=0.02, **settings
+    )
+    before, after = (torch.tensor(learnt.card.metrics[k]) for k in ("layer_weights_initial", "layer_weights"))
+    assert float((after - before).abs().max()) > 0.02
+    paper = train_controller(tiny_lm, POSITIVE, NEGATIVE, preset="paper", **settings)
+    assert paper.card.metrics["layer_weights"] == paper.card.metrics["layer_weights_initial"]
+    assert paper.card.settings["threshold"] == 0.0 and paper.card.recipe["strength"] == 2.0
+
+    path = tmp_path / "c.safetensors"
+    artifacts.save(path, *learnt)
+    edit = load_edit(path)
+    assert isinstance(edit, Controller)
+    out = tiny_lm.generate([*POSITIVE[:2], *NEGATIVE[:2]], edits=edit, seed=0, max_new_tokens=6)
+    plain = tiny_lm.generate([*POSITIVE[:2], *NEGATIVE[:2]], seed=0, max_new_tokens=6)
+    ids = [tiny_lm.encode(p) for p in (*POSITIVE[:2], *NEGATIVE[:2])]
+    scale, _ = edit.scale(tiny_lm.hidden_states(ids, edit.inputs))
+    for row, fires in enumerate((scale > 0.5).tolist()):
+        # Where the scale is below the threshold every bit is the plain model's.
+        assert fires or (out.tokens[row] == plain.tokens[row] and out.log_prob[row] == plain.log_prob[row])
+
+
+def test_controller_in_closed_form(tiny_lm: LanguageModel) -> None:
+    """A controller with a fixed scale and weights is a vector with those weights at the same positions."""
+    torch.manual_seed(0)
+    network = ControllerNetwork(32, 2, 4)
+    nn.init.zeros_(network.scale_outer.weight)
+    nn.init.constant_(network.scale_outer.bias, 1.5)
+    network.weight_outer.bias.data = torch.tensor([0.4, -0.7])
+    directions = nn.functional.normalize(torch.randn(2, 32), dim=-1)
+    controller = Controller(network.eval().requires_grad_(False), (1,), directions, strength=0.8)
+    out = tiny_lm.generate(["the sun", "hello dog"], edits=controller, temperature=0, max_new_tokens=8)
+    scale, weights = torch.sigmoid(torch.tensor(1.5)), torch.sigmoid(torch.tensor([0.4, -0.7]))
+    norms = tiny_lm.residual_norms()
+    from steer.methods.vector import SteeringVector
+
+    same = SteeringVector(
+        {i: 0.8 * float(norms[i]) * scale * weights[i] * directions[i] for i in range(2)}, unit="raw", scope="reply"
+    )
+    want = tiny_lm.generate(["the sun", "hello dog"], edits=same, temperature=0, max_new_tokens=8)
+    assert out.tokens == want.tokens
+    assert torch.allclose(out.kl, want.kl, atol=1e-5) and float(out.kl.min()) > 0
+
+
+def test_reply_logits_are_those_of_an_uncached_pass(tiny_lm: LanguageModel) -> None:
+    ids = [tiny_lm.encode("the sun"), tiny_lm.encode("a very good dog runs")]
+    keys, mask, replies, states = read_prefix(tiny_lm, ids, 5, [0, 1])
+    for row, (prompt, reply) in enumerate(zip(ids, replies, strict=True)):
+        text = list(prompt)
+        for want in reply:
+            with torch.no_grad():
+                logits = tiny_lm.network(torch.tensor([text])).logits[0, -1]
+            assert int(logits.argmax()) == want
+            text.append(want)
+        assert torch.allclose(states[1][row], tiny_lm.hidden_states([prompt], [1])[1][0], atol=1e-4)
+    answers = [[5, 6, 7], [8, 9]]
+    logits, target, real = reply_logits(tiny_lm, [r[-1] for r in ids], answers, keys, mask, {})
+    assert target.tolist() == [[5, 6, 7], [8, 9, 0]] and real.tolist() == [[True] * 3, [True, True, False]]
+    for row in range(2):
+        with torch.no_grad():
+            whole = tiny_lm.network(torch.tensor([ids[row] + answers[row]])).logits[0, len(ids[row]) - 1 : -1]
+        assert torch.allclose(logits[row, : len(answers[row])], whole, atol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------------- values
+
+
+def test_td_lambda_returns_by_hand() -> None:
+    values = torch.tensor([[0.2, 0.4, 0.6], [0.5, 0.1, 9.0]], dtype=torch.float64)
+    real = torch.tensor([[True, True, True], [True, True, False]])
+    returns = td_lambda_returns(values, torch.tensor([1.0, 2.0]).double(), real)
+    assert returns[0].tolist() == pytest.approx([0.951, 0.98, 1.0], abs=1e-12)
+    loss = 0.5 * (values[0] - returns[0]).square().mean()
+    assert float(loss) == pytest.approx(0.1767335, abs=1e-9)
+    # The second row ends after two tokens: G_2 = 2 and G_1 = .05 * .1 + .95 * 2.
+    assert returns[1].tolist() == pytest.approx([0.05 * 0.1 + 0.95 * 2, 2.0, 0.0], abs=1e-12)
+    monte_carlo = td_lambda_returns(values, torch.tensor([1.0, 2.0]).double(), real, trace=1.0)
+    assert monte_carlo[0].tolist() == pytest.approx([1.0, 1.0, 1.0])
+
+
+def good(texts: list[str]) -> list[float]:
+    return [sum(word in ("good", "happy", "nice", "love") for word in text.split()) for text in texts]
+
+
+@pytest.mark.parametrize("head", ["q", "v"])
+def test_a_trained_head_raises_its_reward(head: str, tiny_lm: LanguageModel, tmp_path: Path) -> None:
+    prompts = [f"tell me how the {x} is" for x in ("sun", "rain", "day", "dog", "cat", "tree", "house", "night")]
+    settings: dict[str, Any] = {"samples": 16, "max_new_tokens": 6, "hidden": 32, "epochs": 12, "learning_rate": 3e-3}
+    trained = train_value(tiny_lm, prompts, good, head=head, **settings)
+    artifacts.save(tmp_path / "q.safetensors", *trained)
+    edit = load_edit(tmp_path / "q.safetensors", model=tiny_lm)
+    plain = tiny_lm.generate(prompts, n=16, reward=good, max_new_tokens=6, seed=9)
+    guided = tiny_lm.generate(prompts, n=16, reward=good, max_new_tokens=6, seed=9, edits=edit, beta=0.2)
+    turned = load_edit(tmp_path / "q.safetensors", -1.0, model=tiny_lm)
+    down = tiny_lm.generate(prompts, n=16, reward=good, max_new_tokens=6, seed=9, edits=turned, beta=0.2)
+    error = float((plain.reward.var() / len(plain) + guided.reward.var() / len(guided)) ** 0.5)
+    assert float(guided.reward.mean() - plain.reward.mean()) > 3 * error
+    assert float(down.reward.mean()) < float(plain.reward.mean())
+    assert float(guided.kl.mean()) > 0 and trained.card.metrics["reward_std"] > 0
+
+
+class Stop(Exception):
+    pass
+
+
+def test_training_resumes_to_the_same_bits(tiny_lm: LanguageModel, tmp_path: Path, monkeypatch: Any) -> None:
+    prompts = ["the sun", "a dog", "hello", "the rain is", "why", "how", "it is", "you"]
+    settings: dict[str, Any] = {"samples": 4, "max_new_tokens": 5, "hidden": 8, "epochs": 4, "max_rows": 8}
+    whole = train_value(tiny_lm, prompts, good, work=tmp_path / "a", **settings)
+
+    calls = 0
+
+    def counted(texts: list[str]) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return good(texts)
+
+    counted.__name__ = "good"
+    with pytest.raises(KeyboardInterrupt):  # in the middle of the rollouts
+        train_value(tiny_lm, prompts, counted, work=tmp_path / "b", **settings)
+    from steer.train import loop
+
+    real, seen = loop._checkpoint, 0
+
+    def interrupted(*args: Any) -> None:
+        nonlocal seen
+        real(*args)
+        seen += 1
+        if seen == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_checkpoint", interrupted)
+    with pytest.raises(KeyboardInterrupt):  # and again in the middle of the fit
+        train_value(tiny_lm, prompts, counted, work=tmp_path / "b", **settings)
+    monkeypatch.setattr(loop, "_checkpoint", real)
+    resumed = train_value(tiny_lm, prompts, counted, work=tmp_path / "b", **settings)
+    assert calls == 5  # four batches of rollouts, one of them begun twice
+    assert all(torch.equal(whole.tensors[k], resumed.tensors[k]) for k in whole.tensors)
+    assert whole.card.metrics == resumed.card.metrics
+    with pytest.raises(InputError, match="work: got"):
+        train_value(tiny_lm, prompts, counted, work=tmp_path / "b", **{**settings, "samples": 2})
+
+
+def test_fit_minimises_and_refuses_foreign_state(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 3)
+    y = x @ torch.tensor([1.0, -2.0, 0.5])
+
+    def loss(module: nn.Module, rows: Tensor, epoch: int) -> Tensor:
+        return (module(x[rows]).squeeze(-1) - y[rows]).square().mean()
+
+    module = nn.Linear(3, 1)
+    batches = list(torch.arange(64).split(8))
+    history = fit(module, batches, loss, epochs=80, learning_rate=0.05, settings={"a": 1}, work=tmp_path)
+    assert history[-1] < 1e-3 < history[0]
+    with pytest.raises(InputError, match="work"):
+        fit(nn.Linear(3, 1), batches, loss, epochs=2, learning_rate=0.1, settings={"a": 2}, work=tmp_path)
