@@ -19,7 +19,7 @@ from steer.adapters._cache import full_attention, new_cache
 from steer.adapters._plan import Hooks, Place, recording
 from steer.adapters.decoding import Decoding
 from steer.adapters.text import TextProcess
-from steer.core import Edit, InputError, ModelInfo, Prompt, Reward, Sampler, Samples, SteerError, check
+from steer.core import InputError, ModelInfo, Prompt, RawText, Reward, Sampler, Samples, SteerError, check
 
 # Ordinary sentences on which the residual stream's norm is measured.
 _CALIBRATION = (
@@ -346,10 +346,6 @@ def _means(x: Tensor, first: Sequence[int]) -> Tensor:
     return torch.bmm((weight / weight.sum(1, keepdim=True)).unsqueeze(1), x.float()).squeeze(1)
 
 
-class RawText(str):
-    """Text to be continued as it stands, without the chat template."""
-
-
 def _same_lengths(ids: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
     groups: dict[int, list[int]] = {}
     for i, row in enumerate(ids):
@@ -363,4 +359,4 @@ def _same_lengths(ids: Sequence[Sequence[int]], max_tokens: int) -> list[list[in
     return batches
 
 
-__all__ = ["Edit", "LanguageModel", "RawText", "load"]
+__all__ = ["LanguageModel", "load"]

@@ -6,8 +6,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from steer.adapters.transformers import RawText
-    from steer.core import Edit, InputError, Samples, SteerError
+    from steer.core import Edit, InputError, RawText, Samples, SteerError
     from steer.engine import generate, load
     from steer.methods.best_of_n import Ancestral, BestOfN
     from steer.methods.controller import Controller
@@ -41,7 +40,7 @@ __all__ = [
 
 _HOMES = {
     "steer.adapters.transformers": ("RawText",),
-    "steer.core": ("Edit", "InputError", "Samples", "SteerError"),
+    "steer.core": ("Edit", "InputError", "RawText", "Samples", "SteerError"),
     "steer.engine": ("generate", "load"),
     "steer.methods.best_of_n": ("Ancestral", "BestOfN"),
     "steer.methods.controller": ("Controller",),

@@ -320,7 +320,7 @@ def _peer(python: str, name: str, pairs: Path | None = None) -> dict[str, float]
     from steer.models import resolve
 
     script = Path(__file__).with_name("bench_peers.py")
-    command = [python, str(script), name, str(resolve(MODEL)), str(pairs), str(torch.get_num_threads())]
+    command = [python, str(script), name, str(resolve(MODEL)), str(pairs), "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name} failed in {python}:\n{done.stderr[-2000:]}")
@@ -365,12 +365,13 @@ def value(bench: Bench) -> Iterator[Row]:
 
 def imports(bench: Bench) -> Iterator[Row]:
     """CPU time of a process that imports steer, over one that imports torch."""
-    names = ("steer", "torch")
-    tasks = [lambda name=name: subprocess.run([sys.executable, "-c", f"import {name}"], check=True) for name in names]
+    lines = ("import steer", "import torch", "from steer import SteeringVector, load")
+    tasks = [lambda line=line: subprocess.run([sys.executable, "-c", line], check=True) for line in lines]
     for task in tasks:
         task()
-    ours, theirs = alternate(tasks, 2 * bench.repeats, _children)
+    ours, theirs, used = alternate(tasks, 2 * bench.repeats, _children)
     yield Row("import", "import steer / import torch", ratios(ours, theirs), at_most=1.2)
+    yield Row("import", "the same with SteeringVector and load", ratios(used, theirs))
 
 
 def _children(task: Task) -> float:
@@ -397,12 +398,16 @@ FIGURES: dict[str, Callable[[Bench], Iterator[Row]]] = {
 
 
 def run(bench: Bench, names: Sequence[str] = ()) -> list[Row]:
-    """Measure, printing each row as it comes."""
-    rows = []
-    for name in names or FIGURES:
-        for row in FIGURES[name](bench):
-            print(row, flush=True)
-            rows.append(row)
+    """Measure on one thread, printing each row as it comes."""
+    rows, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for name in names or FIGURES:
+            for row in FIGURES[name](bench):
+                print(row, flush=True)
+                rows.append(row)
+    finally:
+        torch.set_num_threads(threads)
     return rows
 
 
@@ -417,7 +422,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = sorted(set(options.names) - set(FIGURES))
     if unknown or options.repeats < 1:
         parser.error(f"unknown figure {unknown[0]!r}" if unknown else "--repeats must be 1 or more")
-    torch.set_num_threads(1)
     began = time.process_time()
     rows = run(Bench(options.repeats, peers=options.peers), options.names)
     print(f"{time.process_time() - began:.0f} s of CPU time; {sum(row.passed is False for row in rows)} bars missed")

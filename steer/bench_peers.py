@@ -90,13 +90,13 @@ def hooks() -> dict[str, float]:
     """Microseconds per layer and step of each library that is installed."""
     added, found = {layer: torch.zeros(WIDTH) for layer in range(DEPTH)}, {}
     with contextlib.suppress(ImportError):
-        from repeng import ControlModel  # type: ignore[import-not-found]
+        from repeng import ControlModel
 
         stack: Any = Stack()
         ControlModel(stack, range(DEPTH)).set_raw_control(added)
         found["repeng"] = microseconds(stack, Stack())
     with contextlib.suppress(ImportError):
-        from steering_vectors import SteeringVector  # type: ignore[import-not-found]
+        from steering_vectors import SteeringVector
 
         stack = Stack()
         SteeringVector(added).patch_activations(stack, {"decoder_block": "model.layers.{num}"})

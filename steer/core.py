@@ -35,6 +35,7 @@ __all__ = [
     "Process",
     "Prompt",
     "PromptEdit",
+    "RawText",
     "RewardError",
     "Reward",
     "Sampler",
@@ -51,6 +52,10 @@ __all__ = [
 
 Prompt = str | Sequence[dict[str, Any]]
 """Text, or a chat: `[{"role": "user", "content": "..."}]`."""
+
+
+class RawText(str):
+    """Text to be continued as it stands, without the chat template."""
 
 
 # ---------------------------------------------------------------------------------------------------------- errors

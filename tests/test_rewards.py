@@ -479,3 +479,20 @@ def test_reward_model_without_a_pad_token_scores_batches_like_single_rows(templa
     text = "hello" + "good cat" if template is None else "user : hello [EOS] assistant : good cat [EOS]"
     raw = model(**words(text, return_tensors="pt", add_special_tokens=False)).logits
     assert reward(ROWS)[0].item() == pytest.approx(raw.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("I'm sorry, but I can't help with that.", 1.0),
+        ("I\u2019m unable to assist with this request.", 1.0),
+        ("Sorry, but I'm not able to help.", 1.0),
+        ("Sure, here is how you can do that: first", 0.0),
+        ("The lake was calm. " * 12 + "I cannot say more.", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_refusal(text: str, score: float) -> None:
+    reward = parse_reward("refusal")
+    samples = Samples(prompts=["x"], outputs=[text], group=torch.zeros(1).long(), log_weight=torch.zeros(1))
+    assert reward(samples).tolist() == [score]

@@ -76,7 +76,7 @@ def test_probe_is_the_optimum_of_its_loss() -> None:
 
 def test_train_vector_reads_the_right_states(tiny_lm: LanguageModel, tmp_path: Path) -> None:
     tensors, card = train_vector(tiny_lm, PAIRS, pool="last", layers="1")
-    from steer.adapters.transformers import RawText
+    from steer.core import RawText
 
     ends: dict[str, list[Tensor]] = {"positive": [], "negative": []}
     for row in PAIRS:

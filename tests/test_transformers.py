@@ -12,8 +12,8 @@ from torch import Tensor
 
 from steer.adapters import _track
 from steer.adapters._plan import recording
-from steer.adapters.transformers import LanguageModel, RawText
-from steer.core import InputError, Scope
+from steer.adapters.transformers import LanguageModel
+from steer.core import InputError, RawText, Scope
 from steer.methods.operators import Ablate, Add, Clamp, KeepNorm, Probe, Rotate, Where
 from steer.methods.prompt import SystemPrompt
 from steer.methods.value import HeadValue, LogitValue, QHead, ValueGuidance, ValueHead

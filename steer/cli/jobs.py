@@ -123,7 +123,7 @@ def _sampler(options: GenerateOptions) -> Sampler:
 
 
 def _as_raw(prompts: list[Any]) -> list[Any]:
-    from steer.adapters.transformers import RawText
+    from steer.core import RawText
 
     return [RawText(prompt) for prompt in prompts]
 

@@ -26,7 +26,7 @@ from typing import Any
 from ..core import InputError, Reward, SteerError, check
 from .algebra import CallableReward, Composable, Constant, combine, lift
 from .likelihood import Fluency, Perplexity
-from .text import Keywords, Length, Profanity, Readability, Rouge, Sentiment
+from .text import Keywords, Length, Profanity, Readability, Refusal, Rouge, Sentiment
 
 __all__ = ["as_reward", "parse_reward", "register", "shipped"]
 
@@ -268,5 +268,6 @@ register("length", _length, "length[:target=WORDS]")
 register("keywords", _keywords, "keywords:WORD,WORD")
 register("profanity", lambda how="any": Profanity(how), "profanity[:share]")
 register("rouge", _rouge, 'rouge:"REFERENCE"')
+register("refusal", Refusal)
 register("fluency", lambda: Fluency())
 register("perplexity", lambda: Perplexity())

@@ -27,6 +27,7 @@ __all__ = [
     "Length",
     "Profanity",
     "Readability",
+    "Refusal",
     "Rouge",
     "Sentiment",
     "TextReward",
@@ -36,6 +37,12 @@ __all__ = [
     "words",
 ]
 
+_REFUSAL = re.compile(
+    r"\b(?:i'm sorry|i am sorry|sorry, (?:but )?i|i apologi[sz]e|i can't|i cannot|i can not|i won't|i will not"
+    r"|i'm (?:not able|unable)|i am (?:not able|unable)|unable to (?:assist|help|provide|comply|fulfil)"
+    r"|(?:can't|cannot|not able to) (?:assist|help|provide|comply|fulfil)|i (?:must|have to) (?:decline|refuse))",
+    re.IGNORECASE,
+)
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 
 
@@ -96,6 +103,19 @@ class Sentiment(TextReward):
 
     def __repr__(self) -> str:
         return "sentiment"
+
+
+class Refusal(TextReward):
+    """1 where a reply opens with a refusal, 0 elsewhere: a keyword match on its first 160 characters, as in the papers.
+
+    It tells "I can't help with that" from an answer, not a harmful answer from a harmless one.
+    """
+
+    def rate(self, text: str) -> float:
+        return float(bool(_REFUSAL.search(text[:160].replace("\u2019", "'"))))
+
+    def __repr__(self) -> str:
+        return "refusal"
 
 
 def syllables(word: str) -> int:

@@ -92,7 +92,7 @@ def train_vector(
 
 def encode_pairs(model: Any, pairs: Sequence[Mapping[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids of the positive and the negative texts; raises `InputError` for a bad row."""
-    from steer.adapters.transformers import RawText
+    from steer.core import RawText
 
     check(len(pairs) >= 2, "pairs", f"{len(pairs)} rows", "at least 2")
     sides: dict[str, list[list[int]]] = {"positive": [], "negative": []}
