@@ -48,6 +48,8 @@ class TextState:
     prefix: Tensor = field(repr=False)
     length: Tensor
     finished: Tensor
+    drawn: Tensor
+    """Tokens drawn so far, by every row that ever lived."""
     track: Track = field(repr=False)
     companions: tuple[Track, ...] = field(repr=False)
     ids: Tensor | None = field(repr=False)
@@ -140,7 +142,8 @@ class TextProcess(Process):
         rows = len(prompts) * n
         device = track.logits.device
         exact = not (self._mounted(HiddenEdit) or self._mounted(PromptEdit))
-        zero = torch.zeros(rows, dtype=torch.float64)
+        # Sums stay on the device until the end: a step waits for it once, to know whether any row goes on.
+        zero = torch.zeros(rows, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         watched = self.decoding.processors(0, (), device) or self.decoding.stopping_criteria
         padded = _track.left_padded(ids, self.model.pad_token_id, device)[0]
         return TextState(
@@ -154,6 +157,7 @@ class TextProcess(Process):
             prefix=torch.full((rows, self.decoding.max_new_tokens), self.model.pad_token_id, device=device),
             length=torch.zeros(rows, dtype=torch.long, device=device),
             finished=torch.zeros(rows, dtype=torch.bool, device=device),
+            drawn=torch.zeros((), dtype=torch.long, device=device),
             track=track,
             companions=tuple(companions),
             ids=padded.repeat_interleave(n, 0) if watched else None,
@@ -178,14 +182,16 @@ class TextProcess(Process):
         return state.step >= self.decoding.max_new_tokens or bool(state.finished.all())
 
     def propose(self, state: TextState, generator: torch.Generator) -> TextState:
-        for _ in range(self.block):
-            if self.done(state):
+        for i in range(self.block):
+            if i and self.done(state):
                 break
             state = self._token(state, generator)
         return state
 
     @torch.inference_mode()
     def _token(self, state: TextState, generator: torch.Generator) -> TextState:
+        # The model reads a token when the next one is wanted, so that the last one costs no pass.
+        state = self._advanced(state) if state.step else state
         base, law = self._laws(state)
         token = self.decoding.draw(law, generator)
         alive = ~state.finished
@@ -193,7 +199,7 @@ class TextProcess(Process):
 
         def taken(log_law: Tensor) -> Tensor:
             value = log_law.gather(1, token.unsqueeze(1)).squeeze(1)
-            return torch.where(alive, value, 0.0).double().cpu()
+            return torch.where(alive, value, 0.0).to(state.log_prob.dtype)
 
         base_log_prob, kl = state.base_log_prob, state.kl
         log_prob = state.log_prob + taken(law)
@@ -203,19 +209,19 @@ class TextProcess(Process):
             else:
                 gap = torch.where(law.isneginf(), 0.0, law.exp() * (law - base)).sum(-1)
                 base_log_prob = base_log_prob + taken(base)
-                kl = kl + torch.where(alive, gap, 0.0).double().cpu()
+                kl = kl + torch.where(alive, gap, 0.0).to(kl.dtype)
         prefix = state.prefix
         prefix[:, state.step] = token
         length = state.length + alive
         step = state.step + 1
         finished = state.finished | self._ended(token, state, prefix, step)
-        state = replace(
+        return replace(
             state, step=step, log_prob=log_prob, base_log_prob=base_log_prob, kl=kl, prefix=prefix, length=length,
-            finished=finished, cost=state.cost + Cost(generated_tokens=int(alive.sum())),
+            finished=finished, drawn=state.drawn + alive.sum(),
         )  # fmt: skip
-        return state if self.done(state) else self._advanced(state, token)
 
-    def _advanced(self, state: TextState, token: Tensor) -> TextState:
+    def _advanced(self, state: TextState) -> TextState:
+        token = state.prefix[:, state.step - 1]
         track, calls = _track.advance(state.track, token)
         companions = []
         for companion in state.companions:
@@ -267,13 +273,12 @@ class TextProcess(Process):
     @torch.inference_mode()
     def gather(self, state: TextState, index: Tensor) -> TextState:
         at = index.to(state.prefix.device)
-        host = index.cpu()
         return replace(
             state,
-            group=state.group[host],
-            log_prob=state.log_prob[host],
-            base_log_prob=None if state.base_log_prob is None else state.base_log_prob[host],
-            kl=None if state.kl is None else state.kl[host],
+            group=state.group[index.cpu()],
+            log_prob=state.log_prob[at],
+            base_log_prob=None if state.base_log_prob is None else state.base_log_prob[at],
+            kl=None if state.kl is None else state.kl[at],
             prefix=state.prefix[at],
             length=state.length[at],
             finished=state.finished[at],
@@ -301,7 +306,7 @@ class TextProcess(Process):
 
     def decode(self, state: TextState) -> Samples:
         tokens = [row[:n] for row, n in zip(state.prefix.tolist(), state.length.tolist(), strict=True)]
-        group, log_prob = state.group, state.log_prob
+        group, log_prob = state.group, state.log_prob.double().cpu()
 
         def later() -> Tensor:
             return divergence(self, state.prompts, group, tokens, log_prob)
@@ -312,10 +317,10 @@ class TextProcess(Process):
             tokens=tokens,
             group=group,
             log_weight=torch.zeros(len(state), dtype=torch.float64),
-            log_prob=state.log_prob,
-            base_log_prob=state.base_log_prob,
-            kl_estimate=later if state.kl is None else state.kl,
-            cost=state.cost,
+            log_prob=log_prob,
+            base_log_prob=None if state.base_log_prob is None else state.base_log_prob.double().cpu(),
+            kl_estimate=later if state.kl is None else state.kl.double().cpu(),
+            cost=replace(state.cost, generated_tokens=int(state.drawn)),
         )
 
 

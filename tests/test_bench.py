@@ -35,10 +35,11 @@ def test_alternating_reverses_the_order_every_time() -> None:
     assert seen == [[1.0] * 3, [1.0] * 3]
 
 
-def test_a_bar_is_held_by_the_median() -> None:
-    assert Row("x", "", [0.9, 0.98, 1.0], at_least=0.97).passed
-    assert Row("x", "", [0.9, 0.98, 1.0], at_most=0.97).passed is False
-    assert Row("x", "", [0.9]).passed is None
+def test_a_bar_is_met_by_the_median_and_missed_by_the_whole_interval() -> None:
+    assert Row("x", "", [0.9, 0.98, 1.0], at_least=0.97).verdict == "pass"
+    assert Row("x", "", [0.9, 0.98, 1.0], at_most=0.97).verdict == "unclear"
+    assert Row("x", "", [0.98, 0.98, 1.0], at_most=0.97).verdict == "FAIL"
+    assert Row("x", "", [0.9]).verdict == ""
     assert ratios([2.0, 3.0], [1.0, 2.0]) == [2.0, 1.5]
 
 
@@ -64,6 +65,6 @@ def test_the_command_writes_json_and_refuses_unknown_figures(tmp_path: Path, mon
     monkeypatch.setitem(bench.FIGURES, "made-up", lambda given: iter([Row("made-up", "", [2.0], at_most=1.0)]))
     assert bench.main(["made-up", "--json", str(tmp_path / "rows.json")]) == 1
     (row,) = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
-    assert (row["median"], row["passed"]) == (2.0, False)
+    assert (row["median"], row["verdict"]) == (2.0, "FAIL")
     with pytest.raises(SystemExit):
         bench.main(["no-such-figure"])
