@@ -196,7 +196,7 @@ def _in_turns(bench: Bench, rows: int, edits: Sequence[Sequence[tuple[Any, Any]]
 
 
 def _decoding(bench: Bench, rows: int, edits: Sequence[tuple[Any, Any]], seed: int) -> Task:
-    """Reads the prompts; each call then draws one token for every row and runs its pass (the very last token has none)."""
+    """Reads the prompts; each call then draws a token for every row and runs its pass (the last token has none)."""
     process = bench.model.process(max_new_tokens=bench.tokens, eos_token_id=[])
     for edit, wanted in edits:
         process = process.edited(edit, wanted)

@@ -86,7 +86,7 @@ def test_families(family: str, tiny_lm: LanguageModel) -> None:
     assert steered.tokens == reference and steered.tokens != ours.tokens
     after = model.network.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
-    assert not any(block._forward_hooks for block in model.blocks)
+    assert not any(block._forward_hooks or "forward" in block.__dict__ for block in model.blocks)
 
 
 def _uncached(model: LanguageModel, prompt: str, new: int) -> list[int]:
@@ -187,7 +187,7 @@ def test_zero_strength_is_the_unhooked_model(tiny_lm: LanguageModel) -> None:
 
 def test_hooks_leave_nothing_behind_when_the_model_raises(tiny_lm: LanguageModel) -> None:
     # The library keeps hooks of its own once hidden states were asked of it.
-    before = [list(block._forward_hooks) for block in tiny_lm.blocks]
+    before = [(list(block._forward_hooks), block.forward) for block in tiny_lm.blocks]
 
     class Broken(Add):
         def __call__(self, hidden: Tensor) -> Tensor:
@@ -199,7 +199,25 @@ def test_hooks_leave_nothing_behind_when_the_model_raises(tiny_lm: LanguageModel
 
     with pytest.raises(RuntimeError, match="broken"), tiny_lm.hooks.running({0: Broken(torch.zeros(32))}):
         tiny_lm.network(torch.tensor([[4, 5]]))
-    assert [list(block._forward_hooks) for block in tiny_lm.blocks] == before
+    assert [(list(block._forward_hooks), block.forward) for block in tiny_lm.blocks] == before
+    assert not any("forward" in block.__dict__ for block in tiny_lm.blocks)
+
+
+def test_hooks_respect_a_forward_that_was_there(tiny_lm: LanguageModel) -> None:
+    """Device placement puts its own forward on a block; ours stands around it and gives it back."""
+    block = tiny_lm.blocks[0]
+    inner = block.forward
+
+    def placed(*args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs)
+
+    block.forward = placed
+    try:
+        with tiny_lm.hooks.running({0: lambda h: h + 1}), tiny_lm.hooks.running({0: lambda h: h + 1, 1: lambda h: h}):
+            assert block.forward is not placed
+        assert block.forward is placed
+    finally:
+        del block.forward
 
 
 def test_two_models_in_one_process_are_independent(tiny_lm: LanguageModel) -> None:
