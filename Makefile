@@ -35,5 +35,16 @@ bench: $(BIN)/steer
 	$(BIN)/steer models fetch smollm2-135m
 	OMP_NUM_THREADS=1 $(BIN)/python -m steer.bench
 
+# The peers' pins clash with ours, so they have an environment of their own; repeng 0.4.0 needs numpy 1.
+.venv-peers/bin/python:
+	$(PYTHON) -m venv .venv-peers
+	$@ -m pip install --quiet --upgrade pip
+	$@ -m pip install --quiet -c $(CONSTRAINTS) torch 'transformers>=5.16,<6' 'numpy<2' scikit-learn gguf tqdm accelerate
+	$@ -m pip install --quiet --no-deps repeng==0.4.0 steering-vectors==0.12.2
+
+bench-peers: $(BIN)/steer .venv-peers/bin/python
+	$(BIN)/steer models fetch smollm2-135m
+	OMP_NUM_THREADS=1 $(BIN)/python -m steer.bench --peers .venv-peers/bin/python
+
 clean:
 	rm -rf $(VENV) .venv-* out build dist *.egg-info

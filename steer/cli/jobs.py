@@ -70,6 +70,9 @@ def generate(options: GenerateOptions, coming: Coming = frozenset()) -> Run:
     check(not mixed, "raw", "messages or a system message", "texts alone: raw text has no messages")
     check(options.system is None or bool(options.system.strip()), "system", options.system, "text that is not empty")
     checks.check_decoding(options.temperature, options.max_new_tokens, options.top_k, options.top_p)
+    check(
+        options.repetition_penalty > 0, "repetition_penalty", options.repetition_penalty, "a number above 0 (1 is off)"
+    )
     check(0 < options.beta < float("inf"), "beta", options.beta, "a number above 0")
     check(options.max_rows >= 1, "max_rows", options.max_rows, "an integer of 1 or more")
     sampler = _sampler(options)
@@ -90,6 +93,7 @@ def generate(options: GenerateOptions, coming: Coming = frozenset()) -> Run:
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
+            repetition_penalty=options.repetition_penalty,
         )
         mounted = [make(model) for make in edits]
         if options.system is not None:

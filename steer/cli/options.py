@@ -63,6 +63,9 @@ class GenerateOptions(ModelOptions):
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0
     top_k: Annotated[int, typer.Option(help="Keep the K likeliest tokens; 0 is off.")] = 0
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this mass; 1 is off.")] = 1.0
+    repetition_penalty: Annotated[float, typer.Option(help="Divides the logits of tokens already there; 1 is off.")] = (
+        1.0
+    )
     max_new_tokens: Annotated[int, typer.Option(help="The longest output.")] = 64
     max_rows: Annotated[int, typer.Option(help="Rows generated at once.")] = 64
     stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come (one prompt, one output).")] = (
