@@ -178,9 +178,10 @@ class Hooks:
     """Changes what the blocks of one model return, only inside `installed`.
 
     Between passes `running` says what each layer does; a layer without an entry is left as it is. A block's output is
-    replaced, never written into. The hook stands around the block's own `forward` on that one object, as device placement
-    does it: a registered forward hook would send every call through the slow path of `Module.__call__`, which costs about
-    as much as the addition itself. Weights, names in the state dict and hooks of other libraries are untouched.
+    replaced, never written into. The hook stands around the block's own `forward` on that one object, as device
+    placement does it: a registered forward hook would send every call through the slow path of `Module.__call__`,
+    which costs about as much as the addition itself. Weights, names in the state dict and hooks of other libraries
+    are untouched.
     """
 
     def __init__(self, blocks: nn.ModuleList) -> None:

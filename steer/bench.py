@@ -260,7 +260,7 @@ def hook(bench: Bench) -> Iterator[Row]:
         fresh = _added(step, bench)
     bare = _bare(bench)
     yield Row("hook", f"added per steered layer and step, width {WIDTH}", kept, "us", at_most=3.0)
-    yield Row("hook", "the same, hooks installed anew at every step", fresh, "us")
+    yield Row("hook", "the same, hooks installed anew at every step (a lone step)", fresh, "us")
     yield Row("hook", "a bare hook that adds in place", bare, "us")
     yield Row("hook", "steer / the bare hook", ratios(kept, bare))
     if bench.peers:

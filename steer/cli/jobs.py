@@ -160,6 +160,21 @@ def _show_samples(samples: Samples, options: GenerateOptions, seed: int, session
             facts = [f"{k} {sample[k]:.3f}" for k in ("reward", "kl") if sample[k] is not None]
             text = "" if options.stream else sample["text"]
             session.say(f"{text}\n  [{', '.join(facts)}]\n")
+    if len(samples) > 1:
+        session.say(_summary(samples))
+
+
+def _summary(samples: Samples) -> str:
+    """Means over all samples, with a normal 95% interval of the reward, and what they cost."""
+    parts = []
+    if samples.reward is not None:
+        half = 1.96 * float(samples.reward.std()) / len(samples) ** 0.5
+        parts.append(f"mean reward {float(samples.reward.mean()):.3f} +- {half:.3f}")
+    if samples.kl is not None:
+        parts.append(f"mean kl {float(samples.kl.mean()):.3f}")
+    cost = samples.cost
+    parts.append(f"{cost.generated_tokens} tokens, {cost.model_calls} model calls, {cost.seconds:.1f} s")
+    return f"{len(samples)} samples: {', '.join(parts)}"
 
 
 def _shown(prompt: Any) -> str:
