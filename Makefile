@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 
-.PHONY: quickstart test test-slow lint types bench bench-peers clean
+.PHONY: quickstart model test test-slow lint types bench bench-peers clean
 
 $(BIN)/steer: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -11,9 +11,12 @@ $(BIN)/steer: pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
-quickstart: $(BIN)/steer
-	$(BIN)/steer models fetch smollm2-135m
+quickstart: model
 	$(BIN)/steer run quickstart
+
+# The embedded model, once; tests that need it are skipped without.
+model: $(BIN)/steer
+	$(BIN)/steer models fetch smollm2-135m
 
 test: $(BIN)/steer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
@@ -31,8 +34,7 @@ types: $(BIN)/steer
 	cp -r steer build/types/steer && cp -r adapters build/types/steer/adapters && cp -r recipes build/types/steer/recipes
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p steer
 
-bench: $(BIN)/steer
-	$(BIN)/steer models fetch smollm2-135m
+bench: model
 	OMP_NUM_THREADS=1 $(BIN)/python -m steer.bench
 
 # The peers' pins clash with ours, so they have an environment of their own; repeng 0.4.0 needs numpy 1.
@@ -42,8 +44,7 @@ bench: $(BIN)/steer
 	$@ -m pip install --quiet -c $(CONSTRAINTS) torch 'transformers>=5.16,<6' 'numpy<2' scikit-learn gguf tqdm accelerate
 	$@ -m pip install --quiet --no-deps repeng==0.4.0 steering-vectors==0.12.2
 
-bench-peers: $(BIN)/steer .venv-peers/bin/python
-	$(BIN)/steer models fetch smollm2-135m
+bench-peers: model .venv-peers/bin/python
 	OMP_NUM_THREADS=1 $(BIN)/python -m steer.bench --peers .venv-peers/bin/python
 
 clean:
