@@ -133,8 +133,8 @@ def generate(process: Process, prompts: Prompt | Sequence[Prompt], **settings: A
     Args:
         process: what generates. `LanguageModel.generate` is this function with the model's own process.
         prompts: one prompt or several; a chat is a list of messages.
-        edits: an edit, a list of edits for every prompt, or a list with one entry for each prompt (an edit, a list of
-            edits, or None): one batch, different edits.
+        edits: an edit, or a list of edits for every prompt; or, where at least one entry is a list or None, one entry
+            for each prompt: one batch, different edits.
         sampler: a `Sampler`, or its name; default: independent samples.
         reward: a `Reward`, an expression such as "sentiment - 0.3*profanity", or a callable on texts.
         beta: KL coefficient of the target `p exp(reward / beta)`, for samplers that weigh.

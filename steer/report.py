@@ -153,8 +153,7 @@ def default_strengths(edit: Edit) -> list[float]:
         return [-90.0, -45.0, 0.0, 45.0, 90.0]
     if edit.operator == "ablate":
         return [0.0, 0.5, 1.0]
-    # What every layer adds adds up, so many layers take less each.
-    top = min(0.3, 1 / len(edit.directions)) if edit.unit == "norm" else 3.0
+    top = 0.3 if edit.unit == "norm" else 3.0
     return [round(top * x / 3, 4) for x in (-3, -2, -1, 0, 1, 2, 3)]
 
 
