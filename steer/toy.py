@@ -7,6 +7,7 @@ over a Gaussian or a mixture whose denoiser is exact.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -81,9 +82,9 @@ class _Toy(Process):
     def done(self, state: ToyState) -> bool:
         return state.step >= self.num_steps
 
+    @abstractmethod
     def context(self, prefix: Tensor, step: int) -> ToyContext:
         """What an edit sees of rows `prefix`; `base` is the unedited quantity."""
-        raise NotImplementedError
 
     def _start(self, prompts: Sequence[Prompt], n: int) -> dict[str, Any]:
         check(n >= 1, "n", n, "1 or more")
