@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -41,9 +42,6 @@ class GrowingLayer(DynamicLayer):
         for buffer, filled in zip(room, (self.keys, self.values), strict=True):
             buffer[..., : filled.shape[-2], :] = filled
         self._room = room
-
-    def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -94,8 +92,6 @@ def copy_rows(cache: Cache, index: Tensor, config: Any) -> Cache:
             at = index.to(source.keys.device)
             target.update(source.keys.index_select(0, at), source.values.index_select(0, at))
         return other
-    import copy
-
     other = copy.deepcopy(cache)
     other.batch_select_indices(index)
     return other

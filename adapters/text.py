@@ -52,6 +52,7 @@ class TextState:
     """Tokens drawn so far, by every row that ever lived."""
     track: Track = field(repr=False)
     companions: tuple[Track, ...] = field(repr=False)
+    processors: tuple[Any, ...] = field(repr=False)
     ids: Tensor | None = field(repr=False)
     """Prompt ids `[N, T]`, only kept for processors and criteria that want to see them."""
 
@@ -144,8 +145,9 @@ class TextProcess(Process):
         exact = not (self._mounted(HiddenEdit) or self._mounted(PromptEdit))
         # Sums stay on the device until the end: a step waits for it once, to know whether any row goes on.
         zero = torch.zeros(rows, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        watched = self.decoding.processors(0, (), device) or self.decoding.stopping_criteria
-        padded = _track.left_padded(ids, self.model.pad_token_id, device)[0]
+        seen = _track.left_padded(ids, self.model.pad_token_id, device)[0].repeat_interleave(n, 0)
+        processors = self.decoding.processors(seen.shape[1], self.decoding.eos_token_id or (), device)
+        watched = bool(processors or self.decoding.stopping_criteria)
         return TextState(
             group=torch.arange(len(prompts)).repeat_interleave(n),
             step=0,
@@ -160,7 +162,8 @@ class TextProcess(Process):
             drawn=torch.zeros((), dtype=torch.long, device=device),
             track=track,
             companions=tuple(companions),
-            ids=padded.repeat_interleave(n, 0) if watched else None,
+            processors=tuple(processors),
+            ids=seen if watched else None,
         )
 
     def _companions(self) -> list[TextProcess]:
@@ -237,7 +240,7 @@ class TextProcess(Process):
         logits = state.track.logits
         if state.ids is not None:
             ids = torch.cat([state.ids, state.prefix[:, : state.step]], 1)
-            for processor in self.decoding.processors(state.ids.shape[1], self.decoding.eos_token_id or (), ids.device):
+            for processor in state.processors:
                 logits = processor(ids, logits)
         base = law = self.decoding.tempered(logits)
         guided = self._mounted(TransitionEdit)

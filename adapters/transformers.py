@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,8 @@ class LanguageModel:
             raise SteerError(f"model {type(network).__name__}: has no base model under its output head")
         self.hooks = Hooks(self.blocks)
         self._norms: Tensor | None = None
+        # A prompt is checked, run and scored: its text is tokenised once.
+        self._tokens = lru_cache(4096)(self._tokenised)
 
     # ---- facts
 
@@ -175,7 +177,7 @@ class LanguageModel:
         if isinstance(prompt, str):
             check(bool(prompt.strip()), "prompt", prompt, "text that is not empty")
             if isinstance(prompt, RawText) or not self.chats:
-                return list(self.tokenizer(str(prompt))["input_ids"])
+                return list(self._tokens(str(prompt), True))
             prompt = [{"role": "user", "content": str(prompt)}]
         check(bool(prompt) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt),
               "prompt", prompt, "text, or messages with role and content")  # fmt: skip
@@ -185,7 +187,10 @@ class LanguageModel:
         text = self.tokenizer.apply_chat_template(
             list(prompt), tokenize=False, add_generation_prompt=not resumed, continue_final_message=resumed
         )
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self._tokens(text, False))
+
+    def _tokenised(self, text: str, special: bool) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def show(self, prompt: Prompt) -> Any:
         """The prompt as it appears in results."""
@@ -231,9 +236,9 @@ class LanguageModel:
             max_rows=max_rows, progress=progress, model=self,
         )  # fmt: skip
         if stream is True:
-            from steer.adapters.streaming import stream_texts
+            from steer.adapters.streaming import TextStream
 
-            return stream_texts(self, plan)
+            return TextStream(self, plan)
         if stream:
             from steer.adapters.streaming import feed_streamer
 

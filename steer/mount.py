@@ -14,7 +14,7 @@ from steer.core import Edit, InputError, check
 from steer.methods.controller import Controller, ControllerNetwork
 from steer.methods.operators import Probe
 from steer.methods.value import HeadValue, QHead, ValueGuidance, ValueHead
-from steer.methods.vector import Gate, SteeringVector
+from steer.methods.vector import Gate, SteeringVector, check_model
 
 __all__ = ["KINDS", "load_edit", "parse_edit"]
 
@@ -186,8 +186,6 @@ def _value(tensors: dict[str, Tensor], card: Card, strength: float | None, optio
     settings = _settings(card, options, ("beta", "top_k", "tail"), "value head")
     check(model is not None, "model", None, "the loaded model: a value head uses its output embedding")
     info = model.info
-    from steer.methods.vector import check_model
-
     check_model(card.model, info, "value head")
     hidden = tensors["inner.weight"].shape[0]
     kind = str(card.recipe.get("head", "q"))
@@ -200,7 +198,6 @@ def _value(tensors: dict[str, Tensor], card: Card, strength: float | None, optio
         strength=1.0 if strength is None else strength,
         top_k=parse_number("top_k", settings.get("top_k", 20), int),
         tail=str(settings.get("tail", "mean")),
-        model=card.model,
     )
 
 

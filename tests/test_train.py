@@ -42,14 +42,20 @@ def planted(noise: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return up, down, direction
 
 
-@pytest.mark.parametrize(("method", "least"), [("mean", 0.99), ("pca", 0.99), ("probe", 0.8)])
-def test_methods_recover_a_planted_direction(method: str, least: float) -> None:
+@pytest.mark.parametrize("method", ["mean", "pca"])
+def test_methods_recover_a_planted_direction(method: str) -> None:
     up, down, direction = planted(0.3)
-    found, bias = METHODS[method](up, down, 1.0)
-    assert bool((nn.functional.cosine_similarity(found, direction, dim=-1) > least).all())
-    if bias is not None:
-        score = torch.einsum("lnd,ld->ln", torch.cat([up, down], 1), found) + bias.unsqueeze(1)
-        assert bool((score[:, :40] > 0).all()) and bool((score[:, 40:] < 0).all())
+    found, _ = METHODS[method](up, down, 1.0)
+    assert bool((nn.functional.cosine_similarity(found, direction, dim=-1) > 0.99).all())
+
+
+def test_probe_separates_where_the_planted_direction_does() -> None:
+    """A discriminant need not point along the mean difference (it weighs the spread); it must tell the sides apart."""
+    up, down, _ = planted(0.3)
+    found, bias = METHODS["probe"](up, down, 1.0)
+    assert bias is not None
+    score = torch.einsum("lnd,ld->ln", torch.cat([up, down], 1), found) + bias.unsqueeze(1)
+    assert bool((score[:, :40] > 0).all()) and bool((score[:, 40:] < 0).all())
 
 
 def test_mean_is_the_difference_of_means_and_pca_is_not_centred() -> None:

@@ -479,6 +479,13 @@ def test_generation_config_processors_criteria_and_streamers(tiny_lm: LanguageMo
     for piece in pieces:
         texts[piece.prompt] += piece.text
     assert texts == pieces.samples.texts == tiny_lm.generate(["the sun", "hello"], seed=0, max_new_tokens=5).texts
+    # A stop string is never shown, not even its beginning; the pieces are the final texts.
+    settings: dict[str, Any] = {"stop": ["dog runs", "cat"], "max_new_tokens": 12, "n": 8, "seed": 0}
+    pieces = tiny_lm.generate(["the sun", "hello"], stream=True, **settings)
+    rows = [""] * 16
+    for piece in pieces:
+        rows[piece.row] += piece.text
+    assert rows == pieces.samples.texts == tiny_lm.generate(["the sun", "hello"], **settings).texts
     with pytest.raises(InputError, match="num_beams"):
         tiny_lm.generate("hello", generation_config=GenerationConfig(num_beams=3))
 

@@ -25,7 +25,7 @@ from steer.cli.options import (
 )
 from steer.cli.values import pairs, typed
 from steer.core import Sampler, Samples, check
-from steer.engine import SAMPLERS, execute, load, make_sampler, prepare
+from steer.engine import SAMPLERS, Plan, execute, load, make_sampler, prepare
 from steer.report import Report, as_json, evaluate, write_text
 from steer.rewards import parse_reward
 
@@ -105,7 +105,7 @@ def generate(options: GenerateOptions, coming: Coming = frozenset()) -> Run:
             beta=options.beta, seed=seed, max_rows=options.max_rows, model=model,
             progress=session.progress and not options.stream,
         )  # fmt: skip
-        samples = execute(plan, _streamer(process, session) if options.stream else None)
+        samples = _streamed(model, plan, session) if options.stream else execute(plan)
         _show_samples(samples, options, seed, session)
 
     return run
@@ -132,18 +132,14 @@ def _as_raw(prompts: list[Any]) -> list[Any]:
     return [RawText(prompt) for prompt in prompts]
 
 
-def _streamer(process: Any, session: Session) -> Callable[[int, Any], None]:
-    """Print what is new after every step; half a character waits for its other half."""
-    printed = ""
+def _streamed(model: Any, plan: Plan, session: Session) -> Samples:
+    """Run a plan and print its one text as it is drawn."""
+    from steer.adapters.streaming import Follower
 
-    def step(first: int, state: Any) -> None:
-        nonlocal printed
-        text = process.preview(state).texts[0]
-        if text.startswith(printed) and not text.endswith("\ufffd"):
-            session.say(text[len(printed) :], end="")
-            printed = text
-
-    return step
+    follower = Follower(model, plan, lambda piece: session.say(piece.text, end=""))
+    samples = execute(plan, follower.step)
+    follower.finish(samples)
+    return samples
 
 
 def _show_samples(samples: Samples, options: GenerateOptions, seed: int, session: Session) -> None:

@@ -8,9 +8,8 @@ Letters: `N` rows, `K` candidates, `D` width, `V` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +103,6 @@ class ValueGuidance(TransitionEdit):
         top_k: candidates, chosen by the base law (ties by lowest id); 0 or more than V takes all.
         tail: what becomes of the other tokens: "mean" leaves them their base law, as if each had the average value;
             "mask" excludes them.
-        model: the card's entry of the model that the head belongs to.
     """
 
     value: Value
@@ -112,7 +110,6 @@ class ValueGuidance(TransitionEdit):
     strength: float = 1.0
     top_k: int = 20
     tail: str = "mean"
-    model: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check(self.beta is None or 0 < self.beta < float("inf"), "beta", self.beta, "a number above 0")
