@@ -50,7 +50,7 @@ class _Row:
         if whole.endswith("\ufffd"):  # a character of several tokens is not a character yet
             return ""
         self.text += whole[len(before) :]
-        # Tokens without text (special ones) give the next no neighbour to be spaced from: the window keeps the last word.
+        # Tokens without text (special ones) are no neighbour to be spaced from: the window keeps the last word.
         self.begin = self.read if len(whole) > len(before) else self.begin
         self.read = len(tokens)
         cuts = [at for at in (self.text.find(s, self.shown) for s in self.stop) if at >= 0]
