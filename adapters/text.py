@@ -94,7 +94,14 @@ class TextProcess(Process):
     block: int = 1
 
     sites = frozenset({Site.PROMPT, Site.HIDDEN, Site.TRANSITION})
-    abilities = frozenset({Ability.FORK, Ability.LOG_PROB, Ability.PREVIEW})
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        always = {Ability.FORK, Ability.LOG_PROB, Ability.PREVIEW}
+        return frozenset(always | (set() if self.decoding.temperature == 0 else {Ability.BRANCH}))
+
+    def way_out(self, ability: Ability) -> str:
+        return "use a temperature above 0" if ability is Ability.BRANCH else ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "decoding", self.decoding.with_eos(self.model.eos_token_ids))

@@ -230,11 +230,19 @@ class Context(Protocol):
     def companion(self, process: Process) -> Context:
         """The same rows as seen by another process that the edit declared in `companions`."""
 
+    def guidance(self, score: Callable[[Samples], Tensor]) -> Tensor:
+        """The shift of the quantity, same shape, that moves the mean of the next step by its variance times the
+        gradient with respect to `prefix` of `score` `[N]`, a function of what `base` shows. Only for edits that declare
+        `gradient`.
+        """
+
 
 class TransitionEdit(Edit):
     """Changes the law of the next step, after temperature and before truncation."""
 
     site = Site.TRANSITION
+    gradient: ClassVar[bool] = False
+    """Whether `shift` calls `context.guidance`; the network is then run with its gradient."""
 
     @abstractmethod
     def shift(self, x: Tensor, context: Context) -> Tensor:
@@ -253,9 +261,15 @@ class Ability(Enum):
     """What a process may or may not be able to do."""
 
     FORK = "fork"
+    """Rows can be copied, dropped and reordered."""
+    BRANCH = "branch"
+    """Copies of a row part ways again, because steps are stochastic."""
     LOG_PROB = "log-prob"
+    """Rows know their log-probability under the law that was sampled from."""
     GRADIENT = "gradient"
+    """A transition edit may ask for `Context.guidance`."""
     PREVIEW = "preview"
+    """Unfinished rows can be shown to a reward."""
 
 
 class State(Protocol):
@@ -285,9 +299,13 @@ class Process(ABC):
     """A generative process that runs in steps and whose states can be forked."""
 
     sites: ClassVar[frozenset[Site]] = frozenset()
-    abilities: ClassVar[frozenset[Ability]] = frozenset()
     edits: tuple[tuple[Edit, frozenset[int] | None], ...] = ()
     """Mounted edits in order, each with the prompts that asked for it (None: all)."""
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        """What it can do, with the settings that it has."""
+        return frozenset()
 
     @property
     @abstractmethod
@@ -318,6 +336,52 @@ class Process(ABC):
         """What a reward may look at before the end: partial text, x0-hat."""
         raise UnsupportedError(f"{type(self).__name__} has no preview of unfinished rows")
 
+    # What samplers use that go beyond propose, gather and decode.
+
+    def read(self, state: Any) -> Any:
+        """The same rows with the network's view of them at hand, so that `propose`, `preview` and `context` have no
+        pass left to pay, nor do copies made by `gather`. Consumes `state`; nothing happens where all rows are done.
+        """
+        return state
+
+    def context(self, state: Any) -> Context:
+        """What a transition edit would see of rows that were read."""
+        raise UnsupportedError(f"{type(self).__name__} shows nothing of its rows to a value function")
+
+    def finished(self, state: Any) -> Tensor:
+        """Rows that take no further step `[N]`."""
+        return torch.full((len(state),), self.done(state))
+
+    def diverges(self, state: Any) -> bool:
+        """Whether noise is still to come: otherwise copies of a row stay copies."""
+        return not self.done(state)
+
+    def stack(self, states: Sequence[Any]) -> Any:
+        """One state of all rows of several at the same step, in order. Copies."""
+        raise UnsupportedError(f"{type(self).__name__} cannot stack states")
+
+    def settle(self, state: Any) -> tuple[Any, Cost]:
+        """The state with its account at zero, and what it had cost, for samplers that keep states."""
+        raise UnsupportedError(f"{type(self).__name__} cannot keep states")
+
+    def pack(self, state: Any) -> dict[str, Tensor]:
+        """What cannot be computed again of a state, as tensors on the CPU with one row for each row."""
+        raise UnsupportedError(f"{type(self).__name__} cannot pack states")
+
+    def unpack(self, prompts: Sequence[Prompt], step: int, packed: dict[str, Tensor]) -> Any:
+        """The state at `step` that `pack` made tensors of; what it leaves out is computed when it is next needed."""
+        raise UnsupportedError(f"{type(self).__name__} cannot unpack states")
+
+    def identify(self, state: Any) -> list[Any] | None:
+        """A hashable identity for every row where different rows can be equal (tokens); None where they cannot."""
+        return None
+
+    def as_proposal(self: P) -> P:
+        """The process with its edits used as a proposal that weights correct for: they leave alone those steps whose
+        law is a point, since no finite weight corrects for a point that was moved.
+        """
+        return self
+
     @abstractmethod
     def copy(self: P, edits: tuple[tuple[Edit, frozenset[int] | None], ...]) -> P:
         """The same process under exactly these edits."""
@@ -347,7 +411,14 @@ class Process(ABC):
     def require(self, ability: Ability, who: str) -> None:
         """Raise `UnsupportedError` unless the process has `ability`."""
         if ability not in self.abilities:
-            raise UnsupportedError(f"{who} needs a process that can {ability.value}; {type(self).__name__} cannot")
+            hint = self.way_out(ability)
+            raise UnsupportedError(
+                f"{who} needs a process that can {ability.value}; {type(self).__name__} cannot{hint and f': {hint}'}"
+            )
+
+    def way_out(self, ability: Ability) -> str:
+        """What a person can change to get `ability`, or ""."""
+        return ""
 
 
 class Sampler(ABC):

@@ -22,6 +22,9 @@ class Cost:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     model_calls: int = 0
+    """Batched calls of the network."""
+    nfe: int = 0
+    """Network evaluations, one for each row: a particle at one noise level, a token that was read."""
     reward_calls: int = 0
     seconds: float = 0.0
 
@@ -54,6 +57,8 @@ class Samples:
     cost: Cost = field(default_factory=Cost)
     pool: Samples | None = field(default=None, repr=False)
     """Every candidate that was scored, where the sampler returns only some."""
+    trace: list[Any] | None = field(default=None, repr=False)
+    """What a sampler noted on its way, for pictures: one entry for each weighted step (FK), the trees (DTS)."""
 
     def __len__(self) -> int:
         return len(self.group)
@@ -74,25 +79,27 @@ class Samples:
         return self.kl_estimate  # type: ignore[return-value]
 
     @property
+    def weights(self) -> Tensor:
+        """Weights `[N]` that sum to 1 for each prompt; a prompt whose weights are all 0 has equal ones."""
+        logs, prompts = self.log_weight.double(), len(self.prompts)
+        top = torch.full((prompts,), -torch.inf, dtype=torch.float64).scatter_reduce(0, self.group, logs, "amax")
+        mass = torch.where(top.isneginf()[self.group], 1.0, (logs - top[self.group]).exp())
+        return mass / self._sum(mass)[self.group]
+
+    def _sum(self, x: Tensor) -> Tensor:
+        return torch.zeros(len(self.prompts), dtype=torch.float64).index_add(0, self.group, x)
+
+    @property
     def ess(self) -> Tensor:
         """Effective sample size of each prompt's population `[B]`: `1 / sum w^2` of the normalised weights."""
-        return torch.stack([1 / torch.softmax(w, 0).square().sum() for w in self._by_prompt(self.log_weight.double())])
-
-    def _by_prompt(self, x: Tensor) -> list[Tensor]:
-        return [x[self.group == b] for b in range(len(self.prompts))]
+        return 1 / self._sum(self.weights.square())
 
     def mean_reward(self) -> Tensor:
         """Weighted mean reward of each prompt `[B]`."""
         if self.reward is None:
             raise SteerError("these samples carry no reward: pass reward= to generate()")
-        return torch.stack(
-            [
-                (torch.softmax(w, 0) * r).sum()
-                for w, r in zip(
-                    self._by_prompt(self.log_weight.double()), self._by_prompt(self.reward.double()), strict=True
-                )
-            ]
-        )
+        w = self.weights
+        return self._sum(torch.where(w > 0, w * self.reward.double(), 0.0))
 
     def select(self, index: Tensor) -> Samples:
         """The rows in `index` `[M]`, with everything that belongs to them."""

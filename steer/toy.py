@@ -7,9 +7,9 @@ over a Gaussian or a mixture whose denoiser is exact.
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,15 +28,19 @@ from steer.core import (
     UnsupportedError,
     check,
 )
+from steer.diffusion import Diffusion, Schedule
 
 __all__ = ["GaussianProcess", "TabularProcess", "markov_lm"]
 
 Mounted = tuple[tuple[Edit, frozenset[int] | None], ...]
 
 
+# ---------------------------------------------------------------------------------------------------------- tabular
+
+
 @dataclass(frozen=True)
-class ToyState:
-    """`x` is the prefix `[N, step]` (tabular) or the latent `[N, 1]` (Gaussian)."""
+class TabularState:
+    """Prefixes `x` `[N, step]`."""
 
     x: Tensor
     group: Tensor
@@ -51,9 +55,12 @@ class ToyState:
         return len(self.group)
 
 
+_ROWS = ("x", "group", "log_prob", "base_log_prob", "kl")
+
+
 @dataclass(frozen=True)
-class ToyContext:
-    """`Context` of a toy process."""
+class TabularContext:
+    """`Context` of a tabular process; `base` is the unedited log-law `[N, V]`."""
 
     prefix: Tensor
     step: int
@@ -67,73 +74,16 @@ class ToyContext:
         raise UnsupportedError("a toy process has no hidden states")
 
     def companion(self, process: Process) -> Context:
-        """The same rows under another process of the same kind."""
-        assert isinstance(process, _Toy)
-        return process.context(self.prefix, self.step)
+        """The same rows under another tabular process."""
+        assert isinstance(process, TabularProcess)
+        return process.view(self.prefix)
 
-
-class _Toy(Process):
-    sites = frozenset({Site.TRANSITION})
-    abilities = frozenset({Ability.FORK, Ability.LOG_PROB, Ability.PREVIEW})
-
-    def copy(self, edits: Mounted) -> Any:
-        return replace(self, edits=edits)  # type: ignore[type-var]
-
-    def done(self, state: ToyState) -> bool:
-        return state.step >= self.num_steps
-
-    @abstractmethod
-    def context(self, prefix: Tensor, step: int) -> ToyContext:
-        """What an edit sees of rows `prefix`; `base` is the unedited quantity."""
-
-    def _start(self, prompts: Sequence[Prompt], n: int) -> dict[str, Any]:
-        check(n >= 1, "n", n, "1 or more")
-        check(len(prompts) >= 1, "prompts", prompts, "at least one")
-        rows = len(prompts) * n
-        zero = torch.zeros(rows, dtype=torch.float64)
-        group = torch.arange(len(prompts)).repeat_interleave(n)
-        return {
-            "group": group, "step": 0, "log_prob": zero, "base_log_prob": zero, "kl": zero,
-            "cost": Cost(), "prompts": list(prompts),
-        }  # fmt: skip
-
-    def _shifted(self, context: ToyContext, group: Tensor | None) -> Tensor:
-        """The quantity at TRANSITION after every edit, each applied to the rows that asked for it."""
-        x = context.base
-        for edit, wanted in self.edits:
-            assert isinstance(edit, TransitionEdit)
-            changed = edit.shift(x, context)
-            if wanted is not None and group is not None:
-                mask = torch.tensor([int(g) in wanted for g in group])
-                changed = torch.where(mask.unsqueeze(-1), changed, x)
-            x = changed
-        return x
-
-    def gather(self, state: ToyState, index: Tensor) -> ToyState:
-        rows = ("x", "group", "log_prob", "base_log_prob", "kl")
-        return replace(state, **{name: getattr(state, name)[index] for name in rows})
-
-    def _samples(self, state: ToyState, outputs: Tensor) -> Samples:
-        return Samples(
-            prompts=state.prompts,
-            outputs=outputs,
-            group=state.group,
-            log_weight=torch.zeros(len(state), dtype=torch.float64),
-            log_prob=state.log_prob,
-            base_log_prob=state.base_log_prob,
-            kl_estimate=state.kl,
-            cost=state.cost,
-        )
-
-    def decode(self, state: ToyState) -> Samples:
-        return self._samples(state, state.x)
-
-
-# ---------------------------------------------------------------------------------------------------------- tabular
+    def guidance(self, score: Callable[[Samples], Tensor]) -> Tensor:
+        raise UnsupportedError("tokens have no gradient")
 
 
 @dataclass(frozen=True)
-class TabularProcess(_Toy):
+class TabularProcess(Process):
     """A Markov chain `x_1 .. x_T` over `V` tokens, in float64.
 
     Attributes:
@@ -147,6 +97,12 @@ class TabularProcess(_Toy):
     length: int
     edits: Mounted = ()
 
+    sites = frozenset({Site.TRANSITION})
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        return frozenset({Ability.FORK, Ability.BRANCH, Ability.LOG_PROB, Ability.PREVIEW})
+
     @property
     def num_steps(self) -> int:
         return self.length
@@ -155,20 +111,83 @@ class TabularProcess(_Toy):
     def vocabulary(self) -> int:
         return len(self.initial)
 
-    def init(self, prompts: Sequence[Prompt], n: int, generator: torch.Generator) -> ToyState:
-        fields = self._start(prompts, n)
-        return ToyState(x=torch.zeros(len(fields["group"]), 0, dtype=torch.long), **fields)
+    def copy(self, edits: Mounted) -> TabularProcess:
+        return replace(self, edits=edits)
 
-    def context(self, prefix: Tensor, step: int) -> ToyContext:
+    def done(self, state: TabularState) -> bool:
+        return state.step >= self.length
+
+    def init(self, prompts: Sequence[Prompt], n: int, generator: torch.Generator) -> TabularState:
+        check(n >= 1, "n", n, "1 or more")
+        check(len(prompts) >= 1, "prompts", prompts, "at least one")
+        rows = len(prompts) * n
+        zero = torch.zeros(rows, dtype=torch.float64)
+        group = torch.arange(len(prompts)).repeat_interleave(n)
+        x = torch.zeros(rows, 0, dtype=torch.long)
+        return TabularState(x, group, 0, zero, zero, zero, Cost(), list(prompts))
+
+    def view(self, prefix: Tensor) -> TabularContext:
+        """What an edit sees of rows `prefix` `[N, step]`."""
+        step = prefix.shape[1]
         p = self.transition[prefix[:, -1]] if step else self.initial.expand(len(prefix), -1)
-        return ToyContext(prefix=prefix, step=step, base=p.double().log())
+        return TabularContext(prefix, step, p.double().log())
+
+    def context(self, state: TabularState) -> TabularContext:
+        return self.view(state.x)
+
+    def _shifted(self, context: TabularContext, group: Tensor | None) -> Tensor:
+        """The log-law after every edit, each applied to the rows that asked for it."""
+        x = context.base
+        for edit, wanted in self.edits:
+            assert isinstance(edit, TransitionEdit)
+            changed = edit.shift(x, context)
+            if wanted is not None and group is not None:
+                mask = torch.tensor([int(g) in wanted for g in group])
+                changed = torch.where(mask.unsqueeze(-1), changed, x)
+            x = changed
+        return x
+
+    def gather(self, state: TabularState, index: Tensor) -> TabularState:
+        return replace(state, **{name: getattr(state, name)[index] for name in _ROWS})
+
+    def stack(self, states: Sequence[TabularState]) -> TabularState:
+        joined = {name: torch.cat([getattr(s, name) for s in states]) for name in _ROWS}
+        return replace(states[0], **joined, cost=sum((s.cost for s in states), Cost()))
+
+    def settle(self, state: TabularState) -> tuple[TabularState, Cost]:
+        return replace(state, cost=Cost()), state.cost
+
+    def pack(self, state: TabularState) -> dict[str, Tensor]:
+        return {name: getattr(state, name) for name in _ROWS}
+
+    def unpack(self, prompts: Sequence[Prompt], step: int, packed: dict[str, Tensor]) -> TabularState:
+        return TabularState(**packed, step=step, cost=Cost(), prompts=list(prompts))
+
+    def identify(self, state: TabularState) -> list[Any]:
+        return [tuple(row) for row in state.x.tolist()]
+
+    def preview(self, state: TabularState) -> Samples:
+        """The prefixes `[N, step]`."""
+        return self.decode(state)
+
+    def decode(self, state: TabularState) -> Samples:
+        return Samples(
+            prompts=state.prompts,
+            outputs=state.x,
+            group=state.group,
+            log_weight=torch.zeros(len(state), dtype=torch.float64),
+            log_prob=state.log_prob,
+            base_log_prob=state.base_log_prob,
+            kl_estimate=state.kl,
+            cost=state.cost,
+        )
 
     def step_laws(self, prefix: Tensor, group: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Log-law of the next token under the edits and under the base, both `[N, V]`."""
-        context = self.context(prefix, prefix.shape[1])
+        context = self.view(prefix)
         return torch.log_softmax(self._shifted(context, group), -1), context.base
 
-    def propose(self, state: ToyState, generator: torch.Generator) -> ToyState:
+    def propose(self, state: TabularState, generator: torch.Generator) -> TabularState:
         law, base = self.step_laws(state.x, state.group)
         token = torch.multinomial(law.exp(), 1, generator=generator)
         kl = torch.where(law.isneginf(), torch.zeros_like(law), law.exp() * (law - base)).sum(-1)
@@ -179,12 +198,8 @@ class TabularProcess(_Toy):
             log_prob=state.log_prob + law.gather(1, token).squeeze(1),
             base_log_prob=state.base_log_prob + base.gather(1, token).squeeze(1),
             kl=state.kl + kl,
-            cost=state.cost + Cost(model_calls=1, generated_tokens=len(state)),
+            cost=state.cost + Cost(model_calls=1, nfe=len(state), generated_tokens=len(state)),
         )
-
-    def preview(self, state: ToyState) -> Samples:
-        """The prefixes `[N, step]`."""
-        return self._samples(state, state.x)
 
     def law(self) -> tuple[Tensor, Tensor]:
         """Every sequence `[V^T, T]` in lexicographic order with its exact log-probability `[V^T]` under the edits."""
@@ -231,11 +246,47 @@ def markov_lm() -> TabularProcess:
 
 
 @dataclass(frozen=True)
-class GaussianProcess(_Toy):
-    """DDIM over a mixture of Gaussians with the exact denoiser; the law of this *chain*, not of the data, is the base.
+class _Mixture:
+    """The exact denoiser of a mixture of Gaussians, in float64."""
 
-    Linear betas .001 to .07 over 100 steps, `num_steps` equally spaced of them, the last step to abar = 1
-    (deterministic), `x_T ~ N(0, 1)`.
+    weights: tuple[float, ...]
+    means: tuple[float, ...]
+    variances: tuple[float, ...]
+    schedule: Schedule
+
+    def encode(self, prompts: Sequence[Prompt]) -> None:
+        return None
+
+    def noise(self, n: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(n, 1, dtype=torch.float64, generator=generator)
+
+    def predict(self, x: Tensor, step: int, group: Tensor, encoded: None) -> Tensor:
+        """`E[x_0 | x_t]` of the data law, `[N, 1]`."""
+        a, b = self.schedule.alpha[step], self.schedule.sigma[step] ** 2
+        m, v, w = (torch.tensor(t, dtype=torch.float64) for t in (self.means, self.variances, self.weights))
+        d = a * a * v + b
+        log_posterior = w.log() - 0.5 * d.log() - 0.5 * (x - a * m) ** 2 / d
+        component = m + a * v / d * (x - a * m)
+        return (torch.softmax(log_posterior, -1) * component).sum(-1, keepdim=True)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x
+
+    preview = decode
+
+    def show(self, prompt: Prompt) -> Prompt:
+        return prompt
+
+
+@dataclass(frozen=True)
+class GaussianProcess(Diffusion):
+    """A chain over a mixture of Gaussians with the exact denoiser; the law of this *chain*, not of the data, is the
+    base. `x_T ~ N(0, 1)`.
+
+    Attributes:
+        path: "vp", linear betas .001 to .07 over 100 steps, `steps` equally spaced of them, the last step to abar = 1
+            (deterministic); or "flow", `x = (1 - t) x_0 + t eps` in equal steps from t = 1 to 0.
+        eta: of `Schedule.between`.
     """
 
     weights: tuple[float, ...] = (1.0,)
@@ -243,70 +294,40 @@ class GaussianProcess(_Toy):
     variances: tuple[float, ...] = (1.0,)
     steps: int = 50
     eta: float = 1.0
+    path: str = "vp"
     edits: Mounted = ()
+    proposal: bool = False
+    shown: str = "current"
 
-    @property
-    def num_steps(self) -> int:
-        return self.steps
+    def __post_init__(self) -> None:
+        check(self.path in ("vp", "flow"), "path", self.path, "vp, flow")
+
+    @cached_property
+    def schedule(self) -> Schedule:  # type: ignore[override]
+        if self.path == "flow":
+            sigma = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)
+            alpha = 1 - sigma
+        else:
+            alpha, sigma = self.alphas_bar.sqrt(), (1 - self.alphas_bar).sqrt()
+        return Schedule.between(alpha.tolist(), sigma.tolist(), self.eta)
+
+    @cached_property
+    def denoiser(self) -> _Mixture:  # type: ignore[override]
+        return _Mixture(self.weights, self.means, self.variances, self.schedule)
 
     @property
     def alphas_bar(self) -> Tensor:
-        """Cumulative alphas from the noisiest step to 1, `[steps + 1]`."""
+        """Cumulative alphas of the "vp" path from the noisiest step to 1, `[steps + 1]`."""
         table = torch.cumprod(1 - torch.linspace(0.001, 0.07, 100, dtype=torch.float64), 0)
         index = torch.linspace(99, 0, self.steps, dtype=torch.float64).round().long()
         return torch.cat([table[index], torch.ones(1, dtype=torch.float64)])
 
-    def init(self, prompts: Sequence[Prompt], n: int, generator: torch.Generator) -> ToyState:
-        fields = self._start(prompts, n)
-        x = torch.randn(len(fields["group"]), 1, dtype=torch.float64, generator=generator)
-        return ToyState(x=x, **fields)
+    def predict(self, x: Tensor, step: int, group: Tensor, encoded: Any) -> Tensor:
+        return self.denoiser.predict(x, step, group, None)
 
     def x0_hat(self, x: Tensor, step: int) -> Tensor:
         """`E[x_0 | x_t]` of the data law, `[N, 1]`."""
-        a = self.alphas_bar[step]
-        m, v, w = (torch.tensor(t, dtype=torch.float64) for t in (self.means, self.variances, self.weights))
-        d = a * v + 1 - a
-        log_posterior = w.log() - 0.5 * d.log() - 0.5 * (x - a.sqrt() * m) ** 2 / d
-        component = m + a.sqrt() * v / d * (x - a.sqrt() * m)
-        return (torch.softmax(log_posterior, -1) * component).sum(-1, keepdim=True)
-
-    def context(self, prefix: Tensor, step: int) -> ToyContext:
-        return ToyContext(prefix=prefix, step=step, base=self.x0_hat(prefix, step))
-
-    def _transition(self, x: Tensor, x0: Tensor, step: int) -> tuple[Tensor, float]:
-        a, b = (float(v) for v in self.alphas_bar[step : step + 2])
-        std = self.eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
-        noise = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
-        return math.sqrt(b) * x0 + math.sqrt(max(1 - b - std**2, 0.0)) * noise, std
-
-    def propose(self, state: ToyState, generator: torch.Generator) -> ToyState:
-        context = self.context(state.x, state.step)
-        mean, std = self._transition(state.x, self._shifted(context, state.group), state.step)
-        base_mean, _ = self._transition(state.x, context.base, state.step)
-        z = torch.randn(state.x.shape, dtype=torch.float64, generator=generator)
-        x = mean + std * z
-        moved = (mean - base_mean).squeeze(-1)
-        if std > 1e-6:
-            kl = moved**2 / (2 * std**2)
-            log_prob = (-0.5 * z**2 - math.log(std) - 0.5 * math.log(2 * math.pi)).squeeze(-1)
-            under_base = log_prob + (0.5 * z**2 - 0.5 * ((x - base_mean) / std) ** 2).squeeze(-1)
-            base_log_prob = torch.where(moved == 0, log_prob, under_base)
-        else:  # a deterministic step has no density: it is free unless an edit moved it, and then infinitely far
-            kl = torch.where(moved == 0, 0.0, torch.inf).double()
-            log_prob, base_log_prob = torch.zeros_like(kl), -kl
-        return replace(
-            state,
-            x=x,
-            step=state.step + 1,
-            log_prob=state.log_prob + log_prob,
-            base_log_prob=state.base_log_prob + base_log_prob,
-            kl=state.kl + kl,
-            cost=state.cost + Cost(model_calls=1, generated_tokens=0),
-        )
-
-    def preview(self, state: ToyState) -> Samples:
-        """x0-hat `[N, 1]`."""
-        return self._samples(state, state.x if self.done(state) else self.x0_hat(state.x, state.step))
+        return self.denoiser.predict(x, step, torch.zeros(len(x), dtype=torch.long), None)
 
     def chain_moments(self) -> tuple[float, float]:
         """Exact mean and variance of the chain's output, for one Gaussian component (affine updates)."""
@@ -321,8 +342,8 @@ class GaussianProcess(_Toy):
         rows = []
         for i in range(self.steps):
             zero, one = (torch.tensor([[v]], dtype=torch.float64) for v in (0.0, 1.0))
-            (at_zero, std), (at_one, _) = (self._transition(x, self.x0_hat(x, i), i) for x in (zero, one))
-            rows.append((float(at_one - at_zero), float(at_zero), std**2))
+            at_zero, at_one = (float(self.schedule.mean(x, self.x0_hat(x, i), i)) for x in (zero, one))
+            rows.append((at_one - at_zero, at_zero, self.schedule.std[i] ** 2))
         return rows
 
     def soft_values(self, a: float, b: float, beta: float) -> list[tuple[float, float, float]]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -23,7 +24,7 @@ def normalise(log_weights: Tensor) -> Tensor:
 
 def log_mean_exp(log_weights: Tensor) -> Tensor:
     """`log(mean(exp(log_weights)))` over the last axis: the increment of log Z at a resampling step."""
-    return torch.logsumexp(log_weights, -1) - torch.log(torch.tensor(float(log_weights.shape[-1])))
+    return torch.logsumexp(log_weights, -1) - math.log(log_weights.shape[-1])
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
@@ -57,33 +58,31 @@ def _uniform(weights: Tensor, generator: torch.Generator, count: int) -> Tensor:
     return torch.rand(shape, dtype=torch.float64, generator=generator, device=generator.device).to(weights.device)
 
 
-def _multinomial(weights: Tensor, generator: torch.Generator) -> Tensor:
-    return _by_cdf(weights, _uniform(weights, generator, weights.shape[-1]))
+def _multinomial(weights: Tensor, generator: torch.Generator, count: int) -> Tensor:
+    return _by_cdf(weights, _uniform(weights, generator, count))
 
 
-def _stratified(weights: Tensor, generator: torch.Generator) -> Tensor:
-    n = weights.shape[-1]
-    return _by_cdf(weights, (torch.arange(n, device=weights.device) + _uniform(weights, generator, n)) / n)
+def _stratified(weights: Tensor, generator: torch.Generator, count: int) -> Tensor:
+    return _by_cdf(weights, (torch.arange(count, device=weights.device) + _uniform(weights, generator, count)) / count)
 
 
-def _systematic(weights: Tensor, generator: torch.Generator) -> Tensor:
-    n = weights.shape[-1]
-    return _by_cdf(weights, (torch.arange(n, device=weights.device) + _uniform(weights, generator, 1)) / n)
+def _systematic(weights: Tensor, generator: torch.Generator, count: int) -> Tensor:
+    return _by_cdf(weights, (torch.arange(count, device=weights.device) + _uniform(weights, generator, 1)) / count)
 
 
-def _ssp(weights: Tensor, generator: torch.Generator) -> Tensor:
+def _ssp(weights: Tensor, generator: torch.Generator, count: int) -> Tensor:
     """Srinivasan sampling process (Gerber, Chopin & Whiteley 2019): every count is the floor or the ceiling of `N w`,
     counts are negatively associated, and, unlike systematic resampling, no order of the particles is special.
     """
     flat = weights.double().reshape(-1, weights.shape[-1])
     draws = _uniform(flat, generator, flat.shape[-1]).cpu()
-    rows = [_ssp_row(w, u) for w, u in zip(flat.cpu(), draws, strict=True)]
-    return torch.stack(rows).reshape(weights.shape).to(weights.device)
+    rows = [_ssp_row(w.tolist(), u.tolist(), count) for w, u in zip(flat.cpu(), draws, strict=True)]
+    return torch.tensor(rows).reshape(*weights.shape[:-1], count).to(weights.device)
 
 
-def _ssp_row(weights: Tensor, draws: Tensor) -> Tensor:
-    n = len(weights)
-    expected = (weights / weights.sum() * n).tolist()
+def _ssp_row(weights: list[float], draws: list[float], count: int) -> list[int]:
+    n, mass = len(weights), sum(weights)
+    expected = [w / mass * count for w in weights]
     counts = [int(e + 1e-9) for e in expected]
     rest = [max(e - c, 0.0) for e, c in zip(expected, counts, strict=True)]
     first = 0
@@ -91,7 +90,7 @@ def _ssp_row(weights: Tensor, draws: Tensor) -> Tensor:
         a, b = rest[first], rest[second]
         up, down = min(1 - a, b), min(a, 1 - b)
         # Move mass between the two until one is whole, so that each keeps its expectation.
-        if up + down > 0 and float(draws[second]) * (up + down) < down:
+        if up + down > 0 and draws[second] * (up + down) < down:
             rest[first], rest[second] = a + up, b - up
         else:
             rest[first], rest[second] = a - down, b + down
@@ -101,22 +100,22 @@ def _ssp_row(weights: Tensor, draws: Tensor) -> Tensor:
         if rest[first] < 1e-9:
             first = second
     # Rounding can leave one particle over or missing; the fractional part that is left decides.
-    missing = n - sum(counts)
+    missing = count - sum(counts)
     for j in sorted(range(n), key=lambda j: -rest[j])[: max(missing, 0)]:
         counts[j] += 1
-    return torch.repeat_interleave(torch.arange(n), torch.tensor(counts))[:n]
+    return [j for j, times in enumerate(counts) for _ in range(times)][:count]
 
 
-RESAMPLERS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+RESAMPLERS: dict[str, Callable[[Tensor, torch.Generator, int], Tensor]] = {
     "multinomial": _multinomial,
     "stratified": _stratified,
     "systematic": _systematic,
     "ssp": _ssp,
 }
-"""Each maps weights `[..., N]` to ancestors `[..., N]` with `E[count of i] = N w_i`."""
+"""Each maps weights `[..., N]` to `count` ancestors `[..., count]` with `E[times of i] = count * w_i`."""
 
 
-def resample(log_weights: Tensor, generator: torch.Generator, how: str = "ssp") -> Tensor:
-    """Ancestors `[..., N]` of an equally weighted population drawn from `log_weights` `[..., N]`."""
+def resample(log_weights: Tensor, generator: torch.Generator, how: str = "ssp", count: int | None = None) -> Tensor:
+    """Ancestors `[..., count]` of an equally weighted population drawn from `log_weights` `[..., N]`; N by default."""
     check(how in RESAMPLERS, "resampler", how, ", ".join(RESAMPLERS))
-    return RESAMPLERS[how](normalise(log_weights), generator)
+    return RESAMPLERS[how](normalise(log_weights), generator, count or log_weights.shape[-1])

@@ -1,0 +1,291 @@
+"""Feynman-Kac steering (Singhal et al. 2025): sequential Monte Carlo towards `p(x) exp(r(x) / beta)`.
+
+Potentials `G_t >= 0` whose product over the weighted steps telescopes to `exp(r(x_0) / beta)` weigh a population as
+it is generated; where weights grow uneven, particles are resampled. With `rho_t` the value that a lookahead gives a
+state:
+
+    difference   G_t = exp((rho_t - rho_before) / beta)
+    max          G_t = exp(max over the weighted steps so far of rho / beta)
+    sum          G_t = exp(sum over the weighted steps so far of rho / beta)
+
+and, for max and sum, a last factor `exp(r(x_0) / beta)` over the product of all before it (paper, section 3).
+Everything is in log space. Edits of the process act as a *proposal*: every weight also takes `p(step) / q(step)`, so
+that guidance of any strength is corrected for. The paper's lambda is 1 / beta.
+
+K particles are biased by O(1 / K) (about -1.3 / K of the reward's spread in a toy with K of 4 to 64): K = 4 is
+nowhere near the target. Only `exp(log_z)` and self-normalised sums over *many* runs are exact.
+
+Letters: `B` prompts, `P` populations (prompts, or prompts times outputs), `K` particles in one, `N = P K` rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.core import (
+    Ability,
+    Cost,
+    Process,
+    Prompt,
+    Reward,
+    Sampler,
+    Samples,
+    UnsupportedError,
+    check,
+)
+from steer.lookahead import Lookahead, Preview
+from steer.weights import RESAMPLERS, effective_sample_size, log_mean_exp, resample
+
+__all__ = ["FKSteering", "Generation"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One weighted step of a run, for pictures: `samples.trace` is a list of them."""
+
+    step: int
+    ancestors: Tensor
+    """Row `[N]` that each particle came from at this step; its own where nothing was resampled."""
+    value: Tensor
+    """What the lookahead said of each particle `[N]`, before resampling."""
+    ess: Tensor
+    """Effective sample size of every population `[P]`, before resampling."""
+    resampled: Tensor
+    """Which populations were resampled `[P]`."""
+    outputs: Any = field(default=None, repr=False)
+    """Previews of the particles before resampling, where `keep_previews` was set."""
+
+
+@dataclass(frozen=True)
+class FKSteering(Sampler):
+    """Weigh and resample particles on their way.
+
+    Attributes:
+        num_particles: K for each output.
+        n: outputs for each prompt; None returns the weighted population itself (`log_weight`), an integer draws that
+        many
+            from *one* population of `n * num_particles` (at equal cost far closer to the target than n populations of
+            K).
+        per_output: n populations of K instead, one output from each, as the paper does.
+        potential: "difference", "max" or "sum".
+        terminal: "exact", the paper's rule, or "running", the released code's, whose last factor for max and sum has
+        the
+            running value in place of `r(x_0)`, and so targets `p exp(max rho / beta)` or `p exp(sum rho / beta)`.
+        start, stop, every: steps after which particles are weighed: start, start + every, ... up to stop, and the last.
+        ess_threshold: resample where the effective sample size is below this share of K; None: at every weighted step.
+        resampler: "ssp", "systematic", "stratified" or "multinomial".
+        tempering: gamma of DAS (Kim et al. 2025): rho is scaled by `min((1 + gamma)^i - 1, 1)`, i the steps taken,
+            and by 1 at the end; None is off.
+        lookahead: what values unfinished particles: `Preview()`, `Rollouts(m)` or `StateValue(v)`.
+        select: "weighted" (needs n = None), "draw" (by weight, as distinct as the resampler makes them) or "best" (by
+            reward, then weight); by default weighted without n and draw with it.
+        correct: weigh edits as a proposal. Off, the edited process is itself the base law: for edits whose weight is
+        not
+            known (hidden states, prompts), or by choice.
+        floor: the value that a running max or sum and the difference start from, for the released code's convention 0;
+            None is the right one: -infinity for max, 0 for the others.
+        keep_previews: keep what the reward saw, for pictures.
+
+    Returns from `run`: the samples with `log_z`, an unbiased estimate of `E_p[exp(r / beta)]` in the log, `pool` (the
+    whole weighted population), `lineage` (rows of the pool) and `trace`.
+    """
+
+    num_particles: int = 8
+    n: int | None = None
+    per_output: bool = False
+    potential: str = "difference"
+    terminal: str = "exact"
+    start: int = 1
+    stop: int | None = None
+    every: int = 1
+    ess_threshold: float | None = 0.5
+    resampler: str = "ssp"
+    tempering: float | None = None
+    lookahead: Lookahead = field(default_factory=Preview)
+    select: str | None = None
+    correct: bool = True
+    floor: float | None = None
+    keep_previews: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_particles", "n", "start", "stop", "every"):
+            value = getattr(self, name)
+            optional = name in ("n", "stop") and value is None
+            check(optional or (_whole(value) and value >= 1), name, value, "an integer of 1 or more")
+        allowed = ("difference", "max", "sum")
+        check(self.potential in allowed, "potential", self.potential, ", ".join(allowed))
+        check(self.terminal in ("exact", "running"), "terminal", self.terminal, "exact, running")
+        ess = self.ess_threshold
+        check(ess is None or 0 < ess <= 1, "ess_threshold", ess, "a share of the particles in (0, 1], or None")
+        check(self.resampler in RESAMPLERS, "resampler", self.resampler, ", ".join(RESAMPLERS))
+        check(self.tempering is None or self.tempering > 0, "tempering", self.tempering, "a number above 0, or None")
+        check(self.select in (None, "weighted", "draw", "best"), "select", self.select, "weighted, draw, best")
+        check(not (self.select == "weighted" and self.n), "select", "weighted", "draw or best where n is given")
+
+    def run(
+        self,
+        process: Process,
+        prompts: Sequence[Prompt],
+        *,
+        generator: torch.Generator,
+        reward: Reward | None = None,
+        beta: float = 1.0,
+        on_step: Callable[[Any], None] | None = None,
+    ) -> Samples:
+        check(reward is not None, "reward", None, "a reward: FK steering weighs by it")
+        assert reward is not None
+        process.require(Ability.BRANCH, "FK steering")
+        self.lookahead.check(process)
+        began = time.perf_counter()
+        process = process.as_proposal() if self.correct else process
+        populations = len(prompts) * ((self.n or 1) if self.per_output else 1)
+        size = self.num_particles * (1 if self.per_output else (self.n or 1))
+        state = process.init(prompts, populations * size // len(prompts), generator)
+        if self.correct and state.base_log_prob is None:
+            raise UnsupportedError(
+                "FK steering cannot weigh edits of prompts or hidden states, whose law against the base is not known "
+                "while generating: set correct=False to steer the edited process itself"
+            )
+        particles = _Particles(self, beta, populations, size, len(state))
+        spent, trace = Cost(), []
+        while not process.done(state):
+            state = process.propose(state, generator)
+            done = process.done(state)
+            if done or self._weighed(state.step):
+                state = process.read(state) if self.lookahead.reads and not done else state
+                value, cost, shown = self._value(process, state, reward, beta, generator, done)
+                spent = spent + cost
+                particles.weigh(value, state, done)
+                ancestors, step = particles.resample(generator, process.diverges(state))
+                trace.append(Generation(state.step, ancestors, value, *step, shown))
+                if bool(step[1].any()):
+                    state = process.gather(state, ancestors)
+            if on_step is not None:
+                on_step(state)
+        samples = process.decode(state)
+        cost = replace(samples.cost + spent, seconds=time.perf_counter() - began)
+        pool = replace(
+            samples, log_weight=particles.log_weight.flatten(), reward=particles.value, cost=cost, trace=trace,
+            log_z=particles.evidence(len(prompts)),
+        )  # fmt: skip
+        pool = replace(pool, kl_estimate=_drift(pool, beta) if self.correct else None)
+        return self._selected(pool, particles, generator)
+
+    def _weighed(self, step: int) -> bool:
+        return step >= self.start and (step - self.start) % self.every == 0 and step <= (self.stop or step)
+
+    def _value(
+        self, process: Process, state: Any, reward: Reward, beta: float, generator: torch.Generator, done: bool
+    ) -> tuple[Tensor, Cost, Any]:
+        shown = None
+        if done:
+            samples = process.decode(state)
+            value, cost = reward(samples), Cost(reward_calls=len(state))
+            shown = samples.outputs
+        else:
+            value, cost = self.lookahead(process, state, reward, beta, generator)
+            if self.keep_previews:
+                shown = process.preview(state).outputs
+        return value, cost, shown if self.keep_previews else None
+
+    def _selected(self, pool: Samples, particles: _Particles, generator: torch.Generator) -> Samples:
+        select = self.select or ("weighted" if self.n is None else "draw")
+        if select == "weighted":
+            return pool
+        size = particles.size
+        count = 1 if self.per_output else (self.n or size)
+        if select == "draw":
+            index = resample(particles.log_weight, generator, self.resampler, count)
+        else:
+            # By reward, and among equals by weight.
+            order = particles.log_weight.sort(dim=1, descending=True, stable=True).indices
+            rewards = particles.value.reshape(-1, size).gather(1, order)
+            index = order.gather(1, rewards.sort(dim=1, descending=True, stable=True).indices[:, :count])
+        rows = (index + torch.arange(len(index)).unsqueeze(1) * size).flatten()
+        chosen = pool.select(rows)
+        return replace(chosen, log_weight=torch.zeros(len(rows), dtype=torch.float64), pool=pool, lineage=rows)
+
+
+def _drift(pool: Samples, beta: float) -> Tensor:
+    """KL of the target to the base, `E[r] / beta - log Z`, as the population estimates it, for each row `[N]`."""
+    assert pool.log_z is not None
+    return (pool.mean_reward() / beta - pool.log_z)[pool.group]
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class _Particles:
+    """The weights of a run. Every row carries what its potential still needs: `carried` `[N]`, the running value or the
+    last one, `total` `[N]`, the log of all factors so far, and `ratio` `[N]`, `log p - log q` when it was last weighed.
+    """
+
+    def __init__(self, sampler: FKSteering, beta: float, populations: int, size: int, rows: int) -> None:
+        self.sampler, self.beta, self.size = sampler, beta, size
+        self.log_weight = torch.zeros(populations, size, dtype=torch.float64)
+        self.log_z = torch.zeros(populations, dtype=torch.float64)
+        floor = sampler.floor
+        if floor is None:
+            floor = -torch.inf if sampler.potential == "max" else 0.0
+        self.carried = torch.full((rows,), floor / beta, dtype=torch.float64)
+        self.total = torch.zeros(rows, dtype=torch.float64)
+        self.ratio = torch.zeros(rows, dtype=torch.float64)
+        self.value = torch.zeros(rows, dtype=torch.float64)
+
+    def weigh(self, value: Tensor, state: Any, last: bool) -> None:
+        """Multiply the weights by this step's potential and by the proposal's correction."""
+        self.value = value
+        gamma = self.sampler.tempering
+        scale = 1.0 if gamma is None or last else min((1 + gamma) ** state.step - 1, 1.0)
+        step = self._factor(value * (scale / self.beta), last)
+        self.total = self.total + step
+        if self.sampler.correct:
+            ratio = (state.base_log_prob - state.log_prob).double().cpu()
+            step, self.ratio = step + (ratio - self.ratio), ratio
+        self.log_weight = self.log_weight + step.reshape(self.log_weight.shape)
+
+    def _factor(self, rho: Tensor, last: bool) -> Tensor:
+        """Log of the potential, from `rho / beta`."""
+        sampler, before = self.sampler, self.carried
+        if sampler.potential == "difference":
+            self.carried = rho
+            # Where both are -infinity (an impossible particle) the weight already says so.
+            return torch.where(torch.isneginf(rho), rho, rho - torch.where(torch.isneginf(before), 0.0, before))
+        self.carried = torch.maximum(before, rho) if sampler.potential == "max" else before + rho
+        if not last:
+            return self.carried
+        end = rho if sampler.terminal == "exact" else self.carried
+        return torch.where(torch.isneginf(end), end, end - torch.where(torch.isneginf(self.total), 0.0, self.total))
+
+    def resample(self, generator: torch.Generator, worth: bool) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Ancestors `[N]`, ESS `[P]` and which populations were resampled `[P]`. Without noise to come copies would
+        stay copies, so the last weights are left to be read or drawn from.
+        """
+        ess = effective_sample_size(self.log_weight)
+        due = torch.full(ess.shape, worth)
+        if self.sampler.ess_threshold is not None:
+            due &= ess < self.sampler.ess_threshold * self.size
+        own = torch.arange(self.log_weight.numel()).reshape(self.log_weight.shape)
+        if not bool(due.any()):
+            return own.flatten(), (ess, due)
+        drawn = resample(self.log_weight[due], generator, self.sampler.resampler)
+        ancestors = own.clone()
+        ancestors[due] = own[due].gather(1, drawn)
+        self.log_z = torch.where(due, self.log_z + log_mean_exp(self.log_weight), self.log_z)
+        self.log_weight = torch.where(due.unsqueeze(1), 0.0, self.log_weight)
+        index = ancestors.flatten()
+        for name in ("carried", "total", "ratio", "value"):
+            setattr(self, name, getattr(self, name)[index])
+        return index, (ess, due)
+
+    def evidence(self, prompts: int) -> Tensor:
+        """log Z `[B]`; a prompt's populations are averaged, which keeps `exp(log_z)` unbiased."""
+        whole = self.log_z + log_mean_exp(self.log_weight)
+        return log_mean_exp(whole.reshape(prompts, -1))
