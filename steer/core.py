@@ -338,6 +338,11 @@ class Process(ABC):
 
     # What samplers use that go beyond propose, gather and decode.
 
+    random_start: ClassVar[bool] = False
+    """Whether `init` draws (noise) rather than starting every row alike (a prompt)."""
+    consumes: ClassVar[bool] = False
+    """Whether `propose` changes the state that it is given, so that a state to be kept must be copied first."""
+
     def read(self, state: Any) -> Any:
         """The same rows with the network's view of them at hand, so that `propose`, `preview` and `context` have no
         pass left to pay, nor do copies made by `gather`. Consumes `state`; nothing happens where all rows are done.
@@ -371,6 +376,10 @@ class Process(ABC):
     def unpack(self, prompts: Sequence[Prompt], step: int, packed: dict[str, Tensor]) -> Any:
         """The state at `step` that `pack` made tensors of; what it leaves out is computed when it is next needed."""
         raise UnsupportedError(f"{type(self).__name__} cannot unpack states")
+
+    def nbytes(self, state: Any) -> int:
+        """Memory that rows take while they can go on at once."""
+        return sum(t.numel() * t.element_size() for t in self.pack(state).values())
 
     def identify(self, state: Any) -> list[Any] | None:
         """A hashable identity for every row where different rows can be equal (tokens); None where they cannot."""

@@ -48,6 +48,8 @@ DETERMINISTIC = 1e-6
 
 WAY_OUT = "use eta above 0 (eta=1.0), or a stochastic scheduler (DDPM, DDIM with eta, EulerAncestral, flow-sde)"
 
+NO_GRADIENT = "a pipeline runs its network without gradients; load the network itself, with its scheduler"
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -151,7 +153,9 @@ def _pairs(levels: Sequence[float]) -> list[tuple[float, float]]:
 
 
 class Denoiser(Protocol):
-    """A network with its conditioning: the part of a diffusion model that an adapter supplies."""
+    """A network with its conditioning: the part of a diffusion model that an adapter supplies. One whose `predict`
+    keeps no graph says `differentiable = False`; one that has something to set up for a run has a `session()`.
+    """
 
     def encode(self, prompts: Sequence[Prompt]) -> Any:
         """What `predict` needs to know of the prompts. Raises `InputError` for one that it cannot take."""
@@ -250,6 +254,7 @@ class Diffusion(Process):
     """A chain over noise levels. Concrete classes are frozen dataclasses with the fields that are declared here."""
 
     sites = frozenset({Site.TRANSITION})
+    random_start = True
     edits: Mounted
     proposal: bool
     """Whether edits leave alone the steps without noise."""
@@ -274,11 +279,15 @@ class Diffusion(Process):
 
     @property
     def abilities(self) -> frozenset[Ability]:
-        always = {Ability.FORK, Ability.LOG_PROB, Ability.PREVIEW, Ability.GRADIENT}
-        return frozenset(always | ({Ability.BRANCH} if self.schedule.stochastic else set()))
+        found = {Ability.FORK, Ability.LOG_PROB, Ability.PREVIEW}
+        if self.schedule.stochastic:
+            found.add(Ability.BRANCH)
+        if getattr(self.denoiser, "differentiable", True):
+            found.add(Ability.GRADIENT)
+        return frozenset(found)
 
     def way_out(self, ability: Ability) -> str:
-        return WAY_OUT if ability is Ability.BRANCH else ""
+        return {Ability.BRANCH: WAY_OUT, Ability.GRADIENT: NO_GRADIENT}.get(ability, "")
 
     @property
     def num_steps(self) -> int:
@@ -292,6 +301,8 @@ class Diffusion(Process):
 
     def validate(self, edit: Edit) -> None:
         if isinstance(edit, TransitionEdit):
+            if edit.gradient:
+                self.require(Ability.GRADIENT, type(edit).__name__)
             for companion in edit.companions:
                 ok = isinstance(companion, Diffusion)
                 check(ok, "companion", type(companion).__name__, "a diffusion process")
@@ -386,7 +397,7 @@ class Diffusion(Process):
         )  # fmt: skip
 
     def settle(self, state: DiffusionState) -> tuple[DiffusionState, Cost]:
-        return replace(state, cost=Cost()), state.cost
+        return replace(state, cost=Cost(), parent=None), state.cost
 
     def pack(self, state: DiffusionState) -> dict[str, Tensor]:
         return {name: getattr(state, name).cpu() for name in ("x", "group", "log_prob", "base_log_prob", "kl")}
@@ -397,6 +408,10 @@ class Diffusion(Process):
             **{**packed, "x": packed["x"].to(like.device)}, step=step, cost=Cost(), prompts=list(prompts),
             encoded=self.denoiser.encode(prompts),
         )  # fmt: skip
+
+    def nbytes(self, state: DiffusionState) -> int:
+        seen = {id(t): t for t in (state.x, state.x0, state.moved, state.parent) if t is not None}
+        return sum(t.numel() * t.element_size() for t in seen.values())
 
     @torch.no_grad()
     def preview(self, state: DiffusionState) -> Samples:
