@@ -91,6 +91,19 @@ class Plan:
         """The plan of other rows: row i is row `index[i]` of this one."""
         return Plan([entry.rows(index.cpu()) for entry in self.entries], self.places)
 
+    @classmethod
+    def stack(cls, plans: Sequence[Plan]) -> Plan:
+        """One plan for the rows of several plans of the same edits."""
+
+        def joined(i: int, name: str) -> Tensor:
+            return torch.cat([getattr(plan.entries[i], name) for plan in plans])
+
+        entries = [
+            replace(entry, **{name: joined(i, name) for name in ("weight", "start", "stop")})
+            for i, entry in enumerate(plans[0].entries)
+        ]
+        return cls(entries, plans[0].places)
+
     def chunk(self, position: Tensor) -> dict[int, Rows]:
         """What to do at each layer in a pass over `position` `[N, T]`."""
         program: dict[int, Rows] = {}

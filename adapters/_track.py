@@ -83,7 +83,7 @@ def start(
     position = (mask.cumsum(1) - 1).clamp_min(0)
     padded = bool((mask == 0).any())
     lengths = [len(row) for row in ids]
-    cost = Cost(prompt_tokens=sum(lengths), model_calls=1)
+    cost = Cost(prompt_tokens=sum(lengths), model_calls=1, nfe=sum(lengths))
     cache = new_cache(model.config)
     args = (mask, padded)
     reads = sorted({layer for edit, _ in edits for layer in edit.reads})
@@ -158,8 +158,12 @@ def fork(track: Track, index: Tensor) -> Track:
     )
 
 
-def advance(track: Track, tokens: Tensor) -> tuple[Track, int]:
-    """Every row takes its token `[N]`; returns the track (the same cache, moved on) and the model calls spent."""
+def advance(track: Track, tokens: Tensor, real: Tensor | None = None) -> tuple[Track, int]:
+    """Every row takes its token `[N]`; returns the track (the same cache, moved on) and the model calls spent. Rows
+    that are not `real` `[N]` wait: their position stays, and what the cache gets is masked.
+    """
+    if real is not None:
+        return _advance_some(track, tokens, real)
     if track.branch is not None:
         taken = _take_branch(track, tokens)
         if taken is not None:
@@ -173,6 +177,86 @@ def advance(track: Track, tokens: Tensor) -> tuple[Track, int]:
     return replace(
         track, mask=mask, position=track.position + 1, logits=logits[:, -1], hidden=_last(last), branch=None
     ), 1
+
+
+def _advance_some(track: Track, tokens: Tensor, real: Tensor) -> tuple[Track, int]:
+    if track.branch is not None:
+        crop_last(track.cache, track.branch[0].shape[1])
+        track.branch = None
+    mask = torch.cat([track.mask, real.to(track.mask).unsqueeze(1)], 1)
+    program = track.plan.decode(track.position) if track.plan else {}
+    # A waiting row must still attend to something: its junk key, which no later step will see.
+    seen = mask.clone()
+    seen[:, -1] = 1
+    logits, last = _forward(
+        track.model, tokens.unsqueeze(1), seen, True, track.position, track.cache, program,
+        hidden=track.hidden is not None,
+    )  # fmt: skip
+    hidden = _last(last)
+    keep = real.unsqueeze(1)
+    moved = replace(
+        track, mask=mask, padded=True, position=track.position + real, branch=None,
+        logits=torch.where(keep, logits[:, -1], track.logits),
+        hidden=hidden if hidden is None or track.hidden is None else torch.where(keep, hidden, track.hidden),
+    )  # fmt: skip
+    return moved, 1
+
+
+def replay(track: Track, tokens: Tensor, real: Tensor) -> Track:
+    """The track after several tokens `[N, T]` in one pass. Rows are aligned on the right: where they are not `real`
+    `[N, T]`, on the left, there is no token. Consumes the track.
+    """
+    position = track.position.unsqueeze(1) + (real.long().cumsum(1) - 1).clamp_min(0)
+    mask = torch.cat([track.mask, real.to(track.mask)], 1)
+    whole = bool(real.all())
+    program = track.plan.chunk(position.cpu()) if track.plan else {}
+    logits, hidden = _forward(
+        track.model, tokens, mask, track.padded or not whole, position, track.cache, program, keep=1,
+        hidden=track.hidden is not None,
+    )  # fmt: skip
+    return replace(
+        track, mask=mask, padded=track.padded or not whole, position=track.position + real.sum(1),
+        logits=logits[:, -1], hidden=_last(hidden), branch=None,
+    )  # fmt: skip
+
+
+def stack(tracks: Sequence[Track]) -> Track:
+    """The rows of several tracks of one model as one. Copies; caches that are narrower are padded."""
+    if not all(full_attention(track.cache) for track in tracks):
+        raise UnsupportedError("a tree over text needs a model in which every layer attends to the whole prefix")
+    first, width = tracks[0], max(track.mask.shape[1] for track in tracks)
+    short = [width - track.mask.shape[1] for track in tracks]
+
+    def wide(x: Tensor, missing: int) -> Tensor:
+        return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
+
+    cache = new_cache(first.model.config)
+    for i, layer in enumerate(cache.layers):
+        parts = [(t.cache.layers[i], n) for t, n in zip(tracks, short, strict=True)]
+        layer.update(*(torch.cat([wide(getattr(p, name), n) for p, n in parts]) for name in ("keys", "values")))
+    masks = [torch.nn.functional.pad(t.mask, (0, n)) for t, n in zip(tracks, short, strict=True)]
+    plans = [t.plan for t in tracks]
+    return replace(
+        first,
+        cache=cache,
+        mask=torch.cat(masks),
+        padded=any(t.padded for t in tracks) or any(short),
+        position=torch.cat([t.position for t in tracks]),
+        logits=torch.cat([t.logits for t in tracks]),
+        hidden=None if first.hidden is None else torch.cat([t.hidden for t in tracks if t.hidden is not None]),
+        plan=Plan.stack([p for p in plans if p is not None]) if any(plans) else None,
+        branch=None,
+    )
+
+
+def nbytes(track: Track) -> int:
+    """Memory of the cache."""
+    return sum(
+        x.numel() * x.element_size()
+        for layer in track.cache.layers
+        for x in (layer.keys, layer.values)
+        if x is not None
+    )
 
 
 def look(track: Track, candidates: Tensor) -> Tensor:

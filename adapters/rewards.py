@@ -22,6 +22,43 @@ __all__ = ["ModelReward"]
 Template = str | Callable[[Prompt, str], str]
 
 
+@contextlib.contextmanager
+def loading(reward: object, source: str, kind: str) -> Iterator[None]:
+    """Whatever cannot be loaded within ends in one `SteerError`."""
+    try:
+        yield
+    except SteerError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SteerError(f"reward {reward}: cannot load {source!r} as a {kind}: {reason}") from error
+
+
+def pretrained(
+    reward: object,
+    architecture: Any,
+    source: str,
+    kind: str,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Any:
+    """The trained network of `source` for scoring, frozen and on its device (None: CUDA where there is one).
+
+    Code that comes with a model never runs. `SteerError` where it cannot be loaded or lacks trained weights.
+    """
+    with loading(reward, source, kind):
+        model, report = architecture.from_pretrained(
+            source, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True, **options
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise SteerError(
+            f"reward {reward}: {source!r} is no trained {kind.split()[-1]}; it lacks {', '.join(missing[:3])}"
+        )
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
+
+
 class ModelReward(Composable):
     """What a sequence classifier thinks of (prompt, output): a reward model's raw score (one label), otherwise the
     log-probability of `label` in nats.
@@ -52,9 +89,11 @@ class ModelReward(Composable):
         self._loaded: tuple[Any, Any] | None = None
         if isinstance(source, tuple):
             self._loaded = (source[0], _from_the_left(source[1]))
-            _label_index(_labels(source[0].config.to_dict()), label)
+            label_index(labels_of(source[0].config.to_dict()), label)
         else:
-            _check_folder(str(source), label)
+            config = folder_config(str(source))
+            if config.get("id2label"):
+                label_index(labels_of(config), label)
 
     def __repr__(self) -> str:
         source = type(self.source[0]).__name__ if isinstance(self.source, tuple) else str(self.source)
@@ -63,7 +102,7 @@ class ModelReward(Composable):
     @property
     def labels(self) -> list[str]:
         """The classifier's labels by index; one for a reward model. Loads the model."""
-        return _labels(self._load()[0].config.to_dict())
+        return labels_of(self._load()[0].config.to_dict())
 
     def score(self, samples: Samples) -> Tensor:
         texts = texts_of(samples, self)
@@ -82,7 +121,7 @@ class ModelReward(Composable):
     def _read(self, logits: Tensor, config: Any) -> Tensor:
         if logits.shape[1] == 1:
             return logits[:, 0]
-        index = _label_index(_labels(config.to_dict()), self.label)
+        index = label_index(labels_of(config.to_dict()), self.label)
         if config.problem_type == "multi_label_classification":
             return torch.nn.functional.logsigmoid(logits)[:, index]
         return logits.log_softmax(-1)[:, index]
@@ -91,23 +130,14 @@ class ModelReward(Composable):
         if self._loaded is None:
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-            source = _as_path(str(self.source))
-            device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-            try:
+            source = as_path(str(self.source))
+            with loading(self, source, "sequence classifier"):
                 tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-                model, report = AutoModelForSequenceClassification.from_pretrained(
-                    source, dtype=self.dtype or "auto", trust_remote_code=False, output_loading_info=True
-                )
-            except (OSError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise SteerError(f"reward {self}: cannot load {source!r} as a sequence classifier: {reason}") from error
-            missing = sorted(report["missing_keys"])
-            if missing:
-                raise SteerError(
-                    f"reward {self}: {source!r} is no trained classifier; it lacks {', '.join(missing[:3])}"
-                )
-            _label_index(_labels(model.config.to_dict()), self.label)
-            self._loaded = (model.to(device).eval(), _from_the_left(tokenizer))
+            model = pretrained(
+                self, AutoModelForSequenceClassification, source, "sequence classifier", self.device, self.dtype
+            )
+            label_index(labels_of(model.config.to_dict()), self.label)
+            self._loaded = (model, _from_the_left(tokenizer))
         return self._loaded
 
     def _encode(self, model: Any, tokenizer: Any, prompt: Prompt, text: str) -> dict[str, list[int]]:
@@ -120,18 +150,18 @@ class ModelReward(Composable):
             chat.append({"role": "assistant", "content": text})
             filled = tokenizer.apply_chat_template(chat, tokenize=False)
             return dict(tokenizer(filled, add_special_tokens=False, **options))
-        if tokenizer.sep_token is not None and _flat(prompt):
-            return dict(tokenizer(_flat(prompt), text, **options))
-        return dict(tokenizer(_flat(prompt) + text, **options))
+        if tokenizer.sep_token is not None and flat(prompt):
+            return dict(tokenizer(flat(prompt), text, **options))
+        return dict(tokenizer(flat(prompt) + text, **options))
 
     def _filled(self, prompt: Prompt, text: str) -> str:
         if callable(self.template):
             return self.template(prompt, text)
-        values = {"{prompt}": _flat(prompt), "{output}": text}
+        values = {"{prompt}": flat(prompt), "{output}": text}
         return re.sub(r"\{(?:prompt|output)\}", lambda m: values[m[0]], str(self.template))
 
 
-def _flat(prompt: Prompt) -> str:
+def flat(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
 
 
@@ -176,29 +206,28 @@ def _longest(config: Any, tokenizer: Any) -> int | None:
     return min(limits, default=None)
 
 
-def _as_path(source: str) -> str:
+def as_path(source: str) -> str:
     return str(Path(source).expanduser()) if source.startswith("~") else source
 
 
-def _check_folder(source: str, label: str | int | None) -> None:
-    folder = Path(_as_path(source))
+def folder_config(source: str) -> dict[str, Any]:
+    """The `config.json` of a model's folder, `{}` for a model id; `InputError` where the folder has none."""
+    folder = Path(as_path(source))
     if not (folder.exists() or source.startswith((".", "/", "~"))):
-        return
+        return {}
     config = folder / "config.json"
     check(config.is_file(), "reward model", source, "a folder with config.json, or a model id org/name")
     try:
-        described = json.loads(config.read_text(encoding="utf-8"))
+        return dict(json.loads(config.read_text(encoding="utf-8")))
     except ValueError as error:
         raise InputError("reward model", source, f"a folder with a readable config.json ({error})") from error
-    if described.get("id2label"):
-        _label_index(_labels(described), label)
 
 
-def _labels(config: dict[str, Any]) -> list[str]:
+def labels_of(config: dict[str, Any]) -> list[str]:
     return [str(name) for _, name in sorted(config["id2label"].items(), key=lambda pair: int(pair[0]))]
 
 
-def _label_index(labels: list[str], label: str | int | None) -> int:
+def label_index(labels: list[str], label: str | int | None) -> int:
     if label is None and len(labels) == 1:
         return 0
     allowed = ", ".join(f"{i} ({name})" for i, name in enumerate(labels))

@@ -81,7 +81,7 @@ class Follower:
     def step(self, first: int, state: TextState) -> None:
         offset = first * (len(state) // len(state.prompts))
         lengths = state.length.tolist()
-        for i, tokens in enumerate(state.prefix[:, : state.step].tolist()):
+        for i, tokens in enumerate(state.prefix[:, : state.filled].tolist()):
             row = self._rows.setdefault(offset + i, _Row(self._model, self._stop))
             if lengths[i] > row.read:
                 self._show(first + int(state.group[i]), offset + i, row.feed(tokens[: lengths[i]]))
@@ -145,7 +145,7 @@ def feed_streamer(model: LanguageModel, plan: engine.Plan, streamer: Any) -> Sam
     streamer.put(torch.tensor([model.encode(plan.prompts[0])]))
 
     def step(first: int, state: TextState) -> None:
-        streamer.put(state.prefix[:, state.step - 1].cpu())
+        streamer.put(state.prefix[:, state.filled - 1].cpu())
 
     try:
         return engine.execute(plan, step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from steer.adapters import _track
+from steer.adapters._cache import new_cache
 from steer.adapters._track import Track
 from steer.adapters.decoding import Decoding
 from steer.core import (
@@ -25,6 +26,7 @@ from steer.core import (
     Samples,
     Site,
     TransitionEdit,
+    UnsupportedError,
     check,
 )
 
@@ -36,16 +38,23 @@ Mounted = tuple[tuple[Edit, frozenset[int] | None], ...]
 
 @dataclass(frozen=True)
 class TextState:
-    """Rows of texts in mid-generation; `prefix` is `[N, max_new_tokens]`, filled up to `step` tokens."""
+    """Rows of texts in mid-generation.
+
+    `prefix` `[N, columns]` is filled up to column `filled`; a token stands where `real`, of the same shape, is True. (A
+    row that waits for others at the end of its sentence, or is finished, has columns without one.)
+    """
 
     group: Tensor
     step: int
+    """Blocks drawn so far."""
+    filled: int
     log_prob: Tensor
     base_log_prob: Tensor | None
     kl: Tensor | None
     cost: Cost
     prompts: list[Prompt] = field(repr=False)
     prefix: Tensor = field(repr=False)
+    real: Tensor = field(repr=False)
     length: Tensor
     finished: Tensor
     drawn: Tensor
@@ -53,11 +62,26 @@ class TextState:
     track: Track = field(repr=False)
     companions: tuple[Track, ...] = field(repr=False)
     processors: tuple[Any, ...] = field(repr=False)
+    unread: bool
+    """Whether the last column is still to be read by the model."""
     ids: Tensor | None = field(repr=False)
     """Prompt ids `[N, T]`, only kept for processors and criteria that want to see them."""
 
     def __len__(self) -> int:
         return len(self.group)
+
+
+_ROWS = ("group", "log_prob", "base_log_prob", "kl", "prefix", "real", "length", "finished")
+
+
+def _tokens(state: TextState) -> list[list[int]]:
+    """Generated tokens of every row."""
+    if bool((state.real[:, : state.filled].sum(1) == state.length).all()) and not bool(
+        (state.real[:, 1:] & ~state.real[:, :-1]).any()
+    ):  # no row ever waited
+        return [row[:n] for row, n in zip(state.prefix.tolist(), state.length.tolist(), strict=True)]
+    pairs = zip(state.prefix.tolist(), state.real.tolist(), strict=True)
+    return [[token for token, there in zip(*row, strict=True) if there] for row in pairs]
 
 
 @dataclass(frozen=True)
@@ -78,6 +102,9 @@ class TextContext:
     def lookahead(self, candidates: Tensor) -> Tensor:
         return _track.look(self.track, candidates)
 
+    def guidance(self, score: Callable[[Samples], Tensor]) -> Tensor:
+        raise UnsupportedError("tokens have no gradient: guide text by values (ValueGuidance)")
+
     def companion(self, process: Process) -> Context:
         assert isinstance(process, TextProcess)
         track = self.others[id(process)]
@@ -86,12 +113,19 @@ class TextContext:
 
 @dataclass(frozen=True)
 class TextProcess(Process):
-    """Generation by one language model. A step draws `block` tokens for every row."""
+    """Generation by one language model. A step draws `block` tokens for every row, or fewer: a row waits for the others
+    once it has drawn a token that holds one of the strings in `until` (sentence ends).
+    """
 
     model: LanguageModel
     decoding: Decoding
     edits: Mounted = ()
     block: int = 1
+    until: tuple[str, ...] = ()
+    observe: bool = False
+    """Whether `context` shows hidden states although no edit asks for them."""
+
+    consumes = True
 
     sites = frozenset({Site.PROMPT, Site.HIDDEN, Site.TRANSITION})
 
@@ -105,10 +139,20 @@ class TextProcess(Process):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "decoding", self.decoding.with_eos(self.model.eos_token_ids))
+        check(isinstance(self.block, int) and self.block >= 1, "block", self.block, "an integer of 1 or more")
 
     @property
     def num_steps(self) -> int:
-        return -(-self.decoding.max_new_tokens // self.block)
+        """Blocks; twice as many where rows stop early for sentence ends, after which a text is cut."""
+        return -(-self.decoding.max_new_tokens // self.block) * (2 if self.until else 1)
+
+    @property
+    def columns(self) -> int:
+        """Tokens drawn at most, those that a waiting row sits out included."""
+        return self.num_steps * self.block if self.until else self.decoding.max_new_tokens
+
+    def observed(self) -> TextProcess:
+        return replace(self, observe=True)
 
     def copy(self, edits: Mounted) -> TextProcess:
         return replace(self, edits=edits)
@@ -140,13 +184,8 @@ class TextProcess(Process):
         check(isinstance(n, int) and n >= 1, "n", n, "an integer of 1 or more")
         check(len(prompts) >= 1, "prompts", prompts, "at least one")
         ids = self.encode(prompts)
-        guided = self._mounted(TransitionEdit)
-        track, cost = _track.start(self.model, ids, self._mounted(HiddenEdit), n, hidden=bool(guided))
-        companions = []
-        for process in self._companions():
-            other, spent = _track.start(process.model, ids, process._mounted(HiddenEdit), n, hidden=True)
-            companions.append(other)
-            cost = cost + spent
+        tracks, cost = self._tracks(ids, n)
+        track, companions = tracks[0], tracks[1:]
         rows = len(prompts) * n
         device = track.logits.device
         exact = not (self._mounted(HiddenEdit) or self._mounted(PromptEdit))
@@ -163,15 +202,29 @@ class TextProcess(Process):
             kl=zero if exact else None,
             cost=cost,
             prompts=list(prompts),
-            prefix=torch.full((rows, self.decoding.max_new_tokens), self.model.pad_token_id, device=device),
+            filled=0,
+            prefix=torch.full((rows, self.columns), self.model.pad_token_id, device=device),
+            real=torch.zeros(rows, self.columns, dtype=torch.bool, device=device),
             length=torch.zeros(rows, dtype=torch.long, device=device),
             finished=torch.zeros(rows, dtype=torch.bool, device=device),
             drawn=torch.zeros((), dtype=torch.long, device=device),
             track=track,
             companions=tuple(companions),
             processors=tuple(processors),
+            unread=False,
             ids=seen if watched else None,
         )
+
+    def _tracks(self, ids: Sequence[Sequence[int]], n: int) -> tuple[list[Track], Cost]:
+        """This model's rows and those of every companion, `n` for each prompt."""
+        shown = self.observe or bool(self._mounted(TransitionEdit))
+        track, cost = _track.start(self.model, ids, self._mounted(HiddenEdit), n, hidden=shown)
+        tracks = [track]
+        for process in self._companions():
+            other, spent = _track.start(process.model, ids, process._mounted(HiddenEdit), n, hidden=True)
+            tracks.append(other)
+            cost = cost + spent
+        return tracks, cost
 
     def _companions(self) -> list[TextProcess]:
         found: dict[int, Any] = {}
@@ -189,22 +242,33 @@ class TextProcess(Process):
             yield
 
     def done(self, state: TextState) -> bool:
-        return state.step >= self.decoding.max_new_tokens or bool(state.finished.all())
+        return state.filled >= self.columns or bool(state.finished.all())
+
+    def finished(self, state: TextState) -> Tensor:
+        return state.finished.cpu() | (state.filled >= self.columns)
 
     def propose(self, state: TextState, generator: torch.Generator) -> TextState:
-        for i in range(self.block):
-            if i and self.done(state):
+        waiting = torch.zeros_like(state.finished) if self.until else None
+        for _ in range(self.block):
+            if self.done(state) or (waiting is not None and bool((state.finished | waiting).all())):
                 break
-            state = self._token(state, generator)
-        return state
+            state = self._token(state, generator, waiting)
+            if waiting is not None:
+                waiting = waiting | self._sentence_ended(state)
+        return replace(state, step=state.step + 1)
+
+    def _sentence_ended(self, state: TextState) -> Tensor:
+        last = state.prefix[:, state.filled - 1].tolist()
+        ends = [any(end in self.model.tokenizer.decode([token]) for end in self.until) for token in last]
+        return torch.tensor(ends, device=state.finished.device) & state.real[:, state.filled - 1]
 
     @torch.inference_mode()
-    def _token(self, state: TextState, generator: torch.Generator) -> TextState:
+    def _token(self, state: TextState, generator: torch.Generator, waiting: Tensor | None) -> TextState:
         # The model reads a token when the next one is wanted, so that the last one costs no pass.
-        state = self._advanced(state) if state.step else state
+        state = self.read(state)
         base, law = self._laws(state)
         token = self.decoding.draw(law, generator)
-        alive = ~state.finished
+        alive = ~state.finished if waiting is None else ~(state.finished | waiting)
         token = torch.where(alive, token, self.model.pad_token_id)
 
         def taken(log_law: Tensor) -> Tensor:
@@ -220,25 +284,41 @@ class TextProcess(Process):
                 gap = torch.where(law.isneginf(), 0.0, law.exp() * (law - base)).sum(-1)
                 base_log_prob = base_log_prob + taken(base)
                 kl = kl + torch.where(alive, gap, 0.0).to(kl.dtype)
-        prefix = state.prefix
-        prefix[:, state.step] = token
+        prefix, real = state.prefix, state.real
+        prefix[:, state.filled] = token
+        real[:, state.filled] = alive
         length = state.length + alive
-        step = state.step + 1
-        finished = state.finished | self._ended(token, state, prefix, step)
+        filled = state.filled + 1
+        finished = state.finished | (alive & self._ended(token, state, prefix, filled))
+        if self.until:
+            finished |= length >= self.decoding.max_new_tokens
         return replace(
-            state, step=step, log_prob=log_prob, base_log_prob=base_log_prob, kl=kl, prefix=prefix, length=length,
-            finished=finished, drawn=state.drawn + alive.sum(),
+            state, filled=filled, log_prob=log_prob, base_log_prob=base_log_prob, kl=kl, prefix=prefix, real=real,
+            length=length, finished=finished, drawn=state.drawn + alive.sum(), unread=True,
         )  # fmt: skip
 
-    def _advanced(self, state: TextState) -> TextState:
-        token = state.prefix[:, state.step - 1]
-        track, calls = _track.advance(state.track, token)
-        companions = []
-        for companion in state.companions:
-            moved, more = _track.advance(companion, token)
-            companions.append(moved)
+    @torch.inference_mode()
+    def read(self, state: TextState) -> TextState:
+        if not state.unread or self.done(state):
+            return state
+        token = state.prefix[:, state.filled - 1]
+        # Without waiting rows, those that are finished read on: their positions matter to nobody.
+        real = state.real[:, state.filled - 1] if self.until else None
+        tracks, calls = [], 0
+        for track in (state.track, *state.companions):
+            moved, more = _track.advance(track, token, real)
+            tracks.append(moved)
             calls += more
-        return replace(state, track=track, companions=tuple(companions), cost=state.cost + Cost(model_calls=calls))
+        return replace(
+            state, track=tracks[0], companions=tuple(tracks[1:]), unread=False,
+            cost=state.cost + Cost(model_calls=calls),
+        )  # fmt: skip
+
+    def context(self, state: TextState) -> TextContext:
+        state = self.read(state)
+        others = {id(p): t for p, t in zip(self._companions(), state.companions, strict=True)}
+        base = self.decoding.tempered(state.track.logits)
+        return TextContext(state.filled, state.prefix[:, : state.filled], base, state.track, others)
 
     def _laws(self, state: TextState) -> tuple[Tensor, Tensor]:
         """Log-law of the next token before and after transition edits and truncation, both `[N, V]`; the same tensor
@@ -246,14 +326,14 @@ class TextProcess(Process):
         """
         logits = state.track.logits
         if state.ids is not None:
-            ids = torch.cat([state.ids, state.prefix[:, : state.step]], 1)
+            ids = torch.cat([state.ids, state.prefix[:, : state.filled]], 1)
             for processor in state.processors:
                 logits = processor(ids, logits)
         base = law = self.decoding.tempered(logits)
         guided = self._mounted(TransitionEdit)
         if guided:
             others = {id(p): t for p, t in zip(self._companions(), state.companions, strict=True)}
-            context = TextContext(state.step, state.prefix[:, : state.step], base, state.track, others)
+            context = TextContext(state.filled, state.prefix[:, : state.filled], base, state.track, others)
             touched = torch.zeros(len(state), 1, dtype=torch.bool, device=law.device)
             for edit, wanted in guided:
                 mine = torch.ones_like(touched)
@@ -290,12 +370,89 @@ class TextProcess(Process):
             base_log_prob=None if state.base_log_prob is None else state.base_log_prob[at],
             kl=None if state.kl is None else state.kl[at],
             prefix=state.prefix[at],
+            real=state.real[at],
             length=state.length[at],
             finished=state.finished[at],
             track=_track.fork(state.track, index),
             companions=tuple(_track.fork(c, index) for c in state.companions),
             ids=None if state.ids is None else state.ids[at],
         )
+
+    @torch.inference_mode()
+    def stack(self, states: Sequence[TextState]) -> TextState:
+        check(len({s.step for s in states}) == 1, "states", [s.step for s in states], "rows at one step")
+        states = [self.read(s) for s in states]
+
+        def joined(name: str) -> Any:
+            columns = [getattr(s, name) for s in states]
+            return None if any(c is None for c in columns) else torch.cat(columns)
+
+        tracks = [_track.stack(rows) for rows in zip(*((s.track, *s.companions) for s in states), strict=True)]
+        return replace(
+            states[0], filled=max(s.filled for s in states), track=tracks[0], companions=tuple(tracks[1:]),
+            unread=any(s.unread for s in states), cost=sum((s.cost for s in states), Cost()),
+            drawn=torch.stack([s.drawn for s in states]).sum(),
+            **{name: joined(name) for name in (*_ROWS, "ids")},
+        )  # fmt: skip
+
+    def settle(self, state: TextState) -> tuple[TextState, Cost]:
+        return replace(state, cost=Cost(), drawn=torch.zeros_like(state.drawn)), self._spent(state)
+
+    def _spent(self, state: TextState) -> Cost:
+        drawn = int(state.drawn)
+        return state.cost + Cost(generated_tokens=drawn, nfe=drawn * (1 + len(state.companions)))
+
+    def nbytes(self, state: TextState) -> int:
+        return sum(_track.nbytes(track) for track in (state.track, *state.companions))
+
+    def identify(self, state: TextState) -> list[Any]:
+        return [tuple(tokens) for tokens in _tokens(state)]
+
+    def pack(self, state: TextState) -> dict[str, Tensor]:
+        rows = {name: getattr(state, name) for name in _ROWS}
+        return {name: x.cpu() for name, x in rows.items() if x is not None}
+
+    @torch.inference_mode()
+    def unpack(self, prompts: Sequence[Prompt], step: int, packed: dict[str, Tensor]) -> TextState:
+        """Rows that are all finished hold no cache. Others read their prompts, once each, and their tokens again."""
+        group = packed["group"]
+        over = bool(packed["finished"].all()) or step >= self.num_steps
+        start = self._ended_state(prompts) if over else self.init(prompts, 1, torch.Generator())
+        device = start.prefix.device
+        real, prefix = packed["real"].to(device), packed["prefix"].to(device)
+        rows = {name: packed[name].to(device) if name != "group" else group for name in _ROWS if name in packed}
+        state = replace(start, **{**dict.fromkeys(("base_log_prob", "kl")), **rows}, step=step)
+        if over:
+            return replace(state, filled=self.columns, ids=None)
+        filled = int(real.any(0).nonzero().max()) + 1 if bool(real.any()) else 0
+        # Aligned on the right, so that one pass ends with every row's last token.
+        order = real[:, :filled].long().argsort(dim=1, stable=True)
+        tokens, there = prefix[:, :filled].gather(1, order), real[:, :filled].gather(1, order)
+        prefix, real = prefix.clone(), real.clone()
+        prefix[:, :filled], real[:, :filled] = tokens, there
+        tracks = [_track.fork(track, group) for track in (start.track, *start.companions)]
+        if filled:
+            tracks = [_track.replay(track, tokens, there) for track in tracks]
+        read = int(there.sum())
+        cost = start.cost + Cost(prompt_tokens=read, model_calls=1, nfe=read * len(tracks))
+        ids = None if start.ids is None else start.ids[group.to(device)]
+        return replace(
+            state, filled=filled, prefix=prefix, real=real, track=tracks[0], companions=tuple(tracks[1:]), cost=cost,
+            ids=ids, unread=False,
+        )  # fmt: skip
+
+    def _ended_state(self, prompts: Sequence[Prompt]) -> TextState:
+        """A state without rows or caches, to be filled with finished rows."""
+        device = self.model.device
+        none = torch.zeros(0, device=device)
+        mask = torch.zeros(0, 0, dtype=torch.long, device=device)
+        track = Track(self.model, new_cache(self.model.config), mask, False, none.long(), none, None, None)
+        return TextState(
+            group=none.long().cpu(), step=self.num_steps, filled=self.columns, log_prob=none, base_log_prob=None,
+            kl=None, cost=Cost(), prompts=list(prompts), prefix=mask, real=mask.bool(), length=none.long(),
+            finished=none.bool(), drawn=torch.zeros((), dtype=torch.long, device=device), track=track, companions=(),
+            processors=(), unread=False, ids=None,
+        )  # fmt: skip
 
     @torch.inference_mode()
     def log_likelihood(self, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -315,7 +472,7 @@ class TextProcess(Process):
         return self.decode(state)
 
     def decode(self, state: TextState) -> Samples:
-        tokens = [row[:n] for row, n in zip(state.prefix.tolist(), state.length.tolist(), strict=True)]
+        tokens = _tokens(state)
         group, log_prob = state.group, state.log_prob.double().cpu()
 
         def later() -> Tensor:
@@ -330,7 +487,7 @@ class TextProcess(Process):
             log_prob=log_prob,
             base_log_prob=None if state.base_log_prob is None else state.base_log_prob.double().cpu(),
             kl_estimate=later if state.kl is None else state.kl.double().cpu(),
-            cost=replace(state.cost, generated_tokens=int(state.drawn)),
+            cost=self._spent(state),
         )
 
 

@@ -204,9 +204,13 @@ class LanguageModel:
 
     # ---- generation
 
-    def process(self, *, config: GenerationConfig | None = None, block: int = 1, **settings: Any) -> TextProcess:
-        """The model as a `Process`, with decoding settings as for `generate`."""
-        return TextProcess(self, Decoding.create(config, **settings), block=block)
+    def process(
+        self, *, config: GenerationConfig | None = None, block: int = 1, until: Sequence[str] = (), **settings: Any
+    ) -> TextProcess:
+        """The model as a `Process`, with decoding settings as for `generate`. A step draws `block` tokens, or fewer
+        where a token holds one of the strings in `until`, such as sentence ends ".", "!", "?" and line breaks.
+        """
+        return TextProcess(self, Decoding.create(config, **settings), block=block, until=tuple(until))
 
     def generate(
         self,

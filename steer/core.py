@@ -353,6 +353,10 @@ class Process(ABC):
         """What a transition edit would see of rows that were read."""
         raise UnsupportedError(f"{type(self).__name__} shows nothing of its rows to a value function")
 
+    def observed(self: P) -> P:
+        """The process with hidden states at hand in `context`, where it has any."""
+        return self
+
     def finished(self, state: Any) -> Tensor:
         """Rows that take no further step `[N]`."""
         return torch.full((len(state),), self.done(state))
@@ -432,6 +436,18 @@ class Process(ABC):
 
 class Sampler(ABC):
     """Hyper-parameters of one way to draw; owns the loop over a process."""
+
+    needs_reward: ClassVar[bool] = False
+    """Whether it draws by a reward, rather than having one score what it drew."""
+
+    @property
+    def rows(self) -> int:
+        """Rows that it keeps going for each prompt."""
+        return 1
+
+    def updates(self, process: Process) -> int:
+        """About how many times a run calls `on_step`, for progress bars."""
+        return process.num_steps
 
     @abstractmethod
     def run(

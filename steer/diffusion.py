@@ -154,7 +154,8 @@ def _pairs(levels: Sequence[float]) -> list[tuple[float, float]]:
 
 class Denoiser(Protocol):
     """A network with its conditioning: the part of a diffusion model that an adapter supplies. One whose `predict`
-    keeps no graph says `differentiable = False`; one that has something to set up for a run has a `session()`.
+    keeps no graph says `differentiable = False`; one that has something to set up for a run has a `session()`, one
+    whose `encode` is dear a `validate(prompts)` that only checks.
     """
 
     def encode(self, prompts: Sequence[Prompt]) -> Any:
@@ -511,8 +512,8 @@ class DiffusionProcess(Diffusion):
         return self.network
 
     def encode(self, prompts: Sequence[Prompt]) -> Any:
-        """Checks the prompts."""
-        return self.network.encode(prompts)
+        """Checks the prompts, without encoding them where the network can tell."""
+        return getattr(self.network, "validate", self.network.encode)(prompts)
 
     def predict(self, x: Tensor, step: int, group: Tensor, encoded: Any) -> Tensor:
         if not self.max_batch or len(x) <= self.max_batch:

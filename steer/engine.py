@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,25 +13,63 @@ import torch
 
 from steer.core import Edit, Process, Prompt, Reward, Sampler, Samples, check
 from steer.methods.best_of_n import Ancestral, BestOfN
-from steer.models import resolve
+from steer.methods.dts import DTS, SearchDTS
+from steer.methods.fk import FKSteering
+from steer.methods.svdd import SVDD
+from steer.models import CARD_NAME, resolve
 from steer.progress import ticking
 from steer.rewards import as_reward
 
 __all__ = ["SAMPLERS", "generate", "load", "make_sampler"]
 
-SAMPLERS: dict[str, type[Sampler]] = {"ancestral": Ancestral, "best-of-n": BestOfN}
+SAMPLERS: dict[str, type[Sampler]] = {
+    "ancestral": Ancestral,
+    "best-of-n": BestOfN,
+    "fk": FKSteering,
+    "svdd": SVDD,
+    "dts": DTS,
+    "dts-star": SearchDTS,
+}
 """Samplers by their name on the command line."""
 
 
-def load(model: str | Path, **options: Any) -> Any:
-    """A model ready to be steered: an embedded name (`smollm2-135m`), a Hugging Face id, a local folder or a GGUF file.
+def load(model: str | Path | Any, **options: Any) -> Any:
+    """A model ready to be steered: an embedded name (`smollm2-135m`, `fashion-ddpm`), a Hugging Face id, a local
+    folder, a GGUF file, or a network or pipeline in memory.
 
     `options` go to the adapter: `dtype`, `device`, `device_map`, `trust_remote_code` (off), and the library's own.
     """
-    where = resolve(str(model))
+    held = not isinstance(model, str | Path)
+    where = model if held else resolve(str(model))
+    if not held:
+        options.setdefault("name", str(model))
+    if _is_diffusion(where):
+        from steer.adapters import diffusers
+
+        return diffusers.load(where, **options)
     from steer.adapters import transformers
 
-    return transformers.load(where, name=str(model), **options)
+    return transformers.load(where, **options)
+
+
+def _is_diffusion(where: Any) -> bool:
+    """Whether a path, a Hugging Face id or an object belongs to diffusers. Asks the hub only what no cache knows."""
+    if isinstance(where, Path):
+        card = where / CARD_NAME
+        if card.is_file() and json.loads(card.read_text(encoding="utf-8")).get("kind") == "diffusion":
+            return True
+        return (where / "model_index.json").is_file()
+    if not isinstance(where, str):
+        return any(kind.__module__.split(".")[0] == "diffusers" for kind in type(where).__mro__)
+    from huggingface_hub import file_exists, try_to_load_from_cache
+
+    for name, answer in (("model_index.json", True), ("config.json", False)):
+        if isinstance(try_to_load_from_cache(where, name), str):
+            return answer
+    try:
+        return file_exists(where, "model_index.json")
+    except Exception:  # offline, no such model, no access: loading it says which
+        return False
 
 
 def make_sampler(sampler: Sampler | str | None, n: int | None = None, **settings: Any) -> Sampler:
@@ -49,6 +88,10 @@ def make_sampler(sampler: Sampler | str | None, n: int | None = None, **settings
         check(population is not None, "n", n, f"unset: {name} has no population")
         settings[str(population)] = n
     return kind(**settings)
+
+
+def _name(sampler: Sampler) -> str:
+    return next((name for name, kind in SAMPLERS.items() if kind is type(sampler)), type(sampler).__name__)
 
 
 @dataclass(frozen=True)
@@ -87,8 +130,7 @@ def prepare(
     check(seed is None or isinstance(seed, int), "seed", seed, "an integer")
     chosen = make_sampler(sampler, n)
     scored = as_reward(reward)
-    if isinstance(chosen, BestOfN):
-        check(scored is not None, "reward", None, "a reward: best-of-n needs something to be best at")
+    check(scored is not None or not chosen.needs_reward, "reward", None, f"a reward: {_name(chosen)} chooses by it")
     if scored is not None and model is not None:
         scored = scored.bind(model)
     mounted = [(edit.with_beta(float(beta)), wanted) for edit, wanted in _as_edits(edits, len(several))]
@@ -96,10 +138,9 @@ def prepare(
         process.edited(edit, None if wanted is None else sorted(wanted))  # refused here, not in the middle of a run
     if hasattr(process, "encode"):
         process.encode(several)
-    population = getattr(chosen, "n", getattr(chosen, "num_particles", 1))
     return Plan(
         process, several, chosen, scored, float(beta), secrets.randbits(31) if seed is None else seed,
-        max(1, max_rows // population), progress, mounted,
+        max(1, max_rows // chosen.rows), progress, mounted,
     )  # fmt: skip
 
 
@@ -107,7 +148,7 @@ def execute(plan: Plan, on_step: Callable[[int, Any], None] | None = None) -> Sa
     """Run a plan in batches of prompts. `on_step(first_prompt, state)` sees every step."""
     parts = []
     batches = -(-len(plan.prompts) // plan.rows)
-    with ticking(plan.progress, "generating", batches * plan.process.num_steps) as tick:
+    with ticking(plan.progress, "generating", batches * plan.sampler.updates(plan.process)) as tick:
         for first in range(0, len(plan.prompts), plan.rows):
             prompts = plan.prompts[first : first + plan.rows]
             process = _mounted(plan, first, len(prompts))

@@ -29,6 +29,10 @@ class Lookahead(ABC):
     def check(self, process: Process) -> None:  # noqa: B027
         """Raise where `process` cannot be looked ahead this way."""
 
+    def prepared(self, process: Process) -> Process:
+        """The process with what this rule needs to see."""
+        return process
+
     @abstractmethod
     def __call__(
         self, process: Process, state: Any, reward: Reward, beta: float, generator: torch.Generator
@@ -84,6 +88,9 @@ class StateValue(Lookahead):
     """
 
     value: Callable[[Context], Tensor]
+
+    def prepared(self, process: Process) -> Process:
+        return process.observed()
 
     def __call__(
         self, process: Process, state: Any, reward: Reward, beta: float, generator: torch.Generator

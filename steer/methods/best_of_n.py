@@ -42,6 +42,10 @@ class Ancestral(Sampler):
 
     n: int = 1
 
+    @property
+    def rows(self) -> int:
+        return self.n
+
     def __post_init__(self) -> None:
         check(isinstance(self.n, int) and self.n >= 1, "n", self.n, "an integer of 1 or more")
 
@@ -67,6 +71,11 @@ class BestOfN(Sampler):
     """
 
     n: int = 8
+    needs_reward = True
+
+    @property
+    def rows(self) -> int:
+        return self.n
 
     def __post_init__(self) -> None:
         check(isinstance(self.n, int) and self.n >= 1, "n", self.n, "an integer of 1 or more")

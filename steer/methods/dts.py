@@ -1,9 +1,9 @@
 """Diffusion tree sampling and search (Jain et al. 2025), over any process that can be forked.
 
-A tree is grown from rollouts. Each descends from the root while a node has its share of children, `C N^alpha`, choosing by
-value (DTS: with probability proportional to `exp(V / beta)`; DTS*: by the highest upper bound), draws one new child from
-the process, runs on to the end, and backs the reward up through soft values. The tree can be stopped, kept and grown
-further at any time.
+A tree is grown from rollouts. Each descends from the root while a node has its share of children, `C N^alpha`,
+choosing by value (DTS: with probability proportional to `exp(V / beta)`; DTS*: by the highest upper bound), draws one
+new child from the process, runs on to the end, and backs the reward up through soft values. The tree can be stopped,
+kept and grown further at any time.
 
 **Two estimators.** The published one descends again by the same rule to a leaf. On finite trees it is pessimistic: a
 child with an unlucky first rollout is rarely visited again, and this bias hardly falls with the number of rollouts. The
@@ -68,7 +68,8 @@ class DTS(Sampler):
         estimator: "weighted" or "published".
         merge: children that are equal (texts) are one node, counted by multiplicity.
         correct: weigh edits as a proposal; see `FKSteering`.
-        max_bytes: memory for states that could go on at once; beyond it the oldest are reduced to what cannot be computed
+        max_bytes: memory for states that could go on at once; beyond it the oldest are reduced to what cannot be
+        computed
             again.
     """
 
@@ -85,6 +86,16 @@ class DTS(Sampler):
     merge: bool = True
     correct: bool = True
     max_bytes: int = 1 << 30
+    needs_reward = True
+
+    @property
+    def rows(self) -> int:
+        return self.batch
+
+    def updates(self, process: Process) -> int:
+        budgets = [self.rollouts, None if self.max_nfe is None else self.max_nfe // process.num_steps]
+        known = [b for b in budgets if b is not None]
+        return -(-min(known) // self.batch) * process.num_steps if known else process.num_steps
 
     def __post_init__(self) -> None:
         for name in ("n", "rollouts", "max_nfe", "batch", "levels", "max_bytes"):

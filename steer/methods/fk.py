@@ -112,6 +112,11 @@ class FKSteering(Sampler):
     correct: bool = True
     floor: float | None = None
     keep_previews: bool = False
+    needs_reward = True
+
+    @property
+    def rows(self) -> int:
+        return self.num_particles * (self.n or 1)
 
     def __post_init__(self) -> None:
         for name in ("num_particles", "n", "start", "stop", "every"):
@@ -143,7 +148,7 @@ class FKSteering(Sampler):
         process.require(Ability.BRANCH, "FK steering")
         self.lookahead.check(process)
         began = time.perf_counter()
-        process = process.as_proposal() if self.correct else process
+        process = self.lookahead.prepared(process.as_proposal() if self.correct else process)
         populations = len(prompts) * ((self.n or 1) if self.per_output else 1)
         size = self.num_particles * (1 if self.per_output else (self.n or 1))
         state = process.init(prompts, populations * size // len(prompts), generator)

@@ -36,6 +36,11 @@ class SVDD(Sampler):
     num_candidates: int = 4
     choose: str = "soft"
     lookahead: Lookahead = field(default_factory=Preview)
+    needs_reward = True
+
+    @property
+    def rows(self) -> int:
+        return self.n * self.num_candidates
 
     def __post_init__(self) -> None:
         for name in ("n", "num_candidates"):
@@ -58,6 +63,7 @@ class SVDD(Sampler):
         process.require(Ability.BRANCH, "SVDD")
         self.lookahead.check(process)
         began, m = time.perf_counter(), self.num_candidates
+        process = self.lookahead.prepared(process)
         state = process.init(prompts, self.n, generator)
         spent = Cost()
         while not process.done(state):

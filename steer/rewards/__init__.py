@@ -13,8 +13,20 @@ from .algebra import (
     Standardised,
     Wrapped,
     lift,
+    scores_of,
 )
 from .ensemble import Constrained, Ensemble, solve_multiplier
+from .image import (
+    Brightness,
+    Classifier,
+    Compressibility,
+    Contrast,
+    ImageClass,
+    Incompressibility,
+    Sharpness,
+    Symmetry,
+    images_of,
+)
 from .likelihood import Fluency, Perplexity, Scorer
 from .parse import as_reward, parse_reward, register, shipped
 from .text import (
@@ -31,15 +43,21 @@ from .text import (
 )
 
 __all__ = [
+    "Brightness",
     "Cached",
     "CallableReward",
+    "Classifier",
     "Clipped",
     "Combination",
     "Composable",
+    "Compressibility",
     "Constant",
     "Constrained",
+    "Contrast",
     "Ensemble",
     "Fluency",
+    "ImageClass",
+    "Incompressibility",
     "Keywords",
     "Length",
     "Perplexity",
@@ -49,13 +67,20 @@ __all__ = [
     "Rouge",
     "Scorer",
     "Sentiment",
+    "Sharpness",
     "Standardised",
+    "Symmetry",
     "TextReward",
     "Wrapped",
     "as_reward",
+    "brightness",
+    "compressibility",
+    "contrast",
     "distinct_n",
     "diversity",
     "fluency",
+    "images_of",
+    "incompressibility",
     "length",
     "lift",
     "parse_reward",
@@ -63,10 +88,15 @@ __all__ = [
     "profanity",
     "readability",
     "register",
+    "scores_of",
     "sentiment",
+    "sharpness",
     "shipped",
     "solve_multiplier",
+    "symmetry",
 ]
 
 sentiment, readability, length, profanity = Sentiment(), Readability(), Length(), Profanity()
 fluency, perplexity = Fluency(), Perplexity()
+brightness, contrast, symmetry, sharpness = Brightness(), Contrast(), Symmetry(), Sharpness()
+compressibility, incompressibility = Compressibility(), Incompressibility()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import InputError, Reward, Samples, check
+from ..core import InputError, Reward, Samples, UnsupportedError, check
 
 __all__ = [
     "Cached",
@@ -29,6 +29,7 @@ __all__ = [
     "Standardised",
     "Wrapped",
     "lift",
+    "scores_of",
 ]
 
 
@@ -92,6 +93,38 @@ def _bound(x: Any, model: Any) -> Any:
     return x
 
 
+def scores_of(member: Reward, samples: Samples) -> Tensor:
+    """A member's checked scores `[N]`, float64: `member(samples)`, but with the graph to outputs that need a gradient.
+
+    `UnsupportedError` where the member cannot be differentiated: half a gradient would mislead without a word.
+    """
+    outputs = samples.outputs
+    tracks = isinstance(outputs, Tensor) and outputs.requires_grad and torch.is_grad_enabled()
+    if not tracks or isinstance(member, Constant):
+        return member(samples)
+    kept = _Kept(member)
+    kept(samples)
+    if not kept.scores.requires_grad:
+        raise UnsupportedError(f"reward {member}: its scores have no gradient; use a sampler that needs none")
+    return kept.scores
+
+
+class _Kept(Reward):
+    """Goes through the checks of `Reward.__call__`, which detaches, and keeps the scores as they were."""
+
+    scores: Tensor
+
+    def __init__(self, member: Reward) -> None:
+        self.member = member
+
+    def score(self, samples: Samples) -> Tensor:
+        self.scores = torch.as_tensor(self.member.score(samples)).cpu().double()
+        return self.scores
+
+    def __repr__(self) -> str:
+        return repr(self.member)
+
+
 def lift(x: Any) -> Composable:
     """A reward with operators from a reward, a Python callable or a finite number."""
     if isinstance(x, Composable):
@@ -128,7 +161,7 @@ class Wrapped(Composable):
     inner: Reward
 
     def score(self, samples: Samples) -> Tensor:
-        return self.inner(samples)
+        return scores_of(self.inner, samples)
 
     def __repr__(self) -> str:
         plain = type(self.inner).__repr__ is object.__repr__
@@ -139,8 +172,8 @@ class Wrapped(Composable):
 class CallableReward(Composable):
     """A Python function `fn(texts)` or `fn(prompts, texts)` that returns one number for each text.
 
-    With two parameters the second may instead be called `prompts`; it then gets the prompts. Images come as a
-    tensor `[N, ...]`. The result is a list, an array or a tensor `[N]`.
+    With two parameters the second may instead be called `prompts`; it then gets the prompts. Images come as one
+    tensor `[N, C, H, W]` in place of texts. The result is a list, an array or a tensor `[N]`.
     """
 
     fn: Callable[..., Any]
@@ -189,7 +222,7 @@ class Combination(Composable):
     right: Composable
 
     def score(self, samples: Samples) -> Tensor:
-        return _OPERATIONS[self.symbol](self.left(samples), self.right(samples))
+        return _OPERATIONS[self.symbol](scores_of(self.left, samples), scores_of(self.right, samples))
 
     def __repr__(self) -> str:
         tight = self.symbol in "*/"
@@ -229,7 +262,7 @@ class Clipped(Composable):
         check(given != (None, None) and low <= high, "clip", given, "low <= high, at least one of them a number")
 
     def score(self, samples: Samples) -> Tensor:
-        return self.inner(samples).clamp(self.low, self.high)
+        return scores_of(self.inner, samples).clamp(self.low, self.high)
 
     def __repr__(self) -> str:
         return f"({self.inner!r}).clip({self.low}, {self.high})"
@@ -248,7 +281,7 @@ class Standardised(Composable):
         check(math.isfinite(self.std) and self.std > 0, "std", self.std, "a finite number > 0")
 
     def score(self, samples: Samples) -> Tensor:
-        return (self.inner(samples) - self.mean) / self.std
+        return (scores_of(self.inner, samples) - self.mean) / self.std
 
     def __repr__(self) -> str:
         return f"({self.inner!r}).standardised({self.mean:.4g}, {self.std:.4g})"
@@ -258,13 +291,15 @@ class Standardised(Composable):
 class Cached(Composable):
     """Remembers `inner` by (prompt, output). Missing ones are scored in one call, duplicates within it once.
 
-    The token ids behind a text are no part of the key.
+    The token ids behind a text are no part of the key. Outputs that need a gradient are scored anew.
     """
 
     inner: Composable
     memo: dict[Hashable, float] = field(default_factory=dict, init=False, compare=False)
 
     def score(self, samples: Samples) -> Tensor:
+        if isinstance(samples.outputs, Tensor) and samples.outputs.requires_grad:
+            return scores_of(self.inner, samples)
         prompts = [p if isinstance(p, str) else repr(p) for p in samples.prompts]
         groups = samples.group.tolist()
         keys = [(prompts[b], _key(samples.outputs[i])) for i, b in enumerate(groups)]

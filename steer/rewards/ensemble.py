@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core import Samples, SteerError, check
-from .algebra import Composable, lift
+from .algebra import Composable, lift, scores_of
 
 __all__ = ["Constrained", "Ensemble", "solve_multiplier"]
 
@@ -42,7 +42,7 @@ class Ensemble(Composable):
         check(enough, "ensemble ddof", self.ddof, "0, or 1 with at least two members")
 
     def score(self, samples: Samples) -> Tensor:
-        scores = torch.stack([member(samples) for member in self.members])
+        scores = torch.stack([scores_of(member, samples) for member in self.members])
         if self.how == "worst":
             return scores.amin(0)
         mean = scores.mean(0)
@@ -94,7 +94,7 @@ class Constrained(Composable):
     def score(self, samples: Samples) -> Tensor:
         if self.multiplier is None:
             raise SteerError(f"reward {self}: its multiplier is not known yet; call .fitted(samples, beta=...) first")
-        return self.objective(samples) + self.multiplier * self.constraint(samples)
+        return scores_of(self.objective, samples) + self.multiplier * scores_of(self.constraint, samples)
 
     def __repr__(self) -> str:
         return f"Constrained({self.objective!r}, {self.constraint!r}, target={self.target:g})"

@@ -25,6 +25,7 @@ from typing import Any
 
 from ..core import InputError, Reward, SteerError, check
 from .algebra import CallableReward, Composable, Constant, combine, lift
+from .image import Brightness, Compressibility, Contrast, ImageClass, Incompressibility, Sharpness, Symmetry
 from .likelihood import Fluency, Perplexity
 from .text import Keywords, Length, Profanity, Readability, Refusal, Rouge, Sentiment
 
@@ -49,18 +50,20 @@ _MODEL_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 class _Shipped:
     factory: Callable[..., Reward]
     usage: str
+    loads: bool = False
 
 
 _registry: dict[str, _Shipped] = {}
 
 
-def register(name: str, factory: Callable[..., Reward], usage: str | None = None) -> None:
+def register(name: str, factory: Callable[..., Reward], usage: str | None = None, *, loads: bool = False) -> None:
     """Let `parse_reward` read `name` and `name:ARGUMENTS`: items arrive as text, `key=item` by keyword.
 
-    `usage` is how error messages show it, for instance `keywords:WORD,WORD`.
+    `usage` is how error messages show it, for instance `keywords:WORD,WORD`. A reward that `loads` a model from a
+    folder or the hub is refused in text that is not trusted.
     """
     check(bool(re.fullmatch(r"[^\W\d]\w*", name)), "reward name", name, "letters, digits and _, a letter first")
-    _registry[name] = _Shipped(factory, usage or name)
+    _registry[name] = _Shipped(factory, usage or name, loads)
 
 
 def shipped() -> dict[str, str]:
@@ -96,7 +99,8 @@ def parse_reward(text: str, *, trusted: bool = True) -> Reward:
 
 
 def _allowed(trusted: bool = True) -> str:
-    return f"{', '.join(shipped().values())}{f'; {_FORMS}' if trusted else ''}; joined by + - * / ( )"
+    usages = ", ".join(entry.usage for _, entry in sorted(_registry.items()) if trusted or not entry.loads)
+    return f"{usages}{f'; {_FORMS}' if trusted else ''}; joined by + - * / ( )"
 
 
 def _whole_model(text: str, trusted: bool) -> Reward | None:
@@ -186,6 +190,7 @@ class _Parser:
         if name[0] in "\"'":
             return lift(_model(name[1:-1], items, given, self.trusted))
         if name in _registry:
+            check(self.trusted or not _registry[name].loads, "reward", given, _allowed(self.trusted))
             return lift(_make(name, items, given))
         if len(items) == 1 and items[0][0] is None:
             return lift(_function(name, items[0][1], given, self.trusted))
@@ -262,6 +267,34 @@ def _rouge(reference: str) -> Reward:
     return Rouge(reference)
 
 
+def _image_class(*labels: str) -> Reward:
+    return ImageClass(labels)
+
+
+def _clip(text: str | None = None, *, model: str | None = None) -> Reward:
+    from steer.adapters.image_rewards import ClipReward
+
+    return ClipReward(text) if model is None else ClipReward(text, model)
+
+
+def _pickscore(text: str | None = None) -> Reward:
+    from steer.adapters.image_rewards import PickScore
+
+    return PickScore(text)
+
+
+def _aesthetic(*, head: str, model: str | None = None) -> Reward:
+    from steer.adapters.image_rewards import AestheticReward
+
+    return AestheticReward(head) if model is None else AestheticReward(head, model)
+
+
+def _classifier(label: str | None = None, *, model: str) -> Reward:
+    from steer.adapters.image_rewards import ImageClassifierReward
+
+    return ImageClassifierReward(model, label)
+
+
 register("sentiment", Sentiment)
 register("readability", lambda scale="ease": Readability(scale), "readability[:grade]")
 register("length", _length, "length[:target=WORDS]")
@@ -271,3 +304,14 @@ register("rouge", _rouge, 'rouge:"REFERENCE"')
 register("refusal", Refusal)
 register("fluency", lambda: Fluency())
 register("perplexity", lambda: Perplexity())
+register("brightness", Brightness)
+register("contrast", Contrast)
+register("symmetry", lambda mirror="horizontal": Symmetry(mirror), "symmetry[:vertical]")
+register("sharpness", Sharpness)
+register("compressibility", Compressibility)
+register("incompressibility", Incompressibility)
+register("class", _image_class, "class:LABEL,LABEL")
+register("clip", _clip, 'clip[:"TEXT"][,model="MODEL"]', loads=True)
+register("pickscore", _pickscore, 'pickscore[:"TEXT"]', loads=True)
+register("aesthetic", _aesthetic, 'aesthetic:head="FILE or MODEL"[,model="MODEL"]', loads=True)
+register("classifier", _classifier, 'classifier:LABEL,model="MODEL"', loads=True)
