@@ -173,6 +173,12 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images)
 
+    def features(self, images: Tensor) -> Tensor:
+        """What its last layer sees of images `[N, D]`, where the network shows it."""
+        shown: Any = self.net
+        check(hasattr(shown, "features"), "classifier", type(shown).__name__, "a network with features")
+        return shown.features(images)
+
 
 @dataclass(frozen=True, eq=False)
 class NetworkSource:
@@ -285,12 +291,14 @@ class DiffusionModel:
         source: a network with its scheduler, or a pipeline.
         classes: what a class-conditional model can be asked for, by name.
         classifier: the model's own classifier of its images, for rewards such as `class:boot`.
+        judge: another one that no reward uses, by whose features populations are compared.
     """
 
     source: Source
     name: str
     classes: list[str] | None = None
     classifier: Classifier | None = field(default=None, repr=False)
+    judge: Classifier | None = field(default=None, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -362,7 +370,7 @@ class DiffusionModel:
         or a LoRA in safetensors, which is merged into a copy. Raises `SteerError`.
         """
         called = name or (type(what).__name__ if isinstance(what, nn.Module) else str(what))
-        return DiffusionModel(self.source.tuned(what), called, self.classes, self.classifier)
+        return DiffusionModel(self.source.tuned(what), called, self.classes, self.classifier, self.judge)
 
 
 # -------------------------------------------------------------------------------------------------------------- load
@@ -439,12 +447,13 @@ def _shipped(folder: Path, name: str, dtype: torch.dtype | None, device: Any, sc
         network, replaced(own, scheduler), tuple((c, i) for i, c in enumerate(classes)), card.get("null_class"),
         int(card.get("pixel_unshuffle") or 1),
     )  # fmt: skip
-    classifier = None
-    if (folder / "classifier").is_dir():
-        from steer.rewards.convnet import load_net
+    nets: dict[str, Classifier] = {}
+    for kind in ("classifier", "judge"):
+        if (folder / kind).is_dir():
+            from steer.rewards.convnet import load_net
 
-        classifier = Classifier(load_net(folder / "classifier"), classes).eval().to(source.device)
-    return DiffusionModel(source, name, classes or None, classifier)
+            nets[kind] = Classifier(load_net(folder / kind), classes).eval().to(source.device)
+    return DiffusionModel(source, name, classes or None, **nets)
 
 
 def _of_pipeline(

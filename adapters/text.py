@@ -50,6 +50,7 @@ class TextState:
     filled: int
     log_prob: Tensor
     base_log_prob: Tensor | None
+    tilt: Tensor
     kl: Tensor | None
     cost: Cost
     prompts: list[Prompt] = field(repr=False)
@@ -71,7 +72,7 @@ class TextState:
         return len(self.group)
 
 
-_ROWS = ("group", "log_prob", "base_log_prob", "kl", "prefix", "real", "length", "finished")
+_ROWS = ("group", "log_prob", "base_log_prob", "tilt", "kl", "prefix", "real", "length", "finished")
 
 
 def _tokens(state: TextState) -> list[list[int]]:
@@ -199,6 +200,7 @@ class TextProcess(Process):
             step=0,
             log_prob=zero,
             base_log_prob=zero if exact else None,
+            tilt=zero,
             kl=zero if exact else None,
             cost=cost,
             prompts=list(prompts),
@@ -284,6 +286,11 @@ class TextProcess(Process):
                 gap = torch.where(law.isneginf(), 0.0, law.exp() * (law - base)).sum(-1)
                 base_log_prob = base_log_prob + taken(base)
                 kl = kl + torch.where(alive, gap, 0.0).to(kl.dtype)
+        tilt = state.tilt
+        for edit, _ in self._mounted(TransitionEdit):
+            if edit.power is not None:
+                other = self._context(state, base).companion(edit.power[0]).base
+                tilt = tilt + edit.power[1] * (taken(other) - taken(base))
         prefix, real = state.prefix, state.real
         prefix[:, state.filled] = token
         real[:, state.filled] = alive
@@ -293,8 +300,8 @@ class TextProcess(Process):
         if self.until:
             finished |= length >= self.decoding.max_new_tokens
         return replace(
-            state, filled=filled, log_prob=log_prob, base_log_prob=base_log_prob, kl=kl, prefix=prefix, real=real,
-            length=length, finished=finished, drawn=state.drawn + alive.sum(), unread=True,
+            state, filled=filled, log_prob=log_prob, base_log_prob=base_log_prob, tilt=tilt, kl=kl, prefix=prefix,
+            real=real, length=length, finished=finished, drawn=state.drawn + alive.sum(), unread=True,
         )  # fmt: skip
 
     @torch.inference_mode()
@@ -316,8 +323,10 @@ class TextProcess(Process):
 
     def context(self, state: TextState) -> TextContext:
         state = self.read(state)
+        return self._context(state, self.decoding.tempered(state.track.logits))
+
+    def _context(self, state: TextState, base: Tensor) -> TextContext:
         others = {id(p): t for p, t in zip(self._companions(), state.companions, strict=True)}
-        base = self.decoding.tempered(state.track.logits)
         return TextContext(state.filled, state.prefix[:, : state.filled], base, state.track, others)
 
     def _laws(self, state: TextState) -> tuple[Tensor, Tensor]:
@@ -332,8 +341,7 @@ class TextProcess(Process):
         base = law = self.decoding.tempered(logits)
         guided = self._mounted(TransitionEdit)
         if guided:
-            others = {id(p): t for p, t in zip(self._companions(), state.companions, strict=True)}
-            context = TextContext(state.filled, state.prefix[:, : state.filled], base, state.track, others)
+            context = self._context(state, base)
             touched = torch.zeros(len(state), 1, dtype=torch.bool, device=law.device)
             for edit, wanted in guided:
                 mine = torch.ones_like(touched)
@@ -368,6 +376,7 @@ class TextProcess(Process):
             group=state.group[index.cpu()],
             log_prob=state.log_prob[at],
             base_log_prob=None if state.base_log_prob is None else state.base_log_prob[at],
+            tilt=state.tilt[at],
             kl=None if state.kl is None else state.kl[at],
             prefix=state.prefix[at],
             real=state.real[at],
@@ -486,6 +495,7 @@ class TextProcess(Process):
             log_weight=torch.zeros(len(state), dtype=torch.float64),
             log_prob=log_prob,
             base_log_prob=None if state.base_log_prob is None else state.base_log_prob.double().cpu(),
+            tilt=state.tilt.double().cpu(),
             kl_estimate=later if state.kl is None else state.kl.double().cpu(),
             cost=self._spent(state),
         )

@@ -249,6 +249,11 @@ class TransitionEdit(Edit):
         """The changed quantity, same shape as `x`."""
 
     @property
+    def power(self) -> tuple[Process, float] | None:
+        """A companion and w where samplers that weigh should aim at `p^(1 - w) p_companion^w` in place of p."""
+        return None
+
+    @property
     def companions(self) -> tuple[Process, ...]:
         """Other processes that must follow the rows in lockstep, each with its own cache."""
         return ()
@@ -285,6 +290,8 @@ class State(Protocol):
     """Log-probability of each row so far under the law that was really sampled from, `[N]`."""
     base_log_prob: Tensor | None
     """The same rows under the process without edits `[N]`; None where only a second pass can tell."""
+    tilt: Tensor
+    """Log of the law that weights aim at over the base law so far `[N]`: 0 unless an edit has a `power`."""
     kl: Tensor | None
     """Sum over steps of the exact KL between the step's law and the base law `[N]`, where it is known."""
     cost: Cost

@@ -186,6 +186,7 @@ class DiffusionState:
     step: int
     log_prob: Tensor
     base_log_prob: Tensor
+    tilt: Tensor
     kl: Tensor
     cost: Cost
     prompts: list[Prompt] = field(repr=False)
@@ -304,6 +305,8 @@ class Diffusion(Process):
         if isinstance(edit, TransitionEdit):
             if edit.gradient:
                 self.require(Ability.GRADIENT, type(edit).__name__)
+            alone = not self.edits if edit.power is not None else self._power() is None
+            check(alone, "edits", f"{len(self.edits) + 1} edits", "one alone where it aims at a product of two laws")
             for companion in edit.companions:
                 ok = isinstance(companion, Diffusion)
                 check(ok, "companion", type(companion).__name__, "a diffusion process")
@@ -325,7 +328,7 @@ class Diffusion(Process):
         zero = torch.zeros(len(x), dtype=torch.float64)
         return DiffusionState(
             x=x, group=torch.arange(len(prompts)).repeat_interleave(n), step=0, log_prob=zero, base_log_prob=zero,
-            kl=zero, cost=Cost(), prompts=list(prompts), encoded=self.denoiser.encode(prompts),
+            tilt=zero, kl=zero, cost=Cost(), prompts=list(prompts), encoded=self.denoiser.encode(prompts),
         )  # fmt: skip
 
     def _acting(self, step: int) -> Mounted:
@@ -364,10 +367,31 @@ class Diffusion(Process):
         if state.moved is not state.x0:
             gap = (mean - schedule.mean(state.x, state.x0, step)).double().flatten(1)
         log_prob, base_log_prob, kl = _account(z, gap, std, len(state))
+        tilt = state.tilt
+        if gap is not None and z is not None and std > DETERMINISTIC:
+            tilt = tilt + self._tilt(state, z, gap)
         return replace(
             state, x=x, step=step + 1, x0=None, moved=None, parent=state.x0,
             log_prob=state.log_prob + log_prob, base_log_prob=state.base_log_prob + base_log_prob, kl=state.kl + kl,
+            tilt=tilt,
         )  # fmt: skip
+
+    def _tilt(self, state: DiffusionState, z: Tensor, gap: Tensor) -> Tensor | float:
+        """w times `log p_companion - log p` of the step that was drawn `[N]`; 0 where no edit has a power."""
+        power = self._power()
+        if power is None or power[1] == 0:
+            return 0.0
+        w, std = power[1], self.schedule.std[state.step]
+        assert state.x0 is not None and state.moved is not None
+        tuned = state.x0 + (state.moved - state.x0) / w
+        base = self.schedule.mean(state.x, state.x0, state.step)
+        there = (self.schedule.mean(state.x, tuned, state.step) - base).double().flatten(1) / std
+        here = z.double().flatten(1) + gap / std
+        return w * ((here * there).sum(1) - 0.5 * there.square().sum(1)).cpu()
+
+    def _power(self) -> tuple[Process, float] | None:
+        powers = [edit.power for edit, _ in self.edits if isinstance(edit, TransitionEdit)]
+        return next((p for p in powers if p is not None), None)
 
     def gather(self, state: DiffusionState, index: Tensor) -> DiffusionState:
         at = index.to(state.x.device)
@@ -378,7 +402,9 @@ class Diffusion(Process):
             x0=x0,
             moved=x0 if state.moved is state.x0 else None if state.moved is None else state.moved[at],
             parent=None if state.parent is None else state.parent[at],
-            **{name: getattr(state, name)[index.cpu()] for name in ("group", "log_prob", "base_log_prob", "kl")},
+            **{
+                name: getattr(state, name)[index.cpu()] for name in ("group", "log_prob", "base_log_prob", "tilt", "kl")
+            },
         )
 
     def stack(self, states: Sequence[DiffusionState]) -> DiffusionState:
@@ -394,14 +420,14 @@ class Diffusion(Process):
         x0 = joined("x0")
         return replace(
             states[0], x0=x0, moved=x0 if plain else joined("moved"), cost=sum((s.cost for s in states), Cost()),
-            **{name: joined(name) for name in ("x", "group", "log_prob", "base_log_prob", "kl", "parent")},
+            **{name: joined(name) for name in ("x", "group", "log_prob", "base_log_prob", "tilt", "kl", "parent")},
         )  # fmt: skip
 
     def settle(self, state: DiffusionState) -> tuple[DiffusionState, Cost]:
         return replace(state, cost=Cost(), parent=None), state.cost
 
     def pack(self, state: DiffusionState) -> dict[str, Tensor]:
-        return {name: getattr(state, name).cpu() for name in ("x", "group", "log_prob", "base_log_prob", "kl")}
+        return {name: getattr(state, name).cpu() for name in ("x", "group", "log_prob", "base_log_prob", "tilt", "kl")}
 
     def unpack(self, prompts: Sequence[Prompt], step: int, packed: dict[str, Tensor]) -> DiffusionState:
         like = self.denoiser.noise(1, torch.Generator().manual_seed(0))
@@ -439,6 +465,7 @@ class Diffusion(Process):
             self.samples(outputs, state.group, state.prompts),
             log_prob=state.log_prob,
             base_log_prob=state.base_log_prob,
+            tilt=state.tilt,
             kl_estimate=state.kl,
             cost=state.cost,
         )

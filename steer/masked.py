@@ -109,6 +109,11 @@ class MaskedState:
     gap: Tensor | None = field(default=None, repr=False)
     """KL of `law` to `base` at every position `[N, L]` float64 on the CPU; None where they are the same."""
 
+    @property
+    def tilt(self) -> Tensor:
+        """Nothing: masked processes take no edits that aim at another law."""
+        return torch.zeros_like(self.log_prob)
+
     def __len__(self) -> int:
         return len(self.group)
 
@@ -220,6 +225,7 @@ class MaskedProcess(Process):
 
     def validate(self, edit: Edit) -> None:
         if isinstance(edit, TransitionEdit):
+            check(edit.power is None, "edit", type(edit).__name__, "one that aims at the base law: aim='base'")
             ours = (self.length, self.network.vocabulary, self.network.mask_id)
             for companion in edit.companions:
                 masked = isinstance(companion, MaskedProcess)
@@ -511,6 +517,7 @@ class MaskedProcess(Process):
             self.samples(tokens, state.group, state.prompts),
             log_prob=state.log_prob,
             base_log_prob=state.base_log_prob,
+            tilt=state.tilt,
             kl_estimate=state.kl,
             cost=state.cost,
         )

@@ -1,15 +1,19 @@
-"""The figure of a report: four panels against strength."""
+"""Figures: reports against strength, RL guidance against w, races and comparisons against budget."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from steer.compare import Comparison
+    from steer.guide import Sweep
+    from steer.race import Race
     from steer.report import Report, Row
 
-__all__ = ["draw"]
+__all__ = ["draw", "draw_curves", "draw_guide", "draw_race"]
 
 _INK, _FAINT, _GRID = "#24292f", "#6e7781", "#e6e8eb"
 _COLOURS = {"steered": "#0f62a8", "random": "#9aa4ae", "system": "#c2571a"}
@@ -132,3 +136,90 @@ def _legend(figure: Any, axis: Any) -> None:
     order.sort(key=lambda label: label != _LABELS["steered"])
     figure.legend([entries[label] for label in order], order, loc="lower center", ncols=len(order), handlelength=2.4,
                   bbox_to_anchor=(0.525, 0.005))  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- races, sweeps, comparisons
+
+_LINES = ("#0f62a8", "#c2571a", "#2e7d4f", "#7a4fa3", "#8c6d1f", "#9aa4ae")
+_MARKS = "os^DvX"
+
+
+def draw_guide(found: Sweep, path: Path) -> None:
+    """Reward and KL against w, plain and corrected."""
+    with _canvas(path, (10, 4.6), "RL guidance between a base model and its tuned policy") as figure:
+        axes = figure.subplots(1, 2, gridspec_kw={"wspace": 0.22})
+        figure.subplots_adjust(left=0.075, right=0.975, top=0.82, bottom=0.135)
+        for axis, name, title in zip(axes, ("reward", "kl"), ("Reward", "KL to the base, nats an output"), strict=True):
+            for i, kind in enumerate(("plain", "corrected")):
+                points = [p for p in found.points if p.kind == kind]
+                ys, halves = ([getattr(p, n) for p in points] for n in (name, f"{name}_half"))
+                _line(axis, i, [p.w for p in points], ys, halves, kind)
+            axis.set_title(title)
+            axis.set_xlabel("w: 0 is the base, 1 the policy")
+            for w in (0, 1):
+                axis.axvline(w, color=_GRID, linewidth=1.5, zorder=0)
+        axes[0].legend(loc="best")
+
+
+def draw_race(found: Race, path: Path) -> None:
+    """Best reward against what the network evaluated."""
+    with _canvas(path, (8, 5), "Reward of the best output against the budget") as figure:
+        axis = figure.subplots()
+        figure.subplots_adjust(left=0.09, right=0.97, top=0.86, bottom=0.13)
+        for i, method in enumerate(dict.fromkeys(h.method for h in found.heats)):
+            mine = sorted((h for h in found.heats if h.method == method), key=lambda h: h.nfe)
+            _line(axis, i, [h.nfe for h in mine], [h.mean for h in mine], [h.half for h in mine], method)
+        axis.set_xscale("log")
+        axis.set_xlabel("network evaluations for each prompt")
+        axis.set_ylabel("mean reward of the best output, 95% interval")
+        axis.legend(loc="best")
+
+
+def draw_curves(found: Comparison, path: Path) -> None:
+    """Frechet distance against budget, one panel a task."""
+    lines = [x for x in found.lines if x.rollouts]
+    tasks = list(dict.fromkeys(x.task for x in lines))
+    if not tasks:
+        return
+    with _canvas(path, (5.2 * len(tasks) + 1, 4.8), "Distance to the target against budget") as figure:
+        axes = figure.subplots(1, len(tasks), squeeze=False)[0]
+        figure.subplots_adjust(left=0.1 if len(tasks) == 1 else 0.06, right=0.98, top=0.83, bottom=0.13)
+        for axis, task in zip(axes, tasks, strict=True):
+            mine = [x for x in lines if x.task == task]
+            for i, method in enumerate(dict.fromkeys(x.method for x in mine)):
+                sizes = sorted({x.rollouts for x in mine if x.method == method})
+                table = [dict(found.rows(task, size))[method]["frechet"] for size in sizes]
+                _line(axis, i, sizes, [t[0] for t in table], [t[1] for t in table], method)
+            axis.set_xscale("log")
+            axis.set_ylim(bottom=0)
+            axis.set_title(task)
+            axis.set_xlabel("rollouts, or particles, in all")
+        axes[0].set_ylabel("Frechet distance, 95% interval")
+        axes[0].legend(loc="best", fontsize=9)
+
+
+def _line(axis: Any, i: int, xs: Sequence[float], ys: Sequence[float], halves: Sequence[float], label: str) -> None:
+    colour = _LINES[i % len(_LINES)]
+    axis.plot(xs, ys, color=colour, marker=_MARKS[i % len(_MARKS)], markersize=5, linewidth=1.8, label=label)
+    known = [0.0 if h != h else h for h in halves]
+    low, high = ([y + sign * h for y, h in zip(ys, known, strict=True)] for sign in (-1, 1))
+    axis.fill_between(xs, low, high, color=colour, alpha=0.13, linewidth=0)
+
+
+@contextmanager
+def _canvas(path: Path, size: tuple[float, float], title: str) -> Iterator[Any]:
+    """A figure with the house's style; written as PNG in one step when the block ends."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from steer.artifacts import replacing
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=size, dpi=160, facecolor="white")
+        FigureCanvasAgg(figure)
+        yield figure
+        left = figure.subplotpars.left
+        figure.text(left, 0.985, title, fontsize=13, fontweight="bold", va="top")
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")

@@ -26,8 +26,8 @@ from typing import Any
 import yaml
 
 from steer.cli.jobs import JOBS, Session
-from steer.cli.options import COMMANDS, ModelOptions
-from steer.cli.values import build, check_known, pairs
+from steer.cli.options import COMMANDS, Options
+from steer.cli.values import build, check_known, pairs, spelled
 from steer.core import InputError, SteerError, check
 
 __all__ = ["Recipe", "Step", "load_recipe", "shipped"]
@@ -43,7 +43,7 @@ class Step:
 
     name: str
     command: str
-    options: ModelOptions
+    options: Options
 
     @property
     def output(self) -> Path | None:
@@ -161,7 +161,7 @@ def _override(key: str, value: Any, variables: dict[str, Any], steps: list[dict[
     ]
     if not chosen:
         check_known("override", [key], [*names, *(f"{s['name']}.OPTION" for s in steps)])
-    options = list(COMMANDS[chosen[0]["command"]].__dataclass_fields__)
+    options = [spelled(name) for name in COMMANDS[chosen[0]["command"]].__dataclass_fields__]
     check_known("override", [option], [*options, *([] if dot else names)])
     chosen[0]["settings"][option] = value
 

@@ -48,6 +48,8 @@ class Samples:
     reward: Tensor | None = None
     log_prob: Tensor | None = None
     base_log_prob: Tensor | None = None
+    tilt: Tensor | None = None
+    """Log of the law that weights aim at over the base law, before any reward: 0 but under edits with a power."""
     kl_estimate: Callable[[], Tensor] | Tensor | None = field(default=None, repr=False)
     log_z: Tensor | None = None
     lineage: Tensor | None = None
@@ -122,6 +124,7 @@ class Samples:
             reward=pick(self.reward),
             log_prob=pick(self.log_prob),
             base_log_prob=pick(self.base_log_prob),
+            tilt=pick(self.tilt),
             lineage=pick(self.lineage),
             kl_estimate=later if callable(self.kl_estimate) else pick(self.kl_estimate),
         )
@@ -153,6 +156,7 @@ class Samples:
             reward=joined("reward"),
             log_prob=joined("log_prob"),
             base_log_prob=joined("base_log_prob"),
+            tilt=joined("tilt"),
             log_z=joined("log_z"),
             lineage=lineage,
             kl_estimate=(lambda: torch.cat([p.kl for p in parts if p.kl is not None])) if lazy else None,
@@ -161,7 +165,11 @@ class Samples:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: `{"prompts": [{"prompt", "samples": [{"text", "reward", "log_weight", "kl"}], ...}], "cost"}`."""
+        """Plain data: `{"prompts": [{"prompt", "samples": [{"text", "reward", "log_weight", "kl"}], ...}], "cost"}`.
+
+        `text` is None for images. A prompt also has `log_z` and, for a population with weights, its `ess`, where the
+        sampler has them.
+        """
         kl = self.kl
 
         def number(x: Tensor | None, i: int) -> float | None:
@@ -177,7 +185,12 @@ class Samples:
                     "kl": number(kl, i),
                 }
             )
-        prompts = [{"prompt": p, "samples": r} for p, r in zip(self.prompts, rows, strict=True)]
+        prompts: list[dict[str, Any]] = [{"prompt": p, "samples": r} for p, r in zip(self.prompts, rows, strict=True)]
+        population = self.pool or self
+        weighted = bool((population.log_weight != 0).any())
+        for name, values in (("log_z", self.log_z), ("ess", population.ess if weighted else None)):
+            for b, entry in enumerate(prompts if values is not None else []):
+                entry[name] = number(values, b)
         return {"prompts": prompts, "cost": {k: getattr(self.cost, k) for k in Cost.__dataclass_fields__}}
 
 

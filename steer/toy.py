@@ -47,6 +47,7 @@ class TabularState:
     step: int
     log_prob: Tensor
     base_log_prob: Tensor
+    tilt: Tensor
     kl: Tensor
     cost: Cost
     prompts: list[Any] = field(repr=False)
@@ -55,7 +56,7 @@ class TabularState:
         return len(self.group)
 
 
-_ROWS = ("x", "group", "log_prob", "base_log_prob", "kl")
+_ROWS = ("x", "group", "log_prob", "base_log_prob", "tilt", "kl")
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class TabularProcess(Process):
         zero = torch.zeros(rows, dtype=torch.float64)
         group = torch.arange(len(prompts)).repeat_interleave(n)
         x = torch.zeros(rows, 0, dtype=torch.long)
-        return TabularState(x, group, 0, zero, zero, zero, Cost(), list(prompts))
+        return TabularState(x, group, 0, zero, zero, zero, zero, Cost(), list(prompts))
 
     def view(self, prefix: Tensor) -> TabularContext:
         """What an edit sees of rows `prefix` `[N, step]`."""
@@ -178,6 +179,7 @@ class TabularProcess(Process):
             log_weight=torch.zeros(len(state), dtype=torch.float64),
             log_prob=state.log_prob,
             base_log_prob=state.base_log_prob,
+            tilt=state.tilt,
             kl_estimate=state.kl,
             cost=state.cost,
         )
@@ -197,9 +199,18 @@ class TabularProcess(Process):
             step=state.step + 1,
             log_prob=state.log_prob + law.gather(1, token).squeeze(1),
             base_log_prob=state.base_log_prob + base.gather(1, token).squeeze(1),
+            tilt=state.tilt + self._tilt(state, base, token),
             kl=state.kl + kl,
             cost=state.cost + Cost(model_calls=1, nfe=len(state), generated_tokens=len(state)),
         )
+
+    def _tilt(self, state: TabularState, base: Tensor, token: Tensor) -> Tensor:
+        total = torch.zeros(len(state), dtype=torch.float64)
+        for edit, _ in self.edits:
+            if isinstance(edit, TransitionEdit) and edit.power is not None:
+                other = self.view(state.x).companion(edit.power[0]).base
+                total = total + edit.power[1] * (other - base).gather(1, token).squeeze(1)
+        return total
 
     def law(self) -> tuple[Tensor, Tensor]:
         """Every sequence `[V^T, T]` in lexicographic order with its exact log-probability `[V^T]` under the edits."""

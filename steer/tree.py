@@ -19,7 +19,7 @@ __all__ = ["Tree"]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_FLOATS = ("value", "log_edge", "log_prior")
+_FLOATS = ("value", "log_edge", "log_prior", "guess")
 _INTS = ("parent", "level", "visits", "multiplicity", "draws", "chunk", "row")
 
 
@@ -31,9 +31,11 @@ class Tree:
     and `row`, where its state is kept.
     """
 
-    def __init__(self, beta: float, hard: bool = False) -> None:
-        """`hard`: back up the maximum, the limit of beta to 0."""
-        self.beta, self.hard, self.size = beta, hard, 0
+    def __init__(self, beta: float, hard: bool = False, trust: float = 0.0) -> None:
+        """`hard`: back up the maximum, the limit of beta to 0. `trust`: how many children's worth `guess` counts for
+        when children are chosen; 0 leaves it out.
+        """
+        self.beta, self.hard, self.trust, self.size = beta, hard, trust, 0
         for name in _FLOATS:
             setattr(self, name, np.zeros(64))
         for name in _INTS:
@@ -45,6 +47,8 @@ class Tree:
 
     value: Floats
     log_edge: Floats
+    guess: Floats
+    """What a lookahead said of the node."""
     log_prior: Floats
     """`log multiplicity + log_edge`, kept for selection."""
     parent: Ints
@@ -110,7 +114,7 @@ class Tree:
         """
         at = self.children(node)
         frequency = self.multiplicity[at] / self.draws[node]
-        scores = self.log_prior[at] + self.value[at] / self.beta
+        scores = self.log_prior[at] + self._promise(at) / self.beta
         top = scores.max()
         if not np.isfinite(top):  # every child is impossible: any is as good
             return at, frequency, frequency
@@ -118,10 +122,20 @@ class Tree:
         boltzmann = mass / mass.sum()
         return at, (1 - explore) * boltzmann + explore * frequency if explore else boltzmann, frequency
 
+    def _promise(self, at: Ints) -> Floats:
+        """Values by which to choose among nodes: those of their children, blended with the guess."""
+        if not self.trust:
+            return self.value[at]
+        seen = self.draws[at]
+        with np.errstate(divide="ignore"):
+            known = np.log(seen) + self.value[at] / self.beta
+        mixed = np.logaddexp(np.log(self.trust) + self.guess[at] / self.beta, known) - np.log(self.trust + seen)
+        return np.where(self.terminal[at], self.value[at], self.beta * mixed)
+
     def upper(self, node: int, bonus: float) -> int:
         """The child with the largest `V + bonus * sqrt(log N(node) / N(child))` (UCT)."""
         at = self.children(node)
-        return int(at[np.argmax(self.value[at] + bonus * np.sqrt(np.log(self.visits[node]) / self.visits[at]))])
+        return int(at[np.argmax(self._promise(at) + bonus * np.sqrt(np.log(self.visits[node]) / self.visits[at]))])
 
     def leaves(self) -> Ints:
         """Numbers of the terminal nodes."""
@@ -132,9 +146,9 @@ class Tree:
         return {name: getattr(self, name)[: self.size].copy() for name in (*_FLOATS, *_INTS, "terminal")}
 
     @classmethod
-    def restore(cls, beta: float, hard: bool, arrays: dict[str, NDArray[np.generic]]) -> Tree:
+    def restore(cls, beta: float, hard: bool, arrays: dict[str, NDArray[np.generic]], trust: float = 0.0) -> Tree:
         """The tree whose `arrays` these are, bit for bit."""
-        tree = cls(beta, hard)
+        tree = cls(beta, hard, trust)
         for node in range(1, len(arrays["parent"])):
             tree.add(int(arrays["parent"][node]), int(arrays["level"][node]))  # type: ignore[call-overload]
         for name, values in arrays.items():

@@ -450,34 +450,90 @@ def test_rlg_is_bit_equal_to_base_and_tuned_at_0_and_1() -> None:
     assert torch.equal(draw(p.edited(RLGuidance(q, 1.0))), draw(q))
 
 
+@dataclass(frozen=True)
+class Optimal(TabularProcess):
+    """The chain of p exp(r), from its soft values: a policy that was tuned to the optimum."""
+
+    def view(self, prefix: Tensor) -> Any:
+        context = super().view(prefix)
+        t = prefix.shape[1]
+        at = (prefix * torch.tensor([3 ** (t - 1 - i) for i in range(t)], dtype=torch.long)).sum(1)
+        values = SOFT[t + 1].reshape(-1, 3)[at]
+        return replace(context, base=torch.log_softmax(context.base + values, -1))
+
+
+def optimal() -> TabularProcess:
+    return Optimal(markov_lm().initial, markov_lm().transition, 3)
+
+
 def test_token_rlg_on_the_toy() -> None:
-    base = markov_lm()
-    target, _ = base.target(twos, 1.0)
-    # The optimal policy as a chain: p(next | prefix) from its soft values is not Markov in the last token alone, so it
-    # follows as an edit of the base.
-
-    @dataclass(frozen=True)
-    class Optimal(TabularProcess):
-        def view(self, prefix: Tensor) -> Any:
-            context = super().view(prefix)
-            t = prefix.shape[1]
-            at = (prefix * torch.tensor([3 ** (t - 1 - i) for i in range(t)], dtype=torch.long)).sum(1)
-            values = SOFT[t + 1].reshape(-1, 3)[at]
-            return replace(context, base=torch.log_softmax(context.base + values, -1))
-
-    tuned = Optimal(base.initial, base.transition, 3)
-    for w, mean, distance in (
-        (0.5, 1.369404, 0.00041),
-        (1.0, 1.87853651, 0.0),
-        (2.0, 2.595737, 0.017254),
-        (3.0, 2.873329, 0.023633),
-    ):
+    base, tuned = markov_lm(), optimal()
+    table = ((0.5, 1.369404, 0.00041), (1.0, 1.87853651, 0.0), (2.0, 2.595737, 0.017254), (3.0, 2.873329, 0.023633))
+    for w, mean, distance in table:
         sequences, log_prob = base.edited(RLGuidance(tuned, w)).law()
         law = log_prob.exp()
         assert abs(float((law * twos(sequences)).sum()) - mean) < 1e-5
         exact = torch.softmax(base.law()[1] + w * twos(sequences), 0)
         assert abs(0.5 * float((law - exact).abs().sum()) - distance) < 1e-5
-    assert abs(float((target.exp() * twos(sequences)).sum()) - 1.87853651) < 1e-8
+
+
+NOTHING = lift(lambda outputs: torch.zeros(len(outputs)))
+
+
+@pytest.mark.parametrize("w", [0.5, 2.0, 3.0, -1.0])
+def test_rlg_corrected_towards_the_product_needs_no_reward(w: float) -> None:
+    """The policy is p exp(r) / Z, so p^(1 - w) p_tuned^w is p exp(w r) / Z^w."""
+    process = markov_lm().edited(RLGuidance(optimal(), w, aim="product"))
+    samples = fk_runs(FKSteering(num_particles=50), 400, process, reward=NOTHING)
+    sequences, log_prob = markov_lm().law()
+    exact = torch.softmax(log_prob + w * twos(sequences), 0)
+    means = torch.zeros(400, dtype=torch.float64).index_add(0, samples.group, samples.weights * twos(samples.outputs))
+    assert abs(float(means.mean()) - float(exact @ twos(sequences))) < 5 * float(means.std()) / 20 + 2e-3
+    z = torch.logsumexp(log_prob + w * twos(sequences), 0) - w * LOG_Z
+    assert close(samples.log_z.exp(), float(z.exp()))
+
+
+def product_moments(base: GaussianProcess, tuned: GaussianProcess, w: float) -> tuple[float, float]:
+    """Mean and variance of the output under `p^(1 - w) p_tuned^w` over paths, by a backward recursion of quadratics."""
+    steps = [(a, b) for a, b in zip(base._affine(), tuned._affine(), strict=True)]
+    value = [(0.0, 0.0)]  # log of what is to come: -A / 2 x^2 + B x
+    laws = []
+    for (g, c, q), (h, d, _) in reversed(steps):
+        if q < 1e-12:  # held to the base
+            slope, shift, (big, lin) = g, c, value[0]
+            value.insert(0, (big * slope**2, (lin - big * shift) * slope))
+            laws.insert(0, (slope, shift, 0.0))
+            continue
+        slope, shift = g + w * (h - g), c + w * (d - c)
+        big, lin = value[0]
+        den = 1 + big * q
+        # x' given x is Gaussian with this mean and variance once what is to come is weighed in.
+        laws.insert(0, (slope / den, (shift + q * lin) / den, q / den))
+        extra = w * (w - 1) / q  # log of the step's normaliser: extra / 2 ((h - g) x + d - c)^2
+        value.insert(
+            0,
+            (
+                big * slope**2 / den - extra * (h - g) ** 2,
+                (slope * lin - big * slope * shift) / den + extra * (h - g) * (d - c),
+            ),
+        )
+    big, lin = value[0]
+    variance = 1 / (1 + big)
+    mean = variance * lin
+    for slope, shift, spread in laws:
+        mean, variance = slope * mean + shift, slope**2 * variance + spread
+    return mean, variance
+
+
+@pytest.mark.parametrize("w", [0.5, 2.0])
+def test_rlg_corrected_towards_the_product_of_gaussian_chains(w: float) -> None:
+    base, tuned = GaussianProcess(steps=20), GaussianProcess(means=(1.0,), variances=(0.5,), steps=20)
+    samples = FKSteering(num_particles=500).run(
+        base.edited(RLGuidance(tuned, w, aim="product")), [""] * 24, generator=torch.Generator().manual_seed(4),
+        reward=lift(lambda outputs: torch.zeros(len(outputs))),
+    )  # fmt: skip
+    for found, truth in zip(moments(samples), product_moments(base, tuned, w), strict=True):
+        assert abs(float(found.mean()) - truth) < 5 * float(found.std()) / 24**0.5 + 3e-3
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
@@ -495,6 +551,11 @@ def test_bad_input_is_refused_before_any_work() -> None:
     for w in (float("nan"), "1", None, float("inf"), True):
         with pytest.raises(InputError, match="w:"):
             RLGuidance(markov_lm(), w)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="aim"):
+        RLGuidance(markov_lm(), 2.0, aim="x")
+    with pytest.raises(InputError, match="edits"):
+        still_ = GaussianProcess(steps=5)
+        still_.edited(RLGuidance(still_, 2.0)).edited(RLGuidance(still_, 2.0, aim="product"))
     with pytest.raises(InputError, match="num_candidates"):
         SVDD(num_candidates=0)
     with pytest.raises(InputError, match="choose"):

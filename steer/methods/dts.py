@@ -43,6 +43,7 @@ from steer.core import (
     UnsupportedError,
     check,
 )
+from steer.lookahead import Lookahead
 from steer.tree import Floats, Ints, Tree
 from steer.weights import resample
 
@@ -66,6 +67,9 @@ class DTS(Sampler):
         widening, exponent: C and alpha of `C N^alpha` children at a node that was visited N times.
         explore: share of choices made by frequency instead of value, which bounds the weights.
         estimator: "weighted" or "published".
+        lookahead: what is thought of a node before it has many children, such as `Preview()`; it guides choices, and no
+            estimate rests on it. None is the paper's tree, which knows rollouts alone.
+        trust: how many children's worth the lookahead counts for.
         merge: children that are equal (texts) are one node, counted by multiplicity.
         correct: weigh edits as a proposal; see `FKSteering`.
         max_bytes: memory for states that could go on at once; beyond it the oldest are reduced to what cannot be
@@ -83,6 +87,8 @@ class DTS(Sampler):
     exponent: float = 0.8
     explore: float = 0.0
     estimator: str = "weighted"
+    lookahead: Lookahead | None = None
+    trust: float = 1.0
     merge: bool = True
     correct: bool = True
     max_bytes: int = 1 << 30
@@ -109,6 +115,7 @@ class DTS(Sampler):
         check(self.widening > 0, "widening", self.widening, "a number above 0")
         check(0 < self.exponent <= 1, "exponent", self.exponent, "0 < alpha <= 1")
         check(0 <= self.explore <= 1, "explore", self.explore, "0 to 1")
+        check(self.trust > 0, "trust", self.trust, "a number above 0")
         check(self.estimator in ("weighted", "published"), "estimator", self.estimator, "weighted, published")
 
     searching = False
@@ -139,7 +146,11 @@ class DTS(Sampler):
         check(reward is not None, "reward", None, "a reward: a tree search needs values")
         assert reward is not None
         process.require(Ability.BRANCH, "tree sampling")
-        return Forest(self, process.as_proposal() if self.correct else process, list(prompts), reward, beta, generator)
+        process = process.as_proposal() if self.correct else process
+        if self.lookahead is not None:
+            self.lookahead.check(process)
+            process = self.lookahead.prepared(process)
+        return Forest(self, process, list(prompts), reward, beta, generator)
 
     def choose(self, tree: Tree, node: int, u: float) -> tuple[int, float]:
         """The child to descend to, by a uniform number, and the log-weight of that choice."""
@@ -198,7 +209,8 @@ class Forest:
 
     def __post_init__(self) -> None:
         hard = isinstance(self.sampler, SearchDTS) and self.sampler.backup == "max"
-        self.trees = [Tree(self.beta, hard) for _ in self.prompts]
+        trust = 0.0 if self.sampler.lookahead is None else self.sampler.trust
+        self.trees = [Tree(self.beta, hard, trust) for _ in self.prompts]
         self.log_path: list[list[float]] = [[] for _ in self.prompts]
         """Log-weight of every rollout's path, by tree."""
         self.leaf: list[list[int]] = [[] for _ in self.prompts]
@@ -330,7 +342,7 @@ class Forest:
                 "a tree cannot weigh edits of prompts or hidden states, whose law against the base is not known while "
                 "generating: set correct=False to search under the edited process itself"
             )
-        return (state.base_log_prob - state.log_prob).double().cpu()
+        return (state.base_log_prob + state.tilt - state.log_prob).double().cpu()
 
     def _arrive(
         self, level: int, state: Any, rows: list[_Rollout], before: Tensor
@@ -343,6 +355,7 @@ class Forest:
         inner = (~finished).nonzero().squeeze(1)
         # Reading now lets every later child of these nodes share this pass of the network.
         kept = chunk = None
+        guesses: list[float] = []
         if len(inner):
             if len(inner) < len(rows):
                 kept = process.read(process.gather(state, inner))
@@ -350,6 +363,7 @@ class Forest:
                 kept = state = process.read(state)
             kept, cost = process.settle(kept)
             self.cost = self.cost + cost
+            guesses = self._guessed(kept)
             chunk = self._store.add(kept)
         place = {int(i): k for k, i in enumerate(inner.tolist())}
         ends = finished.nonzero().squeeze(1)
@@ -365,6 +379,7 @@ class Forest:
             node = self._child(rollout, level, edges[i], None if names is None else names[i])
             if i in place:
                 tree.chunk[node], tree.row[node] = chunk, place[i]
+                tree.guess[node] = guesses[place[i]]
             else:
                 k = len(done)
                 assert scores is not None
@@ -379,6 +394,13 @@ class Forest:
             # The store's copy must survive what the live rows do next.
             live = process.gather(kept, torch.arange(len(kept))) if process.consumes else kept
         return live, [r for i, r in enumerate(rows) if i in place], done
+
+    def _guessed(self, state: Any) -> list[float]:
+        if self.sampler.lookahead is None:
+            return [0.0] * len(state)
+        values, cost = self.sampler.lookahead(self.process, state, self.reward, self.beta, self.generator)
+        self.cost = self.cost + cost
+        return values.tolist()
 
     def _child(self, rollout: _Rollout, level: int, log_edge: float, name: Any) -> int:
         tree, known = self.trees[rollout.tree], self._known[rollout.tree]
@@ -491,7 +513,10 @@ class Forest:
 
     def _facts(self) -> tuple[Any, ...]:
         s = self.sampler
-        return (type(s).__name__, s.batch, s.widening, s.exponent, s.explore, self.steps, self.beta, len(self.prompts))
+        return (
+            type(s).__name__, s.batch, s.widening, s.exponent, s.explore, s.lookahead, s.trust, self.steps, self.beta,
+            len(self.prompts),
+        )  # fmt: skip
 
     def load(self, path: Path | str) -> Forest:
         """Take up the forest that was saved to `path` by a sampler with the same settings. Returns itself.
@@ -512,7 +537,7 @@ class Forest:
         for t in range(len(self.prompts)):
             mine = {name: tensors[f"tree.{t}.{name}"].numpy() for name in names}
             self.log_path[t], self.leaf[t] = mine.pop("log_path").tolist(), mine.pop("leaf").tolist()
-            self.trees[t] = Tree.restore(self.beta, self.trees[t].hard, mine)
+            self.trees[t] = Tree.restore(self.beta, self.trees[t].hard, mine, self.trees[t].trust)
         self._store.unpacked(tensors)
         self._relearn()
         self.generator.set_state(tensors["generator"])

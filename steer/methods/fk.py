@@ -218,9 +218,10 @@ class FKSteering(Sampler):
 
 
 def _drift(pool: Samples, beta: float) -> Tensor:
-    """KL of the target to the base, `E[r] / beta - log Z`, as the population estimates it, for each row `[N]`."""
-    assert pool.log_z is not None
-    return (pool.mean_reward() / beta - pool.log_z)[pool.group]
+    """KL of the target to the base, `E[r / beta + tilt] - log Z`, as the population estimates it, by row `[N]`."""
+    assert pool.log_z is not None and pool.tilt is not None
+    tilt = torch.zeros(len(pool.prompts), dtype=torch.float64).index_add(0, pool.group, pool.weights * pool.tilt)
+    return (pool.mean_reward() / beta + tilt - pool.log_z)[pool.group]
 
 
 def _whole(value: Any) -> bool:
@@ -252,7 +253,7 @@ class _Particles:
         step = self._factor(value * (scale / self.beta), last)
         self.total = self.total + step
         if self.sampler.correct:
-            ratio = (state.base_log_prob - state.log_prob).double().cpu()
+            ratio = (state.base_log_prob + state.tilt - state.log_prob).double().cpu()
             step, self.ratio = step + (ratio - self.ratio), ratio
         self.log_weight = self.log_weight + step.reshape(self.log_weight.shape)
 
