@@ -243,7 +243,10 @@ def tuned_network(network: nn.Module, what: Any) -> nn.Module:
             raise
         raise SteerError(f"tuned: could not load {str(path)!r}: {_first(error)}") from error
     like = next(network.parameters())
-    return made.to(like.device, like.dtype).eval().requires_grad_(False)
+    made = made.to(like.device)
+    # diffusers warns of a cast even where there is nothing to cast.
+    made = made if next(made.parameters()).dtype == like.dtype else made.to(like.dtype)
+    return made.eval().requires_grad_(False)
 
 
 def _merged(network: Any, path: Path, weights: Path) -> Any:
