@@ -12,11 +12,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from steer.adapters.diffusers import CARD_NAME, DiffusionModel, NetworkDenoiser, NetworkSource
-from steer.artifacts import FORMAT, Card, data_hash, replacing
+from steer.artifacts import Card, data_hash, replacing
 from steer.core import Ability, InputError, Prompt, Reward, SteerError, UnsupportedError, check
 from steer.diffusion import DiffusionProcess
 from steer.models import resolve
@@ -34,13 +31,12 @@ from steer.progress import ticking
 from steer.rewards import as_reward
 from steer.rewards.convnet import load_net, read_facts, save_net
 from steer.train.diffusion_policy import METHODS, Pair, PolicySettings, Tunable, draw_rows, rank_pairs, tune
+from steer.train.folders import CARD, check_target, claim, read_policy_card, replacing_folder, thinned
 
 __all__ = ["METHODS", "fingerprint", "load_diffusion_policy", "read_policy_card", "train_diffusion_policy"]
 
-CARD = "steer.json"
 PAIRS = "pairs.jsonl"
 _ADAPTER, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_ALLOWED = "a policy: a folder with steer.json, as train policy writes it"
 _BETAS = {"dpo": 5000.0, "seppo": 5000.0, "pg": 1.0}
 _RATES = {"dpo": 1e-5, "seppo": 1e-5, "pg": 3e-5}
 """Learning rates where all weights are tuned; ten times as much for LoRA."""
@@ -129,7 +125,7 @@ def train_diffusion_policy(
     check(_whole(measured) and measured >= 0, "measured", measured, "an integer of 0 or more")
     check(_whole(max_batch) and max_batch >= 1, "max_batch", max_batch, "an integer of 1 or more")
     final, state = Path(out), None if work is None else Path(work)
-    _check_target(final)
+    check_target(final)
     given = as_reward(reward)
     check(given is not None or method != "pg", "reward", None, "one, for pg")
     chain = {
@@ -153,10 +149,10 @@ def train_diffusion_policy(
     }
     mark = fingerprint(_network(model))
     run = {**recipe, "data": hashed, "model": mark, "max_batch": max_batch}
-    _claim(state, run)
+    claim(state, run)
     metrics: dict[str, Any] = {}
     policy = _tunable(_copied(model, lora, seed), chain)
-    with _replacing_folder(final) as temporary:
+    with replacing_folder(final) as temporary:
         if bound is not None and measured:
             metrics |= _measure("before", base.chain, prompts, bound, measured, max_batch, seed)
         if bound is not None and method != "pg":
@@ -170,7 +166,7 @@ def train_diffusion_policy(
         if bound is not None and measured:
             after = _tunable(model.tuned(temporary), chain).chain
             metrics |= _measure("after", after, prompts, bound, measured, max_batch, seed)
-        metrics |= {name: _thinned(values) for name, values in history.items()}
+        metrics |= {name: thinned(values) for name, values in history.items()}
         card = Card(
             kind="policy",
             model={"name": model.name, "fingerprint": mark, "model_type": type(_network(model)).__name__},
@@ -206,22 +202,6 @@ def load_diffusion_policy(base: DiffusionModel | None, folder: Path | str) -> Di
     given = f"{path} (tuned from {card.model.get('name')}, fingerprint {theirs})"
     check(ours == theirs, "policy", given, f"a policy tuned from {base.name} (fingerprint {ours})")
     return base.tuned(path, name=f"{base.name}+{path.name}")
-
-
-def read_policy_card(folder: Path | str) -> Card:
-    """The card of a policy. Raises `InputError`."""
-    path = Path(folder) / CARD
-    check(path.is_file(), "policy", f"{folder} (no {CARD} in it)", _ALLOWED)
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        card = Card(**{f.name: entries[f.name] for f in fields(Card) if f.name in entries})
-        fits = card.kind == "policy" and isinstance(card.model["fingerprint"], str)
-        newer = card.format > FORMAT
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError("policy", f"{path} (cannot be read)", _ALLOWED) from error
-    check(not newer, "policy", f"{path} (format {card.format})", f"format {FORMAT} or older; update steer")
-    check(fits, "policy", f"{path} (the card of a {card.kind})", _ALLOWED)
-    return card
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -538,57 +518,5 @@ def _write_json(path: Path, entries: dict[str, Any]) -> None:
     path.write_text(json.dumps(entries, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _check_target(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()):
-        try:
-            read_policy_card(out)
-        except InputError as error:
-            raise InputError(
-                "out", f"{out} (a folder with other things in it)", "a new folder, or a policy's"
-            ) from error
-    check(out.is_dir() or not out.exists(), "out", f"{out} (a file)", "a folder, new or a policy's")
-
-
-def _claim(work: Path | None, run: dict[str, Any]) -> None:
-    """Write down whose run `work` holds; refuse that of another."""
-    if work is None:
-        return
-    path, text = work / "settings.json", json.dumps(run, sort_keys=True)
-    if path.is_file():
-        same = path.read_text(encoding="utf-8") == text
-        check(same, "work", str(work), "an empty folder, or the state of a run with these very settings")
-        return
-    others = work.exists() and (not work.is_dir() or any(entry.suffix != ".tmp" for entry in work.iterdir()))
-    check(not others, "work", f"{work} (with other things in it)", "an empty folder, or a run's state")
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _replacing_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder beside `final` that takes its place when the block ends well."""
-    mark = secrets.token_hex(4)
-    temporary, before = (final.with_name(f".{final.name}.{mark}.{end}") for end in ("tmp", "old"))
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if final.exists():
-            os.rename(final, before)
-        os.rename(temporary, final)
-    except OSError as error:
-        if before.exists() and not final.exists():
-            os.rename(before, final)
-        raise SteerError(f"cannot write {final}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(before, ignore_errors=True)
-
-
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _thinned(values: list[float], most: int = 100) -> list[float]:
-    """At most `most` means over stretches of equal length, as far as it divides."""
-    step = max(1, -(-len(values) // most))
-    return [round(sum(part) / len(part), 5) for part in (values[i : i + step] for i in range(0, len(values), step))]

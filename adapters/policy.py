@@ -10,12 +10,10 @@ from __future__ import annotations
 import copy
 import json
 import os
-import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +21,16 @@ from steer.adapters._policy_data import METHODS, Tuning, check_targets, prompt_o
 from steer.adapters._policy_trl import Online, fit, quiet, require_libraries, scores, shared_copy
 from steer.adapters.transformers import LanguageModel
 from steer.adapters.transformers import load as load_network
-from steer.artifacts import FORMAT, Card, data_hash
-from steer.core import InputError, Reward, SteerError, check
+from steer.artifacts import Card, data_hash
+from steer.core import Reward, SteerError, check
 from steer.progress import ticking
 from steer.rewards import as_reward
+from steer.train.folders import CARD, POLICY, check_target, claim, read_policy_card, replacing_folder, thinned
 
 __all__ = ["METHODS", "load_policy", "read_policy_card", "train_policy"]
 
-CARD = "steer.json"
 _ADAPTER = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
-_ALLOWED = "a policy: a folder with steer.json, as train policy writes it"
 
 
 def train_policy(
@@ -66,12 +63,14 @@ def train_policy(
     Args:
         model: a language model from `steer.load`.
         data: rows `{"prompt", "completion"}` (sft), `{"prompt", "chosen", "rejected"}` (dpo), `{"prompt",
-            "completion", "label": bool}` (kto); for grpo and raft prompts, or rows `{"prompt"}`. A prompt is text or
+            "completion", "label": bool}` (kto); for grpo and raft, and for dpo with a reward, prompts, or rows
+            `{"prompt"}`. A prompt is text or
             messages and is encoded as for `generate`; completions are text, and end-of-sequence is added.
         method: "sft", "dpo", "kto", "grpo" (KL to the model in the loss), "raft" (in each of `rounds` rounds the best
             of `group_size` samples for each prompt, then SFT on them).
         out: folder; an older policy there is replaced in one step, anything else is refused.
-        reward: what grpo and raft raise; rewards that score under a model score under `model`.
+        reward: what grpo and raft raise; with it dpo makes its own pairs, of the best and the worst of `group_size`
+            samples for each prompt. Rewards that score under a model score under `model`.
         beta: KL coefficient of dpo, kto and grpo (there 0 is off).
         loss: TRL's name; default: nll, sigmoid, kto, dapo. For dpo several joined by `+`, of equal weight.
         f_divergence: between policy and model, for dpo: reverse_kl, forward_kl, js_divergence, alpha_divergence.
@@ -93,18 +92,24 @@ def train_policy(
         group_size=group_size, max_new_tokens=max_new_tokens, temperature=temperature, rounds=rounds, seed=seed,
     )  # fmt: skip
     final = Path(out)
-    _check_target(final)
+    check_target(final)
     check_targets(model, tuning)
     given = as_reward(reward)
-    check((given is not None) == tuning.online, "reward", reward, f"{'one' if tuning.online else 'none'} for {method}")
-    rows = read_rows(model, data, tuning)
+    paired = given is not None and method == "dpo"
+    fits = paired or (given is not None) == tuning.online
+    check(fits, "reward", reward, f"{'one' if tuning.online else 'none'} for {method}")
+    rows = [] if paired else read_rows(model, data, tuning)
     require_libraries()
     recipe = {**tuning.recipe(), **({"reward": str(given)} if given is not None else {})}
     hashed = data_hash(list(data))
-    _claim(work, {**recipe, "data": hashed, "model": model.info.fingerprint})
+    claim(work, {**recipe, "data": hashed, "model": model.info.fingerprint})
     online = None if given is None else Online([prompt_of(row) for row in data], given.bind(model))
     metrics: dict[str, Any] = {}
-    with quiet(), _replacing_folder(final) as temporary, tempfile.TemporaryDirectory() as scratch:
+    if paired:
+        assert online is not None
+        rows = read_rows(model, _own_pairs(model, online, tuning, work, progress), tuning)
+        metrics["pairs"] = len(rows)
+    with quiet(), replacing_folder(final) as temporary, tempfile.TemporaryDirectory() as scratch:
         if online is not None:
             metrics["reward_before"] = _mean_reward(model, model, online, tuning)
         if method == "raft":
@@ -112,8 +117,15 @@ def train_policy(
             metrics |= _raft(model, rows, online, tuning, temporary, work or Path(scratch), progress)
         else:
             with ticking(progress, f"tuning by {method}", tuning.total_steps(len(rows))) as tick:
-                fitted = fit(model, rows, tuning, online=online, work=work and work / "checkpoints", tick=tick)
-            metrics |= {k: _thinned(v) for k, v in (("loss", fitted.loss), ("reward", fitted.reward)) if v}
+                fitted = fit(
+                    model,
+                    rows,
+                    tuning,
+                    online=None if paired else online,
+                    work=work and work / "checkpoints",
+                    tick=tick,
+                )
+            metrics |= {k: thinned(v) for k, v in (("loss", fitted.loss), ("reward", fitted.reward)) if v}
             _save_network(fitted.network, model, temporary)
         if online is not None:
             metrics["reward_after"] = _mean_reward(_opened(model, temporary), model, online, tuning)
@@ -155,26 +167,10 @@ def load_policy(base: LanguageModel | None, folder: Path | str, *, merge: bool =
     name = f"{card.model.get('name') if base is None else base.name}+{path.name}"
     if whole:
         return load_network(path, name=name, device=None if base is None else base.device)
-    check((path / _WEIGHTS).is_file(), "policy", f"{path} (without {_WEIGHTS})", _ALLOWED)
+    check((path / _WEIGHTS).is_file(), "policy", f"{path} (without {_WEIGHTS})", POLICY)
     assert base is not None
     require_libraries()
     return _opened(base, path, merge=merge, name=name)
-
-
-def read_policy_card(folder: Path | str) -> Card:
-    """The card of a policy. Raises `InputError`."""
-    path = Path(folder) / CARD
-    check(path.is_file(), "policy", f"{folder} (no {CARD} in it)", _ALLOWED)
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        card = Card(**{f.name: entries[f.name] for f in fields(Card) if f.name in entries})
-        fits = card.kind == "policy" and isinstance(card.model["fingerprint"], str)
-        newer = card.format > FORMAT
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError("policy", f"{path} (cannot be read)", _ALLOWED) from error
-    check(not newer, "policy", f"{path} (format {card.format})", f"format {FORMAT} or older; update steer")
-    check(fits, "policy", f"{path} (the card of a {card.kind})", _ALLOWED)
-    return card
 
 
 # ------------------------------------------------------------------------------------------------------------- RAFT
@@ -197,14 +193,14 @@ def _raft(
         if not done.is_dir():
             with ticking(progress, f"tuning, round {number + 1}", tuning.total_steps(len(best))) as tick:
                 fitted = fit(model, best, tuning, start=start, work=folder / "checkpoints", tick=tick)
-            with _replacing_folder(done) as temporary:
+            with replacing_folder(done) as temporary:
                 _save_network(fitted.network, model, temporary)
                 (temporary / "history.json").write_text(json.dumps(fitted.loss), encoding="utf-8")
         history["loss"] += json.loads((done / "history.json").read_text(encoding="utf-8"))
         start = done
     assert start is not None
     shutil.copytree(start, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("history.json"))
-    return {**history, "loss": _thinned(history["loss"])}
+    return {**history, "loss": thinned(history["loss"])}
 
 
 def _draws(
@@ -227,6 +223,23 @@ def _draws(
     temporary.write_text(json.dumps(drawn), encoding="utf-8")
     os.replace(temporary, path)
     return drawn
+
+
+def _own_pairs(
+    model: LanguageModel, online: Online, tuning: Tuning, work: Path | None, progress: bool
+) -> list[dict[str, Any]]:
+    """The best and the worst of the model's own samples for each prompt, where they differ."""
+    with tempfile.TemporaryDirectory() as scratch:
+        drawn = _draws(model, None, online, tuning, 0, (work or Path(scratch)) / "pairs", progress)
+    pairs = []
+    for b, prompt in enumerate(online.prompts):
+        mine = [i for i, owner in enumerate(drawn["group"]) if owner == b]
+        high, low = (pick(mine, key=lambda i: drawn["reward"][i]) for pick in (max, min))
+        texts = [model.decode(drawn["tokens"][i]) for i in (high, low)]
+        if drawn["reward"][high] > drawn["reward"][low] and all(text.strip() for text in texts):
+            pairs.append({"prompt": prompt, "chosen": texts[0], "rejected": texts[1]})
+    check(bool(pairs), "reward", str(online.reward), "a reward that is not the same on all samples of a prompt")
+    return pairs
 
 
 def _best(
@@ -281,57 +294,3 @@ def _save_network(network: Any, model: LanguageModel, folder: Path) -> None:
     else:
         network.to(model.network.dtype).save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
-
-
-def _check_target(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()):
-        try:
-            read_policy_card(out)
-        except InputError as error:
-            raise InputError(
-                "out", f"{out} (a folder with other things in it)", "a new folder, or a policy's"
-            ) from error
-    check(out.is_dir() or not out.exists(), "out", f"{out} (a file)", "a folder, new or a policy's")
-
-
-def _claim(work: Path | None, settings: dict[str, Any]) -> None:
-    """Write down whose run `work` holds; refuse that of another."""
-    if work is None:
-        return
-    path, text = work / "settings.json", json.dumps(settings, sort_keys=True)
-    if path.is_file():
-        same = path.read_text(encoding="utf-8") == text
-        check(same, "work", str(work), "an empty folder, or the state of a run with these very settings")
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    others = [entry for entry in work.iterdir() if entry.suffix != ".tmp"]
-    check(not others, "work", f"{work} (with other things in it)", "an empty folder, or a run's state")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-@contextmanager
-def _replacing_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder beside `final` that takes its place when the block ends well."""
-    mark = secrets.token_hex(4)
-    temporary, before = (final.with_name(f".{final.name}.{mark}.{end}") for end in ("tmp", "old"))
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if final.exists():
-            os.rename(final, before)
-        os.rename(temporary, final)
-    except OSError as error:
-        if before.exists() and not final.exists():
-            os.rename(before, final)
-        raise SteerError(f"cannot write {final}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(before, ignore_errors=True)
-
-
-def _thinned(values: list[float], most: int = 100) -> list[float]:
-    """At most `most` means over stretches of equal length, as far as it divides."""
-    step = max(1, -(-len(values) // most))
-    return [round(sum(part) / len(part), 5) for part in (values[i : i + step] for i in range(0, len(values), step))]

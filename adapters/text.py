@@ -458,7 +458,7 @@ class TextProcess(Process):
         track = Track(self.model, new_cache(self.model.config), mask, False, none.long(), none, None, None)
         return TextState(
             group=none.long().cpu(), step=self.num_steps, filled=self.columns, log_prob=none, base_log_prob=None,
-            kl=None, cost=Cost(), prompts=list(prompts), prefix=mask, real=mask.bool(), length=none.long(),
+            tilt=none, kl=None, cost=Cost(), prompts=list(prompts), prefix=mask, real=mask.bool(), length=none.long(),
             finished=none.bool(), drawn=torch.zeros((), dtype=torch.long, device=device), track=track, companions=(),
             processors=(), unread=False, ids=None,
         )  # fmt: skip

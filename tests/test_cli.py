@@ -141,6 +141,14 @@ def test_best_of_n_with_settings(ask: Any) -> None:
     assert len(found["prompts"][0]["samples"]) == 1 and found["cost"]["reward_calls"] == 3
 
 
+def test_particles_of_text_are_shown_by_weight(ask: Any) -> None:
+    more = ("--sampler", "fk", "--set", "num_particles=3", "--block", 2, "--until", "the", "--reward", "length")
+    done = ask(*more, "--seed", 1)
+    assert done.code == 0 and done.out.count("[weight ") == 3 and "ESS" in done.out and "log Z" in done.out
+    found = json.loads(ask(*more, "--seed", 1, "--json").out)
+    assert {"prompt", "samples", "log_z", "ess"} == set(found["prompts"][0])
+
+
 def test_stream_prints_what_is_drawn(ask: Any) -> None:
     streamed, plain = ask("--stream", "--seed", 1), ask("--seed", 1)
     assert streamed.code == 0

@@ -21,7 +21,7 @@ app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 models = typer.Typer(help="Models that come with steer.")
-train = typer.Typer(help="Train a vector, a controller or a value head.")
+train = typer.Typer(help="Train a vector, a controller, a value head, a policy or the embedded diffusion model.")
 app.add_typer(models, name="models")
 app.add_typer(train, name="train")
 
@@ -79,8 +79,16 @@ def fetch_model(name: Annotated[str, typer.Argument(metavar="NAME", help="See `s
 
 
 @app.command()
-def show(file: Edits) -> None:
-    """Print an artifact's card."""
+def show(
+    file: Annotated[Path, typer.Argument(metavar="FILE or DIR", help="An artifact, a policy or a model.")],
+) -> None:
+    """Print the card of an artifact, a policy or a model."""
+    from steer.cli.cards import describe, folder_of
+
+    folder = folder_of(file)
+    if folder.is_dir():
+        typer.echo(describe(folder))
+        return
     if file.suffix == ".gguf":
         from steer.artifacts import load_gguf
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from steer.cli.options import ModelOptions
-from steer.core import Edit, InputError, check
-from steer.models import resolve
+from steer.cli.options import ImageOptions, ModelOptions, TextOptions
+from steer.cli.values import spelled
+from steer.core import Edit, InputError, Reward, check
+from steer.engine import _is_diffusion
+from steer.models import CARD_NAME, resolve
 from steer.mount import load_edit, split_spec
 
 __all__ = [
-    "check_decoding", "check_folder", "check_model", "check_output", "edit_maker", "read_pairs", "read_prompts",
-    "read_strengths",
+    "check_beta", "check_decoding", "check_folder", "check_kind", "check_model", "check_output", "check_reward",
+    "draws_images", "edit_maker", "image_prompts", "read_pairs", "read_prompts", "read_rows", "read_strengths",
 ]  # fmt: skip
 
 _PROMPTS = "a JSON list of prompts, each a text that is not empty or a list of messages"
@@ -43,6 +47,50 @@ def check_model(options: ModelOptions) -> None:
         kind == "mps" and not torch.backends.mps.is_available()
     )
     check(not missing, "device", options.device, "a device of this machine, such as cpu")
+
+
+def draws_images(options: ModelOptions) -> bool:
+    """Whether the model is a diffusion model, by its folder or its files on the hub."""
+    return _is_diffusion(resolve(options.model))
+
+
+def check_kind(options: ModelOptions, images: bool) -> None:
+    """Refuse options of language models for a diffusion model, and the other way round."""
+    others, what = (TextOptions, "draws images") if images else (ImageOptions, "writes text")
+    for option in fields(others):
+        given = getattr(options, option.name, None)
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        unset = not hasattr(options, option.name) or given == default
+        shown = str(given) if isinstance(given, Path) else given
+        check(unset, spelled(option.name), shown, f"unset: {options.model} {what}")
+
+
+def check_beta(beta: float) -> None:
+    """The KL coefficient."""
+    check(0 < beta < math.inf, "beta", beta, "a number above 0")
+
+
+_TEXT_REWARDS = frozenset({"steer.rewards.text", "steer.rewards.likelihood", "steer.adapters.rewards"})
+_IMAGE_REWARDS = frozenset({"steer.rewards.image", "steer.adapters.image_rewards"})
+
+
+def check_reward(reward: Reward, images: bool) -> None:
+    """Refuse a reward of texts for images, and the other way round, as far as the reward's kind is known."""
+    for part in _parts(reward):
+        wrong = type(part).__module__ in (_TEXT_REWARDS if images else _IMAGE_REWARDS)
+        what = ("images such as brightness or class:LABEL" if images else "texts such as sentiment") if wrong else ""
+        check(not wrong, "reward", str(part), f"rewards of {what}")
+
+
+def _parts(reward: Reward) -> Iterator[Reward]:
+    """A reward and those that it is made of."""
+    yield reward
+    names: list[str] = [option.name for option in fields(reward)] if is_dataclass(reward) else []
+    for name in names:
+        value = getattr(reward, name)
+        for inner in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(inner, Reward):
+                yield from _parts(inner)
 
 
 def check_decoding(temperature: float, max_new_tokens: int, top_k: int = 0, top_p: float = 1.0) -> None:
@@ -89,6 +137,62 @@ def check_prompt(field: str, prompt: Any) -> None:
     for message in prompt:
         fits = isinstance(message, dict) and {"role", "content"} <= set(message)
         check(fits, field, message, "messages with role and content")
+
+
+def image_prompts(options: ModelOptions, classes: Sequence[str], prompt: str | None, prompts: Path | None) -> list[str]:
+    """What a diffusion model is asked for, checked against the classes or text encoders that its folder tells of;
+    asked for nothing, a model that needs no text draws from all that it has learnt.
+    """
+    given = {"class": bool(classes), "prompt": prompt is not None, "prompts": prompts is not None}
+    named = [name for name, there in given.items() if there]
+    check(len(named) <= 1, named[0] if named else "prompt", ", ".join(named), "one of --class, --prompt and --prompts")
+    known, needs_text = _conditions(resolve(options.model))
+    if not named:
+        allowed = "a text: this model draws what a text describes (--prompt, --prompts)"
+        check(not needs_text, "prompt", None, allowed)
+        return [""]
+    check(not (classes and needs_text), "class", list(classes), "unset: this model takes texts (--prompt)")
+    field = "class" if classes else named[0]
+    wanted: list[Any] = list(classes) or ([prompt] if prompts is None else read_prompts(prompts))
+    for text in wanted:
+        check(isinstance(text, str), field, text, "texts, not messages: this model draws images")
+        if classes or prompt is not None:
+            check_prompt(field, text)
+        if known:
+            _check_class(field, text, known)
+    return wanted
+
+
+def _check_class(field: str, text: str, known: Sequence[str]) -> None:
+    close = difflib.get_close_matches(text.casefold(), [name.casefold() for name in known], n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    check(text.casefold() in (name.casefold() for name in known), field, text, f"{', '.join(known)}{hint}")
+
+
+def _conditions(where: Path | str) -> tuple[list[str], bool]:
+    """Classes that a model's folder names, and whether it is a pipeline that is told by text."""
+    if isinstance(where, str):
+        return [], False  # what a model on the hub takes, loading it says
+    if (where / CARD_NAME).is_file():
+        card = _parsed("model", where / CARD_NAME, _read("model", where / CARD_NAME, "a model"), "a model's card")
+        return [str(name) for name in card.get("classes") or ()], False
+    index = _parsed("model", where, _read("model", where / "model_index.json", "a model"), "a pipeline")
+    return [], any(str(name).startswith("text_encoder") for name in index)
+
+
+def read_rows(path: Path, columns: Sequence[str], field: str = "data") -> list[dict[str, Any]]:
+    """Rows of JSON lines that have `columns`."""
+    allowed = f"lines of JSON with {', '.join(columns)}"
+    rows = []
+    for number, line in enumerate(_read(field, path, allowed).splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{field} line {number}"
+        row = _parsed(where, path, line, allowed)
+        check(isinstance(row, Mapping) and set(columns) <= set(row), where, row, allowed)
+        rows.append(row)
+    check(bool(rows), field, f"{path} (no rows)", "at least one row")
+    return rows
 
 
 def read_pairs(path: Path) -> list[dict[str, str]]:
@@ -148,14 +252,14 @@ def edit_maker(text: str, coming: Coming = frozenset()) -> Callable[[Any], Edit]
     return make
 
 
-def read_strengths(text: str | None) -> list[float] | None:
+def read_strengths(text: str | None, field: str = "strengths") -> list[float] | None:
     """Numbers with commas between them."""
     if text is None:
         return None
     allowed = "numbers with commas between them, such as -0.2,0,0.2"
     number = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
     parts = [part.strip() for part in text.split(",")]
-    check(all(re.fullmatch(number, part) for part in parts), "strengths", text, allowed)
+    check(all(re.fullmatch(number, part) for part in parts), field, text, allowed)
     found = [float(part) for part in parts]
-    check(all(map(math.isfinite, found)), "strengths", text, allowed)
+    check(all(map(math.isfinite, found)), field, text, allowed)
     return found

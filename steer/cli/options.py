@@ -13,11 +13,20 @@ import typer
 
 __all__ = [
     "COMMANDS",
+    "CompareOptions",
     "EvalOptions",
+    "GuideOptions",
+    "RaceOptions",
     "GenerateOptions",
+    "ImageOptions",
     "ModelOptions",
+    "Options",
+    "SampleOptions",
+    "TextOptions",
     "TrainControllerOptions",
+    "TrainImagesOptions",
     "TrainOptions",
+    "TrainPolicyOptions",
     "TrainValueOptions",
     "TrainVectorOptions",
 ]
@@ -28,7 +37,12 @@ _Prompts = typer.Option(metavar="FILE.json", help="A JSON list of prompts, each 
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class Options:
+    """What a command can be told. The field `class_` is the option `class`, a word that Python keeps for itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
     """Which model, and how it is loaded."""
 
     model: Annotated[
@@ -39,11 +53,37 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(ModelOptions):
-    """Generate text, under edits, with a sampler and a reward."""
+class SampleOptions(ModelOptions):
+    """What to generate and how to draw it, whatever the model."""
 
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="One prompt.")] = None
     prompts: Annotated[Path | None, _Prompts] = None
+    sampler: Annotated[
+        str, typer.Option(metavar="NAME", help="How to draw: ancestral, best-of-n, fk, svdd, dts or dts-star.")
+    ] = "ancestral"
+    set: _Settings = field(default_factory=list)
+    reward: Annotated[str | None, _Reward] = None
+    beta: Annotated[float, typer.Option(help="KL coefficient of the target p exp(reward / beta).")] = 1.0
+    n: Annotated[
+        int | None,
+        typer.Option("--n", "-n", help="Outputs for each prompt, or candidates; fk without it shows all particles."),
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Same seed, same result; default: a new one, which is reported.")] = (
+        None
+    )
+    tuned: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="RL guidance towards this policy, as train policy writes it.")
+    ] = None
+    w: Annotated[float | None, typer.Option(help="How far towards it: 0 the base, 1 the policy; default: 1.5.")] = None
+    max_rows: Annotated[int, typer.Option(help="Rows generated at once.")] = 64
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Also write the JSON here.")] = None
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of text.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(Options):
+    """For language models alone."""
+
     edit: Annotated[
         list[str],
         typer.Option(metavar="FILE[:STRENGTH][:KEY=VALUE]", help="A vector, controller or value head; repeatable."),
@@ -52,14 +92,6 @@ class GenerateOptions(ModelOptions):
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without the chat template.")] = (
         False
     )
-    sampler: Annotated[str, typer.Option(metavar="NAME", help="How to draw: ancestral, best-of-n, ...")] = "ancestral"
-    set: _Settings = field(default_factory=list)
-    reward: Annotated[str | None, _Reward] = None
-    beta: Annotated[float, typer.Option(help="KL coefficient of the target p exp(reward / beta).")] = 1.0
-    n: Annotated[int | None, typer.Option("--n", "-n", help="Outputs, candidates or particles for each prompt.")] = None
-    seed: Annotated[int | None, typer.Option(help="Same seed, same result; default: a new one, which is reported.")] = (
-        None
-    )
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0
     top_k: Annotated[int, typer.Option(help="Keep the K likeliest tokens; 0 is off.")] = 0
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this mass; 1 is off.")] = 1.0
@@ -67,12 +99,47 @@ class GenerateOptions(ModelOptions):
         1.0
     )
     max_new_tokens: Annotated[int, typer.Option(help="The longest output.")] = 64
-    max_rows: Annotated[int, typer.Option(help="Rows generated at once.")] = 64
+    block: Annotated[int, typer.Option(help="Tokens in one step of a sampler that weighs or searches.")] = 1
+    until: Annotated[
+        list[str], typer.Option(metavar="TEXT", help="End a step early at a token that holds this; repeatable.")
+    ] = field(default_factory=list)
     stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come (one prompt, one output).")] = (
         False
     )
-    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Also write the JSON here.")] = None
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of text.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions(Options):
+    """For diffusion models alone."""
+
+    class_: Annotated[
+        list[str], typer.Option("--class", metavar="NAME", help="A class of a class-conditional model; repeatable.")
+    ] = field(default_factory=list)
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25
+    eta: Annotated[float, typer.Option(help="Noise in each step: 0 is deterministic, 1 as much as fits.")] = 1.0
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance; default: none, or the pipeline's own.")
+    ] = None
+    gradient: Annotated[
+        float | None, typer.Option(metavar="STRENGTH", help="Also push each step up the gradient of the reward.")
+    ] = None
+    png: Annotated[Path | None, typer.Option(metavar="FILE.png", help="The images in a grid; default: steer.png.")] = (
+        None
+    )
+    lineage: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Who descends from whom (fk, one prompt).")
+    ] = None
+    tree: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="The search tree (dts, dts-star, one prompt).")
+    ] = None
+    previews: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="What was foreseen, over time (ancestral, svdd).")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(ImageOptions, TextOptions, SampleOptions):
+    """Generate text or images, under edits, with a sampler and a reward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +181,45 @@ class TrainValueOptions(TrainOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainPolicyOptions(TrainOptions):
+    """Tune a policy: a language model (sft, dpo, kto, grpo, raft) or a diffusion model (dpo, seppo, pg)."""
+
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the policy.")]
+    method: Annotated[str, typer.Option(help="Text: sft, dpo, kto, grpo or raft; images: dpo, seppo or pg.")]
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Rows: prompt and completion (sft), chosen and rejected (dpo), label (kto); images: a folder.",
+        ),
+    ] = None
+    prompts: Annotated[Path | None, _Prompts] = None
+    class_: Annotated[
+        list[str], typer.Option("--class", metavar="NAME", help="A class of a class-conditional model; repeatable.")
+    ] = field(default_factory=list)
+    reward: Annotated[str | None, _Reward] = None
+    beta: Annotated[float | None, typer.Option(help="KL coefficient, or DPO's beta; default: by method.")] = None
+    lora_rank: Annotated[int | None, typer.Option(help="0 tunes all weights; default: 16 for text, 0 for images.")] = (
+        None
+    )
+    keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep OUT.work, from which training resumes.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainImagesOptions(Options):
+    """Train the embedded diffusion model again, with its two classifiers: about 25 minutes on one core."""
+
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the model.")]
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Folder with the four idx files of Fashion-MNIST.")] = Path(
+        "/usr/share/datasets/fashion-mnist"
+    )
+    steps: Annotated[int, typer.Option(help="Training steps of the denoiser.")] = 3900
+    seed: Annotated[int, typer.Option(help="Same seed, same weights.")] = 0
+    set: _Settings = field(default_factory=list)
+    keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep OUT.work, from which training resumes.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalOptions(ModelOptions):
     """Sweep an edit's strength: reward, drift, fluency and diversity, and where it breaks."""
 
@@ -133,11 +239,79 @@ class EvalOptions(ModelOptions):
     max_new_tokens: Annotated[int, typer.Option(help="The longest output.")] = 48
 
 
-COMMANDS: dict[str, type[ModelOptions]] = {
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(ModelOptions):
+    """Compare samplers at equal cost: how close each comes to p exp(reward / beta), by a judge that none sees."""
+
+    task: Annotated[list[str], typer.Option(metavar="NAME=REWARD[@BETA]", help="What is wanted; repeatable.")]
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for results.json and pictures; resumes from there.")]
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the base law is asked for.")] = ""
+    method: Annotated[list[str], typer.Option(metavar="NAME", help="Default: all; repeatable.")] = field(
+        default_factory=list
+    )
+    outputs: Annotated[int, typer.Option(help="Outputs of each method.")] = 100
+    particles: Annotated[int, typer.Option(help="Chains for each output.")] = 4
+    steps: Annotated[int, typer.Option(help="Network evaluations in a chain.")] = 25
+    seeds: Annotated[int, typer.Option(help="Repetitions, from which intervals come.")] = 3
+    pool: Annotated[int, typer.Option(help="Base samples that stand for the target once they are weighted.")] = 6144
+    budgets: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Also draw distance against these sizes of tree.")
+    ] = None
+    curve: Annotated[list[str], typer.Option(metavar="TASK", help="Whose curves; default: all; repeatable.")] = field(
+        default_factory=list
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaceOptions(ModelOptions):
+    """Race searches: the reward of the best output for a budget of network evaluations."""
+
+    reward: Annotated[str, _Reward]
+    budgets: Annotated[str, typer.Option(metavar="A,B,...", help="Network evaluations (tokens) for each prompt.")]
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for race.json and race.png; resumes from there.")]
+    prompts: Annotated[Path | None, _Prompts] = None
+    method: Annotated[
+        list[str], typer.Option(metavar="NAME", help="best-of-n, fk, dts-star, svdd, vas, vas+fk; repeatable.")
+    ] = field(default_factory=lambda: ["best-of-n", "fk", "dts-star"])
+    edit: Annotated[
+        list[str], typer.Option(metavar="FILE[:STRENGTH][:KEY=VALUE]", help="What guided methods mount; repeatable.")
+    ] = field(default_factory=list)
+    set: Annotated[
+        list[str], typer.Option("--set", metavar="METHOD.KEY=VALUE", help="A setting of one method; repeatable.")
+    ] = field(default_factory=list)
+    beta: Annotated[float, typer.Option(help="KL coefficient of FK and of guidance.")] = 0.1
+    seeds: Annotated[int, typer.Option(help="Repetitions, from which intervals come.")] = 3
+    steps: Annotated[int, typer.Option(help="Denoising steps (diffusion models).")] = 25
+    max_new_tokens: Annotated[int, typer.Option(help="The longest output (language models).")] = 48
+    block: Annotated[int, typer.Option(help="Tokens in a step (language models).")] = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuideOptions(ModelOptions):
+    """Sweep RL guidance from the base (w = 0) to its tuned policy (1) and beyond, plain and corrected."""
+
+    tuned: Annotated[Path, typer.Option(metavar="DIR", help="A policy from `steer train policy`.")]
+    reward: Annotated[str, _Reward]
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for guide.json and guide.png.")]
+    prompts: Annotated[Path | None, _Prompts] = None
+    w: Annotated[str, typer.Option("--w", metavar="A,B,...", help="Numbers.")] = "0,0.5,1,1.5,2,3"
+    outputs: Annotated[int, typer.Option(help="For each prompt and seed.")] = 64
+    particles: Annotated[int, typer.Option(help="Of corrected guidance, for each output.")] = 4
+    seeds: Annotated[int, typer.Option(help="Repetitions, from which intervals come.")] = 3
+    steps: Annotated[int, typer.Option(help="Denoising steps (diffusion models).")] = 25
+    max_new_tokens: Annotated[int, typer.Option(help="The longest output (language models).")] = 32
+
+
+COMMANDS: dict[str, type[Options]] = {
     "generate": GenerateOptions,
     "train vector": TrainVectorOptions,
     "train controller": TrainControllerOptions,
     "train value": TrainValueOptions,
+    "train policy": TrainPolicyOptions,
+    "train images": TrainImagesOptions,
     "eval": EvalOptions,
+    "compare": CompareOptions,
+    "race": RaceOptions,
+    "guide": GuideOptions,
 }
 """Commands that a recipe can hold."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from steer.core import InputError, check
 
-__all__ = ["build", "check_known", "coerce", "pairs", "typed"]
+__all__ = ["build", "check_known", "coerce", "pairs", "spelled", "typed"]
 
 T = TypeVar("T")
 
@@ -42,16 +42,22 @@ def typed(given: Mapping[str, str], hints: Mapping[str, Any], where: str) -> dic
     return {key: coerce(key, value, hints[key]) for key, value in given.items()}
 
 
+def spelled(field_name: str) -> str:
+    """How people write the option of a field: `class` for `class_`."""
+    return field_name.rstrip("_")
+
+
 def build(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
     """A dataclass of options from a mapping, checked key by key."""
     hints = get_type_hints(kind)
-    declared = fields(kind)  # type: ignore[arg-type]
-    check_known(where, settings, [f.name for f in declared])
-    for option in declared:
+    declared = {spelled(f.name): f for f in fields(kind)}  # type: ignore[arg-type]
+    check_known(where, settings, list(declared))
+    for name, option in declared.items():
         required = option.default is MISSING and option.default_factory is MISSING
-        if required and option.name not in settings:
-            raise InputError(where, sorted(settings), f"also needed: {option.name}")
-    return kind(**{key: coerce(key, value, hints[key]) for key, value in settings.items()})
+        if required and name not in settings:
+            raise InputError(where, sorted(settings), f"also needed: {name}")
+    given = {declared[key].name: (key, value) for key, value in settings.items()}
+    return kind(**{name: coerce(key, value, hints[name]) for name, (key, value) in given.items()})
 
 
 def coerce(name: str, value: Any, hint: Any) -> Any:

@@ -1,0 +1,242 @@
+"""`steer generate`: a request is checked whole, then text or images are drawn."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from steer.cli import checks, showing
+from steer.cli.checks import Coming
+from steer.cli.options import GenerateOptions, SampleOptions
+from steer.cli.values import coerce, pairs, typed
+from steer.core import Edit, InputError, RawText, Reward, Sampler, Samples, check
+from steer.engine import SAMPLERS, Plan, execute, make_sampler, prepare
+from steer.lookahead import Lookahead, Preview, Rollouts
+from steer.methods.dts import DTS
+from steer.methods.fk import FKSteering
+from steer.methods.gradient import GradientGuidance
+from steer.methods.rlg import RLGuidance
+from steer.methods.svdd import SVDD
+from steer.rewards import parse_reward
+
+if TYPE_CHECKING:
+    from steer.cli.jobs import Run, Session
+
+__all__ = ["Request", "generate", "request"]
+
+_FORKING = (FKSteering, SVDD, DTS)
+"""Samplers that copy rows and want the copies to part ways again."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What text and images have in common, checked."""
+
+    sampler: Sampler
+    reward: Reward | None
+    seed: int
+    guidance: Callable[[Any, dict[str, Any]], list[Edit]]
+    """Guidance towards a tuned policy, from the model and the settings of its process."""
+
+
+def generate(options: GenerateOptions, coming: Coming = frozenset()) -> Run:
+    """Check a request to generate."""
+    checks.check_model(options)
+    images = checks.draws_images(options)
+    checks.check_kind(options, images)
+    return _images(options, coming) if images else _texts(options, coming)
+
+
+def request(options: SampleOptions, images: bool, coming: Coming, *, keep_previews: bool = False) -> Request:
+    """Check what does not depend on the model's prompts and settings."""
+    checks.check_beta(options.beta)
+    check(options.max_rows >= 1, "max_rows", options.max_rows, "an integer of 1 or more")
+    sampler = _sampler(options, keep_previews)
+    reward = None if options.reward is None else parse_reward(options.reward)
+    if reward is not None:
+        checks.check_reward(reward, images)
+    check(reward is not None or not sampler.needs_reward, "reward", None, f"a reward: {options.sampler} chooses by it")
+    if options.out is not None:
+        checks.check_output(options.out)
+    seed = secrets.randbits(31) if options.seed is None else options.seed
+    return Request(sampler, reward, seed, _guidance(options, images, coming))
+
+
+# ---------------------------------------------------------------------------------------------------------- samplers
+
+
+def _sampler(options: SampleOptions, keep_previews: bool) -> Sampler:
+    check(options.sampler in SAMPLERS, "sampler", options.sampler, ", ".join(SAMPLERS))
+    check(options.n is None or options.n >= 1, "n", options.n, "an integer of 1 or more")
+    kind = SAMPLERS[options.sampler]
+    hints = get_type_hints(kind)
+    settable = {f.name: hints[f.name] for f in fields(kind)}  # type: ignore[arg-type]
+    given = pairs(options.set)
+    found: dict[str, Any] = {}
+    if {"lookahead"} <= settable.keys() & given.keys():
+        found["lookahead"] = _lookahead(given.pop("lookahead"), type(None) in get_args(settable["lookahead"]))
+    settings = typed(given, settable, f"setting of {options.sampler}") | found
+    check(options.n is None or "n" not in settings, "n", options.n, "one of --n and --set n=...")
+    if keep_previews:
+        settings["keep_previews"] = True
+    # n=none is a choice of its own, and not that of the default.
+    return kind(**settings) if "n" in settings else make_sampler(options.sampler, options.n, **settings)
+
+
+def _lookahead(text: str, optional: bool) -> Lookahead | None:
+    """`preview`, `rollouts:M`, or `none` where a sampler can do without."""
+    name, colon, count = text.partition(":")
+    allowed = f"preview, rollouts:M (M completions of every row){', none' if optional else ''}"
+    if optional and text.lower() == "none":
+        return None
+    if text == "preview":
+        return Preview()
+    check(name == "rollouts", "lookahead", text, allowed)
+    try:
+        return Rollouts(coerce("m", count if colon else 1, int))
+    except InputError as error:
+        raise InputError("lookahead", text, allowed) from error
+
+
+def _guidance(options: SampleOptions, images: bool, coming: Coming) -> Callable[[Any, dict[str, Any]], list[Edit]]:
+    folder, w = options.tuned, 1.5 if options.w is None else options.w
+    if folder is None:
+        check(options.w is None, "w", options.w, "unset: without --tuned there is no policy to go towards")
+        return lambda model, settings: []
+    check(math.isfinite(w), "w", w, "a finite number (0 is the base, 1 the tuned policy)")
+    if folder.absolute() not in coming:
+        check(folder.exists(), "tuned", str(folder), "a folder that exists, as train policy writes it")
+        if not images:
+            from steer.train.folders import read_policy_card
+
+            read_policy_card(folder)
+
+    def make(model: Any, settings: dict[str, Any]) -> list[Edit]:
+        policy = tuned_model(model, folder, images)
+        return [RLGuidance(policy.process(**settings), w)]
+
+    return make
+
+
+def tuned_model(model: Any, folder: Path, images: bool) -> Any:
+    """The policy in `folder`, which is checked against its base; for images any other network or LoRA is taken as it
+    is.
+    """
+    if not images:
+        from steer.adapters.policy import load_policy
+
+        return load_policy(model, folder)
+    if not (folder / "steer.json").is_file():
+        return model.tuned(folder)
+    from steer.adapters.diffusion_policy import load_diffusion_policy
+
+    return load_diffusion_policy(model, folder)
+
+
+# -------------------------------------------------------------------------------------------------------------- text
+
+
+def _texts(options: GenerateOptions, coming: Coming) -> Run:
+    check(
+        (options.prompt is None) != (options.prompts is None), "prompt", options.prompt, "one of --prompt and --prompts"
+    )
+    prompts: list[Any] = [options.prompt] if options.prompts is None else checks.read_prompts(options.prompts)
+    checks.check_prompt("prompt", prompts[0])
+    mixed = options.raw and (options.system is not None or any(not isinstance(p, str) for p in prompts))
+    check(not mixed, "raw", "messages or a system message", "texts alone: raw text has no messages")
+    check(options.system is None or bool(options.system.strip()), "system", options.system, "text that is not empty")
+    checks.check_decoding(options.temperature, options.max_new_tokens, options.top_k, options.top_p)
+    check(
+        options.repetition_penalty > 0, "repetition_penalty", options.repetition_penalty, "a number above 0 (1 is off)"
+    )
+    check(options.block >= 1, "block", options.block, "an integer of 1 or more")
+    check(all(options.until), "until", options.until, "texts that are not empty")
+    asked = request(options, False, coming)
+    single = len(prompts) == 1 and options.sampler == "ancestral" and getattr(asked.sampler, "n", 1) == 1
+    check(
+        not options.stream or (single and not options.json), "stream", True, "one prompt, n=1, ancestral, without json"
+    )
+    edits = [checks.edit_maker(text, coming) for text in options.edit]
+
+    def run(session: Session) -> None:
+        model = session.load(options)
+        settings = {
+            "max_new_tokens": options.max_new_tokens,
+            "temperature": options.temperature,
+            "top_k": options.top_k,
+            "top_p": options.top_p,
+            "repetition_penalty": options.repetition_penalty,
+            "block": options.block,
+            "until": options.until,
+        }
+        mounted = [make(model) for make in edits] + asked.guidance(model, settings)
+        if options.system is not None:
+            from steer.methods.prompt import SystemPrompt
+
+            mounted.append(SystemPrompt(options.system))
+        plan = prepare(
+            model.process(**settings), [RawText(p) for p in prompts] if options.raw else prompts, edits=mounted,
+            sampler=asked.sampler, reward=asked.reward, beta=options.beta, seed=asked.seed, max_rows=options.max_rows,
+            model=model, progress=session.progress and not options.stream,
+        )  # fmt: skip
+        samples = _streamed(model, plan, session) if options.stream else execute(plan)
+        showing.show_samples(samples, options, asked.seed, session, streamed=options.stream)
+
+    return run
+
+
+def _streamed(model: Any, plan: Plan, session: Session) -> Samples:
+    """Run a plan and print its one text as it is drawn."""
+    from steer.adapters.streaming import Follower
+
+    follower = Follower(model, plan, lambda piece: session.say(piece.text, end=""))
+    samples = execute(plan, follower.step)
+    follower.finish(samples)
+    return samples
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+
+
+def _images(options: GenerateOptions, coming: Coming) -> Run:
+    prompts = checks.image_prompts(options, options.class_, options.prompt, options.prompts)
+    check(options.steps >= 1, "steps", options.steps, "an integer of 1 or more")
+    check(0 <= options.eta <= 1, "eta", options.eta, "0 (deterministic) to 1")
+    for name in ("guidance_scale", "gradient"):
+        value = getattr(options, name)
+        check(value is None or math.isfinite(value), name, value, "a finite number")
+    asked = request(options, True, coming, keep_previews=options.lineage is not None and options.sampler == "fk")
+    forking = isinstance(asked.sampler, _FORKING)
+    way_out = f"above 0, such as 1.0, for {options.sampler}: copies of a row part ways only where steps have noise"
+    check(options.eta > 0 or not forking, "eta", options.eta, way_out)
+    check(
+        options.gradient is None or asked.reward is not None,
+        "gradient", options.gradient, "unset, or with a --reward to climb",
+    )  # fmt: skip
+    pictures = showing.Pictures.of(options, len(prompts))
+
+    def run(session: Session) -> None:
+        model = session.load(options)
+        check(not options.class_ or bool(model.classes), "class", options.class_, f"unset: {model.name} has no classes")
+        settings = {
+            "steps": options.steps,
+            "eta": options.eta,
+            "guidance_scale": options.guidance_scale,
+            "max_batch": options.max_rows,
+        }
+        edits = asked.guidance(model, settings)
+        if options.gradient is not None:
+            assert asked.reward is not None
+            edits.append(GradientGuidance(asked.reward.bind(model), strength=options.gradient))
+        plan = prepare(
+            model.process(**settings), prompts, edits=edits, sampler=asked.sampler, reward=asked.reward,
+            beta=options.beta, seed=asked.seed, max_rows=options.max_rows, model=model, progress=session.progress,
+        )  # fmt: skip
+        samples = execute(plan, pictures.watch(plan))
+        showing.show_samples(samples, options, asked.seed, session, pictures)
+
+    return run

@@ -1,0 +1,169 @@
+"""`steer compare`, `steer race` and `steer guide`: measurements that print a table and draw a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from steer.cli import checks
+from steer.cli.checks import Coming
+from steer.cli.generating import tuned_model
+from steer.cli.options import CompareOptions, GuideOptions, ModelOptions, RaceOptions
+from steer.cli.values import pairs, typed
+from steer.core import Sampler, check
+from steer.rewards import parse_reward
+
+if TYPE_CHECKING:
+    from steer.cli.jobs import Run, Session
+
+__all__ = ["compare", "guide", "race"]
+
+
+def _positive(options: Any, *names: str) -> None:
+    for name in names:
+        check(getattr(options, name) >= 1, name, getattr(options, name), "an integer of 1 or more")
+
+
+def _numbers(field: str, text: str) -> list[float]:
+    found = checks.read_strengths(text, field)
+    assert found is not None
+    return found
+
+
+def _sizes(field: str, text: str) -> list[int]:
+    found = _numbers(field, text)
+    check(
+        all(x >= 1 and x == int(x) for x in found), field, text, "whole numbers of 1 or more with commas between them"
+    )
+    return [int(x) for x in found]
+
+
+def compare(options: CompareOptions, coming: Coming = frozenset()) -> Run:
+    """Check a request to compare samplers."""
+    from steer.compare import METHODS, Task
+    from steer.compare import compare as measure
+
+    checks.check_model(options)
+    check(checks.draws_images(options), "model", options.model, "a diffusion model with a judge")
+    tasks = [Task.parse(text) for text in options.task]
+    check(bool(tasks), "task", options.task, "at least one")
+    for task in tasks:
+        checks.check_reward(parse_reward(task.reward), images=True)
+    for name in options.method:
+        check(name in METHODS, "method", name, ", ".join(METHODS))
+    _positive(options, "outputs", "particles", "steps", "seeds", "pool")
+    budgets = None if options.budgets is None else _sizes("budgets", options.budgets)
+    names = [task.name for task in tasks]
+    for name in options.curve:
+        check(name in names, "curve", name, ", ".join(names))
+    checks.check_folder(options.out)
+
+    def run(session: Session) -> None:
+        found = measure(
+            session.load(options), tasks, options.out, prompt=options.prompt, methods=options.method or None,
+            outputs=options.outputs, particles=options.particles, steps=options.steps, seeds=options.seeds,
+            pool=options.pool, budgets=budgets, curves=options.curve or None, progress=session.progress,
+        )  # fmt: skip
+        session.say(f"{found.tables()}\nwrote {options.out}")
+
+    return run
+
+
+def race(options: RaceOptions, coming: Coming = frozenset()) -> Run:
+    """Check a request to race searches."""
+    from steer.picture import draw_race
+    from steer.race import METHODS
+    from steer.race import race as measure
+
+    images, prompts = _prompts(options, options.prompts)
+    reward = parse_reward(options.reward)
+    checks.check_reward(reward, images=images)
+    checks.check_beta(options.beta)
+    for name in options.method:
+        check(name in METHODS, "method", name, ", ".join(METHODS))
+        check(bool(options.edit) or not METHODS[name].guided, "method", name, "methods without guidance, or --edit")
+    _positive(options, "seeds", "steps", "max_new_tokens", "block")
+    budgets = _sizes("budgets", options.budgets)
+    settings = _by_method(options)
+    edits = [checks.edit_maker(text, coming) for text in options.edit]
+    checks.check_folder(options.out)
+
+    def run(session: Session) -> None:
+        model = session.load(options)
+        process = _process(model, options, images, block=options.block)
+        about = {"model": options.model, "edits": [Path(text).name for text in options.edit]}
+        found = measure(
+            process, prompts, reward.bind(model), budgets, options.out, methods=options.method,
+            edits=[make(model) for make in edits], beta=options.beta, seeds=options.seeds, options=settings,
+            about=about, progress=session.progress,
+        )  # fmt: skip
+        draw_race(found, options.out / "race.png")
+        session.say(f"{found.table()}\nwrote {options.out / 'race.json'} and {options.out / 'race.png'}")
+
+    return run
+
+
+def _by_method(options: RaceOptions) -> dict[str, dict[str, Any]]:
+    """`METHOD.KEY=VALUE`, against the settings of each method's sampler."""
+    from steer.race import METHODS
+
+    found: dict[str, dict[str, str]] = {}
+    for key, value in pairs(options.set).items():
+        name, dot, setting = key.rpartition(".")
+        check(
+            bool(dot) and name in options.method,
+            "set",
+            key,
+            "METHOD.KEY=VALUE with one of " + ", ".join(options.method),
+        )
+        found.setdefault(name, {})[setting] = value
+    made = {}
+    for name, given in found.items():
+        kind: type[Sampler] = type(METHODS[name].make(1, 1))
+        hints = get_type_hints(kind)
+        settable = {f: hints[f] for f in kind.__dataclass_fields__}  # type: ignore[attr-defined]
+        made[name] = typed(given, settable, f"setting of {name}")
+        kind(**made[name])
+    return made
+
+
+def guide(options: GuideOptions, coming: Coming = frozenset()) -> Run:
+    """Check a request to sweep RL guidance."""
+    from steer.guide import sweep
+
+    images, prompts = _prompts(options, options.prompts)
+    reward = parse_reward(options.reward)
+    checks.check_reward(reward, images=images)
+    if options.tuned.absolute() not in coming:
+        check(options.tuned.is_dir(), "tuned", str(options.tuned), "the folder of a policy")
+    _positive(options, "outputs", "particles", "seeds", "steps", "max_new_tokens")
+    ws = _numbers("w", options.w)
+    checks.check_folder(options.out)
+
+    def run(session: Session) -> None:
+        model = session.load(options)
+        tuned = tuned_model(model, options.tuned, images)
+        options.out.mkdir(parents=True, exist_ok=True)
+        found = sweep(
+            _process(model, options, images), _process(tuned, options, images), prompts, reward.bind(model), ws=ws,
+            outputs=options.outputs, particles=options.particles, seeds=options.seeds, progress=session.progress,
+            about={"model": options.model, "tuned": options.tuned.name, "reward": options.reward},
+            on_point=lambda found: found.write(options.out),
+        )  # fmt: skip
+        session.say(f"{found.table()}\nwrote {options.out / 'guide.json'} and {options.out / 'guide.png'}")
+
+    return run
+
+
+def _prompts(options: ModelOptions, path: Path | None) -> tuple[bool, list[Any]]:
+    """Whether the model draws images, and what it is asked for; diffusion models may be asked for nothing."""
+    checks.check_model(options)
+    images = checks.draws_images(options)
+    check(images or path is not None, "prompts", None, "a file of prompts")
+    return images, [""] if path is None else checks.read_prompts(path)
+
+
+def _process(model: Any, options: Any, images: bool, **text: Any) -> Any:
+    if images:
+        return model.process(steps=options.steps, max_batch=256)
+    return model.process(max_new_tokens=options.max_new_tokens, **text)

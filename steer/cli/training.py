@@ -1,0 +1,232 @@
+"""What `steer train ...` does: everything is checked, then a vector, a controller, a value head, a policy or a model
+is trained.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from steer import artifacts
+from steer.cli import cards, checks
+from steer.cli.checks import Coming
+from steer.cli.options import (
+    TrainControllerOptions,
+    TrainImagesOptions,
+    TrainOptions,
+    TrainPolicyOptions,
+    TrainValueOptions,
+    TrainVectorOptions,
+)
+from steer.cli.values import pairs, typed
+from steer.core import Reward, check
+from steer.rewards import parse_reward
+
+if TYPE_CHECKING:
+    from steer.cli.jobs import Run, Session
+
+__all__ = ["train_controller", "train_images", "train_policy", "train_value", "train_vector"]
+
+
+def train_vector(options: TrainVectorOptions, coming: Coming = frozenset()) -> Run:
+    """Check a request to fit a vector."""
+    from steer.train.vector import train_vector as train
+
+    _check_training(options)
+    methods = ("mean", "pca", "probe")
+    check(options.method in methods, "method", options.method, ", ".join(methods))
+    rows = checks.read_pairs(options.pairs)
+    settings = _settings(train, options, "train vector")
+    return _trainer(options, lambda model, more: train(model, rows, method=options.method, **settings, **more))
+
+
+def train_controller(options: TrainControllerOptions, coming: Coming = frozenset()) -> Run:
+    """Check a request to train a controller."""
+    from steer.train.controller import train_controller as train
+
+    _check_training(options)
+    positive = checks.read_prompts(options.positive, "positive")
+    negative = checks.read_prompts(options.negative, "negative")
+    settings = _settings(train, options, "train controller")
+    return _trainer(
+        options, lambda model, more: train(model, positive, negative, **settings, **more), options.keep_work
+    )
+
+
+def train_value(options: TrainValueOptions, coming: Coming = frozenset()) -> Run:
+    """Check a request to train a value head."""
+    from steer.train.value import train_value as train
+
+    _check_training(options)
+    prompts = checks.read_prompts(options.prompts)
+    reward = parse_reward(options.reward)
+    checks.check_reward(reward, images=False)
+    settings = _settings(train, options, "train value")
+    return _trainer(
+        options, lambda model, more: train(model, prompts, reward.bind(model), **settings, **more), options.keep_work
+    )
+
+
+def _check_training(options: TrainOptions) -> None:
+    checks.check_model(options)
+    check(not checks.draws_images(options), "model", options.model, "a language model")
+    checks.check_output(options.out)
+
+
+def _settings(train: Callable[..., Any], options: Any, where: str) -> dict[str, Any]:
+    """`--set` against the keyword-only parameters that are not options already."""
+    hints = get_type_hints(train)
+    taken = {f.name for f in fields(options)} | {"progress", "work"}
+    keywords = [p.name for p in inspect.signature(train).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    settable = {name: hints.get(name, Any) for name in keywords if name not in taken}
+    return typed(pairs(options.set), settable, f"setting of {where}")
+
+
+def _work(out: Path) -> Path:
+    """The folder from which training resumes."""
+    return out.with_name(out.name + ".work")
+
+
+def _trainer(options: TrainOptions, train: Callable[[Any, dict[str, Any]], Any], keep_work: bool | None = None) -> Run:
+    """`keep_work` is None for training that leaves nothing to resume from."""
+    work = _work(options.out)
+
+    def run(session: Session) -> None:
+        more: dict[str, Any] = {"seed": options.seed, "progress": session.progress}
+        if keep_work is not None:
+            more["work"] = work
+        made = train(session.load(options), more)
+        artifacts.save(options.out, *made)
+        if keep_work is False:
+            shutil.rmtree(work, ignore_errors=True)
+        session.say(f"{made[1].describe()}\nwrote {options.out}")
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------- policies
+
+
+def train_policy(options: TrainPolicyOptions, coming: Coming = frozenset()) -> Run:
+    """Check a request to tune a policy: a language model or a diffusion model, by the kind of the model."""
+    checks.check_model(options)
+    images = checks.draws_images(options)
+    checks.check_folder(options.out)
+    free = not options.out.exists() or (options.out / "steer.json").is_file() or not any(options.out.iterdir())
+    check(free, "out", f"{options.out} (a folder with other things in it)", "a new folder, or a policy's")
+    reward = None if options.reward is None else parse_reward(options.reward)
+    if reward is not None:
+        checks.check_reward(reward, images)
+    train, data, settings = (_tune_images if images else _tune_text)(options, reward)
+
+    def run(session: Session) -> None:
+        folder = train(
+            session.load(options), data, method=options.method, out=options.out, reward=reward, **settings,
+            seed=options.seed, work=_work(options.out), progress=session.progress,
+        )  # fmt: skip
+        _finish(folder, session, options.keep_work)
+
+    return run
+
+
+Tuner = tuple[Callable[..., Any], Any, dict[str, Any]]
+"""What tunes, on what, and with which settings."""
+
+
+def _tune_text(options: TrainPolicyOptions, reward: Reward | None) -> Tuner:
+    from steer.adapters._policy_data import COLUMNS, Tuning
+    from steer.adapters._policy_trl import require_libraries
+    from steer.adapters.policy import METHODS, train_policy
+
+    check(options.method in METHODS, "method", options.method, f"{', '.join(METHODS)} (a language model)")
+    check(not options.class_, "class", options.class_, f"unset: {options.model} writes text")
+    settings = {**_given(options), **_settings(train_policy, options, "train policy")}
+    defaults = {name: p.default for name, p in inspect.signature(train_policy).parameters.items()}
+    hyper = {f.name: defaults[f.name] for f in fields(Tuning)} | settings
+    tuning = Tuning.create(**hyper | {"method": options.method, "seed": options.seed})
+    paired = options.method == "dpo" and reward is not None  # of its own samples
+    drawn = tuning.online or paired
+    check((reward is not None) == drawn, "reward", options.reward, _wanted(drawn, options.method))
+    for name, wanted in (("prompts", drawn), ("data", not drawn)):
+        path = getattr(options, name)
+        check((path is not None) == wanted, name, path and str(path), _wanted(wanted, options.method))
+    if drawn:
+        assert options.prompts is not None
+        data: list[Any] = checks.read_prompts(options.prompts)
+    else:
+        assert options.data is not None
+        data = checks.read_rows(options.data, COLUMNS[options.method])
+    require_libraries()
+    return train_policy, data, settings
+
+
+def _tune_images(options: TrainPolicyOptions, reward: Reward | None) -> Tuner:
+    from steer.adapters.diffusion_policy import train_diffusion_policy
+    from steer.train.diffusion_policy import METHODS, PolicySettings
+
+    check(options.method in METHODS, "method", options.method, f"{', '.join(METHODS)} (a diffusion model)")
+    settings = {**_given(options), **_settings(train_diffusion_policy, options, "train policy")}
+    known = {f.name for f in fields(PolicySettings)}
+    hyper: dict[str, Any] = {"beta": 1.0, "learning_rate": 1.0, "steps": 1, "seed": options.seed}
+    hyper |= {name: value for name, value in settings.items() if name in known and value is not None}
+    PolicySettings(method=options.method, **hyper)
+    asked = bool(options.class_) or options.prompts is not None
+    if options.data is not None:
+        check(options.method != "pg", "data", str(options.data), "unset for pg, which learns from its own samples")
+        check(
+            reward is None and not asked, "data", str(options.data), "either pairs, or a reward with classes or prompts"
+        )
+        check(
+            (options.data / "pairs.jsonl").is_file(), "data", str(options.data), "a folder with images and pairs.jsonl"
+        )
+        return train_diffusion_policy, options.data, settings
+    check(reward is not None, "reward", None, f"a reward{', for pg' if options.method == 'pg' else ', or --data'}")
+    prompts = checks.image_prompts(options, options.class_, None, options.prompts)
+    return train_diffusion_policy, prompts, settings
+
+
+def _given(options: TrainPolicyOptions) -> dict[str, Any]:
+    """Options whose default is left to the function that tunes."""
+    found = {name: getattr(options, name) for name in ("beta", "lora_rank")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _wanted(wanted: bool, method: str) -> str:
+    return f"one, for {method}" if wanted else f"unset for {method}"
+
+
+# ------------------------------------------------------------------------------------------------------------- images
+
+
+def train_images(options: TrainImagesOptions, coming: Coming = frozenset()) -> Run:
+    """Check a request to train the embedded diffusion model again."""
+    import steer.adapters.diffusers  # noqa: F401  # says what to install where it is missing
+    from steer.adapters.unet import train_fashion as train
+    from steer.train.images import read_idx
+
+    check(options.steps >= 1, "steps", options.steps, "an integer of 1 or more")
+    checks.check_folder(options.out)
+    free = not options.out.exists() or not any(options.out.iterdir())
+    check(free, "out", str(options.out), "a new or an empty folder")
+    for split in ("train", "test"):
+        read_idx(options.data, split)
+    settings = _settings(train, options, "train images")
+
+    def run(session: Session) -> None:
+        train(
+            options.data, options.out, steps=options.steps, seed=options.seed, work=_work(options.out),
+            progress=session.progress, **settings,
+        )  # fmt: skip
+        _finish(options.out, session, options.keep_work)
+
+    return run
+
+
+def _finish(folder: Path, session: Session, keep_work: bool) -> None:
+    if not keep_work:
+        shutil.rmtree(_work(folder), ignore_errors=True)
+    session.say(f"{cards.describe(folder)}\nwrote {folder}")
