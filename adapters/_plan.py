@@ -95,7 +95,7 @@ class Plan:
     def stack(cls, plans: Sequence[Plan]) -> Plan:
         """One plan for the rows of several plans of the same edits."""
 
-        def joined(i: int, name: str) -> Tensor:
+        def joined(i: int, name: str) -> Any:
             return torch.cat([getattr(plan.entries[i], name) for plan in plans])
 
         entries = [

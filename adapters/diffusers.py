@@ -21,7 +21,7 @@ from steer.diffusion import Denoiser, DiffusionProcess, Schedule
 try:
     import diffusers
 except ImportError as error:
-    raise SteerError("diffusion models need diffusers: pip install 'steer-engine[diffusers]'") from error
+    raise SteerError("diffusion models need diffusers: pip install diffusers") from error
 
 from steer.adapters._schedules import Grid, replaced, schedule_of
 

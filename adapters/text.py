@@ -429,8 +429,11 @@ class TextProcess(Process):
         start = self._ended_state(prompts) if over else self.init(prompts, 1, torch.Generator())
         device = start.prefix.device
         real, prefix = packed["real"].to(device), packed["prefix"].to(device)
-        rows = {name: packed[name].to(device) if name != "group" else group for name in _ROWS if name in packed}
-        state = replace(start, **{**dict.fromkeys(("base_log_prob", "kl")), **rows}, step=step)
+        rows: dict[str, Any] = {
+            name: packed[name].to(device) if name != "group" else group for name in _ROWS if name in packed
+        }
+        fields_: dict[str, Any] = {**dict.fromkeys(("base_log_prob", "kl")), **rows}
+        state = replace(start, **fields_, step=step)
         if over:
             return replace(state, filled=self.columns, ids=None)
         filled = int(real.any(0).nonzero().max()) + 1 if bool(real.any()) else 0

@@ -95,6 +95,7 @@ METHODS: dict[str, Make] = {
     "SVDD, argmax": lambda s: (SVDD(s.outputs, s.particles, "argmax"), False),
     "FK, per output": lambda s: (FKSteering(s.particles, n=s.outputs, per_output=True), False),
     "FK, one population": lambda s: (FKSteering(s.particles, n=s.outputs), False),
+    "FK, tempered": lambda s: (FKSteering(s.particles, n=s.outputs, tempering=2.1 ** (1 / s.steps) - 1), False),
     "DTS, published": lambda s: (_tree(s, estimator="published"), False),
     "DTS": lambda s: (_tree(s), False),
     "DTS, x0-hat": lambda s: (_tree(s, **_LOOKING), False),

@@ -262,7 +262,7 @@ class Diffusion(Process):
     """Whether edits leave alone the steps without noise."""
     shown: str
     """What `preview` decodes: "current", x0-hat of the rows as they stand, or "previous", that of the states they were
-    drawn from, as the released FK code does.
+    drawn from, as the released FK code does before its last step.
     """
 
     @property

@@ -152,7 +152,7 @@ class TabularProcess(Process):
         return replace(state, **{name: getattr(state, name)[index] for name in _ROWS})
 
     def stack(self, states: Sequence[TabularState]) -> TabularState:
-        joined = {name: torch.cat([getattr(s, name) for s in states]) for name in _ROWS}
+        joined: dict[str, Any] = {name: torch.cat([getattr(s, name) for s in states]) for name in _ROWS}
         return replace(states[0], **joined, cost=sum((s.cost for s in states), Cost()))
 
     def settle(self, state: TabularState) -> tuple[TabularState, Cost]:
@@ -314,7 +314,7 @@ class GaussianProcess(Diffusion):
         check(self.path in ("vp", "flow"), "path", self.path, "vp, flow")
 
     @cached_property
-    def schedule(self) -> Schedule:  # type: ignore[override]
+    def schedule(self) -> Schedule:
         if self.path == "flow":
             sigma = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)
             alpha = 1 - sigma
@@ -323,7 +323,7 @@ class GaussianProcess(Diffusion):
         return Schedule.between(alpha.tolist(), sigma.tolist(), self.eta)
 
     @cached_property
-    def denoiser(self) -> _Mixture:  # type: ignore[override]
+    def denoiser(self) -> _Mixture:
         return _Mixture(self.weights, self.means, self.variances, self.schedule)
 
     @property

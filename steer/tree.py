@@ -150,7 +150,7 @@ class Tree:
         """The tree whose `arrays` these are, bit for bit."""
         tree = cls(beta, hard, trust)
         for node in range(1, len(arrays["parent"])):
-            tree.add(int(arrays["parent"][node]), int(arrays["level"][node]))  # type: ignore[call-overload]
+            tree.add(int(arrays["parent"][node]), int(arrays["level"][node]))
         for name, values in arrays.items():
             getattr(tree, name)[: tree.size] = values
         return tree

@@ -42,6 +42,7 @@ def compare(options: CompareOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to compare samplers."""
     from steer.compare import METHODS, Task
     from steer.compare import compare as measure
+    from steer.picture import draw_curves
 
     checks.check_model(options)
     check(checks.draws_images(options), "model", options.model, "a diffusion model with a judge")
@@ -64,6 +65,7 @@ def compare(options: CompareOptions, coming: Coming = frozenset()) -> Run:
             outputs=options.outputs, particles=options.particles, steps=options.steps, seeds=options.seeds,
             pool=options.pool, budgets=budgets, curves=options.curve or None, progress=session.progress,
         )  # fmt: skip
+        draw_curves(found, options.out / "curves.png")
         session.say(f"{found.tables()}\nwrote {options.out}")
 
     return run

@@ -237,9 +237,11 @@ class Forest:
         if rollouts is None and max_nfe is None and seconds is None:
             rollouts, max_nfe, seconds = self.sampler.rollouts, self.sampler.max_nfe, self.sampler.seconds
         began = time.perf_counter()
-        before = self.cost.seconds
-        size = min(self.sampler.batch, rollouts or self.sampler.batch) if self.rollouts == 0 else self.sampler.batch
-        most = size * self.process.num_steps
+        before, steps = self.cost.seconds, self.process.num_steps
+        size = self.sampler.batch
+        if self.rollouts == 0:
+            size = max(1, min(size, rollouts or size, (max_nfe or size * steps) // steps))
+        most = size * steps
         while True:
             spent = self.cost.nfe / len(self.prompts)
             self.cost = replace(self.cost, seconds=before + time.perf_counter() - began)
@@ -292,7 +294,9 @@ class Forest:
         """Draw a child of every waiting node and go on to the end; rows that start deeper join the others there."""
         if not waiting:
             return []
-        process, rows, state, done = self.process, [], None, []
+        process, state = self.process, None
+        rows: list[_Rollout] = []
+        done: list[_Rollout] = []
         for level in range(min(waiting), len(self.steps) - 1):
             joining = waiting.get(level, [])
             if joining:
@@ -354,7 +358,7 @@ class Forest:
         finished = process.finished(state).cpu()
         inner = (~finished).nonzero().squeeze(1)
         # Reading now lets every later child of these nodes share this pass of the network.
-        kept = chunk = None
+        kept, chunk = None, -1
         guesses: list[float] = []
         if len(inner):
             if len(inner) < len(rows):
@@ -367,13 +371,14 @@ class Forest:
             chunk = self._store.add(kept)
         place = {int(i): k for k, i in enumerate(inner.tolist())}
         ends = finished.nonzero().squeeze(1)
-        scores, leaf_chunk = None, -1
+        scores: list[float] = []
+        leaf_chunk = -1
         if len(ends):
             gone = process.gather(state, ends) if len(ends) < len(rows) else state
             scores = self.reward(process.decode(gone)).tolist()
             self.cost = self.cost + Cost(reward_calls=len(ends))
             leaf_chunk = self._store.add_leaves(gone)
-        done = []
+        done: list[_Rollout] = []
         for i, rollout in enumerate(rows):
             tree = self.trees[rollout.tree]
             node = self._child(rollout, level, edges[i], None if names is None else names[i])
@@ -382,7 +387,6 @@ class Forest:
                 tree.guess[node] = guesses[place[i]]
             else:
                 k = len(done)
-                assert scores is not None
                 if not tree.terminal[node]:
                     tree.terminal[node], tree.value[node] = True, scores[k]
                     tree.chunk[node], tree.row[node] = leaf_chunk, k

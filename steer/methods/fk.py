@@ -74,11 +74,12 @@ class FKSteering(Sampler):
             K).
         per_output: n populations of K instead, one output from each, as the paper does.
         potential: "difference", "max" or "sum".
-        terminal: "exact", the paper's rule, or "running", the released code's, whose last factor for max and sum has
-        the
-            running value in place of `r(x_0)`, and so targets `p exp(max rho / beta)` or `p exp(sum rho / beta)`.
+        terminal: "exact", the paper's rule, or "running", as in the released code: for max and sum the last factor has
+            the running value in place of `r(x_0)`, so that the target is `p exp(max rho / beta)` or
+            `p exp(sum rho / beta)`.
         start, stop, every: steps after which particles are weighed: start, start + every, ... up to stop, and the last.
-        ess_threshold: resample where the effective sample size is below this share of K; None: at every weighted step.
+        ess_threshold: resample where the effective sample size is below this share of K; None: at every weighted step
+            that noise still follows.
         resampler: "ssp", "systematic", "stratified" or "multinomial".
         tempering: gamma of DAS (Kim et al. 2025): rho is scaled by `min((1 + gamma)^i - 1, 1)`, i the steps taken,
             and by 1 at the end; None is off.
@@ -159,12 +160,20 @@ class FKSteering(Sampler):
             )
         particles = _Particles(self, beta, populations, size, len(state))
         spent, trace = Cost(), []
+        finished: Samples | None = None
         while not process.done(state):
             state = process.propose(state, generator)
             done = process.done(state)
             if done or self._weighed(state.step):
                 state = process.read(state) if self.lookahead.reads and not done else state
-                value, cost, shown = self._value(process, state, reward, beta, generator, done)
+                if done:
+                    finished = process.decode(state)
+                    value, cost = reward(finished), Cost(reward_calls=len(state))
+                else:
+                    value, cost = self.lookahead(process, state, reward, beta, generator)
+                shown = None
+                if self.keep_previews:
+                    shown = (process.preview(state) if finished is None else finished).outputs
                 spent = spent + cost
                 particles.weigh(value, state, done)
                 ancestors, step = particles.resample(generator, process.diverges(state))
@@ -173,7 +182,7 @@ class FKSteering(Sampler):
                     state = process.gather(state, ancestors)
             if on_step is not None:
                 on_step(state)
-        samples = process.decode(state)
+        samples = process.decode(state) if finished is None else finished
         cost = replace(samples.cost + spent, seconds=time.perf_counter() - began)
         pool = replace(
             samples, log_weight=particles.log_weight.flatten(), reward=particles.value, cost=cost, trace=trace,
@@ -184,20 +193,6 @@ class FKSteering(Sampler):
 
     def _weighed(self, step: int) -> bool:
         return step >= self.start and (step - self.start) % self.every == 0 and step <= (self.stop or step)
-
-    def _value(
-        self, process: Process, state: Any, reward: Reward, beta: float, generator: torch.Generator, done: bool
-    ) -> tuple[Tensor, Cost, Any]:
-        shown = None
-        if done:
-            samples = process.decode(state)
-            value, cost = reward(samples), Cost(reward_calls=len(state))
-            shown = samples.outputs
-        else:
-            value, cost = self.lookahead(process, state, reward, beta, generator)
-            if self.keep_previews:
-                shown = process.preview(state).outputs
-        return value, cost, shown if self.keep_previews else None
 
     def _selected(self, pool: Samples, particles: _Particles, generator: torch.Generator) -> Samples:
         select = self.select or ("weighted" if self.n is None else "draw")

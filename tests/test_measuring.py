@@ -1,0 +1,201 @@
+"""Metrics, comparisons, races and sweeps: what they compute, and that they keep what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steer.cli import main
+from steer.compare import METHODS, Comparison, Task, compare
+from steer.core import InputError
+from steer.guide import sweep
+from steer.methods.rlg import RLGuidance
+from steer.metrics import Target, frechet_distance, interval, mmd, total_variation, unique_share
+from steer.race import Heat, Race, race
+from steer.rewards import lift
+from steer.toy import GaussianProcess, markov_lm
+
+
+def points(mean: float, spread: float, n: int = 4000, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T  # exactly whitened
+    return mean + spread * x
+
+
+def target(x: torch.Tensor, log_weights: torch.Tensor | None = None) -> Target:
+    zero = torch.zeros(len(x), dtype=torch.float64)
+    return Target.tilted(x, zero.long(), zero if log_weights is None else log_weights)
+
+
+def test_frechet_distance_of_gaussians_is_the_closed_form() -> None:
+    # |m - n|^2 + d (s - t)^2 for multiples of the identity.
+    found = frechet_distance(points(1.0, 2.0), target(points(0.0, 0.5, seed=1)))
+    assert abs(found - (3 * 1.0 + 3 * 1.5**2)) < 1e-8
+    assert abs(frechet_distance(points(1.0, 2.0), target(points(1.0, 2.0)))) < 1e-8
+
+
+def test_weights_move_the_target() -> None:
+    x = torch.cat([points(0.0, 1.0, 2000), points(5.0, 1.0, 2000, seed=1)])
+    weights = torch.cat([torch.zeros(2000), torch.full((2000,), 40.0)])
+    weighted = target(x, weights)
+    assert abs(weighted.ess - 2000) < 1e-6
+    assert frechet_distance(points(5.0, 1.0, seed=2), weighted) < 1e-2
+    assert frechet_distance(points(0.0, 1.0, seed=2), weighted) > 70
+
+
+def test_mmd_is_unbiased() -> None:
+    pool = points(0.0, 1.0, 500)
+    found = [mmd(torch.randn(40, 3, generator=torch.Generator().manual_seed(s)), target(pool), 1.5) for s in range(60)]
+    mean, half = interval(found)
+    assert abs(mean) < 2.5 * half and min(found) < 0 < max(found)
+    assert mmd(points(1.0, 1.0, 200), target(pool), 1.5) > 0.1
+
+
+def test_histograms_and_uniqueness() -> None:
+    x = points(0.0, 1.0, 4)
+    labels = torch.tensor([0, 0, 1, 2])
+    some = Target(x, torch.tensor([0.5, 0.0, 0.5, 0.0], dtype=torch.float64), labels)
+    assert abs(total_variation(torch.tensor([0, 1, 1, 1]), some, 3) - 0.25) < 1e-12
+    assert unique_share(torch.tensor([[1.0], [1.0], [2.0], [3.0]])) == 0.75
+    mean, half = interval([1.0, 2.0, 3.0])
+    assert mean == 2 and abs(half - 4.303 / math.sqrt(3)) < 1e-3 and math.isnan(interval([1.0])[1])
+
+
+@pytest.fixture(scope="module")
+def shoes() -> Any:
+    import steer
+
+    return steer.load("fashion-ddpm")
+
+
+def test_comparison_measures_keeps_and_goes_on(shoes: Any, tmp_path: Path) -> None:
+    tasks = [Task.parse("bright=brightness@0.125")]
+    sizes: dict[str, Any] = {"outputs": 12, "particles": 2, "steps": 5, "pool": 96}
+    first = compare(shoes, tasks, tmp_path, methods=["best of K", "FK, one population"], seeds=1, **sizes)
+    assert [x.method for x in first.lines] == ["best of K", "FK, one population"]
+    again = compare(shoes, tasks, tmp_path, methods=list(METHODS), seeds=2, budgets=[16, 32], **sizes)
+    assert again.lines[:2] == first.lines  # kept, not measured again
+    table = again.tables()
+    assert all(name in table for name in METHODS) and "32 rollouts in all" in table
+    for line in again.lines:
+        assert line.rollouts or line.calls <= 10 + 1e-9, line  # nothing spends more than its share
+        assert 0 < line.unique <= 1 and 0 <= line.variation <= 1 and line.frechet > 0
+    # FK tilts: brighter than the base by a good part of the way to the target.
+    facts = again.targets["bright"]
+    fk = [x.reward for x in again.lines if x.method == "FK, one population" and not x.rollouts]
+    assert sum(fk) / len(fk) > facts["base"] + 0.3 * (facts["reward"] - facts["base"])
+    other = Comparison.read(tmp_path / "results.json", {"steps": 6})
+    assert not other.lines
+
+
+def test_tasks_are_checked() -> None:
+    assert Task.parse("a=class:boot") == Task("a", "class:boot", 1.0)
+    assert Task.parse("b=brightness - 0.1*contrast@0.5") == Task("b", "brightness - 0.1*contrast", 0.5)
+    for text in ("nothing", "=x", "a=", "a=brightness@x", "a=brightness@0"):
+        with pytest.raises(InputError, match="task"):
+            Task.parse(text)
+
+
+TWOS = lift(lambda outputs: (outputs == 2).sum(-1).double())
+
+
+def test_race_spends_its_budget_and_finds_more_with_more(tmp_path: Path) -> None:
+    process = replace(markov_lm(), length=10)
+    found = race(process, ["a", "b"], TWOS, [100, 1000], tmp_path, seeds=3, options={"dts-star": {"levels": 10}})
+    assert [(h.method, h.budget) for h in found.heats] == [
+        (m, b) for b in (100, 1000) for m in ("best-of-n", "fk", "dts-star")
+    ]
+    for heat in found.heats:
+        assert 0.5 * heat.budget <= heat.nfe <= 1.05 * heat.budget and len(heat.rewards) == 3
+    for method in ("best-of-n", "fk", "dts-star"):
+        few, many = (h.mean for h in found.heats if h.method == method)
+        assert many > few or many == 10  # nothing is higher
+    again = race(process, ["a", "b"], TWOS, [100, 1000], tmp_path, seeds=3, options={"dts-star": {"levels": 10}})
+    assert again.heats == found.heats
+    with pytest.raises(InputError, match="methods"):
+        race(process, ["a"], TWOS, [100], tmp_path, methods=["vas"])
+    with pytest.raises(InputError, match="budgets"):
+        race(process, ["a"], TWOS, [], tmp_path)
+
+
+def test_savings_are_read_off_the_curve() -> None:
+    def heat(method: str, nfe: float, reward: float) -> Heat:
+        return Heat(method, int(nfe), [[reward]] * 3, nfe)
+
+    found = Race({}, [heat("best-of-n", 100, 1.0), heat("best-of-n", 1600, 3.0)])
+    found.heats += [heat("fk", 100, 2.0), heat("fk", 400, 4.0), heat("vas", 100, 3.5), heat("dts-star", 1600, 2.0)]
+    assert abs(found.saving("fk") - 8) < 1e-9  # half way between 100 and 400 on a log scale: 200
+    assert found.saving("vas") == 16 and found.saving("dts-star") is None and found.saving("best-of-n") is None
+    assert "8.0x" in found.table()
+
+
+def test_sweep_of_gaussian_chains() -> None:
+    """Between N(0, 1) and N(1, 1): the mean of the output grows as w, plain and corrected, and KL as its square."""
+    base, tuned = GaussianProcess(steps=10), GaussianProcess(means=(1.0,), steps=10)
+    reward = lift(lambda outputs: outputs[:, 0])
+    found = sweep(base, tuned, ["a"], reward, ws=[0.0, 1.0, 2.0], outputs=3000, particles=2, seeds=3)
+    ends = {w: base.edited(RLGuidance(tuned, w)).as_proposal() for w in (1.0, 2.0)}
+    assert len(found.points) == 6 and len(ends) == 2
+    for kind in ("plain", "corrected"):
+        points_ = {p.w: p for p in found.points if p.kind == kind}
+        assert abs(points_[0.0].reward) < 0.1 and abs(points_[0.0].kl) < 1e-9
+        step = points_[1.0].reward
+        assert step > 0.5 and abs(points_[2.0].reward - 2 * step) < 0.1
+        assert abs(points_[2.0].kl - 4 * points_[1.0].kl) < 0.25 * points_[2.0].kl
+    assert "corrected" in found.table()
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(list(arguments))
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def test_commands_print_tables_and_draw(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_lm_dir: Path) -> None:
+    code, out, err = run(
+        capsys, "compare", "--model", "fashion-ddpm", "--task", "bright=brightness@0.2", "--outputs", "6",
+        "--steps", "3", "--pool", "24", "--seeds", "2", "--method", "plain", "--method", "FK, one population",
+        "--budgets", "8,16", "--out", str(tmp_path / "c"),
+    )  # fmt: skip
+    assert code == 0, err
+    assert "Frechet" in out and (tmp_path / "c/curves.png").read_bytes()[:4] == b"\x89PNG"
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps(["the sun", "hello world"]), encoding="utf-8")
+    code, out, err = run(
+        capsys, "race", "--model", str(tiny_lm_dir), "--prompts", str(prompts), "--reward", "keywords:dog,sun,happy",
+        "--budgets", "60,200", "--seeds", "2", "--max-new-tokens", "8", "--block", "2", "--set", "dts-star.bonus=0.2",
+        "--out", str(tmp_path / "r"),
+    )  # fmt: skip
+    assert code == 0, err
+    assert "dts-star" in out and (tmp_path / "r/race.png").read_bytes()[:4] == b"\x89PNG"
+
+
+BAD = [
+    (["compare", "--task", "x"], "task"),
+    (["compare", "--task", "a=brightness", "--method", "magic"], "method"),
+    (["compare", "--task", "a=sentiment"], "reward"),
+    (["compare", "--task", "a=brightness", "--seeds", "0"], "seeds"),
+    (["compare", "--task", "a=brightness", "--budgets", "1.5"], "budgets"),
+    (["compare", "--task", "a=brightness", "--curve", "b"], "curve"),
+    (["race", "--reward", "brightness", "--budgets", "x"], "budgets"),
+    (["race", "--reward", "brightness", "--budgets", "100", "--method", "vas"], "method"),
+    (["race", "--reward", "brightness", "--budgets", "100", "--set", "bonus=1"], "set"),
+    (["race", "--reward", "brightness", "--budgets", "100", "--set", "dts-star.bonus=x"], "bonus"),
+    (["guide", "--tuned", "nowhere", "--reward", "brightness"], "tuned"),
+    (["guide", "--tuned", ".", "--reward", "brightness", "--w", "1,x"], "w:"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "field"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_requests_end_with_one_line(
+    arguments: list[str], field: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command, *rest = arguments
+    code, out, err = run(capsys, command, "--model", "fashion-ddpm", "--out", str(tmp_path / "x"), *rest)
+    assert code == 2 and out == "" and field in err and len(err.strip().splitlines()) == 1, err
