@@ -236,6 +236,18 @@ def test_kto_compares_with_completions_of_other_rows() -> None:
     assert [row["KL_completion_ids"] for row in made[:2]] == [made[1]["completion_ids"], made[0]["completion_ids"]]
 
 
+def test_dpo_with_a_reward_pairs_the_models_own_samples(tiny_lm: Any, tmp_path: Path) -> None:
+    """The best sample of each prompt against the worst; stopping after the samples changes nothing."""
+    more: dict[str, Any] = {"data": PROMPTS, "reward": bright, "epochs": 4, "learning_rate": 5e-3, "group_size": 6}
+    metrics = read_policy_card(tune(tiny_lm, "dpo", tmp_path / "p", **more)).metrics
+    assert 0 < metrics["pairs"] <= len(PROMPTS)
+    assert metrics["reward_after"] > metrics["reward_before"]
+    again = tune(tiny_lm, "dpo", tmp_path / "q", work=tmp_path / "work", **more)
+    assert read_policy_card(again).metrics == metrics and (tmp_path / "work/pairs/samples.json").is_file()
+    with pytest.raises(InputError, match="reward"):
+        tune(tiny_lm, "dpo", tmp_path / "r", data=PROMPTS, reward=lambda texts: [1.0] * len(texts))
+
+
 @pytest.mark.parametrize("method", ["grpo", "raft"])
 def test_a_reward_sees_proper_samples(tiny_lm: Any, tmp_path: Path, method: str) -> None:
     seen: list[Samples] = []
