@@ -20,9 +20,10 @@ The paper's lambda is 1 / beta.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -510,7 +511,7 @@ class Forest:
         facts = {
             "forest": repr(self._facts()),
             "rollouts": str(self.rollouts),
-            "cost": repr(tuple(vars(self.cost).values())),
+            "cost": json.dumps(asdict(self.cost)),
         }
         with replacing(path) as temporary:
             temporary.write_bytes(to_bytes({k: v.clone().contiguous() for k, v in tensors.items()}, facts))
@@ -546,9 +547,7 @@ class Forest:
         self._relearn()
         self.generator.set_state(tensors["generator"])
         self.rollouts = int(facts["rollouts"])
-        import ast
-
-        self.cost = Cost(*ast.literal_eval(facts["cost"]))
+        self.cost = Cost(**json.loads(facts["cost"]))
         return self
 
     def _relearn(self) -> None:
