@@ -20,7 +20,7 @@ from steer.models import CARD_NAME, resolve
 from steer.progress import ticking
 from steer.rewards import as_reward
 
-__all__ = ["SAMPLERS", "generate", "load", "make_sampler"]
+__all__ = ["SAMPLERS", "generate", "is_diffusion", "load", "make_sampler"]
 
 SAMPLERS: dict[str, type[Sampler]] = {
     "ancestral": Ancestral,
@@ -43,7 +43,7 @@ def load(model: str | Path | Any, **options: Any) -> Any:
     where = model if held else resolve(str(model))
     if not held:
         options.setdefault("name", str(model))
-    if _is_diffusion(where):
+    if is_diffusion(where):
         from steer.adapters import diffusers
 
         return diffusers.load(where, **options)
@@ -52,7 +52,7 @@ def load(model: str | Path | Any, **options: Any) -> Any:
     return transformers.load(where, **options)
 
 
-def _is_diffusion(where: Any) -> bool:
+def is_diffusion(where: Any) -> bool:
     """Whether a path, a Hugging Face id or an object belongs to diffusers. Asks the hub only what no cache knows."""
     if isinstance(where, Path):
         card = where / CARD_NAME

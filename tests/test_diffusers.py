@@ -626,7 +626,7 @@ def test_a_model_that_should_have_come_with_steer_is_missed_by_name(monkeypatch:
 def test_ids_on_the_hub_are_told_apart_without_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    from steer.engine import _is_diffusion
+    from steer.engine import is_diffusion
 
     cached = {("org/sd", "model_index.json"), ("org/lm", "config.json")}
     monkeypatch.setattr(
@@ -641,7 +641,7 @@ def test_ids_on_the_hub_are_told_apart_without_loading(monkeypatch: pytest.Monke
         return repo == "org/new-sd"
 
     monkeypatch.setattr(huggingface_hub, "file_exists", exists)
-    found = {name: _is_diffusion(f"org/{name}") for name in ("sd", "lm", "new-sd", "new-lm", "offline")}
+    found = {name: is_diffusion(f"org/{name}") for name in ("sd", "lm", "new-sd", "new-lm", "offline")}
     assert found == {"sd": True, "lm": False, "new-sd": True, "new-lm": False, "offline": False}
     assert asked == ["org/new-sd", "org/new-lm", "org/offline"]
 

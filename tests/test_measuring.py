@@ -15,7 +15,6 @@ from steer.cli import main
 from steer.compare import METHODS, Comparison, Task, compare
 from steer.core import InputError
 from steer.guide import sweep
-from steer.methods.rlg import RLGuidance
 from steer.metrics import Target, frechet_distance, interval, mmd, total_variation, unique_share
 from steer.race import Heat, Race, race
 from steer.rewards import lift
@@ -140,8 +139,7 @@ def test_sweep_of_gaussian_chains() -> None:
     base, tuned = GaussianProcess(steps=10), GaussianProcess(means=(1.0,), steps=10)
     reward = lift(lambda outputs: outputs[:, 0])
     found = sweep(base, tuned, ["a"], reward, ws=[0.0, 1.0, 2.0], outputs=3000, particles=2, seeds=3)
-    ends = {w: base.edited(RLGuidance(tuned, w)).as_proposal() for w in (1.0, 2.0)}
-    assert len(found.points) == 6 and len(ends) == 2
+    assert len(found.points) == 6
     for kind in ("plain", "corrected"):
         points_ = {p.w: p for p in found.points if p.kind == kind}
         assert abs(points_[0.0].reward) < 0.1 and abs(points_[0.0].kl) < 1e-9

@@ -17,7 +17,7 @@ import torch
 from steer.cli.options import ImageOptions, ModelOptions, TextOptions
 from steer.cli.values import spelled
 from steer.core import Edit, InputError, Reward, check
-from steer.engine import _is_diffusion
+from steer.engine import is_diffusion
 from steer.models import CARD_NAME, resolve
 from steer.mount import load_edit, split_spec
 
@@ -51,7 +51,7 @@ def check_model(options: ModelOptions) -> None:
 
 def draws_images(options: ModelOptions) -> bool:
     """Whether the model is a diffusion model, by its folder or its files on the hub."""
-    return _is_diffusion(resolve(options.model))
+    return is_diffusion(resolve(options.model))
 
 
 def check_kind(options: ModelOptions, images: bool) -> None:
