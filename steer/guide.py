@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from steer.artifacts import replacing
-from steer.core import Process, Prompt, Reward, Samples, check
+from steer.core import Process, Prompt, Reward, Sampler, Samples, check
 from steer.methods.best_of_n import Ancestral
 from steer.methods.fk import FKSteering
 from steer.methods.rlg import RLGuidance
@@ -25,12 +25,14 @@ from steer.metrics import interval
 from steer.progress import ticking
 from steer.rewards import lift
 
-__all__ = ["Point", "Sweep", "sweep"]
+__all__ = ["Point", "Sweep", "mean_and_error", "sweep"]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One w: means over seeds (and prompts), with half widths of 95% intervals."""
+    """One w: means over prompts, with half widths of 95% intervals over outputs (the KL of corrected guidance has one
+    number a run, so that its interval is over seeds).
+    """
 
     kind: str
     """"plain" or "corrected"."""
@@ -95,33 +97,31 @@ def sweep(
         on_point: sees what is there after every w.
     """
     check(len(ws) > 0 and all(math.isfinite(w) for w in ws), "ws", ws, "finite numbers")
+    check(outputs >= 2, "outputs", outputs, "an integer of 2 or more, for the sake of intervals")
     found = Sweep({**(about or {}), "outputs": outputs, "particles": particles, "seeds": seeds})
     nothing = lift(_zeros)
     jobs = [(kind, w) for w in ws for kind in ("plain", "corrected")]
     with ticking(progress, "sweeping w", len(jobs) * seeds) as tick:
         for kind, w in jobs:
             rewards, drifts, shares = [], [], []
+            # Where a step is a point its KL says nothing, so that plain guidance leaves those steps alone, too.
+            edit = RLGuidance(tuned, w, aim="product" if kind == "corrected" else "base")
+            process = base.edited(edit).as_proposal()
+            plain = kind == "plain"
+            sampler: Sampler = Ancestral(outputs) if plain else FKSteering(outputs * particles)
             for seed in range(seeds):
                 generator = torch.Generator().manual_seed(seed)
-                edit = RLGuidance(tuned, w, aim="product" if kind == "corrected" else "base")
-                # Where a step is a point its KL says nothing, so that plain guidance leaves those steps alone, too.
-                process = base.edited(edit).as_proposal()
                 with process.session():
-                    if kind == "plain":
-                        samples = Ancestral(outputs).run(process, prompts, generator=generator)
-                        kl = samples.kl
-                        assert kl is not None
-                        drifts.append(float(kl.mean()))
-                    else:
-                        sampler = FKSteering(outputs * particles)
-                        samples = sampler.run(process, prompts, generator=generator, reward=nothing)
-                        drifts.append(float(samples.kl.mean()))  # type: ignore[union-attr]
-                        shares.append(float((samples.ess / (outputs * particles)).mean()))
-                scores = reward(samples)
-                rewards.append(float(_means(samples, scores).mean()))
+                    samples = sampler.run(process, prompts, generator=generator, reward=None if plain else nothing)
+                kl = samples.kl
+                assert kl is not None
+                rewards.append(mean_and_error(samples, reward(samples)))
+                drifts.append(mean_and_error(samples, kl))
+                shares.append(float((samples.ess / (outputs * particles)).mean()))
                 tick(1)
-            (r, r_half), (k, k_half) = interval(rewards), interval(drifts)
-            share = sum(shares) / len(shares) if shares else 1.0
+            r, r_half = _together(rewards)
+            k, k_half = _together(drifts) if plain else interval([mean for mean, _ in drifts])
+            share = 1.0 if plain else sum(shares) / len(shares)
             found.points.append(Point(kind, w, r, r_half, k, k_half, share))
             if on_point is not None:
                 on_point(found)
@@ -132,7 +132,25 @@ def _zeros(outputs: Any) -> Tensor:
     return torch.zeros(len(outputs))
 
 
-def _means(samples: Samples, values: Tensor) -> Tensor:
-    """Weighted mean of `values` for each prompt `[B]`."""
-    total = torch.zeros(len(samples.prompts), dtype=torch.float64)
-    return total.index_add(0, samples.group, samples.weights * values.double())
+def _together(runs: list[tuple[float, float]]) -> tuple[float, float]:
+    """Mean of independent runs, each with its standard error, and the half width of the 95% interval."""
+    errors = math.sqrt(sum(error**2 for _, error in runs)) / len(runs)
+    return sum(mean for mean, _ in runs) / len(runs), 1.96 * errors
+
+
+def mean_and_error(samples: Samples, values: Tensor) -> tuple[float, float]:
+    """Weighted mean of `values` `[N]`, averaged over prompts, and its standard error given the prompts.
+
+    Particles that share an ancestor at the start are one draw (Chan and Lai 2013, equation 2.17: the error from one
+    run's genealogies); rows without a trace are independent. Consistent in the number of rows, too small where few
+    ancestors are left; not a number where one is.
+    """
+    eves = torch.arange(len(samples))
+    for generation in samples.trace or []:
+        eves = eves[generation.ancestors]
+    w, x, group, prompts = samples.weights, values.double(), samples.group, len(samples.prompts)
+    means = torch.zeros(prompts, dtype=torch.float64).index_add(0, group, w * x)
+    families = torch.zeros(len(samples), dtype=torch.float64).index_add(0, eves, w * (x - means[group]))
+    square = torch.zeros(prompts, dtype=torch.float64).index_add(0, group, families.square())
+    alive = torch.bincount(group[eves.unique()], minlength=prompts).double()
+    return float(means.mean()), float((square * alive / (alive - 1)).sum().sqrt() / prompts)

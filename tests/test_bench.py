@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from steer import bench
-from steer.bench import Bench, Row, alternate, interval, ratios
+from steer.bench import __main__ as bench
+from steer.bench import language
+from steer.bench.harness import Bench, Row, alternate, interval, ratios
 
 
 def test_interval_is_the_extremes_of_few_values_and_inner_order_statistics_of_many() -> None:
@@ -52,7 +53,7 @@ def test_figures_of_a_tiny_model_run(tiny_lm: Any, capsys: pytest.CaptureFixture
 
 
 def test_one_prompt_pass_serves_the_pool(tiny_lm: Any) -> None:
-    (row,) = bench.best_of_n(Bench(repeats=1, given=tiny_lm), length=20, n=3, tokens=2)
+    (row,) = language.best_of_n(Bench(repeats=1, given=tiny_lm), length=20, n=3, tokens=2)
     assert row.median > 0
 
 

@@ -14,7 +14,9 @@ import torch
 from steer.cli import main
 from steer.compare import METHODS, Comparison, Task, compare
 from steer.core import InputError
-from steer.guide import sweep
+from steer.guide import mean_and_error, sweep
+from steer.methods.best_of_n import Ancestral
+from steer.methods.fk import FKSteering
 from steer.metrics import Target, frechet_distance, interval, mmd, total_variation, unique_share
 from steer.race import Heat, Race, race
 from steer.rewards import lift
@@ -147,6 +149,24 @@ def test_sweep_of_gaussian_chains() -> None:
         assert step > 0.5 and abs(points_[2.0].reward - 2 * step) < 0.1
         assert abs(points_[2.0].kl - 4 * points_[1.0].kl) < 0.25 * points_[2.0].kl
     assert "corrected" in found.table()
+
+
+def test_errors_of_a_sweep_cover_the_truth() -> None:
+    """Over repetitions, the standard error that one run reports is the spread of its means, for independent rows and
+    for particles with common ancestors.
+    """
+    process = GaussianProcess(steps=6)
+    reward = lift(lambda outputs: outputs[:, 0])
+    for sampler, wanted in ((Ancestral(64), None), (FKSteering(128, ess_threshold=None), reward)):
+        means, errors = [], []
+        for seed in range(150):
+            generator = torch.Generator().manual_seed(seed)
+            samples = sampler.run(process, ["a", "b"], generator=generator, reward=wanted, beta=2.0)
+            mean, error = mean_and_error(samples, reward(samples))
+            means.append(mean)
+            errors.append(error)
+        spread = torch.tensor(means).std()
+        assert 0.8 < torch.tensor(errors).mean() / spread < 1.25
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

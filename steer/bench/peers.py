@@ -2,9 +2,9 @@
 
 Runs in an environment of its own, where the other libraries are installed, and imports nothing of `steer`:
 
-    python bench_peers.py repeng MODEL PAIRS THREADS
-    python bench_peers.py steering-vectors:32 MODEL PAIRS THREADS
-    python bench_peers.py hooks MODEL PAIRS THREADS
+    python peers.py repeng MODEL PAIRS THREADS
+    python peers.py steering-vectors:32 MODEL PAIRS THREADS
+    python peers.py hooks MODEL PAIRS THREADS
 
 The first two give CPU seconds of fitting a vector at all layers, the last microseconds added per layer and step.
 """

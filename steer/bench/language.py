@@ -1,173 +1,23 @@
-"""What steering costs: `python -m steer.bench [names...] [--repeats R] [--json PATH] [--peers PYTHON]`.
-
-Every figure compares two things in CPU time of one thread, A B B A ..., and gives the median over pairs of runs with a
-95% interval; a machine's speed and its other work cancel. A figure passes where its median meets its bar and fails
-where the whole interval misses it; between the two it is unclear, and more `--repeats` tell.
-"""
+"""What edits cost a language model."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from math import comb
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-MODEL = "smollm2-135m"
+from steer.bench.harness import MODEL, Bench, Row, Task, alternate, cpu_seconds, ratios, recipes
+
 WIDTH, DEPTH = 4096, 30  # of the stack of trivial blocks
-Task = Callable[[], Any]
-
-
-# ------------------------------------------------------------------------------------------------------ statistics
-
-
-def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Order statistics that enclose the median with probability `level`, whatever the law; the extremes where there are
-    too few values for that.
-    """
-    ordered, n, cut = sorted(values), len(values), 0
-    outside = 0.0
-    while cut < n // 2:
-        outside += 2 * comb(n, cut) / 2**n
-        if outside > 1 - level:
-            break
-        cut += 1
-    lowest = max(0, cut - 1)
-    return ordered[lowest], ordered[n - 1 - lowest]
-
-
-def cpu_seconds(task: Task) -> float:
-    """CPU time of this process for one call."""
-    began = time.process_time()
-    task()
-    return time.process_time() - began
-
-
-def alternate(tasks: Sequence[Task], repeats: int, clock: Callable[[Task], float] = cpu_seconds) -> list[list[float]]:
-    """What `clock` says of each task, `repeats` times, in an order that is reversed every time."""
-    seen: list[list[float]] = [[] for _ in tasks]
-    for repeat in range(repeats):
-        order = range(len(tasks)) if repeat % 2 == 0 else reversed(range(len(tasks)))
-        for i in order:
-            seen[i].append(clock(tasks[i]))
-    return seen
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    name: str
-    what: str
-    values: list[float]
-    unit: str = "x"
-    at_least: float | None = None
-    at_most: float | None = None
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.values)
-
-    @property
-    def verdict(self) -> str:
-        """ "pass" where the median meets the bar, "FAIL" where the whole interval misses it, else "unclear"; "" without
-        a bar.
-        """
-        if self.at_least is None and self.at_most is None:
-            return ""
-        if self._meets(self.median):
-            return "pass"
-        return "unclear" if any(map(self._meets, interval(self.values))) else "FAIL"
-
-    def _meets(self, value: float) -> bool:
-        above = self.at_least is None or value >= self.at_least
-        return above and (self.at_most is None or value <= self.at_most)
-
-    def __str__(self) -> str:
-        low, high = interval(self.values)
-        bar = f">= {self.at_least}" if self.at_least else f"<= {self.at_most}" if self.at_most else ""
-        number = f"{self.median:8.3f} {self.unit:<2} [{low:.3f}, {high:.3f}]"
-        return f"{self.name:<11} {self.what:<58} {number:<32} {bar:<8} {self.verdict}".rstrip()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self) | {"median": self.median, "interval": interval(self.values), "verdict": self.verdict}
-
-
-def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    """Pair by pair."""
-    return [a / b for a, b in zip(above, below, strict=True)]
-
-
-# ----------------------------------------------------------------------------------------------------------- setup
-
-
-@dataclass
-class Bench:
-    """What figures share. `model` is loaded on first use unless one is given."""
-
-    repeats: int = 5
-    tokens: int = 64
-    peers: str | None = None
-    given: Any = field(default=None, repr=False)
-
-    @cached_property
-    def model(self) -> Any:
-        if self.given is not None:
-            return self.given
-        import steer
-
-        return steer.load(MODEL, dtype="float32", device="cpu")
-
-    def prompts(self, count: int) -> list[Any]:
-        """Texts of different lengths, continued as they stand."""
-        from steer import RawText
-
-        texts = json.loads((_recipes() / "neutral_prompts.json").read_text(encoding="utf-8"))
-        return [RawText(text) for text in texts[:count]]
-
-    def generating(self, rows: int) -> Task:
-        """A call of `generate` of fixed length."""
-        prompts = self.prompts(rows)
-        return lambda: self.model.generate(prompts, seed=0, max_new_tokens=self.tokens, eos_token_id=[])
-
-    def vector(self, seed: int = 0) -> Any:
-        """Random directions on the middle third of the layers."""
-        from steer import SteeringVector
-
-        info = self.model.info
-        generator = torch.Generator().manual_seed(seed)
-        layers = range(info.num_layers // 3, max(1, 2 * info.num_layers // 3))
-        noise = {layer: torch.randn(info.width, generator=generator) for layer in layers}
-        return SteeringVector(noise, 0.02).normalised()
-
-    def compare(self, tasks: Sequence[Task], repeats: int | None = None) -> list[list[float]]:
-        """CPU seconds of each task, alternating, after one call of each."""
-        for task in tasks:
-            task()
-        return alternate(tasks, repeats or self.repeats)
-
-
-def _recipes() -> Path:
-    from steer import recipes
-
-    return Path(recipes.__path__[0])
-
-
-# --------------------------------------------------------------------------------------------------------- figures
 
 
 def steered(bench: Bench) -> Iterator[Row]:
@@ -320,7 +170,7 @@ def extraction(bench: Bench) -> Iterator[Row]:
     if not bench.peers:
         print("extraction  SKIPPED: needs --peers PYTHON, an interpreter with repeng and steering-vectors", flush=True)
         return
-    lines = (_recipes() / "sentiment_pairs.jsonl").read_text(encoding="utf-8").splitlines()[:64]
+    lines = (recipes() / "sentiment_pairs.jsonl").read_text(encoding="utf-8").splitlines()[:64]
     pairs = [json.loads(line) for line in lines]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "pairs.jsonl")
@@ -352,10 +202,10 @@ def _best_batch(python: str, file: Path) -> int:
 
 
 def _peer(python: str, name: str, pairs: Path | None = None) -> dict[str, float]:
-    """What `bench_peers.py` prints, run by another interpreter."""
+    """What `peers.py` prints, run by another interpreter."""
     from steer.models import resolve
 
-    script = Path(__file__).with_name("bench_peers.py")
+    script = Path(__file__).with_name("peers.py")
     command = [python, str(script), name, str(resolve(MODEL)), str(pairs), "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -416,55 +266,3 @@ def _children(task: Task) -> float:
     task()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-FIGURES: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    "steered": steered,
-    "unsteered": unsteered,
-    "hook": hook,
-    "extraction": extraction,
-    "best-of-n": best_of_n,
-    "value": value,
-    "import": imports,
-}
-"""Every figure by its name; each yields its rows."""
-
-
-# ------------------------------------------------------------------------------------------------------------ main
-
-
-def run(bench: Bench, names: Sequence[str] = ()) -> list[Row]:
-    """Measure on one thread, printing each row as it comes."""
-    rows, threads = [], torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for name in names or FIGURES:
-            for row in FIGURES[name](bench):
-                print(row, flush=True)
-                rows.append(row)
-    finally:
-        torch.set_num_threads(threads)
-    return rows
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 1 where a bar is missed."""
-    parser = argparse.ArgumentParser(prog="python -m steer.bench", description="Measure what steering costs.")
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of: {', '.join(FIGURES)} (default: all)")
-    parser.add_argument("--repeats", type=int, default=5, help="pairs of runs for each figure (default: 5)")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--peers", metavar="PYTHON", help="an interpreter with repeng and steering-vectors")
-    options = parser.parse_args(arguments)
-    unknown = sorted(set(options.names) - set(FIGURES))
-    if unknown or options.repeats < 1:
-        parser.error(f"unknown figure {unknown[0]!r}" if unknown else "--repeats must be 1 or more")
-    began = time.process_time()
-    rows = run(Bench(options.repeats, peers=options.peers), options.names)
-    print(f"{time.process_time() - began:.0f} s of CPU time; {sum(row.verdict == 'FAIL' for row in rows)} bars missed")
-    if options.json:
-        options.json.write_text(json.dumps([row.to_dict() for row in rows], indent=2) + "\n", encoding="utf-8")
-    return int(any(row.verdict == "FAIL" for row in rows))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

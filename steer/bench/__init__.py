@@ -1,0 +1,1 @@
+"""What steering costs, in figures: `python -m steer.bench`, run by `make bench`."""
