@@ -158,7 +158,7 @@ def draw_guide(found: Sweep, path: Path) -> None:
             axis.set_xlabel("w: 0 is the base, 1 the policy")
             for w in (0, 1):
                 axis.axvline(w, color=_GRID, linewidth=1.5, zorder=0)
-        axes[0].legend(loc="best")
+        _key(figure, axes[0])
 
 
 def draw_race(found: Race, path: Path) -> None:
@@ -168,11 +168,11 @@ def draw_race(found: Race, path: Path) -> None:
         figure.subplots_adjust(left=0.09, right=0.97, top=0.86, bottom=0.13)
         for i, method in enumerate(dict.fromkeys(h.method for h in found.heats)):
             mine = sorted((h for h in found.heats if h.method == method), key=lambda h: h.nfe)
-            _line(axis, i, [h.nfe for h in mine], [h.mean for h in mine], [h.half for h in mine], method)
-        axis.set_xscale("log")
+            _line(axis, i, [h.nfe for h in mine], [h.mean for h in mine], [h.half for h in mine], method, bars=True)
+        _budgets(axis, {h.budget for h in found.heats})
         axis.set_xlabel("network evaluations for each prompt")
         axis.set_ylabel("mean reward of the best output, 95% interval")
-        axis.legend(loc="best")
+        _key(figure, axis)
 
 
 def draw_curves(found: Comparison, path: Path) -> None:
@@ -183,27 +183,49 @@ def draw_curves(found: Comparison, path: Path) -> None:
         return
     with _canvas(path, (5.2 * len(tasks) + 1, 4.8), "Distance to the target against budget") as figure:
         axes = figure.subplots(1, len(tasks), squeeze=False)[0]
-        figure.subplots_adjust(left=0.1 if len(tasks) == 1 else 0.06, right=0.98, top=0.83, bottom=0.13)
+        figure.subplots_adjust(left=0.1 if len(tasks) == 1 else 0.06, right=0.98, top=0.77, bottom=0.13)
         for axis, task in zip(axes, tasks, strict=True):
             mine = [x for x in lines if x.task == task]
             for i, method in enumerate(dict.fromkeys(x.method for x in mine)):
                 sizes = sorted({x.rollouts for x in mine if x.method == method})
                 table = [dict(found.rows(task, size))[method]["frechet"] for size in sizes]
-                _line(axis, i, sizes, [t[0] for t in table], [t[1] for t in table], method)
-            axis.set_xscale("log")
+                shifted = [size * 1.03 ** (i - 2) for size in sizes]
+                _line(axis, i, shifted, [t[0] for t in table], [t[1] for t in table], method, bars=True)
+            _budgets(axis, {x.rollouts for x in mine})
             axis.set_ylim(bottom=0)
             axis.set_title(task)
             axis.set_xlabel("rollouts, or particles, in all")
         axes[0].set_ylabel("Frechet distance, 95% interval")
-        axes[0].legend(loc="best", fontsize=9)
+        _key(figure, axes[0])
 
 
-def _line(axis: Any, i: int, xs: Sequence[float], ys: Sequence[float], halves: Sequence[float], label: str) -> None:
+def _line(
+    axis: Any, i: int, xs: Sequence[float], ys: Sequence[float], halves: Sequence[float], label: str, bars: bool = False
+) -> None:
+    """A line with its intervals: a band, or bars where many lines would cover each other."""
     colour = _LINES[i % len(_LINES)]
     axis.plot(xs, ys, color=colour, marker=_MARKS[i % len(_MARKS)], markersize=5, linewidth=1.8, label=label)
     known = [0.0 if h != h else h for h in halves]
+    if bars:
+        axis.errorbar(xs, ys, known, fmt="none", ecolor=colour, alpha=0.55, elinewidth=1.2, capsize=2.5)
+        return
     low, high = ([y + sign * h for y, h in zip(ys, known, strict=True)] for sign in (-1, 1))
     axis.fill_between(xs, low, high, color=colour, alpha=0.13, linewidth=0)
+
+
+def _budgets(axis: Any, values: set[int]) -> None:
+    """A logarithmic axis that is marked where something was measured."""
+    axis.set_xscale("log")
+    axis.set_xticks(sorted(values), [f"{value:,}" for value in sorted(values)])
+    axis.set_xticks([], minor=True)
+
+
+def _key(figure: Any, axis: Any) -> None:
+    """What the lines are, in rows between the title and the panels."""
+    handles, labels = axis.get_legend_handles_labels()
+    room = figure.get_figwidth() * (1 - figure.subplotpars.left) / 1.75
+    figure.legend(handles, labels, loc="upper left", ncols=max(1, int(room)), fontsize=9, handlelength=1.8,
+                  columnspacing=1.4, borderpad=0, bbox_to_anchor=(figure.subplotpars.left, 0.93))  # fmt: skip
 
 
 @contextmanager
