@@ -133,7 +133,11 @@ def _zeros(outputs: Any) -> Tensor:
 
 
 def _together(runs: list[tuple[float, float]]) -> tuple[float, float]:
-    """Mean of independent runs, each with its standard error, and the half width of the 95% interval."""
+    """Mean of independent runs, each with its standard error, and the half width of the 95% interval; from the runs'
+    means alone where an error is not known.
+    """
+    if any(math.isnan(error) for _, error in runs):
+        return interval([mean for mean, _ in runs])
     errors = math.sqrt(sum(error**2 for _, error in runs)) / len(runs)
     return sum(mean for mean, _ in runs) / len(runs), 1.96 * errors
 

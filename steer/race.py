@@ -45,7 +45,9 @@ class Entry:
 METHODS: dict[str, Entry] = {
     "best-of-n": Entry(lambda chains, nfe: BestOfN(chains)),
     "fk": Entry(lambda chains, nfe: FKSteering(chains, n=1, select="best"), sharpness=5.0),
-    "dts-star": Entry(lambda chains, nfe: SearchDTS(n=1, rollouts=None, max_nfe=nfe, batch=8)),
+    "dts-star": Entry(
+        lambda chains, nfe: SearchDTS(n=1, rollouts=None, max_nfe=nfe, batch=max(1, min(8, chains // 4)))
+    ),
     "svdd": Entry(lambda chains, nfe: SVDD(n=max(1, chains // 4), num_candidates=4, choose="argmax")),
     "vas": Entry(lambda chains, nfe: BestOfN(chains), guided=True),
     "vas+fk": Entry(lambda chains, nfe: FKSteering(chains, n=1, select="best"), guided=True, sharpness=5.0),
