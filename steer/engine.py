@@ -20,7 +20,7 @@ from steer.models import CARD_NAME, resolve
 from steer.progress import ticking
 from steer.rewards import as_reward
 
-__all__ = ["SAMPLERS", "generate", "is_diffusion", "load", "make_sampler"]
+__all__ = ["SAMPLERS", "generate", "is_diffusion", "is_endpoint", "load", "make_sampler"]
 
 SAMPLERS: dict[str, type[Sampler]] = {
     "ancestral": Ancestral,
@@ -33,12 +33,20 @@ SAMPLERS: dict[str, type[Sampler]] = {
 """Samplers by their name on the command line."""
 
 
+_ENDPOINT = "openai:"
+
+
 def load(model: str | Path | Any, **options: Any) -> Any:
     """A model ready to be steered: an embedded name (`smollm2-135m`, `fashion-ddpm`), a Hugging Face id, a local
-    folder, a GGUF file, or a network or pipeline in memory.
+    folder, a GGUF file, a network or pipeline in memory, or a model behind an OpenAI-compatible endpoint
+    (`openai:http://host/v1#name`).
 
     `options` go to the adapter: `dtype`, `device`, `device_map`, `trust_remote_code` (off), and the library's own.
     """
+    if is_endpoint(model):
+        from steer.adapters import openai
+
+        return openai.load(model.removeprefix(_ENDPOINT), **options)
     held = not isinstance(model, str | Path)
     where = model if held else resolve(str(model))
     if not held:
@@ -50,6 +58,11 @@ def load(model: str | Path | Any, **options: Any) -> Any:
     from steer.adapters import transformers
 
     return transformers.load(where, **options)
+
+
+def is_endpoint(model: Any) -> bool:
+    """Whether a name stands for a model behind an OpenAI-compatible endpoint."""
+    return isinstance(model, str) and model.startswith(_ENDPOINT)
 
 
 def is_diffusion(where: Any) -> bool:

@@ -223,7 +223,7 @@ def _budgets(axis: Any, values: set[int]) -> None:
 def _key(figure: Any, axis: Any) -> None:
     """What the lines are, in rows between the title and the panels."""
     handles, labels = axis.get_legend_handles_labels()
-    room = figure.get_figwidth() * (1 - figure.subplotpars.left) / 1.75
+    room = figure.get_figwidth() * (1 - figure.subplotpars.left) / 1.4
     figure.legend(handles, labels, loc="upper left", ncols=max(1, int(room)), fontsize=9, handlelength=1.8,
                   columnspacing=1.4, borderpad=0, bbox_to_anchor=(figure.subplotpars.left, 0.93))  # fmt: skip
 

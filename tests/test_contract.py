@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,18 @@ def pipeline(request: Any) -> Process:
     return load(sd15()).process(steps=4)
 
 
+@pytest.fixture(scope="session")
+def endpoint() -> Iterator[Any]:
+    """A model behind an endpoint that serves a chain of four letters, whose texts may end early."""
+    from openai_server import Chain, Server
+
+    from steer.adapters.openai import load
+
+    rows = [[0.4, 0.3, 0.2, 0.1], [0.1, 0.4, 0.3, 0.2], [0.2, 0.1, 0.4, 0.3], [0.3, 0.2, 0.1, 0.4]]
+    with Server(Chain("wxyz", rows[0], rows, end=0.05)).running() as server:
+        yield load(server.url, model="chain", chat=False)
+
+
 PROCESSES: dict[str, Callable[[Any], Process]] = {
     "tabular": lambda request: markov_lm(),
     "gaussian": lambda request: GaussianProcess(steps=6),
@@ -52,6 +64,12 @@ PROCESSES: dict[str, Callable[[Any], Process]] = {
     "language-model, blocks": lambda request: request.getfixturevalue("tiny_lm").process(max_new_tokens=6, block=4),
     "language-model, sentences": lambda request: request.getfixturevalue("tiny_lm").process(
         max_new_tokens=9, block=3, until=("s", "o")
+    ),
+    "endpoint, tokens drawn here": lambda request: request.getfixturevalue("endpoint").process(
+        max_new_tokens=6, block=2, top_logprobs=20
+    ),
+    "endpoint, blocks": lambda request: request.getfixturevalue("endpoint").process(
+        max_new_tokens=6, block=2, logprobs=True
     ),
     "masked": masked,
     "diffusion network": diffusion_network,
@@ -105,7 +123,14 @@ def same(a: Samples, b: Samples) -> bool:
         # What a network makes of a row may depend on the size of its batch, by a few units in the last place.
         atol = 1e-12 if a.outputs.dtype == torch.float64 else 1e-5
         return bool(torch.allclose(a.outputs, b.outputs, rtol=0, atol=atol))
-    return a.tokens == b.tokens
+    return a.outputs == b.outputs if a.tokens is None else a.tokens == b.tokens
+
+
+def noise_elsewhere(process: Process) -> bool:
+    """Whether unedited texts are drawn by an endpoint, with its noise, and edited ones here: of one law, but not equal
+    for equal seeds.
+    """
+    return getattr(process, "logprobs", False)
 
 
 def test_same_seed_same_samples_and_another_seed_others(process: Process) -> None:
@@ -135,7 +160,8 @@ def test_without_edits_the_base_is_what_is_sampled(process: Process) -> None:
 
 def test_an_edit_that_does_nothing_changes_nothing(process: Process) -> None:
     plain, edited = run(process), run(process.edited(Nothing()))
-    assert same(plain, edited)
+    assert same(plain, edited) or noise_elsewhere(process)
+    assert torch.allclose(edited.log_prob, edited.base_log_prob, rtol=0, atol=1e-5)
     assert float(edited.kl.abs().max()) < 1e-6
 
 
@@ -149,8 +175,9 @@ def test_an_edit_drifts_and_its_weights_are_known(process: Process) -> None:
 
 
 def test_edits_compose_in_order_and_unedited_is_the_base(process: Process) -> None:
+    start = process.edited(Nothing()) if noise_elsewhere(process) else process
     twice = process.edited(Pull(0.3)).edited(Pull(-0.3))
-    assert len(twice.edits) == 2 and same(run(twice), run(process))
+    assert len(twice.edits) == 2 and same(run(twice), run(start))
     assert same(run(twice.unedited()), run(process))
 
 
@@ -162,7 +189,7 @@ def test_an_edit_for_one_prompt_leaves_the_other_bit_equal(process: Process) -> 
     if isinstance(plain.outputs, Tensor):
         assert torch.equal(plain.outputs[first], mixed.outputs[first])
     else:
-        assert [plain.tokens[i] for i in range(3)] == [mixed.tokens[i] for i in range(3)]
+        assert (plain.tokens or plain.outputs)[:3] == (mixed.tokens or mixed.outputs)[:3]
     assert torch.equal(plain.log_prob[first], mixed.log_prob[first])
     assert float(mixed.kl[first].abs().max()) == 0 and float(mixed.kl[~first].min()) > 0
 

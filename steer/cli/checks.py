@@ -17,7 +17,7 @@ import torch
 from steer.cli.options import ImageOptions, ModelOptions, TextOptions
 from steer.cli.values import spelled
 from steer.core import Edit, InputError, Reward, check
-from steer.engine import is_diffusion
+from steer.engine import is_diffusion, is_endpoint
 from steer.models import CARD_NAME, resolve
 from steer.mount import load_edit, split_spec
 
@@ -35,6 +35,10 @@ Coming = frozenset[Path]
 
 def check_model(options: ModelOptions) -> None:
     """The model's name, precision and device."""
+    if is_endpoint(options.model):
+        check(options.dtype == "auto", "dtype", options.dtype, "unset: an endpoint has its own")
+        check(options.device is None, "device", options.device, "unset: an endpoint has its own")
+        return
     resolve(options.model)
     check(options.dtype in _DTYPES, "dtype", options.dtype, ", ".join(_DTYPES))
     if options.device is None:
@@ -51,7 +55,7 @@ def check_model(options: ModelOptions) -> None:
 
 def draws_images(options: ModelOptions) -> bool:
     """Whether the model is a diffusion model, by its folder or its files on the hub."""
-    return is_diffusion(resolve(options.model))
+    return not is_endpoint(options.model) and is_diffusion(resolve(options.model))
 
 
 def check_kind(options: ModelOptions, images: bool) -> None:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from steer.cli import checks, showing
 from steer.cli.checks import Coming
 from steer.cli.options import GenerateOptions, SampleOptions
-from steer.cli.values import coerce, pairs, typed
+from steer.cli.values import coerce, pairs, spelled, typed
 from steer.core import Edit, InputError, RawText, Reward, Sampler, Samples, check
-from steer.engine import SAMPLERS, Plan, execute, make_sampler, prepare
+from steer.engine import SAMPLERS, Plan, execute, is_endpoint, make_sampler, prepare
 from steer.lookahead import Lookahead, Preview, Rollouts
 from steer.methods.dts import DTS
 from steer.methods.fk import FKSteering
@@ -160,19 +160,14 @@ def _texts(options: GenerateOptions, coming: Coming) -> Run:
     check(
         not options.stream or (single and not options.json), "stream", True, "one prompt, n=1, ancestral, without json"
     )
+    remote = is_endpoint(options.model)
+    for name in ("stream", "edit", "until", "tuned") if remote else ():
+        check(not getattr(options, name), spelled(name), getattr(options, name), "unset: the model is an endpoint's")
     edits = [checks.edit_maker(text, coming) for text in options.edit]
 
     def run(session: Session) -> None:
         model = session.load(options)
-        settings = {
-            "max_new_tokens": options.max_new_tokens,
-            "temperature": options.temperature,
-            "top_k": options.top_k,
-            "top_p": options.top_p,
-            "repetition_penalty": options.repetition_penalty,
-            "block": options.block,
-            "until": options.until,
-        }
+        settings = _endpoint_settings(options) if remote else _text_settings(options)
         mounted = [make(model) for make in edits] + asked.guidance(model, settings)
         if options.system is not None:
             from steer.methods.prompt import SystemPrompt
@@ -187,6 +182,20 @@ def _texts(options: GenerateOptions, coming: Coming) -> Run:
         showing.show_samples(samples, options, asked.seed, session, streamed=options.stream)
 
     return run
+
+
+def _text_settings(options: GenerateOptions) -> dict[str, Any]:
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "block", "until")
+    return {name: getattr(options, name) for name in names}
+
+
+def _endpoint_settings(options: GenerateOptions) -> dict[str, Any]:
+    """What was asked for beyond the defaults, which an endpoint may not have; whole texts without --block."""
+    check(options.repetition_penalty == 1, "repetition_penalty", options.repetition_penalty, "1: endpoints have none")
+    found: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
+    found |= {"top_k": options.top_k} if options.top_k else {}
+    found |= {"top_p": options.top_p} if options.top_p < 1 else {}
+    return found | ({"block": options.block} if options.block > 1 else {})
 
 
 def _streamed(model: Any, plan: Plan, session: Session) -> Samples:

@@ -12,7 +12,7 @@ from steer.cli import checks, generating, measuring, training
 from steer.cli.checks import Coming
 from steer.cli.options import EvalOptions, ModelOptions
 from steer.core import check
-from steer.engine import load
+from steer.engine import is_endpoint, load
 from steer.report import Report, evaluate
 from steer.rewards import parse_reward
 
@@ -35,7 +35,8 @@ class Session:
         """The model that `options` name."""
         key = (options.model, options.dtype, options.device)
         if key not in self.models:
-            self.models[key] = load(options.model, dtype=options.dtype, device=options.device)
+            settings = {} if is_endpoint(options.model) else {"dtype": options.dtype, "device": options.device}
+            self.models[key] = load(options.model, **settings)
         return self.models[key]
 
 
