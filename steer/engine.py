@@ -46,7 +46,7 @@ def load(model: str | Path | Any, **options: Any) -> Any:
     if is_endpoint(model):
         from steer.adapters import openai
 
-        return openai.load(model.removeprefix(_ENDPOINT), **options)
+        return openai.load(str(model).removeprefix(_ENDPOINT), **options)
     held = not isinstance(model, str | Path)
     where = model if held else resolve(str(model))
     if not held:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from steer.cli import checks, generating, measuring, training
+from steer.cli import checks, generating, measuring, serving, training
 from steer.cli.checks import Coming
 from steer.cli.options import EvalOptions, ModelOptions
 from steer.core import check
@@ -86,5 +86,6 @@ JOBS: dict[str, Callable[..., Run]] = {
     "compare": measuring.compare,
     "race": measuring.race,
     "guide": measuring.guide,
+    "serve": serving.serve,
 }
 """By the names in `steer.cli.options.COMMANDS`."""

@@ -22,6 +22,7 @@ __all__ = [
     "ModelOptions",
     "Options",
     "SampleOptions",
+    "ServeOptions",
     "TextOptions",
     "TrainControllerOptions",
     "TrainImagesOptions",
@@ -302,6 +303,54 @@ class GuideOptions(ModelOptions):
     max_new_tokens: Annotated[int, typer.Option(help="The longest output (language models).")] = 32
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(ModelOptions):
+    """Serve a language model to OpenAI's clients, steered as each request says."""
+
+    model: Annotated[
+        str,
+        typer.Option(metavar="MODEL", help="An embedded model, a Hugging Face id or a folder; default: the recipe's."),
+    ] = ""
+    name: Annotated[
+        str | None, typer.Option(help="What requests call the model; default: as above, a folder by its last part.")
+    ] = None
+    engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers"
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own want a key.")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 is any that is free.")] = 8000
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Environment variable that holds the API key, or several.")
+    ] = None
+    no_key: Annotated[bool, typer.Option("--no-key", help="Serve other machines without a key.")] = False
+    artifacts: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of vectors, controllers and value heads; clients' too.")
+    ] = None
+    recipe: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="Steer as its last generate job does where nothing is asked.")
+    ] = None
+    allow_reward: Annotated[
+        list[str], typer.Option(metavar="[NAME=]REWARD", help="A reward that requests may name; repeatable.")
+    ] = field(default_factory=list)
+    max_rows: Annotated[int, typer.Option(help="Texts that decode together.")] = 32
+    cache_tokens: Annotated[int, typer.Option(help="Room of the running batch: texts times the longest's tokens.")] = (
+        65_536
+    )
+    searches: Annotated[int, typer.Option(help="Searches that take turns; others wait.")] = 4
+    search_share: Annotated[float, typer.Option(help="Of the time, for searches, while plain requests are there.")] = (
+        0.15
+    )
+    max_body_bytes: Annotated[int, typer.Option(help="Size of a request.")] = 4 << 20
+    max_choices: Annotated[int, typer.Option(help="Texts that a request gets back.")] = 32
+    max_candidates: Annotated[int, typer.Option(help="Texts that a request may draw.")] = 256
+    max_tokens: Annotated[int, typer.Option(help="Tokens of one text.")] = 2048
+    max_total_tokens: Annotated[int, typer.Option(help="Tokens that a request may draw, of every candidate.")] = 131_072
+    max_requests: Annotated[int, typer.Option(help="Requests that run or wait; one more is answered 429.")] = 256
+    max_artifacts: Annotated[int, typer.Option(help="Registered artifacts.")] = 256
+    max_artifact_bytes: Annotated[int, typer.Option(help="Of all registered artifacts together.")] = 1 << 30
+    drain: Annotated[float, typer.Option(metavar="SECONDS", help="For running requests when told to stop.")] = 30.0
+
+
 COMMANDS: dict[str, type[Options]] = {
     "generate": GenerateOptions,
     "train vector": TrainVectorOptions,
@@ -313,5 +362,6 @@ COMMANDS: dict[str, type[Options]] = {
     "compare": CompareOptions,
     "race": RaceOptions,
     "guide": GuideOptions,
+    "serve": ServeOptions,
 }
 """Commands that a recipe can hold."""

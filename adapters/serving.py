@@ -1,0 +1,95 @@
+"""The transformers engine behind the server: see `steer.serving`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steer.adapters._preparing import Prepared, Preparer
+from steer.adapters._scheduler import Scheduler, Ticket
+from steer.core import check
+from steer.serving.engine import Event, Finished, Load, Task
+
+if TYPE_CHECKING:
+    from steer.adapters.transformers import LanguageModel
+
+__all__ = ["TransformersEngine"]
+
+
+class TransformersEngine:
+    """One language model that serves many requests at once.
+
+    Args:
+        model: the model. It belongs to the engine from then on: others may not run it beside.
+        name: what requests call it; default: its own name.
+        max_rows: texts that decode together.
+        cache_tokens: room of the running batch: rows times the positions of the longest.
+        searches: searches that take turns; further ones wait.
+        search_share: of the time, for searches and measurements, while plain requests are there.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        name: str | None = None,
+        max_rows: int = 32,
+        cache_tokens: int = 65_536,
+        searches: int = 4,
+        search_share: float = 0.15,
+    ) -> None:
+        for field, value in (("max_rows", max_rows), ("cache_tokens", cache_tokens), ("searches", searches)):
+            check(isinstance(value, int) and value >= 1, field, value, "an integer of 1 or more")
+        check(0 < search_share < 1, "search_share", search_share, "a share of the time between 0 and 1")
+        # Prompts of strangers seldom come again; tokens of thousands of them would be kept.
+        model._tokens = model._tokenised  # type: ignore[assignment]
+        model.residual_norms()
+        self._model, self._name = model, name or model.name
+        self._preparer = Preparer(model, max_rows, cache_tokens)
+        self._scheduler = Scheduler(
+            model, max_rows=max_rows, cache_tokens=cache_tokens, searches=searches, search_share=search_share
+        )
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def context_length(self) -> int | None:
+        return self._model.context_length
+
+    def check_artifact(self, path: Path) -> None:
+        self._preparer.check_artifact(path)
+
+    def prepare(self, task: Task) -> Prepared:
+        return self._preparer(task)
+
+    async def run(self, prepared: Any) -> AsyncGenerator[Event]:
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event | Exception] = asyncio.Queue()
+
+        def emit(event: Event | Exception) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        ticket = Ticket(prepared, emit)
+        self._scheduler.submit(ticket)
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            ticket.cancelled = True
+            self._scheduler.wake()
+
+    def load(self) -> Load:
+        return self._scheduler.load()
+
+    def close(self) -> None:
+        self._scheduler.close()

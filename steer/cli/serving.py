@@ -1,0 +1,158 @@
+"""`steer serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from steer.cli import checks
+from steer.cli.checks import Coming
+from steer.cli.options import GenerateOptions, ServeOptions
+from steer.cli.values import pairs, typed
+from steer.core import SteerError, check
+from steer.engine import SAMPLERS
+from steer.mount import split_spec
+from steer.serving.limits import Limits
+from steer.serving.rewards import Rewards
+from steer.wire import EditRequest, SteerRequest
+
+if TYPE_CHECKING:
+    from steer.cli.jobs import Run, Session
+    from steer.serving.engine import Engine
+
+__all__ = ["serve"]
+
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "multipart")
+_ENGINES = ("transformers", "vllm")
+
+
+@dataclass(frozen=True)
+class _Default:
+    """How requests are steered that ask for nothing, and the files which that takes."""
+
+    model: str
+    request: SteerRequest
+    files: tuple[Path, ...]
+
+
+def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
+    """Check a request to serve."""
+    check(options.engine in _ENGINES, "engine", options.engine, ", ".join(_ENGINES))
+    check(0 <= options.port <= 65_535, "port", options.port, "0 (any that is free) to 65535")
+    check(options.drain >= 0, "drain", options.drain, "seconds, 0 or more")
+    check(0 < options.search_share < 1, "search_share", options.search_share, "a share of the time between 0 and 1")
+    keys = _keys(options)
+    default = None if options.recipe is None else _from_recipe(options.recipe)
+    named = options.model or ("" if default is None else default.model)
+    check(bool(named), "model", "", "a model, or a --recipe that names one")
+    options = replace(options, model=named)
+    checks.check_model(options)
+    check(not checks.draws_images(options), "model", options.model, "a language model")
+    rewards = Rewards(options.allow_reward)
+    if default is not None and default.request.reward is not None:
+        rewards.parse(default.request.reward)
+    _check_installed()
+    _limits(options)
+
+    def run(session: Session) -> None:
+        from steer.serving.app import create_app
+        from steer.serving.guard import is_loopback
+        from steer.serving.run import run as serve_until_told
+
+        app = create_app(
+            _engine(options, session), artifacts=options.artifacts, files=() if default is None else default.files,
+            keys=keys, local=is_loopback(options.host), limits=_limits(options), rewards=rewards,
+            default=None if default is None else default.request,
+        )  # fmt: skip
+        for name, why in app.state.server.store.refused.items():
+            print(f"steer: not registered: {name}: {why}", file=sys.stderr)
+        serve_until_told(app, options.host, options.port, options.drain)
+
+    return run
+
+
+def _keys(options: ServeOptions) -> tuple[str, ...]:
+    """The keys in the environment, separated by white space; a server that others can reach has one."""
+    if options.api_key_env is not None:
+        keys = tuple(os.environ.get(options.api_key_env, "").split())
+        check(bool(keys), "api_key_env", options.api_key_env, "an environment variable that holds a key")
+        return keys
+    local = options.host in ("localhost", "::1") or options.host.startswith("127.")
+    check(
+        local or options.no_key, "host", options.host,
+        "127.0.0.1, or --api-key-env NAME beside it; --no-key lets everybody in who can reach it",
+    )  # fmt: skip
+    return ()
+
+
+def _check_installed() -> None:
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise SteerError(f"steer serve needs {', '.join(missing)}: pip install steer-engine[serve]")
+
+
+def _limits(options: ServeOptions) -> Limits:
+    return Limits(**{entry.name: getattr(options, f"max_{entry.name}") for entry in fields(Limits)})
+
+
+def _engine(options: ServeOptions, session: Session) -> Engine:
+    if options.engine == "vllm":
+        try:
+            made = import_module("steer.adapters.vllm").serving_engine
+        except (ImportError, AttributeError) as error:
+            raise SteerError(f"engine vllm cannot be used here: {error}") from error
+        return made(options.model, name=_served_name(options), dtype=options.dtype, max_rows=options.max_rows)
+    from steer.adapters.serving import TransformersEngine
+
+    return TransformersEngine(
+        session.load(options), name=_served_name(options), max_rows=options.max_rows, cache_tokens=options.cache_tokens,
+        searches=options.searches, search_share=options.search_share,
+    )  # fmt: skip
+
+
+def _served_name(options: ServeOptions) -> str:
+    """A folder or a file goes by its last part: clients need not know where it lies."""
+    model = options.model
+    return options.name or (Path(model).resolve().name if Path(model).exists() else model)
+
+
+# ------------------------------------------------------------------------------------------------------------ recipe
+
+
+def _from_recipe(source: str) -> _Default:
+    """The steering of a recipe's last `generate` job."""
+    from steer.recipe import load_recipe
+
+    recipe = load_recipe(source)
+    jobs = [step.options for step in recipe.steps if isinstance(step.options, GenerateOptions)]
+    check(bool(jobs), "recipe", source, "a recipe with a generate job, whose steering is served")
+    job = jobs[-1]
+    check(not checks.draws_images(job), "recipe", source, "a recipe of a language model")
+    edits = [_edit(source, text) for text in job.edit]
+    settings: dict[str, Any] = {}
+    candidates = job.n
+    if job.sampler != "ancestral":
+        check(job.sampler in SAMPLERS, "sampler", job.sampler, ", ".join(SAMPLERS))
+        settings = typed(pairs(job.set), get_type_hints(SAMPLERS[job.sampler]), f"setting of {job.sampler}")
+        for name in ("num_particles", "num_candidates", "rollouts"):
+            candidates = settings.pop(name, candidates)
+    request = SteerRequest.parse(
+        {
+            "edits": [edit for edit, _ in edits], "sampler": job.sampler, "settings": settings,
+            "candidates": None if job.sampler == "ancestral" else candidates, "reward": job.reward, "beta": job.beta,
+        }
+    )  # fmt: skip
+    return _Default(job.model, request, tuple(path for _, path in edits))
+
+
+def _edit(recipe: str, text: str) -> tuple[dict[str, Any], Path]:
+    path, strength, options = split_spec(text)
+    check(Path(path).is_file(), "recipe", path, f"a file that is there: steer run {recipe} makes it")
+    hints = {k: v for k, v in get_type_hints(EditRequest).items() if k not in ("name", "strength", "model_config")}
+    made = {"name": Path(path).stem, "strength": strength, **typed(options, hints, "edit")}
+    return {k: v for k, v in made.items() if v is not None}, Path(path)

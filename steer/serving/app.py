@@ -1,0 +1,158 @@
+"""The application: one engine, its artifacts and rewards, behind OpenAI's routes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, PlainTextResponse
+
+from steer.serving import errors, registry, writing
+from steer.serving.artifacts import Store
+from steer.serving.engine import Engine
+from steer.serving.errors import Refused
+from steer.serving.gate import Gate
+from steer.serving.guard import Guard
+from steer.serving.limits import Limits
+from steer.serving.metrics import CountedRequests, Metrics
+from steer.serving.protocol import ErrorAnswer, Health, Model, ModelList, RegisterRequest
+from steer.serving.rewards import Rewards
+from steer.serving.tasks import Tasks
+from steer.wire import SteerRequest
+
+__all__ = ["Server", "create_app"]
+
+
+@dataclass(frozen=True)
+class Server:
+    """What the routes share."""
+
+    engine: Engine
+    store: Store
+    tasks: Tasks
+    gate: Gate
+    metrics: Metrics
+    created: int
+
+
+def create_app(
+    engine: Engine,
+    *,
+    artifacts: Path | None = None,
+    files: Sequence[Path] = (),
+    keys: Sequence[str] = (),
+    local: bool = True,
+    limits: Limits | None = None,
+    rewards: Rewards | None = None,
+    default: SteerRequest | None = None,
+) -> FastAPI:
+    """An OpenAI-compatible application.
+
+    Args:
+        engine: what generates, such as `steer.adapters.serving.TransformersEngine`.
+        artifacts: folder of registered vectors, controllers and value heads.
+        files: artifacts elsewhere, registered under their names.
+        keys: API keys, any of which opens; without one everybody may ask.
+        local: without keys, answer only requests that name this machine as localhost.
+        limits: see `Limits`.
+        rewards: those that requests may name; default: the shipped ones that load nothing.
+        default: steering of requests that ask for none.
+    """
+    limits = limits or Limits()
+    store = Store(
+        artifacts, engine.check_artifact, files=files, limit=limits.artifacts, limit_bytes=limits.artifact_bytes
+    )
+    gate = Gate(limits.requests)
+    metrics = Metrics(engine, gate, store)
+    tasks = Tasks(store, rewards or Rewards(), limits, default)
+    server = Server(engine, store, tasks, gate, metrics, int(time.time()))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        gate.draining = True
+        engine.close()
+
+    app = FastAPI(title="steer", summary="OpenAI-compatible generation with steering.", lifespan=lifespan,
+                  docs_url=None, redoc_url=None, redirect_slashes=False)  # fmt: skip
+    app.state.server = server
+    errors.install(app)
+    app.include_router(writing.router(server))
+    app.include_router(registry.router(server))
+    _add_small_routes(app, server)
+    app.add_middleware(Guard, keys=tuple(keys), local=local and not keys, body_bytes=limits.body_bytes,
+                       artifact_bytes=limits.artifact_bytes)  # fmt: skip
+    app.add_middleware(CountedRequests, metrics=metrics)
+    _describe(app, engine.name, bool(keys))
+    return app
+
+
+def _add_small_routes(app: FastAPI, server: Server) -> None:
+    engine = server.engine
+    denied: dict[int | str, dict[str, Any]] = {
+        401: {"model": ErrorAnswer, "description": "The API key is wrong or missing."},
+        403: {"model": ErrorAnswer, "description": "A server without a key was asked from elsewhere."},
+    }
+
+    def model() -> Model:
+        return Model(id=engine.name, created=server.created, max_model_len=engine.context_length)
+
+    @app.get("/v1/models", response_model=ModelList, responses=denied, tags=["openai"])
+    async def models() -> ModelList:
+        """The one model that is served."""
+        return ModelList(data=[model()])
+
+    @app.get(
+        "/v1/models/{name:path}", response_model=Model, tags=["openai"],
+        responses={**denied, 404: {"model": ErrorAnswer, "description": "No such model."}},
+    )  # fmt: skip
+    async def one_model(name: str) -> Model:
+        """One model."""
+        if name != engine.name:
+            raise Refused(404, f"model: got {name!r}; allowed: {engine.name}", "model", "model_not_found")
+        return model()
+
+    @app.get(
+        "/health", response_model=Health, tags=["server"],
+        responses={503: {"model": Health, "description": "The server is shutting down."}},
+    )  # fmt: skip
+    async def health() -> JSONResponse:
+        """Whether requests are taken."""
+        draining = server.gate.draining
+        return JSONResponse({"status": "draining" if draining else "ok"}, 503 if draining else 200)
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses=denied, tags=["server"])
+    async def metrics() -> PlainTextResponse:
+        """Counters in Prometheus's text format."""
+        return PlainTextResponse(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _describe(app: FastAPI, model: str, keys: bool) -> None:
+    """The OpenAPI description as the server behaves: bad input is 400, and keys are named where they are needed."""
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = made()
+            schemas = schema["components"]["schemas"]
+            schemas["RegisterRequest"] = RegisterRequest.model_json_schema()
+            for name in ("ChatRequest", "CompletionRequest"):
+                schemas[name]["properties"]["model"]["enum"] = [model]
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
+            for path, methods in schema["paths"].items():
+                for operation in methods.values():
+                    operation["responses"].pop("422", None)
+                    if keys and path != "/health":
+                        operation["security"] = [{"key": []}]
+            if keys:
+                schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,302 @@
+"""Requests and answers as OpenAI's clients write and read them, with `steer` beside their fields."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+
+from steer.wire import SteerRequest
+
+__all__ = [
+    "Artifact", "ArtifactList", "ChatAnswer", "ChatRequest", "CompletionAnswer", "CompletionRequest", "Deleted",
+    "ErrorAnswer", "Health", "Model", "ModelList", "RegisterRequest", "RewardList",
+]  # fmt: skip
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("text that can be written as UTF-8, without lone surrogates") from error
+    return text
+
+
+Text = Annotated[StrictStr, AfterValidator(_encodable)]
+Number = StrictFloat | StrictInt
+Count = StrictInt
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+# ---------------------------------------------------------------------------------------------------------- requests
+
+
+class TextPart(_Request):
+    """A part of a message; text is all there is."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(_Request):
+    """One message of a chat. A chat that ends with the assistant's own words is continued there."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+    name: Text | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As the chat template reads it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class StreamOptions(_Request):
+    """`include_usage` sends the usage in a last chunk without choices."""
+
+    include_usage: StrictBool = False
+
+
+class ResponseFormat(_Request):
+    """Text is all there is."""
+
+    type: Literal["text"]
+
+
+class _Common(_Request):
+    model: Text
+    n: Annotated[Count, Field(ge=1)] | None = None
+    max_tokens: Annotated[Count, Field(ge=1)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Count, Field(ge=0)] | None = Field(default=None, description="Not OpenAI's; 0 is off.")
+    min_p: Annotated[Number, Field(ge=0, lt=1)] | None = Field(default=None, description="Not OpenAI's; 0 is off.")
+    stop: Annotated[Text, Field(min_length=1)] | Annotated[list[Annotated[Text, Field(min_length=1)]],
+        Field(max_length=4)] | None = None  # fmt: skip
+    seed: StrictInt | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=1024)
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    user: Text | None = Field(default=None, description="Ignored.")
+    steer: SteerRequest | None = None
+
+
+class ChatRequest(_Common):
+    """A request for `/v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[Count, Field(ge=1)] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[Count, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: None = Field(default=None, description="Not supported.")
+    tool_choice: Literal["none"] | None = None
+    parallel_tool_calls: StrictBool | None = Field(default=None, description="Ignored: there are no tools.")
+    metadata: dict[str, Any] | None = Field(default=None, description="Ignored.")
+    store: Literal[False] | None = None
+
+
+class CompletionRequest(_Common):
+    """A request for `/v1/completions`."""
+
+    prompt: Text | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Count], Field(min_length=1)] | Annotated[
+        list[Annotated[list[Count], Field(min_length=1)]], Field(min_length=1)]  # fmt: skip
+    logprobs: Annotated[Count, Field(ge=0, le=5)] | None = None
+    echo: Literal[False] | None = None
+    suffix: None = Field(default=None, description="Not supported.")
+    best_of: Literal[1] | None = Field(default=None, description="Use steer.sampler best-of-n.")
+
+
+class RegisterRequest(_Request):
+    """Register a file that lies in the configured folder."""
+
+    file: Text
+    name: Text | None = None
+
+
+# ----------------------------------------------------------------------------------------------------------- answers
+
+
+class PromptDetails(BaseModel):
+    cached_tokens: int = 0
+
+
+class Usage(BaseModel):
+    """`completion_tokens` are those of the choices that came back; `steer.cost` counts every candidate's."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails = PromptDetails()
+
+
+class CostAnswer(BaseModel):
+    """What a request took, over all candidates."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    model_calls: int
+    nfe: int
+    reward_calls: int
+    seconds: float
+
+
+class SteerChoice(BaseModel):
+    """The reward of a choice, and the drift of its law from the unsteered model in nats."""
+
+    reward: float | None
+    kl: float | None
+
+
+class SteerAnswer(BaseModel):
+    """The best reward and the mean drift over the choices, the texts that were drawn, and what it took."""
+
+    reward: float | None
+    candidates: int
+    kl: float | None
+    cost: CostAnswer
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatLogprob]
+    refusal: None = None
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+Reason = Literal["stop", "length"]
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Reason
+    steer: SteerChoice | None = None
+
+
+class ChatAnswer(BaseModel):
+    """The answer of `/v1/chat/completions`. `steer` is there where the request had it."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    steer: SteerAnswer | None = None
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Reason
+    steer: SteerChoice | None = None
+
+
+class CompletionAnswer(BaseModel):
+    """The answer of `/v1/completions`. `steer` is there where the request had it."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+    steer: SteerAnswer | None = None
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorAnswer(BaseModel):
+    """Every error has this shape."""
+
+    error: ErrorBody
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "steer"
+    max_model_len: int | None = None
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Artifact(BaseModel):
+    """A registered artifact. One that lies in the folder itself is `fixed`: it is never evicted."""
+
+    id: str
+    object: Literal["steer.artifact"] = "steer.artifact"
+    kind: str
+    bytes: int
+    sha256: str
+    created: int
+    fixed: bool
+    layers: list[int]
+    settings: dict[str, Any]
+    model: dict[str, Any]
+
+
+class ArtifactList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Artifact]
+
+
+class Deleted(BaseModel):
+    id: str
+    object: Literal["steer.artifact"] = "steer.artifact"
+    deleted: Literal[True] = True
+
+
+class Reward(BaseModel):
+    """A reward that requests may name, and how it is written."""
+
+    id: str
+    object: Literal["steer.reward"] = "steer.reward"
+    usage: str
+
+
+class RewardList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Reward]
+
+
+class Health(BaseModel):
+    status: Literal["ok", "draining"]

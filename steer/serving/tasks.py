@@ -1,0 +1,193 @@
+"""From a request of OpenAI's kind to a `Task`: names are resolved and everything is counted before work starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from steer.core import InputError, Prompt, RawText, Reward, Sampler, check
+from steer.engine import SAMPLERS
+from steer.lookahead import Lookahead, Preview, Rollouts
+from steer.serving.artifacts import Store, UnknownArtifactError
+from steer.serving.engine import NamedEdit, Sampling, Steering, Task, TokenPrompt, TooLargeError
+from steer.serving.limits import Limits
+from steer.serving.protocol import ChatRequest, CompletionRequest
+from steer.serving.rewards import Rewards
+from steer.wire import SteerRequest
+
+__all__ = ["Tasks"]
+
+_POPULATION = {"best-of-n": "n", "fk": "num_particles", "svdd": "num_candidates", "dts": "rollouts",
+               "dts-star": "rollouts"}  # fmt: skip
+"""What `candidates` is called by each sampler."""
+_OURS = ("n", "keep_previews", "max_bytes", "max_nfe")
+"""Settings of samplers that are the server's to choose."""
+_COMPLETION_TOKENS = 16
+"""OpenAI's default for `/v1/completions`."""
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Reads requests, with what the server has and allows.
+
+    `default` is the steering of requests that ask for none.
+    """
+
+    store: Store
+    rewards: Rewards
+    limits: Limits
+    default: SteerRequest | None = None
+
+    def chat(self, request: ChatRequest) -> Task:
+        """Raises `InputError` that names the field, and `TooLargeError`."""
+        check(
+            request.top_logprobs is None or bool(request.logprobs), "top_logprobs", request.top_logprobs,
+            "unset, or with logprobs=true",
+        )  # fmt: skip
+        messages: Prompt = [message.plain() for message in request.messages]
+        wanted = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+        logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        return self._task(request, (messages,), wanted, logprobs)
+
+    def completion(self, request: CompletionRequest) -> Task:
+        """Raises `InputError` that names the field, and `TooLargeError`."""
+        wanted = _COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+        return self._task(request, _prompts(request.prompt), wanted, request.logprobs)
+
+    def _task(
+        self, request: Any, prompts: tuple[Prompt | TokenPrompt, ...], wanted: int | None, logprobs: int | None
+    ) -> Task:
+        check(
+            request.stream_options is None or bool(request.stream), "stream_options", "an object",
+            "unset, or with stream=true",
+        )  # fmt: skip
+        n, limits = request.n or 1, self.limits
+        if len(prompts) * n > limits.choices:
+            raise TooLargeError("n", f"{len(prompts) * n} choices in all", f"at most {limits.choices}")
+        field = "max_tokens" if getattr(request, "max_completion_tokens", None) is None else "max_completion_tokens"
+        if wanted is not None and wanted > limits.tokens:
+            raise TooLargeError(field, wanted, f"at most {limits.tokens}")
+        sampling = Sampling(
+            max_tokens=limits.tokens if wanted is None else wanted, trim=wanted is None,
+            temperature=_given(request.temperature, 1.0), top_p=_given(request.top_p, 1.0),
+            top_k=request.top_k or 0, min_p=_given(request.min_p, 0.0),
+            stop=(request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ()),
+            seed=request.seed, frequency_penalty=_given(request.frequency_penalty, 0.0),
+            presence_penalty=_given(request.presence_penalty, 0.0), logit_bias=_bias(request.logit_bias),
+            logprobs=logprobs,
+        )  # fmt: skip
+        asked = request.steer or self.default
+        steering = None if asked is None else self._steering(asked, sampling, len(prompts), n)
+        total = len(prompts) * n * sampling.max_tokens
+        if total > limits.total_tokens:
+            raise TooLargeError(field, f"{total} tokens in all", f"at most {limits.total_tokens}")
+        return Task(prompts, n, sampling, steering, bool(request.stream))
+
+    # ---- steering
+
+    def _steering(self, asked: SteerRequest, sampling: Sampling, prompts: int, n: int) -> Steering:
+        edits = tuple(self._edit(asked, i) for i in range(len(asked.edits)))
+        reward = None if asked.reward is None else self._reward(asked.reward)
+        if asked.token_level:
+            check(
+                asked.candidates is None, "steer.candidates", asked.candidates, "unset without a sampler that chooses"
+            )
+            check(not asked.settings, "steer.settings", asked.settings, "unset without a sampler that chooses")
+            most = prompts * n * sampling.max_tokens
+            _check_budget(asked, most)
+            return Steering(edits, reward=reward, beta=asked.beta, kl=asked.kl)
+        name = str(asked.sampler)
+        check(name in SAMPLERS, "steer.sampler", name, ", ".join(SAMPLERS))
+        check(reward is not None, "steer.reward", None, f"a reward: {name} chooses by it")
+        sampler, candidates = self._sampler(asked, name, sampling, prompts, n)
+        repeats = n if name == "best-of-n" else 1
+        return Steering(edits, sampler, repeats, candidates, reward, asked.beta, asked.block, asked.kl)
+
+    def _edit(self, asked: SteerRequest, i: int) -> NamedEdit:
+        request = asked.edits[i]
+        try:
+            entry = self.store.get(request.name)
+        except UnknownArtifactError:
+            known = ", ".join(e.name for e in self.store.entries()) or "none is registered"
+            raise InputError(f"steer.edits.{i}.name", request.name, f"a registered artifact: {known}") from None
+        return NamedEdit(entry.path, entry.digest, request)
+
+    def _reward(self, text: str) -> Reward:
+        return self.rewards.parse(text)
+
+    def _sampler(self, asked: SteerRequest, name: str, sampling: Sampling, prompts: int, n: int) -> tuple[Sampler, int]:
+        """The sampler, with as many candidates as were asked for or as the budget allows; and how many in all."""
+        kind: Any = SAMPLERS[name]
+        population = _POPULATION[name]
+        allowed = [f for f in kind.__dataclass_fields__ if f not in (*_OURS, population)]
+        settings: dict[str, Any] = {}
+        for key, value in asked.settings.items():
+            check(key in allowed, f"steer.settings.{key}", value, f"settings of {name}: {', '.join(allowed) or 'none'}")
+            settings[key] = _lookahead(value) if key == "lookahead" else value
+        tree = population == "rollouts"
+        texts = prompts * (1 if tree else n)
+        each = sampling.max_tokens * texts
+        candidates = asked.candidates
+        if asked.budget is not None and candidates is None:
+            check(asked.budget >= each, "steer.budget", asked.budget, f"at least {each} tokens, one candidate each")
+            candidates = asked.budget // each
+        if candidates is None:
+            default = kind.__dataclass_fields__[population].default
+            candidates = min(default, max(1, self.limits.candidates // texts))
+        _check_budget(asked, candidates * each)
+        self._check_size(candidates * texts, candidates * each * getattr(settings.get("lookahead"), "m", 1))
+        if tree:
+            check(n <= candidates, "n", n, f"at most {candidates}, the rollouts of the tree")
+            settings["batch"] = min(settings.get("batch", 8), candidates)
+        if name != "best-of-n":
+            settings["n"] = n
+        try:
+            return kind(**{population: candidates, **settings}), candidates * texts
+        except InputError as error:
+            raise InputError(f"steer.settings.{error.field}", error.given, error.allowed) from error
+        except (TypeError, ValueError) as error:
+            raise InputError("steer.settings", asked.settings, f"settings of {name} ({error})") from error
+
+    def _check_size(self, candidates: int, tokens: int) -> None:
+        if candidates > self.limits.candidates:
+            raise TooLargeError("steer.candidates", f"{candidates} in all", f"at most {self.limits.candidates}")
+        if tokens > self.limits.total_tokens:
+            raise TooLargeError(
+                "steer.candidates", f"up to {tokens} tokens in all", f"at most {self.limits.total_tokens} tokens"
+            )
+
+
+def _check_budget(asked: SteerRequest, most: int) -> None:
+    enough = asked.budget is None or asked.budget >= most
+    check(enough, "steer.budget", asked.budget, f"at least {most}, what the candidates may take")
+
+
+def _lookahead(value: Any) -> Lookahead:
+    """`preview`, or `rollouts:M`."""
+    name, _, count = str(value).partition(":")
+    if name == "preview" and not count:
+        return Preview()
+    allowed = "preview, rollouts:M (M completions of every row)"
+    check(
+        name == "rollouts" and count.isdecimal() and 1 <= int(count) <= 64, "steer.settings.lookahead", value, allowed
+    )
+    return Rollouts(int(count))
+
+
+def _prompts(given: Any) -> tuple[Prompt | TokenPrompt, ...]:
+    """One or several prompts, each text or token ids."""
+    if isinstance(given, str):
+        return (RawText(given),)
+    if isinstance(given[0], int):
+        return (TokenPrompt(tuple(given)),)
+    return tuple(RawText(p) if isinstance(p, str) else TokenPrompt(tuple(p)) for p in given)
+
+
+def _bias(given: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
+    for token in given or {}:
+        check(token.isascii() and token.isdecimal() and len(token) < 10, "logit_bias", token, "token ids")
+    return tuple((int(token), float(bias)) for token, bias in (given or {}).items())
+
+
+def _given(value: Any, default: float) -> float:
+    return default if value is None else float(value)
