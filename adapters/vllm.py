@@ -1,0 +1,186 @@
+"""Language models through vLLM: an engine in this process, or behind it, with the plug-in turned on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.adapters import _vllm_admin as admin
+from steer.adapters._vllm_artifacts import read_artifact
+from steer.adapters._vllm_front import FrontEnd
+from steer.adapters._vllm_process import Named, VLLMProcess
+from steer.adapters._vllm_settings import check_version
+from steer.adapters.decoding import Decoding
+from steer.adapters.transformers import LanguageModel
+from steer.core import Edit, ModelInfo, Prompt, Reward, Sampler, Samples, SteerError, check
+from steer.wire import EditRequest
+
+__all__ = ["VLLMModel", "VLLMProcess", "load"]
+
+
+def load(
+    model: str | Path, *, name: str | None = None, steer: dict[str, Any] | None = None, **engine: Any
+) -> VLLMModel:
+    """A model in vLLM: an embedded name, a Hugging Face id or a local folder.
+
+    `steer` are the plug-in's settings (see `steer.adapters._vllm_settings.Settings`), `engine` those of `vllm.LLM`,
+    such as `dtype`, `max_model_len`, `enforce_eager`, `tensor_parallel_size`. Raises `SteerError` where vLLM is missing
+    or of another version than those that steer knows.
+    """
+    check_version()
+    from vllm import LLM
+
+    from steer.adapters.vllm_plugin import register
+    from steer.models import resolve
+
+    register()
+    extra = {**engine.pop("additional_config", {}), "steer": {**(steer or {})}}
+    engine.setdefault("logprobs_mode", "processed_logprobs")  # of the law that is really drawn from
+    try:
+        llm = LLM(model=str(resolve(str(model))), additional_config=extra, **engine)
+    except (OSError, ValueError, RuntimeError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise SteerError(f"model: vLLM could not load {str(model)!r}: {first}") from error
+    return VLLMModel(llm, name or str(model))
+
+
+class _Words(LanguageModel):
+    """The text side of a language model, without its network."""
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        self.tokenizer, self.name = tokenizer, name
+        self._tokens = lru_cache(4096)(self._tokenised)
+
+
+class VLLMModel:
+    """A `vllm.LLM` with steering, which generates as `LanguageModel` does."""
+
+    def __init__(self, llm: Any, name: str) -> None:
+        from steer.adapters.vllm_plugin import front_end
+
+        self.llm, self.name = llm, name
+        self.config = llm.llm_engine.vllm_config
+        self.tokenizer = llm.get_tokenizer()
+        self.words = _Words(self.tokenizer, name)
+        self.front: FrontEnd = front_end(llm.llm_engine.input_processor)
+        self._packed: dict[int, tuple[Edit, str]] = {}
+        admin.run(admin.introducing(self.front, self.config, norms=False), llm)
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.front.info
+
+    @property
+    def context_length(self) -> int:
+        return int(self.config.model_config.max_model_len)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        given = self.config.model_config.try_get_generation_config().get("eos_token_id")
+        given = self.tokenizer.eos_token_id if given is None else given
+        return () if given is None else tuple(given) if isinstance(given, list | tuple) else (int(given),)
+
+    # ---- artifacts
+
+    def _used(self) -> set[str]:
+        from steer.adapters.vllm_plugin import used_artifacts
+
+        return used_artifacts(self.llm.llm_engine.output_processor)
+
+    def register(self, name: str, artifact: str | Path | Edit, *, model_check: str = "same") -> str:
+        """Make a file or an edit known to the engine as `name`, in place of what had that name; returns the digest of
+        its content. `model_check="any"` takes an artifact of a model with another fingerprint. Raises `InputError`.
+        """
+        check(model_check in ("same", "any"), "model", model_check, "same, any")
+        data = read_artifact(artifact)
+        return str(
+            admin.run(
+                admin.registering(self.front, self.config, name, data, model_check == "any", self._used()), self.llm
+            )
+        )
+
+    def unregister(self, name: str) -> None:
+        """Forget a name. Raises `InputError`."""
+        admin.run(admin.removing(self.front, name, self._used()), self.llm)
+
+    @property
+    def registered(self) -> dict[str, str]:
+        """Digests by name."""
+        return dict(self.front.names)
+
+    def edit(self, name: str, strength: float | None = None, **settings: Any) -> Named:
+        """A registered artifact as an edit, with `settings` of `steer.wire.EditRequest`."""
+        named = Named(EditRequest(name=name, strength=strength, **settings))
+        named.check(self.front)
+        return named
+
+    def name_of(self, edit: Edit) -> str:
+        """The name under which an edit object is registered; it is registered on first use."""
+        held = self._packed.get(id(edit))
+        if held is not None and held[0] is edit and held[1] in self.front.names:
+            return held[1]
+        data = read_artifact(edit)
+        name = f"edit-{admin.digest(data)}"
+        if name not in self.front.names:
+            admin.run(admin.registering(self.front, self.config, name, data, False, self._used()), self.llm)
+        if len(self._packed) > 1024:
+            self._packed.clear()
+        self._packed[id(edit)] = (edit, name)
+        return name
+
+    # ---- generation
+
+    def process(self, *, config: Any = None, block: int | None = None, **settings: Any) -> VLLMProcess:
+        """The model as a `Process` whose step is `block` tokens (default: the whole text)."""
+        decoding = Decoding.create(config, **settings)
+        return VLLMProcess(self, decoding, block=block or decoding.max_new_tokens)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        edits: Any = (),
+        sampler: Sampler | str | None = None,
+        reward: Reward | str | Callable[..., Any] | None = None,
+        beta: float = 1.0,
+        n: int | None = None,
+        seed: int | None = None,
+        max_rows: int = 4096,
+        block: int | None = None,
+        generation_config: Any = None,
+        progress: bool = False,
+        **decoding: Any,
+    ) -> Samples:
+        """Generate for every prompt, as `steer.generate` describes. Edits may also be those of `edit`.
+
+        All rows go to the engine at once, which batches them as its own limits allow. Samplers that choose between
+        unfinished texts need `block`, the tokens of a step.
+        """
+        from steer import engine
+
+        process = self.process(config=generation_config, block=block, **decoding)
+        plan = engine.prepare(
+            process, prompts, edits=edits, sampler=sampler, reward=reward, beta=beta, n=n, seed=seed,
+            max_rows=max_rows, progress=progress, model=self,
+        )  # fmt: skip
+        return engine.execute(plan)
+
+    def log_likelihood(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Summed log-probability `[N]` of each output after its prompt under the unedited model at temperature 1, and
+        the number of its tokens `[N]`.
+        """
+        tokens = samples.tokens or [
+            list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in samples.texts
+        ]
+        process = self.process(max_new_tokens=max(1, max(len(t) for t in tokens)))
+        total = process.log_likelihood(samples.prompts, samples.group, tokens)
+        return total, torch.tensor([len(t) for t in tokens], dtype=torch.float64)
+
+    def close(self) -> None:
+        """Shut the engine down."""
+        self.llm.llm_engine.engine_core.shutdown()

@@ -1,0 +1,294 @@
+"""Turns steering on inside a stock vLLM, in every process of it: the entry point `vllm.general_plugins`.
+
+Nothing happens to an engine that was started without `additional_config={"steer": {...}}`. With it, a request carries
+its edits in `SamplingParams.extra_args["steer"]` (see `steer.wire.SteerRequest`). These methods of vLLM are wrapped:
+
+| process    | method                                | why |
+|------------|---------------------------------------|-----|
+| front end  | `InputProcessor.process_inputs`       | a request is checked, and names become digests and positions |
+| engine     | `generate_block_hash_extra_keys`      | steered blocks of the prefix cache have keys of their own |
+| engine     | `Scheduler._update_after_schedule`    | a prompt that was read runs again where it is steered |
+| worker     | `BaseModelLoader.create_model`        | blocks get their buffers before weights, compilation and graphs |
+| worker     | V1: `_prepare_inputs`, `sample_tokens`; V2: `prepare_inputs`, `sample` and others | buffers are filled |
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from steer.adapters._vllm_front import FrontEnd, block_key, digests, model_info, resolved_of
+from steer.adapters._vllm_settings import check_version, settings_of
+from steer.core import InputError, SteerError, UnsupportedError
+
+__all__ = ["front_end", "register"]
+
+_MARK = "_steer_wrapped"
+
+
+def register() -> None:
+    """What vLLM calls when it loads its plug-ins; calling it again does nothing."""
+    try:
+        check_version()
+    except SteerError as error:
+        logging.getLogger("vllm.steer").warning("steer is off: %s", error)
+        return
+    _front()
+    _engine()
+    _worker()
+
+
+def _wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace `owner.name` by `make(owner.name)`, once."""
+    original = getattr(owner, name)
+    if getattr(original, _MARK, False):
+        return
+    wrapped = wraps(original)(make(original))
+    setattr(wrapped, _MARK, True)
+    setattr(owner, name, wrapped)
+
+
+# -------------------------------------------------------------------------------------------------------- front end
+
+
+def front_end(input_processor: Any) -> FrontEnd:
+    """The front end's registry of one engine, kept on its input processor. Raises `UnsupportedError` where steering is
+    off.
+    """
+    held = getattr(input_processor, "steer", None)
+    if held is None:
+        config = input_processor.vllm_config
+        settings = settings_of(config)
+        if settings is None:
+            raise UnsupportedError('steering is off: start the engine with additional_config={"steer": {}}')
+        held = input_processor.steer = FrontEnd(settings, model_info(config, "", None))
+    return held
+
+
+def _front() -> None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    class Refused(VLLMValidationError, ValueError):
+        """Answered with 400 by vLLM's server; a `ValueError` for who calls the engine."""
+
+    def process(original: Callable[..., Any]) -> Callable[..., Any]:
+        def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **more: Any) -> Any:
+            extra = getattr(params, "extra_args", None)
+            given = extra.get("steer") if extra else None
+            if given is None:
+                return original(self, request_id, prompt, params, *args, **more)
+            try:
+                front = front_end(self)
+                asked = front.parse(given)
+                reads = any(edit.reads for edit in front.hidden(asked))
+                if reads and params.prompt_logprobs is not None:
+                    raise InputError("prompt_logprobs", params.prompt_logprobs, "unset, with a gate or a controller")
+            except (InputError, UnsupportedError) as error:
+                raise Refused(str(error), parameter=getattr(error, "field", "steer")) from None  # type: ignore[call-arg]
+            request = original(self, request_id, prompt, params, *args, **more)
+            length = len(request.prompt_token_ids or request.prompt_embeds)
+            own = request.sampling_params
+            own.extra_args = {**own.extra_args, "steer": front.resolve(asked, length)}
+            return request
+
+        return process_inputs
+
+    def add(original: Callable[..., Any]) -> Callable[..., Any]:
+        def add_request(self: Any, request: Any, *args: Any, **more: Any) -> Any:
+            result = original(self, request, *args, **more)
+            resolved = resolved_of(request.sampling_params)
+            if resolved is not None and request.request_id in self.request_states:
+                self.request_states[request.request_id].steer = digests(resolved)
+            return result
+
+        return add_request
+
+    _wrap(InputProcessor, "process_inputs", process)
+    _wrap(OutputProcessor, "add_request", add)
+
+
+def used_artifacts(output_processor: Any) -> set[str]:
+    """Digests that requests on their way need."""
+    states = output_processor.request_states.values()
+    return {digest for state in list(states) for digest in getattr(state, "steer", ())}
+
+
+# ----------------------------------------------------------------------------------------------------------- engine
+
+
+def _engine() -> None:
+    from vllm.v1.core import block_pool, kv_cache_utils
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    def keys(original: Callable[..., Any]) -> Callable[..., Any]:
+        def generate_block_hash_extra_keys(request: Any, start: int, end: int, start_mm_idx: int) -> Any:
+            extra, next_mm = original(request, start, end, start_mm_idx)
+            resolved = resolved_of(request.sampling_params)
+            key = None if resolved is None else block_key(resolved, request.request_id, start, end)
+            return (extra if key is None else (*(extra or ()), ("steer", key))), next_mm
+
+        return generate_block_hash_extra_keys
+
+    _wrap(kv_cache_utils, "generate_block_hash_extra_keys", keys)
+    for module in (block_pool, _optional("vllm.v1.simple_kv_offload.manager")):
+        if module is not None and hasattr(module, "generate_block_hash_extra_keys"):
+            module.generate_block_hash_extra_keys = kv_cache_utils.generate_block_hash_extra_keys
+
+    def added(original: Callable[..., Any]) -> Callable[..., Any]:
+        def add_request(self: Any, request: Any, *args: Any, **more: Any) -> Any:
+            resolved = resolved_of(request.sampling_params)
+            if resolved is not None and resolved["rewind"] is not None:
+                self.__dict__.setdefault("steer_reading", {})[request.request_id] = resolved
+            return original(self, request, *args, **more)
+
+        return add_request
+
+    def after(original: Callable[..., Any]) -> Callable[..., Any]:
+        def update_after_schedule(self: Any, scheduler_output: Any) -> Any:
+            result = original(self, scheduler_output)
+            reading = self.__dict__.get("steer_reading")
+            if reading:
+                _rewind(self, reading, scheduler_output)
+            return result
+
+        return update_after_schedule
+
+    _wrap(Scheduler, "add_request", added)
+    _wrap(Scheduler, "_update_after_schedule", after)
+
+
+def _rewind(scheduler: Any, reading: dict[str, dict[str, Any]], scheduler_output: Any) -> None:
+    """Send requests whose whole prompt runs in this step back to where their steering begins: the worker drops this
+    step's sample, and the next one runs those positions again, in place.
+    """
+    for request_id, resolved in list(reading.items()):
+        request = scheduler.requests.get(request_id)
+        if request is None:
+            del reading[request_id]
+        elif request_id in scheduler_output.num_scheduled_tokens and request.num_computed_tokens >= resolved["prompt"]:
+            request.num_computed_tokens = resolved["rewind"]
+            request.is_prefill_chunk = True
+            if resolved["private"]:  # its cached blocks may hold what was there before it was steered
+                request.skip_reading_prefix_cache = True
+            del reading[request_id]
+
+
+def _optional(name: str) -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module(name)
+    except ImportError:
+        return None
+
+
+# ----------------------------------------------------------------------------------------------------------- worker
+
+
+def _worker() -> None:
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    from steer.adapters.vllm_worker import Worker, of_config
+
+    def create(original: Callable[..., Any]) -> Callable[..., Any]:
+        def create_model(self: Any, vllm_config: Any, model_config: Any, *args: Any, **more: Any) -> Any:
+            model = original(self, vllm_config, model_config, *args, **more)
+            settings = settings_of(vllm_config)
+            if settings is not None and model_config is vllm_config.model_config:  # not a draft model
+                _runner_v1()
+                _runner_v2()
+                model.steer = Worker(model, vllm_config, settings)
+            return model
+
+        return create_model
+
+    _wrap(BaseModelLoader, "create_model", create)
+    for name in ("register", "evict", "facts", "introduce", "measure", "weights"):
+        setattr(WorkerBase, f"steer_{name}", _forwarded(name, of_config))
+
+
+def _forwarded(name: str, worker_of: Callable[[Any], Any]) -> Callable[..., Any]:
+    def call(self: Any, *args: Any) -> Any:
+        worker = worker_of(self.vllm_config)
+        if worker is None:
+            raise SteerError("this worker was not armed")
+        return getattr(worker, name)(*args)
+
+    return call
+
+
+def _worker_of(runner: Any) -> Any:
+    from steer.adapters.vllm_worker import of_config
+
+    held = runner.__dict__.get("steer", False)
+    if held is False:
+        held = runner.__dict__["steer"] = of_config(runner.vllm_config)
+    return held
+
+
+def _runner_v1() -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    def prepare(original: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **more: Any) -> Any:
+            result = original(self, scheduler_output, num_scheduled_tokens, *args, **more)
+            worker = _worker_of(self)
+            if worker is not None:
+                batch, n = self.input_batch, self.input_batch.num_reqs
+                worker.finish(scheduler_output.finished_req_ids)
+                starts = batch.num_computed_tokens_cpu[:n]
+                dropped = worker.step(batch.req_ids, starts, num_scheduled_tokens[:n], _params_v1(self.requests))
+                if dropped:
+                    self.discard_request_mask.np[dropped] = True
+                    self.discard_request_mask.copy_to_gpu(n)
+            return result
+
+        return prepare_inputs
+
+    def sample(original: Callable[..., Any]) -> Callable[..., Any]:
+        def sample_tokens(self: Any, *args: Any, **more: Any) -> Any:
+            worker, state = _worker_of(self), self.execute_model_state
+            if worker is None or state is None:
+                return original(self, *args, **more)
+            worker.hidden = state.sample_hidden_states
+            kept = _without_generators(self)
+            try:
+                return original(self, *args, **more)
+            finally:
+                worker.hidden = None
+                self.input_batch.generators.update(kept)
+
+        return sample_tokens
+
+    _wrap(GPUModelRunner, "_prepare_inputs", prepare)
+    _wrap(GPUModelRunner, "sample_tokens", sample)
+
+
+def _params_v1(requests: dict[str, Any]) -> Callable[[str], tuple[Any, int]]:
+    def params(request_id: str) -> tuple[Any, int]:
+        request = requests[request_id]
+        return request.sampling_params, request.num_prompt_tokens
+
+    return params
+
+
+def _without_generators(runner: Any) -> dict[int, Any]:
+    """Take away the generators of requests whose sample is dropped: a generator on the CPU cannot be wound back."""
+    if runner.device.type != "cpu" or not runner.input_batch.generators:
+        return {}
+    dropped = runner.discard_request_mask.np[: runner.input_batch.num_reqs].nonzero()[0].tolist()
+    generators = runner.input_batch.generators
+    return {i: generators.pop(i) for i in dropped if i in generators}
+
+
+def _runner_v2() -> None:
+    runner = _optional("vllm.v1.worker.gpu.model_runner")
+    if runner is not None:
+        from steer.adapters import _vllm_runner2
+
+        _vllm_runner2.install(_wrap, _worker_of, runner.GPUModelRunner)
