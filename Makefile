@@ -59,7 +59,7 @@ bench-peers: model .venv-peers/bin/python
 vllm: .venv-vllm/bin/steer
 
 test-vllm: model vllm
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/vllm
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/vllm_plugin
 
 bench-vllm: model vllm
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m steer.bench.vllm

@@ -67,7 +67,7 @@ def settings_of(config: Any) -> Settings | None:
         reads=tuple(parse_layers(reads, depth)) if reads else (),
         stages=_count(given, "stages", 0 if graphs else 4, 0),
         slots=_count(given, "slots", 2 * rows if graphs else 32, 1),
-        artifacts=_count(given, "artifacts", 256, 1),
+        artifacts=_count(given, "artifacts", 1024, 1),
         artifact_bytes=_count(given, "artifact_bytes", 1 << 30, 1),
         graphs=graphs,
         parallel=(config.parallel_config.tensor_parallel_size, config.parallel_config.pipeline_parallel_size),

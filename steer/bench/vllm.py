@@ -28,7 +28,15 @@ class VLLMBench(Bench):
     """The model in vLLM; `model` stays the transformers adapter's."""
 
     compiled: bool = False
+    dtype: str = "float32"
     rows: int = 256
+
+    @cached_property
+    def model(self) -> Any:
+        """The transformers adapter, in the same precision."""
+        import steer
+
+        return steer.load(MODEL, dtype=self.dtype, device="cpu")
 
     @cached_property
     def engine(self) -> Any:
@@ -36,7 +44,7 @@ class VLLMBench(Bench):
         from steer.adapters import vllm
 
         return vllm.load(
-            MODEL, dtype="float32", enforce_eager=not self.compiled, max_model_len=1024, block_size=32,
+            MODEL, dtype=self.dtype, enforce_eager=not self.compiled, max_model_len=1024, block_size=32,
             max_num_seqs=self.rows, steer={"reads": [10], "slots": 600} if self.compiled else {},
         )  # fmt: skip
 
@@ -85,9 +93,12 @@ def steered(bench: VLLMBench) -> Iterator[Row]:
 
 
 def decided(bench: VLLMBench) -> Iterator[Row]:
-    """Controllers and Q-heads, at batch 8 and 32."""
+    """Controllers and Q-heads, at batch 8 and 32. A controller runs the last token of each prompt twice, so that what it
+    costs depends on how long the texts are.
+    """
     for rows in (8, 32):
-        led, valued = bench.against_plain(rows, [[bench_controller()] * rows, [bench_value(bench)] * rows])
+        edits = [[bench_controller()] * rows, [bench_value()] * rows]
+        led, valued = bench.against_plain(rows, edits, max(64, bench.tokens))
         yield Row("controller", f"with a controller / plain tokens/s, batch {rows}", led, at_least=0.95)
         yield Row("q-head", f"with a Q-head / plain tokens/s, batch {rows}", valued, at_least=0.90)
 
@@ -136,7 +147,7 @@ def bench_controller() -> Any:
     return Controller(ControllerNetwork(576, 30).eval(), (10,), directions, 0.02, threshold=0.0)
 
 
-def bench_value(bench: VLLMBench) -> Any:
+def bench_value() -> Any:
     """Guidance by an untrained Q-head: it costs what a trained one does."""
     from steer.methods.value import HeadValue, QHead, ValueGuidance
 
@@ -160,13 +171,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--compiled", action="store_true", help="with torch.compile (slow to start)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of both adapters")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    bench = VLLMBench(repeats=chosen.repeats, tokens=chosen.tokens, compiled=chosen.compiled)
-    print(f"engine: vLLM, {'compiled' if chosen.compiled else 'eager'}, float32, in this process", flush=True)
+    bench = VLLMBench(repeats=chosen.repeats, tokens=chosen.tokens, compiled=chosen.compiled, dtype=chosen.dtype)
+    print(f"engine: vLLM, {'compiled' if chosen.compiled else 'eager'}, {chosen.dtype}, in this process", flush=True)
     rows = []
     for name in chosen.groups or GROUPS:
         for row in GROUPS[name](bench):

@@ -18,7 +18,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 try:
-    from vllm import LLM  # noqa: F401  # a folder of this name is on the path: only the package has classes
+    from vllm import LLM  # noqa: F401
 
     MISSING = ""
 except ImportError as error:
