@@ -7,8 +7,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import torch
 
 from steer.cli.options import ImageOptions, ModelOptions, TextOptions
 from steer.cli.values import spelled
-from steer.core import Edit, InputError, Reward, check
+from steer.core import Edit, InputError, check
 from steer.engine import is_diffusion, is_endpoint
 from steer.models import CARD_NAME, resolve
 from steer.mount import load_edit, split_spec
+from steer.rewards.kinds import check_reward
 
 __all__ = [
     "check_beta", "check_decoding", "check_folder", "check_kind", "check_model", "check_output", "check_reward",
@@ -72,29 +73,6 @@ def check_kind(options: ModelOptions, images: bool) -> None:
 def check_beta(beta: float) -> None:
     """The KL coefficient."""
     check(0 < beta < math.inf, "beta", beta, "a number above 0")
-
-
-_TEXT_REWARDS = frozenset({"steer.rewards.text", "steer.rewards.likelihood", "steer.adapters.rewards"})
-_IMAGE_REWARDS = frozenset({"steer.rewards.image", "steer.adapters.image_rewards"})
-
-
-def check_reward(reward: Reward, images: bool) -> None:
-    """Refuse a reward of texts for images, and the other way round, as far as the reward's kind is known."""
-    for part in _parts(reward):
-        wrong = type(part).__module__ in (_TEXT_REWARDS if images else _IMAGE_REWARDS)
-        what = ("images such as brightness or class:LABEL" if images else "texts such as sentiment") if wrong else ""
-        check(not wrong, "reward", str(part), f"rewards of {what}")
-
-
-def _parts(reward: Reward) -> Iterator[Reward]:
-    """A reward and those that it is made of."""
-    yield reward
-    names: list[str] = [option.name for option in fields(reward)] if is_dataclass(reward) else []
-    for name in names:
-        value = getattr(reward, name)
-        for inner in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(inner, Reward):
-                yield from _parts(inner)
 
 
 def check_decoding(temperature: float, max_new_tokens: int, top_k: int = 0, top_p: float = 1.0) -> None:

@@ -112,7 +112,9 @@ def _whole_model(text: str, trusted: bool) -> Reward | None:
     shipped_first = first is not None and first[0] in _registry
     path = source.startswith(("./", "../", "/", "~"))
     identifier = "/" in source and _MODEL_ID.fullmatch(source) and not re.match(r"[-.\d]", source)
-    if path or (not shipped_first and (identifier or Path(source).is_dir())):
+    # A stranger is told nothing of what lies on this machine: only the form of the text counts.
+    folder = trusted and Path(source).is_dir()
+    if path or (not shipped_first and (identifier or folder)):
         return _model(source, _items(match["label"]), text, trusted)
     return None
 

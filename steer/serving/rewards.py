@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from steer.cli.checks import check_reward
 from steer.core import InputError, Reward, check
 from steer.rewards import parse_reward, register, shipped
+from steer.rewards.kinds import check_reward
 
 __all__ = ["Rewards"]
 
