@@ -93,8 +93,8 @@ def steered(bench: VLLMBench) -> Iterator[Row]:
 
 
 def decided(bench: VLLMBench) -> Iterator[Row]:
-    """Controllers and Q-heads, at batch 8 and 32. A controller runs the last token of each prompt twice, so that what it
-    costs depends on how long the texts are.
+    """Controllers and Q-heads, at batch 8 and 32. A controller runs the last token of each prompt twice: its cost
+    depends on how long the texts are.
     """
     for rows in (8, 32):
         edits = [[bench_controller()] * rows, [bench_value()] * rows]
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--compiled", action="store_true", help="with torch.compile (slow to start)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of both adapters")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of both adapters")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
