@@ -16,7 +16,7 @@ import torch
 
 from steer.adapters._vllm_artifacts import Artifact
 from steer.adapters._vllm_front import FrontEnd, Inside, model_info
-from steer.adapters.transformers import _CALIBRATION
+from steer.adapters.transformers import CALIBRATION
 from steer.core import ModelInfo
 
 __all__ = ["digest", "introducing", "registering", "removing", "run", "run_async"]
@@ -50,7 +50,7 @@ def introducing(front: FrontEnd, config: Any, norms: bool) -> Steps:
         front.measured = True
         yield Rpc("steer_measure", (True,))
         try:
-            yield Read(_CALIBRATION)
+            yield Read(CALIBRATION)
         finally:
             seen = yield Rpc("steer_measure", (False,))
         values = _norms(seen, front.info.num_layers)

@@ -22,7 +22,7 @@ from steer.adapters.text import TextProcess
 from steer.core import InputError, ModelInfo, Prompt, RawText, Reward, Sampler, Samples, SteerError, check
 
 # Ordinary sentences on which the residual stream's norm is measured.
-_CALIBRATION = (
+CALIBRATION = (
     "The library opens at nine in the morning and closes at six.",
     "Water boils at a lower temperature when the air pressure falls.",
     "She wrote a short letter to her brother about the new house.",
@@ -154,7 +154,7 @@ class LanguageModel:
         """
         if self._norms is None:
             norms: list[list[Tensor]] = [[] for _ in self.blocks]
-            for text in _CALIBRATION:
+            for text in CALIBRATION:
                 ids = torch.tensor([self.tokenizer(text)["input_ids"]], device=self.device)
                 with torch.inference_mode(), recording(self.blocks, range(len(self.blocks))) as seen:
                     self.trunk(input_ids=ids, use_cache=False)
