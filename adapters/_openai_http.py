@@ -6,7 +6,6 @@ The key stands in the header of every request and nowhere else: not in errors, r
 from __future__ import annotations
 
 import importlib
-import ipaddress
 import json
 import os
 import random
@@ -17,9 +16,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from steer.core import InputError, Samples, SteerError, check
+from steer.wire import is_loopback
 
 __all__ = ["Call", "Connection", "EndpointError", "Retry", "base_url", "read_key"]
 
@@ -111,19 +111,9 @@ def base_url(url: str, insecure: bool) -> str:
     check(parts.username is None and parts.password is None, "url", "an address with a user name or password",
           "one without: a key goes into an environment variable (key_env)")  # fmt: skip
     check(parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query, "url", url, form)
-    check(parts.scheme == "https" or insecure or _loopback(parts), "url", url,
+    check(parts.scheme == "https" or insecure or is_loopback(parts.hostname or ""), "url", url,
           "https for another machine; insecure=True sends prompts and key in the clear")  # fmt: skip
     return parts._replace(fragment="").geturl().rstrip("/")
-
-
-def _loopback(parts: SplitResult) -> bool:
-    host = parts.hostname or ""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def read_key(key_env: str | None) -> str | None:
@@ -169,7 +159,7 @@ class Connection:
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=self._http.Timeout(timeout, connect=min(timeout, 10.0)),
             limits=self._http.Limits(max_connections=max_concurrency),
-            trust_env=not _loopback(urlsplit(url)),
+            trust_env=not is_loopback(urlsplit(url).hostname or ""),
         )
 
     def __repr__(self) -> str:

@@ -6,6 +6,7 @@ nothing in a request is a path.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import Annotated, Any
 
@@ -13,12 +14,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from steer.core import InputError
 
-__all__ = ["NAME", "EditRequest", "SteerRequest"]
+__all__ = ["NAME", "EditRequest", "SteerRequest", "is_loopback"]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Names of artifacts."""
 
 Scalar = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, without its port, is this machine itself: `localhost` and names below it, or an address of the
+    loopback. Other names are not, whatever they look like (`127.example.com`).
+    """
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class _Strict(BaseModel):

@@ -258,7 +258,11 @@ def test_web_pages_of_others_and_other_names_are_refused(engine: TransformersEng
     assert client.get("/v1/models").status_code == 200
     assert client.get("/v1/models", headers={"Origin": "http://127.0.0.1:8000"}).status_code == 200
     wrong(client.get("/v1/models", headers={"Origin": "https://evil.example"}), 403, None)
-    wrong(client.get("/v1/models", headers={"Host": "evil.example"}), 403, None)
+    for host in ("evil.example", "127.evil.example", "[::1", "localhost.evil.example", "127.0.0.1@evil.example"):
+        wrong(client.get("/v1/models", headers={"Host": host}), 403, None)
+    for origin in ("https://[", "null", "http://localhost.evil.example"):
+        wrong(client.get("/v1/models", headers={"Origin": origin}), 403, None)
+    assert client.get("/v1/models", headers={"Host": "[::1]:8000"}).status_code == 200
     assert client.get("/health", headers={"Host": "probe.example"}).status_code == 200
     keyed = TestClient(create_app(Idle(engine), keys=["k", "other"]))  # type: ignore[arg-type]
     for header, status in (("Bearer k", 200), ("bearer other", 200), ("Basic k", 401), ("Bearer ", 401), ("", 401)):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from steer.bench.harness import Bench, Row, ratios
+from steer.bench.harness import Bench, Row, cpu_seconds, ratios
 from steer.core import Process, Reward, Sampler, Samples
 from steer.methods.best_of_n import BestOfN
 from steer.methods.dts import DTS
@@ -33,7 +33,7 @@ def overhead(bench: Bench) -> Iterator[Row]:
         for seed in range(-1, min(3, bench.repeats)):
             with _timing(model.source.network) as network:
                 reward.seconds = 0.0
-                whole = _cpu(_run(model.process(steps=STEPS, max_batch=0), "", sampler, reward, seed + 1, 1.0))
+                whole = cpu_seconds(_run(model.process(steps=STEPS, max_batch=0), "", sampler, reward, seed + 1, 1.0))
             if seed >= 0:  # the first is for warmth
                 seen.append(whole / (network() + reward.seconds))
         yield Row("particles", f"{name}: run / (network + reward)", seen, at_most=bar)
@@ -74,7 +74,7 @@ def text(bench: Bench) -> Iterator[Row]:
     for seed in range(-1, 2 * bench.repeats):
         pair = list(enumerate((BestOfN(16), FKSteering(16, ess_threshold=None))))
         for i, sampler in pair if seed % 2 else reversed(pair):
-            seconds = _cpu(_run(process, prompt, sampler, reward, seed + 1, 0.2))
+            seconds = cpu_seconds(_run(process, prompt, sampler, reward, seed + 1, 0.2))
             if seed >= 0:
                 spent[i].append(seconds)
     yield Row("text-fk", "FK / best-of-N tokens/s, 16 rows", ratios(*spent), at_least=0.8)
@@ -89,12 +89,6 @@ def _run(
             return sampler.run(process, [prompt], generator=generator, reward=reward, beta=beta)
 
     return run
-
-
-def _cpu(task: Callable[[], Any]) -> float:
-    began = time.process_time()
-    task()
-    return time.process_time() - began
 
 
 class _Timed(Reward):

@@ -19,7 +19,7 @@ from steer.engine import SAMPLERS
 from steer.mount import split_spec
 from steer.serving.limits import Limits
 from steer.serving.rewards import Rewards
-from steer.wire import EditRequest, SteerRequest
+from steer.wire import EditRequest, SteerRequest, is_loopback
 
 if TYPE_CHECKING:
     from steer.cli.jobs import Run, Session
@@ -61,7 +61,6 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
 
     def run(session: Session) -> None:
         from steer.serving.app import create_app
-        from steer.serving.guard import is_loopback
         from steer.serving.run import run as serve_until_told
 
         app = create_app(
@@ -82,9 +81,8 @@ def _keys(options: ServeOptions) -> tuple[str, ...]:
         keys = tuple(os.environ.get(options.api_key_env, "").split())
         check(bool(keys), "api_key_env", options.api_key_env, "an environment variable that holds a key")
         return keys
-    local = options.host in ("localhost", "::1") or options.host.startswith("127.")
     check(
-        local or options.no_key, "host", options.host,
+        is_loopback(options.host) or options.no_key, "host", options.host,
         "127.0.0.1, or --api-key-env NAME beside it; --no-key lets everybody in who can reach it",
     )  # fmt: skip
     return ()

@@ -13,16 +13,20 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.serving.errors import Refused, answer
+from steer.wire import is_loopback
 
-__all__ = ["Guard", "is_loopback"]
+__all__ = ["Guard"]
 
 _OPEN = ("/health",)
 """Paths that need no key."""
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine's own."""
-    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
+def _host(address: str) -> str:
+    """The host in `HOST:PORT`, "" where it cannot be read."""
+    try:
+        return urlsplit(f"//{address}").hostname or ""
+    except ValueError:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,9 @@ class Guard:
             return
         origin = headers.get("origin")
         asked = headers.get("host", "")
-        if self.local and not is_loopback(urlsplit(f"//{asked}").hostname or "localhost"):
+        if self.local and not is_loopback(_host(asked or "localhost")):
             raise Refused(403, f"this server without a key answers as localhost alone, not as {asked!r}")
-        if origin is not None and urlsplit(origin).netloc != asked:
+        if origin is not None and origin.partition("://")[2] != asked:
             raise Refused(403, "this server without a key answers no web pages of other sites")
 
 
