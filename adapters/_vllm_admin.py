@@ -1,25 +1,24 @@
-"""Registering artifacts with a running engine, with a blocking engine and with an asynchronous one alike.
+"""Registering artifacts with a running engine.
 
-The steps are a generator that says which calls it wants; `run` and `run_async` make them.
+The steps are a generator that says which calls it wants; `run` makes them.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from uuid import uuid4
 
 import torch
 
 from steer.adapters._vllm_artifacts import Artifact
+from steer.adapters._vllm_client import Client
 from steer.adapters._vllm_front import FrontEnd, Inside, model_info
 from steer.adapters.transformers import CALIBRATION
 from steer.core import ModelInfo
 
-__all__ = ["digest", "introducing", "registering", "removing", "run", "run_async"]
+__all__ = ["digest", "introducing", "registering", "removing", "run"]
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,13 @@ def introducing(front: FrontEnd, config: Any, norms: bool) -> Steps:
         yield Rpc("steer_introduce", (front.info.fingerprint, values))
 
 
-def registering(front: FrontEnd, config: Any, name: str, data: bytes, any_model: bool, used: set[str]) -> Steps:
+def registering(
+    front: FrontEnd, config: Any, name: str, data: bytes, any_model: bool, used: Callable[[], set[str]]
+) -> Steps:
     """Register `data` (see `Artifact.parse`) under `name`; returns its digest. Raises `InputError`."""
     kind = Artifact.parse(data).card.kind
     yield from introducing(front, config, norms=kind != "value")
-    artifact, gone = front.admit(name, data, any_model, used)
+    artifact, gone = front.admit(name, data, any_model, used())
     if artifact.digest not in front.artifacts:
         yield Rpc("steer_register", (artifact.digest, data, any_model))
     if gone:
@@ -71,9 +72,9 @@ def registering(front: FrontEnd, config: Any, name: str, data: bytes, any_model:
     return artifact.digest
 
 
-def removing(front: FrontEnd, name: str, used: set[str]) -> Steps:
+def removing(front: FrontEnd, name: str, used: Callable[[], set[str]]) -> Steps:
     """Forget a name. Raises `InputError`."""
-    gone = front.remove(name, used)
+    gone = front.remove(name, used())
     if gone:
         yield Rpc("steer_evict", (gone,))
 
@@ -97,14 +98,15 @@ def _norms(parts: Sequence[dict[Any, list[float]]], depth: int) -> list[float] |
     return [float(torch.tensor(seen[layer]).median()) for layer in range(depth)]
 
 
-def _reading(tokenizer: Any, texts: Sequence[str]) -> tuple[list[Any], Any]:
+def _reading(tokenizer: Any, texts: Sequence[str]) -> tuple[list[Any], list[Any]]:
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
     prompts = [TokensPrompt(prompt_token_ids=list(tokenizer(text)["input_ids"])) for text in texts]
-    return prompts, SamplingParams(
+    params = SamplingParams(
         max_tokens=1, temperature=0.0, skip_reading_prefix_cache=True, extra_args={"steer": Inside(measure=True)}
     )
+    return prompts, [params] * len(prompts)
 
 
 def digest(data: bytes) -> str:
@@ -112,39 +114,17 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
 
 
-def run(steps: Steps, llm: Any) -> Any:
-    """Carry out `steps` with a `vllm.LLM`; returns what they return."""
+def run(steps: Steps, client: Client) -> Any:
+    """Carry out `steps`; returns what they return."""
 
     def answer(call: Rpc | Read) -> Any:
         if isinstance(call, Rpc):
-            return llm.collective_rpc(call.method, args=call.args)
-        prompts, params = _reading(llm.get_tokenizer(), call.texts)
-        return llm.generate(prompts, params, use_tqdm=False)
+            return client.rpc(call.method, *call.args)
+        return client.draw(*_reading(client.tokenizer, call.texts))
 
     try:
         call = next(steps)
         while True:
             call = steps.send(answer(call))
-    except StopIteration as done:
-        return done.value
-
-
-async def run_async(steps: Steps, engine: Any, tokenizer: Any) -> Any:
-    """Carry out `steps` with an `AsyncLLM`; returns what they return."""
-
-    async def read(prompt: Any, params: Any) -> None:
-        async for _ in engine.generate(prompt, params, f"steer-{uuid4().hex}"):
-            pass
-
-    async def answer(call: Rpc | Read) -> Any:
-        if isinstance(call, Rpc):
-            return await engine.collective_rpc(call.method, args=call.args)
-        prompts, params = _reading(tokenizer, call.texts)
-        return await asyncio.gather(*(read(prompt, params) for prompt in prompts))
-
-    try:
-        call = next(steps)
-        while True:
-            call = steps.send(await answer(call))
     except StopIteration as done:
         return done.value

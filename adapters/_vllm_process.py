@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from steer.adapters._track import check_lengths
+from steer.adapters._vllm_client import Client
 from steer.adapters._vllm_front import FrontEnd, Inside
 from steer.adapters.decoding import Decoding
 from steer.core import (
@@ -84,6 +85,8 @@ class VLLMProcess(Process):
     decoding: Decoding
     edits: Mounted = ()
     block: int = 64
+    client: Client | None = field(default=None, repr=False, compare=False)
+    """What its requests go through; None for the model's own."""
 
     sites = frozenset({Site.PROMPT, Site.HIDDEN, Site.TRANSITION})
 
@@ -93,6 +96,10 @@ class VLLMProcess(Process):
         for name in _MISSING:
             value = getattr(self.decoding, name)
             check(not value, name, value, "unset: vLLM has no such setting")
+
+    @property
+    def _client(self) -> Client:
+        return self.client or self.model.client
 
     @property
     def abilities(self) -> frozenset[Ability]:
@@ -195,7 +202,7 @@ class VLLMProcess(Process):
             inside = Inside(tuple(asked[b]), prompt_length=len(state.ids[b]), weights=state.weights[i], tag=tag)
             prompts.append(_tokens_prompt([*state.ids[b], *mine]))
             params.append(self._params(seeds[i], len(mine), inside))
-        return list(self.model.llm.generate(prompts, params, use_tqdm=False))
+        return self._client.draw(prompts, params)
 
     def _reads(self, asked: Sequence[EditRequest]) -> bool:
         return any(edit.reads for edit in self.model.front.hidden(Inside(tuple(asked))))
@@ -243,7 +250,7 @@ class VLLMProcess(Process):
         if not reading:
             return state
         tags = [f"{state.run}-{i}" for i in reading]
-        found = self.model.llm.collective_rpc("steer_weights", args=(tags,))[0]
+        found = self._client.rpc("steer_weights", tags)[0]
         weights = list(state.weights)
         for i, mine in zip(reading, found, strict=True):
             weights[i] = tuple(None if w is None else tuple(w) for w in mine)
@@ -307,7 +314,7 @@ class VLLMProcess(Process):
         rows = [i for i, row in enumerate(tokens) if row]
         whole = [[*ids[int(group[i])], *tokens[i]] for i in rows]
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        outputs = self.model.llm.generate([_tokens_prompt(row) for row in whole], params, use_tqdm=False)
+        outputs = self._client.draw([_tokens_prompt(row) for row in whole], [params] * len(whole))
         total = torch.zeros(len(tokens), dtype=torch.float64)
         for i, row, output in zip(rows, whole, outputs, strict=True):
             start = len(ids[int(group[i])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from steer.adapters import _vllm_admin as admin
 from steer.adapters._vllm_artifacts import read_artifact
-from steer.adapters._vllm_front import FrontEnd
+from steer.adapters._vllm_client import Blocking, Client
 from steer.adapters._vllm_process import Named, VLLMProcess
 from steer.adapters._vllm_settings import check_version
 from steer.adapters.decoding import Decoding
 from steer.adapters.transformers import LanguageModel
-from steer.core import Edit, ModelInfo, Prompt, Reward, Sampler, Samples, SteerError, check
+from steer.core import Edit, ModelInfo, Prompt, Reward, Sampler, Samples, SteerError, UnsupportedError, check
 from steer.wire import EditRequest
 
 __all__ = ["VLLMModel", "VLLMProcess", "load"]
@@ -46,7 +47,7 @@ def load(
     except (OSError, ValueError, RuntimeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise SteerError(f"model: vLLM could not load {str(model)!r}: {first}") from error
-    return VLLMModel(llm, name or str(model))
+    return VLLMModel(Blocking(llm), name or str(model))
 
 
 class _Words(LanguageModel):
@@ -58,18 +59,26 @@ class _Words(LanguageModel):
 
 
 class VLLMModel:
-    """A `vllm.LLM` with steering, which generates as `LanguageModel` does."""
+    """A vLLM engine with steering, which generates as `LanguageModel` does."""
 
-    def __init__(self, llm: Any, name: str) -> None:
-        from steer.adapters.vllm_plugin import front_end
-
-        self.llm, self.name = llm, name
-        self.config = llm.llm_engine.vllm_config
-        self.tokenizer = llm.get_tokenizer()
+    def __init__(self, client: Client, name: str) -> None:
+        self.client, self.name = client, name
+        self.config, self.tokenizer, self.front = client.config, client.tokenizer, client.front
         self.words = _Words(self.tokenizer, name)
-        self.front: FrontEnd = front_end(llm.llm_engine.input_processor)
         self._packed: dict[int, tuple[Edit, str]] = {}
-        admin.run(admin.introducing(self.front, self.config, norms=False), llm)
+        self._registering = threading.Lock()
+        self._carry_out(admin.introducing(self.front, self.config, norms=False))
+
+    @property
+    def llm(self) -> Any:
+        """The `vllm.LLM`. Raises `UnsupportedError` where the engine is not in this process's hands."""
+        if not isinstance(self.client, Blocking):
+            raise UnsupportedError("this engine is asynchronous: it has no vllm.LLM")
+        return self.client.llm
+
+    def _carry_out(self, steps: admin.Steps) -> Any:
+        with self._registering:
+            return admin.run(steps, self.client)
 
     @property
     def info(self) -> ModelInfo:
@@ -87,26 +96,20 @@ class VLLMModel:
 
     # ---- artifacts
 
-    def _used(self) -> set[str]:
-        from steer.adapters.vllm_plugin import used_artifacts
-
-        return used_artifacts(self.llm.llm_engine.output_processor)
-
     def register(self, name: str, artifact: str | Path | Edit, *, model_check: str = "same") -> str:
         """Make a file or an edit known to the engine as `name`, in place of what had that name; returns the digest of
         its content. `model_check="any"` takes an artifact of a model with another fingerprint. Raises `InputError`.
         """
         check(model_check in ("same", "any"), "model", model_check, "same, any")
         data = read_artifact(artifact)
-        return str(
-            admin.run(
-                admin.registering(self.front, self.config, name, data, model_check == "any", self._used()), self.llm
-            )
-        )
+        return self._register(name, data, model_check == "any")
+
+    def _register(self, name: str, data: bytes, any_model: bool) -> str:
+        return str(self._carry_out(admin.registering(self.front, self.config, name, data, any_model, self.client.used)))
 
     def unregister(self, name: str) -> None:
         """Forget a name. Raises `InputError`."""
-        admin.run(admin.removing(self.front, name, self._used()), self.llm)
+        self._carry_out(admin.removing(self.front, name, self.client.used))
 
     @property
     def registered(self) -> dict[str, str]:
@@ -127,7 +130,7 @@ class VLLMModel:
         data = read_artifact(edit)
         name = f"edit-{admin.digest(data)}"
         if name not in self.front.names:
-            admin.run(admin.registering(self.front, self.config, name, data, False, self._used()), self.llm)
+            self._register(name, data, False)
         if len(self._packed) > 1024:
             self._packed.clear()
         self._packed[id(edit)] = (edit, name)
@@ -183,4 +186,4 @@ class VLLMModel:
 
     def close(self) -> None:
         """Shut the engine down."""
-        self.llm.llm_engine.engine_core.shutdown()
+        self.client.close()
