@@ -16,6 +16,7 @@ from steer.adapters._openai_draw import draw_block
 from steer.adapters._openai_protocol import Question
 from steer.adapters._openai_results import Results
 from steer.adapters._openai_state import EndpointContext, EndpointState
+from steer.adapters._packing import pack_texts, unpack_texts
 from steer.adapters.decoding import Decoding
 from steer.core import (
     Ability,
@@ -205,16 +206,12 @@ class EndpointProcess(Process):
     def pack(self, state: EndpointState) -> dict[str, Tensor]:
         """Texts are kept as UTF-8, `[N, bytes]` uint8, with their lengths."""
         rows = {name: x for name in _ROWS if (x := getattr(state, name)) is not None}
-        content = [text.encode() for text in state.texts]
-        width = max(map(len, content), default=0)
-        padded = [list(text.ljust(width, b"\0")) for text in content]
-        text = torch.tensor(padded, dtype=torch.uint8).reshape(len(content), width)
-        return {**rows, "text": text, "length": torch.tensor([len(t) for t in content], dtype=torch.long)}
+        text, length = pack_texts(state.texts)
+        return {**rows, "text": text, "length": length}
 
     def unpack(self, prompts: Sequence[Prompt], step: int, packed: dict[str, Tensor]) -> EndpointState:
         rows: dict[str, Any] = {name: packed.get(name) for name in _ROWS}
-        pairs = zip(packed["text"].tolist(), packed["length"].tolist(), strict=True)
-        texts = tuple(bytes(row[:length]).decode() for row, length in pairs)
+        texts = tuple(unpack_texts(packed["text"], packed["length"]))
         return EndpointState(
             **rows, step=step, cost=Cost(), texts=texts, prompts=list(prompts), questions=tuple(self.encode(prompts))
         )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import aclosing, contextmanager
+from queue import SimpleQueue
 from typing import Any, TypeVar
 from uuid import uuid4
 
 from steer.adapters._vllm_front import FrontEnd
 
-__all__ = ["Asynchronous", "Blocking", "Client", "Stopped"]
+__all__ = ["Asynchronous", "Blocking", "Client", "Stopped", "Took", "together"]
 
 T = TypeVar("T")
 Took = Callable[[int, Any], None]
@@ -100,6 +102,8 @@ class Asynchronous(Client):
     def __init__(self, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(engine)
         self.engine, self.loop = engine, loop
+        self.drawn = 0
+        """Tokens that its requests have drawn, those of requests that were aborted left out."""
         self._stopped = False
         self._calls: set[Future[Any]] = set()
         self._lock = threading.Lock()
@@ -109,36 +113,46 @@ class Asynchronous(Client):
         return Asynchronous(self.engine, self.loop)
 
     def stop(self) -> None:
-        """Abort what this client is waiting for; from then on its calls raise `Stopped`."""
+        """Abort what this client is waiting for; from then on its calls raise `Stopped`. Any thread may call it."""
         with self._lock:
             self._stopped = True
             calls = list(self._calls)
         for call in calls:
             call.cancel()
 
+    async def stream(self, prompt: Any, params: Any) -> AsyncGenerator[Any]:
+        """The `RequestOutput`s of one request, on the engine's loop. Closing it aborts the request."""
+        async with aclosing(self.engine.generate(rendered(prompt), params, f"steer-{uuid4().hex}")) as outputs:
+            async for output in outputs:
+                yield output
+
     def draw(self, prompts: Sequence[Any], params: Sequence[Any], took: Took | None = None) -> list[Any]:
+        arrived: SimpleQueue[tuple[int, Any] | None] = SimpleQueue()
+
         async def one(i: int) -> Any:
             output = None
-            async for output in self.engine.generate(prompts[i], params[i], f"steer-{uuid4().hex}"):  # noqa: B007
-                pass
-            if took is not None:
-                took(i, output)
+            async with aclosing(self.stream(prompts[i], params[i])) as outputs:
+                async for output in outputs:
+                    pass
+            assert output is not None
+            self.drawn += sum(len(completion.token_ids) for completion in output.outputs)
+            arrived.put((i, output))
             return output
 
-        async def every() -> list[Any]:
-            tasks = [asyncio.ensure_future(one(i)) for i in range(len(prompts))]
-            try:
-                return list(await asyncio.gather(*tasks))
-            finally:
-                for task in tasks:
-                    task.cancel()
-
-        return self._wait(every())
+        with self._calling(together(one(i) for i in range(len(prompts)))) as call:
+            call.add_done_callback(lambda _: arrived.put(None))
+            while (item := arrived.get()) is not None:
+                if took is not None:
+                    took(*item)
+            return call.result()
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
-        return list(self._wait(self.engine.collective_rpc(method, args=args)))
+        with self._calling(self.engine.collective_rpc(method, args=args)) as call:
+            return list(call.result())
 
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+    @contextmanager
+    def _calling(self, work: Coroutine[Any, Any, T]) -> Iterator[Future[T]]:
+        """Work on the engine's loop, which does not outlive the block."""
         with self._lock:
             if self._stopped:
                 work.close()
@@ -146,7 +160,7 @@ class Asynchronous(Client):
             call = asyncio.run_coroutine_threadsafe(work, self.loop)
             self._calls.add(call)
         try:
-            return call.result()
+            yield call
         except BaseException:
             call.cancel()
             if self._stopped:
@@ -158,3 +172,19 @@ class Asynchronous(Client):
 
     def close(self) -> None:
         self.engine.shutdown()
+
+
+async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of several coroutines that run at once. Where one fails, or the caller is cancelled, all end."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def rendered(prompt: Any) -> Any:
+    """A prompt of token ids as vLLM's own servers pass it on, so that nothing is left to be done in other threads."""
+    return prompt if "type" in prompt else {"type": "token", **prompt}

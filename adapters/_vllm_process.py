@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,8 +13,10 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
+from steer import engine
+from steer.adapters._packing import pack_texts, pack_tokens, unpack_texts, unpack_tokens
 from steer.adapters._track import check_lengths
-from steer.adapters._vllm_client import Client
+from steer.adapters._vllm_client import Client, Took
 from steer.adapters._vllm_front import FrontEnd, Inside
 from steer.adapters.decoding import Decoding
 from steer.core import (
@@ -28,6 +32,10 @@ from steer.core import (
     TransitionEdit,
     check,
 )
+from steer.lookahead import Preview
+from steer.methods.best_of_n import BestOfN
+from steer.methods.fk import FKSteering
+from steer.rewards.early import Early
 from steer.wire import EditRequest
 
 if TYPE_CHECKING:
@@ -37,6 +45,10 @@ Mounted = tuple[tuple[Edit, frozenset[int] | None], ...]
 
 _MISSING = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "logits_processor", "stopping_criteria")
 """Settings of `Decoding` that vLLM has no counterpart of."""
+
+
+_ROWS = ("group", "log_prob", "base_log_prob", "tilt", "kl", "finished")
+"""What a state holds as tensors of rows."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,10 @@ class VLLMProcess(Process):
     block: int = 64
     client: Client | None = field(default=None, repr=False, compare=False)
     """What its requests go through; None for the model's own."""
+    announce: Callable[[Any, str], None] | None = field(default=None, repr=False, compare=False)
+    """Called with the prompt and the text of a row as soon as it is complete, while others are still drawn."""
+    announces_all: bool = False
+    """Whether rows whose text goes on after this step are announced too."""
 
     sites = frozenset({Site.PROMPT, Site.HIDDEN, Site.TRANSITION})
 
@@ -176,14 +192,13 @@ class VLLMProcess(Process):
     def propose(self, state: VLLMState, generator: torch.Generator) -> VLLMState:
         rows = (~state.finished).nonzero().squeeze(1).tolist()
         seeds = torch.randint(2**31, (len(state),), generator=generator).tolist()
-        outputs = self._run(state, rows, seeds)
+        outputs = self._run(state, rows, seeds, partial(self._announced, state, rows) if self.announce else None)
         tokens, finished, log_prob = list(state.tokens), state.finished.clone(), state.log_prob.clone()
         drawn = 0
         for i, output in zip(rows, outputs, strict=True):
             completion = output.outputs[0]
-            new = list(completion.token_ids)
-            drawn += len(new)
-            tokens[i] = [*state.tokens[i], *new]
+            drawn += len(completion.token_ids)
+            tokens[i] = [*state.tokens[i], *completion.token_ids]
             log_prob[i] += float(completion.cumulative_logprob)
             finished[i] = self._ended(tokens[i], completion.finish_reason)
         moved = replace(
@@ -193,7 +208,14 @@ class VLLMProcess(Process):
         )  # fmt: skip
         return moved if self.done(moved) else self._decided(moved, rows)
 
-    def _run(self, state: VLLMState, rows: Sequence[int], seeds: Sequence[int]) -> list[Any]:
+    def _announced(self, state: VLLMState, rows: Sequence[int], k: int, output: Any) -> None:
+        completion = output.outputs[0]
+        tokens = [*state.tokens[rows[k]], *completion.token_ids]
+        if self.announce is not None and (self.announces_all or self._ended(tokens, completion.finish_reason)):
+            words, prompt = self.model.words, state.prompts[int(state.group[rows[k]])]
+            self.announce(words.show(prompt), words.decode(tokens, self.decoding.stop))
+
+    def _run(self, state: VLLMState, rows: Sequence[int], seeds: Sequence[int], took: Took | None) -> list[Any]:
         asked = {b: self._inside(b) for b in {int(state.group[i]) for i in rows}}
         prompts, params = [], []
         for i in rows:
@@ -202,7 +224,7 @@ class VLLMProcess(Process):
             inside = Inside(tuple(asked[b]), prompt_length=len(state.ids[b]), weights=state.weights[i], tag=tag)
             prompts.append(_tokens_prompt([*state.ids[b], *mine]))
             params.append(self._params(seeds[i], len(mine), inside))
-        return self._client.draw(prompts, params)
+        return self._client.draw(prompts, params, took)
 
     def _reads(self, asked: Sequence[EditRequest]) -> bool:
         return any(edit.reads for edit in self.model.front.hidden(Inside(tuple(asked))))
@@ -258,17 +280,39 @@ class VLLMProcess(Process):
 
     def gather(self, state: VLLMState, index: Tensor) -> VLLMState:
         at = index.tolist()
+        rows: dict[str, Any] = {name: x[index] for name in _ROWS if (x := getattr(state, name)) is not None}
         return replace(
-            state,
-            group=state.group[index],
-            log_prob=state.log_prob[index],
-            base_log_prob=None if state.base_log_prob is None else state.base_log_prob[index],
-            tilt=state.tilt[index],
-            kl=None if state.kl is None else state.kl[index],
-            tokens=[state.tokens[i] for i in at],
-            finished=state.finished[index],
-            weights=[state.weights[i] for i in at],
-        )
+            state, **rows, tokens=[state.tokens[i] for i in at], weights=[state.weights[i] for i in at]
+        )  # fmt: skip
+
+    def stack(self, states: Sequence[VLLMState]) -> VLLMState:
+        check(len({s.step for s in states}) == 1, "states", [s.step for s in states], "rows at one step")
+
+        def joined(name: str) -> Any:
+            columns = [getattr(s, name) for s in states]
+            return None if any(c is None for c in columns) else torch.cat(columns)
+
+        rows: dict[str, Any] = {name: joined(name) for name in _ROWS}
+        return replace(
+            states[0], **rows, run=uuid4().hex, tokens=[row for s in states for row in s.tokens],
+            weights=[row for s in states for row in s.weights], cost=sum((s.cost for s in states), Cost()),
+        )  # fmt: skip
+
+    def pack(self, state: VLLMState) -> dict[str, Tensor]:
+        """Tokens, and what gates and controllers decided as JSON in bytes."""
+        rows = {name: x for name in _ROWS if (x := getattr(state, name)) is not None}
+        tokens, length = pack_tokens(state.tokens)
+        decided, size = pack_texts([json.dumps(row) for row in state.weights])
+        return {**rows, "tokens": tokens, "length": length, "decided": decided, "decided_length": size}
+
+    def unpack(self, prompts: Sequence[Prompt], step: int, packed: dict[str, Tensor]) -> VLLMState:
+        rows: dict[str, Any] = {name: packed.get(name) for name in _ROWS}
+        decided = [json.loads(text) for text in unpack_texts(packed["decided"], packed["decided_length"])]
+        return VLLMState(
+            **rows, step=step, cost=Cost(), prompts=list(prompts), ids=self.encode(prompts), run=uuid4().hex,
+            tokens=unpack_tokens(packed["tokens"], packed["length"]),
+            weights=[tuple(None if w is None else tuple(w) for w in row) for row in decided],
+        )  # fmt: skip
 
     def settle(self, state: VLLMState) -> tuple[VLLMState, Cost]:
         return replace(state, cost=Cost()), state.cost
@@ -320,6 +364,23 @@ class VLLMProcess(Process):
             start = len(ids[int(group[i])])
             total[i] = sum(output.prompt_logprobs[t][row[t]].logprob for t in range(start, len(row)))
         return total
+
+
+@contextmanager
+def scored_early(plan: engine.Plan) -> Iterator[engine.Plan]:
+    """The plan of a `VLLMProcess` with rewards computed as texts are completed, while others are still drawn; itself
+    where the reward does not stand alone (see `Reward.alone`).
+    """
+    process, reward, sampler = plan.process, plan.reward, plan.sampler
+    if reward is None or not reward.alone or not isinstance(process, VLLMProcess):
+        yield plan
+        return
+    each_step = (isinstance(sampler, FKSteering) and isinstance(sampler.lookahead, Preview) and sampler.every == 1) or (
+        isinstance(sampler, BestOfN) and sampler.reject > 0
+    )
+    with Early(reward) as early:
+        announcing = replace(process, announce=early.announce, announces_all=each_step)
+        yield replace(plan, process=announcing, reward=early)
 
 
 def _tokens_prompt(ids: Sequence[int]) -> Any:

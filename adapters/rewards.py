@@ -70,6 +70,8 @@ class ModelReward(Composable):
     take) loses its beginning. `dtype` None is the dtype that the weights were saved in.
     """
 
+    alone = True
+
     def __init__(
         self,
         source: str | Path | tuple[Any, Any],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,26 @@ import torch
 from torch import Tensor
 
 from steer.adapters import _vllm_admin as admin
-from steer.adapters._vllm_artifacts import read_artifact
+from steer.adapters._vllm_artifacts import Artifact, read_artifact
 from steer.adapters._vllm_client import Blocking, Client
-from steer.adapters._vllm_process import Named, VLLMProcess
-from steer.adapters._vllm_settings import check_version
+from steer.adapters._vllm_process import Named, VLLMProcess, scored_early
+from steer.adapters._vllm_rows import Compiled
+from steer.adapters._vllm_settings import check_version, need
 from steer.adapters.decoding import Decoding
 from steer.adapters.transformers import LanguageModel
-from steer.core import Edit, ModelInfo, Prompt, Reward, Sampler, Samples, SteerError, UnsupportedError, check
+from steer.core import (
+    Edit,
+    HiddenEdit,
+    InputError,
+    ModelInfo,
+    Prompt,
+    Reward,
+    Sampler,
+    Samples,
+    SteerError,
+    UnsupportedError,
+    check,
+)
 from steer.wire import EditRequest
 
 __all__ = ["VLLMModel", "VLLMProcess", "load"]
@@ -44,6 +59,8 @@ def load(
     engine.setdefault("logprobs_mode", "processed_logprobs")  # of the law that is really drawn from
     try:
         llm = LLM(model=str(resolve(str(model))), additional_config=extra, **engine)
+    except InputError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise SteerError(f"model: vLLM could not load {str(model)!r}: {first}") from error
@@ -66,7 +83,9 @@ class VLLMModel:
         self.config, self.tokenizer, self.front = client.config, client.tokenizer, client.front
         self.words = _Words(self.tokenizer, name)
         self._packed: dict[int, tuple[Edit, str]] = {}
-        self._registering = threading.Lock()
+        self._registering = threading.RLock()
+        self._held: Counter[str] = Counter()
+        self._holding = threading.Lock()
         self._carry_out(admin.introducing(self.front, self.config, norms=False))
 
     @property
@@ -75,6 +94,12 @@ class VLLMModel:
         if not isinstance(self.client, Blocking):
             raise UnsupportedError("this engine is asynchronous: it has no vllm.LLM")
         return self.client.llm
+
+    def through(self, client: Client) -> VLLMModel:
+        """The same model, whose requests go through another client of the engine."""
+        other = copy(self)
+        other.client = client
+        return other
 
     def _carry_out(self, steps: admin.Steps) -> Any:
         with self._registering:
@@ -89,10 +114,26 @@ class VLLMModel:
         return int(self.config.model_config.max_model_len)
 
     @property
+    def vocabulary(self) -> int:
+        return int(self.config.model_config.get_vocab_size())
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         given = self.config.model_config.try_get_generation_config().get("eos_token_id")
         given = self.tokenizer.eos_token_id if given is None else given
         return () if given is None else tuple(given) if isinstance(given, list | tuple) else (int(given),)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, as `LanguageModel.encode` gives them."""
+        return self.words.encode(prompt)
+
+    def decode(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
+        """Text of generated tokens, cut before the first stop string."""
+        return self.words.decode(tokens, stop)
+
+    def show(self, prompt: Prompt) -> Any:
+        """The prompt as it appears in results."""
+        return self.words.show(prompt)
 
     # ---- artifacts
 
@@ -105,11 +146,51 @@ class VLLMModel:
         return self._register(name, data, model_check == "any")
 
     def _register(self, name: str, data: bytes, any_model: bool) -> str:
-        return str(self._carry_out(admin.registering(self.front, self.config, name, data, any_model, self.client.used)))
+        return str(self._carry_out(admin.registering(self.front, self.config, name, data, any_model, self._used)))
 
     def unregister(self, name: str) -> None:
         """Forget a name. Raises `InputError`."""
-        self._carry_out(admin.removing(self.front, name, self.client.used))
+        self._carry_out(admin.removing(self.front, name, self._used))
+
+    def inspect(self, artifact: str | Path | Edit) -> Edit:
+        """The edit that an artifact would be under its own settings; nothing is registered. Raises `InputError` where
+        it does not fit the model or the engine.
+        """
+        data = read_artifact(artifact)
+        kind = Artifact.parse(data).card.kind
+        self._carry_out(admin.introducing(self.front, self.config, norms=kind != "value"))
+        with self._registering:
+            admitted, _ = self.front.admit("inspected", data, False, self._used())
+        edit = admitted.edit(self.info, {})
+        if isinstance(edit, HiddenEdit):
+            layers = {layer for layer, _ in Compiled.of(edit, self.info).operators}
+            need(self.front.settings, reads=edit.reads, layers=tuple(layers))
+        return edit
+
+    def hold(self, artifacts: Mapping[str, Path]) -> None:
+        """Have files registered under these names, and keep them until `release`: they make no room for others."""
+        with self._registering:
+            with self._holding:
+                self._held.update(artifacts.keys())
+            try:
+                for name, path in artifacts.items():
+                    if name not in self.front.names:
+                        self.register(name, path)
+            except BaseException:
+                self.release(artifacts)
+                raise
+
+    def release(self, artifacts: Mapping[str, Path]) -> None:
+        """Undo one `hold`."""
+        with self._holding:
+            self._held.subtract(artifacts.keys())
+            self._held += Counter()
+
+    def _used(self) -> set[str]:
+        """Digests of artifacts that must stay."""
+        with self._holding:
+            held = list(self._held)
+        return self.client.used() | {self.front.names[name] for name in held if name in self.front.names}
 
     @property
     def registered(self) -> dict[str, str]:
@@ -161,8 +242,9 @@ class VLLMModel:
     ) -> Samples:
         """Generate for every prompt, as `steer.generate` describes. Edits may also be those of `edit`.
 
-        All rows go to the engine at once, which batches them as its own limits allow. Samplers that choose between
-        unfinished texts need `block`, the tokens of a step.
+        All rows go to the engine at once, which batches them as its own limits allow. Rewards that stand alone are
+        computed as texts are completed, in another thread. Samplers that choose between unfinished texts need `block`,
+        the tokens of a step.
         """
         from steer import engine
 
@@ -171,7 +253,8 @@ class VLLMModel:
             process, prompts, edits=edits, sampler=sampler, reward=reward, beta=beta, n=n, seed=seed,
             max_rows=max_rows, progress=progress, model=self,
         )  # fmt: skip
-        return engine.execute(plan)
+        with scored_early(plan) as early:
+            return engine.execute(early)
 
     def log_likelihood(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Summed log-probability `[N]` of each output after its prompt under the unedited model at temperature 1, and

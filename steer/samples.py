@@ -197,6 +197,13 @@ class Samples:
 class Reward(ABC):
     """Scores samples, higher is better. Rewards close under `+ - *`; see `steer.rewards`."""
 
+    @property
+    def alone(self) -> bool:
+        """Whether a score depends on its own prompt and output and nothing else, and takes no model that also
+        generates: such scores may be computed at any time, in any company, in another thread.
+        """
+        return False
+
     @abstractmethod
     def score(self, samples: Samples) -> Tensor:
         """Scores `[N]`."""

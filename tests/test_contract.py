@@ -231,6 +231,14 @@ def test_best_of_n_runs_unchanged(process: Process) -> None:
     assert samples.lineage.tolist() == [i for i in samples.lineage.tolist() if 0 <= i < 8]
 
 
+def test_rejection_runs_unchanged(process: Process) -> None:
+    sampler, generator = BestOfN(4, reject=0.3), torch.Generator().manual_seed(0)
+    samples = sampler.run(process, ["the sun", "hello"], generator=generator, reward=Size())
+    sizes = [int((samples.pool.group == b).sum()) for b in range(2)]
+    assert len(samples) == 2 and max(sizes) <= 3 and min(sizes) >= 1
+    assert samples.cost.reward_calls > len(samples.pool)
+
+
 def finish(process: Process, state: Any, seed: int = 5) -> Samples:
     generator = torch.Generator().manual_seed(seed)
     while not process.done(state):

@@ -249,6 +249,41 @@ def test_best_of_n_samples_its_law(n: int) -> None:
     assert len(samples) == trials and len(samples.pool) == trials * n
 
 
+def test_rejection_samples_its_law() -> None:
+    """Four candidates, two after the first symbol and one after the second, ties broken uniformly: by enumeration."""
+    chain = markov_lm()
+    base = chain.law()[1]
+    p = base.exp().reshape(3, 3, 3)
+    first, pairs = p.sum((1, 2)), p.sum(2)
+    law = torch.zeros(3, 3, dtype=torch.float64)
+    orders = list(itertools.permutations(range(4)))
+    for drawn in itertools.product(range(3), repeat=4):
+        for order in orders:
+            left = sorted((drawn[i] for i in order), key=lambda x: -(x == 2))[:2]
+            mass = float(first[list(drawn)].prod()) / len(orders)
+            for u, v in itertools.product(range(3), repeat=2):
+                both = mass * float(pairs[left[0], u] / first[left[0]] * pairs[left[1], v] / first[left[1]])
+                counts = [(left[0] == 2) + (u == 2), (left[1] == 2) + (v == 2)]
+                share = 0.5 if counts[0] == counts[1] else float(counts[0] > counts[1])
+                law[left[0], u] += both * share
+                law[left[1], v] += both * (1 - share)
+    whole = (law.unsqueeze(2) * p / pairs.unsqueeze(2)).flatten()
+    trials = 6000
+    sampler = BestOfN(4, reject=0.5)
+    samples = sampler.run(chain, ["x"] * trials, generator=torch.Generator().manual_seed(0), reward=OnSequences())
+    counts = torch.bincount((samples.outputs * torch.tensor([9, 3, 1])).sum(-1), minlength=27).double() / trials
+    error = (whole * (1 - whole) / trials).sqrt()
+    assert float(whole.sum()) == pytest.approx(1) and bool(((counts - whole).abs() <= 5 * error + 1e-12).all())
+    assert len(samples.pool) == trials and samples.cost.reward_calls == trials * (4 + 2 + 1)
+    assert samples.kl is not None and torch.allclose(samples.kl, torch.full_like(samples.kl, math.log(4)))
+    assert divergence(whole.clamp_min(1e-300).log(), base) < math.log(4)
+
+
+def test_rejection_needs_steps() -> None:
+    with pytest.raises(InputError, match="reject"):
+        BestOfN(4, reject=1.0)
+
+
 def test_best_of_n_runs_unchanged_on_the_gaussian_chain() -> None:
     trials, n = 2000, 4
     process = GaussianProcess(steps=10)

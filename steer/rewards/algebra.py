@@ -74,6 +74,12 @@ class Composable(Reward):
         """`(score - mean) / std`."""
         return Standardised(self, mean, std)
 
+    @property
+    def alone(self) -> bool:
+        """As for `Reward`: where all members are. A reward without members says it for itself."""
+        members = [m for m in _members(self) if isinstance(m, Reward)]
+        return bool(members) and all(member.alone for member in members)
+
     def bind(self, model: Any) -> Reward:
         """The reward with every member bound to `model`; itself where nothing binds."""
         if not is_dataclass(self):
@@ -82,6 +88,14 @@ class Composable(Reward):
         new = {name: _bound(value, model) for name, value in old.items()}
         changed = {name: value for name, value in new.items() if value is not old[name]}
         return replace(self, **changed) if changed else self
+
+
+def _members(reward: Any) -> list[Any]:
+    """What a reward is made of."""
+    if not is_dataclass(reward):
+        return []
+    held = [getattr(reward, f.name) for f in fields(reward) if f.init]
+    return [x for value in held for x in (value if isinstance(value, tuple) else (value,))]
 
 
 def _bound(x: Any, model: Any) -> Any:
@@ -142,6 +156,7 @@ def lift(x: Any) -> Composable:
 class Constant(Composable):
     """The same score for every sample."""
 
+    alone = True
     value: float
 
     def __post_init__(self) -> None:
@@ -296,6 +311,11 @@ class Cached(Composable):
 
     inner: Composable
     memo: dict[Hashable, float] = field(default_factory=dict, init=False, compare=False)
+
+    @property
+    def alone(self) -> bool:
+        """A function on texts is taken to be what can be cached."""
+        return isinstance(self.inner, CallableReward) or self.inner.alone
 
     def score(self, samples: Samples) -> Tensor:
         if isinstance(samples.outputs, Tensor) and samples.outputs.requires_grad:

@@ -79,6 +79,8 @@ def texts_of(samples: Samples, reward: object) -> list[str]:
 class TextReward(Composable):
     """A reward that looks at one text at a time."""
 
+    alone = True
+
     @abstractmethod
     def rate(self, text: str) -> float:
         """The score of one text."""

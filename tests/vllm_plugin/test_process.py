@@ -10,7 +10,10 @@ from vllm_tools import PROMPTS, controller, greedy, vector
 
 from steer import RawText, SystemPrompt
 from steer.core import InputError
+from steer.engine import make_sampler
+from steer.methods.best_of_n import BestOfN
 from steer.methods.fk import FKSteering
+from steer.rewards.algebra import lift
 
 
 @pytest.mark.parametrize("edit", [None, vector(0.3, scope="generated"), controller(), vector(0.4, scope="prompt")],
@@ -96,3 +99,60 @@ def test_bad_requests_reach_nobody(engine: Any) -> None:
         with pytest.raises(ValueError, match=field):
             engine.llm.generate(["Hello"], params, use_tqdm=False)
     assert greedy(engine, PROMPTS[1], (), 4).tokens
+
+
+def test_rewards_while_others_decode(engine: Any) -> None:
+    """The same choice as with a reward that waits for all, but some scores are asked for while texts are drawn."""
+    running: list[bool] = []
+
+    def sparse(texts: list[str]) -> list[float]:
+        running.append(engine.llm.llm_engine.has_unfinished_requests())
+        return [-float(text.count("e")) for text in texts]
+
+    settings: dict[str, Any] = {
+        "sampler": "best-of-n", "n": 12, "seed": 3, "max_new_tokens": 48, "stop": ["."], "temperature": 1.2
+    }  # fmt: skip
+    waited = engine.generate(RawText("The sun was"), reward=lift(sparse), **settings)
+    assert running == [False]
+    running.clear()
+    early = engine.generate(RawText("The sun was"), reward=lift(sparse).cached(), **settings)
+    assert any(running)
+    assert early.texts == waited.texts and torch.equal(early.pool.reward, waited.pool.reward)
+
+
+def test_candidates_are_given_up(engine: Any) -> None:
+    """Half of the rest after every block: they cost no further tokens."""
+    drawn = engine.generate(
+        RawText("The sun was"), sampler=BestOfN(16, reject=0.5), reward="length", seed=0, max_new_tokens=32, block=8,
+        eos_token_id=[],
+    )  # fmt: skip
+    assert len(drawn.pool) == 2 and drawn.cost.generated_tokens == 8 * (16 + 8 + 4 + 2)
+    assert float(drawn.reward[0]) == float(drawn.pool.reward.max())
+
+
+def test_packed_rows_go_on(engine: Any) -> None:
+    """Half a text, through tensors and back, ends as the text drawn in one go, with what its controller decided."""
+    process = engine.process(temperature=0, max_new_tokens=16, block=8).edited(controller())
+    generator = torch.Generator().manual_seed(0)
+    state = process.propose(process.init(PROMPTS[:2], 1, generator), generator)
+    again = process.unpack(PROMPTS[:2], state.step, process.pack(state))
+    both = process.propose(process.stack([state, again]), generator)
+    assert both.tokens[:2] == both.tokens[2:] == greedy(engine, PROMPTS[:2], controller(), 16).tokens
+    assert again.weights == state.weights and torch.equal(both.group, torch.tensor([0, 1, 0, 1]))
+
+
+@pytest.mark.parametrize("name", ["dts", "dts-star"])
+def test_trees(name: str, engine: Any) -> None:
+    """Trees whose levels are blocks: what two texts share is drawn once, and the same seed grows the same tree."""
+
+    def vowels(texts: list[str]) -> list[float]:
+        return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in texts]
+
+    sampler = make_sampler(name, rollouts=12, batch=4)
+    settings: dict[str, Any] = {
+        "sampler": sampler, "reward": vowels, "beta": 0.05, "max_new_tokens": 24, "block": 8, "eos_token_id": []
+    }  # fmt: skip
+    drawn, same = (engine.generate(RawText("The sun was"), seed=2, **settings) for _ in range(2))
+    assert drawn.texts == same.texts and all(len(tokens) == 24 for tokens in drawn.tokens)
+    assert float(drawn.reward[0]) == pytest.approx(vowels(drawn.texts)[0])
+    assert drawn.cost.generated_tokens < 12 * 24 and 4 <= drawn.cost.reward_calls <= 12
