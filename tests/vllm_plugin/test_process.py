@@ -148,7 +148,7 @@ def test_trees(name: str, engine: Any) -> None:
     def vowels(texts: list[str]) -> list[float]:
         return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in texts]
 
-    sampler = make_sampler(name, rollouts=12, batch=4)
+    sampler = make_sampler(name, rollouts=12, batch=2, widening=1.0, exponent=0.5)
     settings: dict[str, Any] = {
         "sampler": sampler, "reward": vowels, "beta": 0.05, "max_new_tokens": 24, "block": 8, "eos_token_id": []
     }  # fmt: skip
