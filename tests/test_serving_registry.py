@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import struct
@@ -17,7 +18,7 @@ from fastapi.testclient import TestClient
 from safetensors.torch import save_file
 from serving_tools import serving, write_vector
 
-from steer import artifacts
+from steer import Samples, artifacts
 from steer.adapters.serving import TransformersEngine
 from steer.artifacts import Card
 from steer.cli import main
@@ -37,6 +38,18 @@ def engine(tiny_lm: Any) -> Iterator[TransformersEngine]:
     made = TransformersEngine(tiny_lm, name="tiny")
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def tiny_reward_dir(tiny_lm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model with random weights beside the tiny model's tokenizer."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("rewards") / "judge"
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_pretrained(tiny_lm_dir, num_labels=1).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_lm_dir).save_pretrained(folder)
+    return folder
 
 
 class Idle:
@@ -287,6 +300,66 @@ def test_rewards_that_were_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(InputError, match=r"steer\.reward"):
             rewards.parse(text)
     assert {"served_loud", "judge_of_tests:loud", "sentiment"} <= set(rewards.usages())
+
+
+def test_rewards_are_registered_and_remembered(engine: TransformersEngine, tmp_path: Path) -> None:
+    client = http(engine, tmp_path)
+    made = client.post("/v1/steer/rewards", json={"name": "polite", "reward": "sentiment - 0.5*profanity"})
+    assert made.status_code == 201 and made.json()["usage"] == "sentiment - 0.5*profanity"
+    assert client.post("/v1/steer/rewards", json={"name": "terse", "reward": "polite - 0.01*length"}).status_code == 201
+    body = {"model": "tiny", "messages": CHAT, "max_tokens": 6, "seed": 1}
+    asked = {"sampler": "best-of-n", "candidates": 4, "reward": "2*terse"}
+    by_name = client.post("/v1/chat/completions", json={**body, "steer": asked}).json()
+    spelt = {**asked, "reward": "2*((sentiment - 0.5*profanity) - 0.01*length)"}
+    assert client.post("/v1/chat/completions", json={**body, "steer": spelt}).json()["choices"] == by_name["choices"]
+    again = http(engine, tmp_path)  # another server on the same folder
+    listed = {reward["id"]: reward for reward in again.get("/v1/steer/rewards").json()["data"]}
+    assert not listed["terse"]["fixed"] and listed["sentiment"]["fixed"]
+    wrong(again.delete("/v1/steer/rewards/polite"), 400, "name")
+    assert again.delete("/v1/steer/rewards/terse").json()["deleted"]
+    assert again.delete("/v1/steer/rewards/polite").status_code == 200
+    wrong(again.delete("/v1/steer/rewards/polite"), 404, "name")
+    wrong(again.delete("/v1/steer/rewards/sentiment"), 404, "name")
+    assert "polite" not in {reward["id"] for reward in http(engine, tmp_path).get("/v1/steer/rewards").json()["data"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"name": "sentiment", "reward": "length"}, "name"),
+        ({"name": "a-b", "reward": "length"}, "name"),
+        ({"name": "mine", "reward": "nothing_known"}, "reward"),
+        ({"name": "mine", "reward": "mine + length"}, "reward"),
+        ({"name": "mine", "reward": "os:system"}, "reward"),
+        ({"name": "mine", "reward": "brightness"}, "reward"),
+        ({"name": "mine"}, "reward"),
+        ({"name": "mine", "folder": "../elsewhere"}, "folder"),
+        ({"name": "mine", "folder": "absent"}, "folder"),
+        ({"name": "mine", "folder": "absent", "reward": "length"}, "reward"),
+        ({"name": "mine", "reward": "length", "label": "x"}, "label"),
+    ],
+)
+def test_what_is_no_reward(given: dict[str, str], field: str, engine: TransformersEngine, tmp_path: Path) -> None:
+    wrong(http(engine, tmp_path).post("/v1/steer/rewards", json=given), 400, field)
+    wrong(http(engine, None).post("/v1/steer/rewards", json={"name": "mine", "reward": "length"}), 400, "name")
+
+
+def test_a_reward_model_of_the_folder(engine: TransformersEngine, tmp_path: Path, tiny_reward_dir: Path) -> None:
+    shutil.copytree(tiny_reward_dir, tmp_path / "judge")
+    client = http(engine, tmp_path)
+    made = client.post("/v1/steer/rewards", json={"name": "judged", "folder": "judge"})
+    assert made.status_code == 201, made.text
+    steer = {"sampler": "best-of-n", "candidates": 3, "reward": "judged"}
+    body = {"model": "tiny", "messages": CHAT, "max_tokens": 6, "seed": 1, "steer": steer}
+    found = client.post("/v1/chat/completions", json=body).json()
+    text, prompt = found["choices"][0]["message"]["content"], CHAT
+    from steer.adapters.rewards import ModelReward
+
+    samples = Samples(prompts=[prompt], outputs=[text], group=torch.zeros(1, dtype=torch.long),
+                      log_weight=torch.zeros(1))  # fmt: skip
+    assert found["steer"]["reward"] == pytest.approx(float(ModelReward(tiny_reward_dir)(samples)[0]), abs=1e-4)
+    (tmp_path / "link").symlink_to(tiny_reward_dir)
+    wrong(client.post("/v1/steer/rewards", json={"name": "linked", "folder": "link"}), 400, "folder")
 
 
 # ------------------------------------------------------------------------------------------------------ command line

@@ -29,6 +29,7 @@ __all__ = [
     "Standardised",
     "Wrapped",
     "lift",
+    "members_of",
     "scores_of",
 ]
 
@@ -77,7 +78,7 @@ class Composable(Reward):
     @property
     def alone(self) -> bool:
         """As for `Reward`: where all members are. A reward without members says it for itself."""
-        members = [m for m in _members(self) if isinstance(m, Reward)]
+        members = members_of(self)
         return bool(members) and all(member.alone for member in members)
 
     def bind(self, model: Any) -> Reward:
@@ -90,12 +91,12 @@ class Composable(Reward):
         return replace(self, **changed) if changed else self
 
 
-def _members(reward: Any) -> list[Any]:
-    """What a reward is made of."""
-    if not is_dataclass(reward):
-        return []
-    held = [getattr(reward, f.name) for f in fields(reward) if f.init]
-    return [x for value in held for x in (value if isinstance(value, tuple) else (value,))]
+def members_of(reward: Reward) -> list[Reward]:
+    """The rewards that a reward is made of, one level down."""
+    names = [option.name for option in fields(reward)] if is_dataclass(reward) else []
+    values = [getattr(reward, name) for name in names]
+    held = [x for value in values for x in (value if isinstance(value, list | tuple) else (value,))]
+    return [x for x in held if isinstance(x, Reward)]
 
 
 def _bound(x: Any, model: Any) -> Any:

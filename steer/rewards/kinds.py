@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 
 from steer.core import Reward, check
+from steer.rewards.algebra import members_of
 
 __all__ = ["check_reward"]
 
@@ -24,9 +24,5 @@ def check_reward(reward: Reward, images: bool) -> None:
 def _parts(reward: Reward) -> Iterator[Reward]:
     """A reward and those that it is made of."""
     yield reward
-    names: list[str] = [option.name for option in fields(reward)] if is_dataclass(reward) else []
-    for name in names:
-        value = getattr(reward, name)
-        for inner in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(inner, Reward):
-                yield from _parts(inner)
+    for member in members_of(reward):
+        yield from _parts(member)

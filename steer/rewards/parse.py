@@ -18,7 +18,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,17 +81,18 @@ def as_reward(x: Any) -> Reward | None:
     return lift(x)
 
 
-def parse_reward(text: str, *, trusted: bool = True) -> Reward:
+def parse_reward(text: str, *, trusted: bool = True, names: Mapping[str, Reward] | None = None) -> Reward:
     """The reward that `text` describes, checked as far as it can be without loading a model.
 
-    With `trusted=False` (text from a stranger) only shipped names are allowed: no imports, folders or models.
+    With `trusted=False` (text from a stranger) only shipped names are allowed, and those in `names`: no imports,
+    folders or models.
     """
     check(isinstance(text, str) and bool(text.strip()), "reward", text, _allowed(trusted))
     whole = _whole_model(text.strip(), trusted)
     if whole is not None:
         return whole
     try:
-        parsed = _Parser(text, trusted).parse()
+        parsed = _Parser(text, trusted, names or {}).parse()
     except RecursionError:
         raise InputError("reward", text, "an expression that is nested less deeply") from None
     check(not isinstance(parsed, Constant), "reward", text, "an expression with at least one reward, not only numbers")
@@ -132,8 +133,8 @@ def _split(items: list[tuple[str | None, str]]) -> tuple[list[str], dict[str, st
 
 
 class _Parser:
-    def __init__(self, text: str, trusted: bool) -> None:
-        self.text, self.trusted, self.at = text, trusted, 0
+    def __init__(self, text: str, trusted: bool, names: Mapping[str, Reward]) -> None:
+        self.text, self.trusted, self.names, self.at = text, trusted, names, 0
         self.tokens: list[re.Match[str]] = []
         position = 0
         while position < len(text.rstrip()):
@@ -191,12 +192,16 @@ class _Parser:
         given = token[0].strip()
         if name[0] in "\"'":
             return lift(_model(name[1:-1], items, given, self.trusted))
+        if name in self.names:
+            check(not items, "reward", given, f"{name}, which takes no arguments")
+            return lift(self.names[name])
         if name in _registry:
             check(self.trusted or not _registry[name].loads, "reward", given, _allowed(self.trusted))
             return lift(_make(name, items, given))
         if len(items) == 1 and items[0][0] is None:
             return lift(_function(name, items[0][1], given, self.trusted))
-        raise _unknown(name, given, self.trusted)
+        named = f"; {', '.join(self.names)}" if self.names else ""
+        raise _unknown(name, given, self.trusted, named)
 
 
 def _unknown(name: str, given: str, trusted: bool, why: str = "") -> InputError:

@@ -38,6 +38,8 @@ class Server:
     gate: Gate
     metrics: Metrics
     created: int
+    names: tuple[str, ...]
+    """What requests may call the model; the first is its own."""
 
 
 def create_app(
@@ -50,6 +52,8 @@ def create_app(
     limits: Limits | None = None,
     rewards: Rewards | None = None,
     default: SteerRequest | None = None,
+    names: Sequence[str] = (),
+    alone: bool = True,
 ) -> FastAPI:
     """An OpenAI-compatible application.
 
@@ -62,6 +66,9 @@ def create_app(
         limits: see `Limits`.
         rewards: those that requests may name; default: the shipped ones that load nothing.
         default: steering of requests that ask for none.
+        names: further names of the model.
+        alone: False leaves the models, health and metrics to a server that this application is part of; its own metrics
+            are at `/v1/steer/metrics`.
     """
     limits = limits or Limits()
     store = Store(
@@ -69,8 +76,8 @@ def create_app(
     )
     gate = Gate(limits.requests)
     metrics = Metrics(engine, gate, store)
-    tasks = Tasks(store, rewards or Rewards(), limits, default)
-    server = Server(engine, store, tasks, gate, metrics, int(time.time()))
+    tasks = Tasks(store, rewards or Rewards(folder=artifacts), limits, default)
+    server = Server(engine, store, tasks, gate, metrics, int(time.time()), tuple(dict.fromkeys((engine.name, *names))))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -84,32 +91,37 @@ def create_app(
     errors.install(app)
     app.include_router(writing.router(server))
     app.include_router(registry.router(server))
-    _add_small_routes(app, server)
+    if alone:
+        _add_small_routes(app, server)
+    _add_own_routes(app, server)
     app.add_middleware(Guard, keys=tuple(keys), local=local and not keys, body_bytes=limits.body_bytes,
                        artifact_bytes=limits.artifact_bytes)  # fmt: skip
     app.add_middleware(CountedRequests, metrics=metrics)
-    _describe(app, engine.name, bool(keys))
+    _describe(app, server.names, bool(keys))
     return app
 
 
+_DENIED: dict[int | str, dict[str, Any]] = {
+    401: {"model": ErrorAnswer, "description": "The API key is wrong or missing."},
+    403: {"model": ErrorAnswer, "description": "A server without a key was asked from elsewhere."},
+}
+
+
 def _add_small_routes(app: FastAPI, server: Server) -> None:
+    """What every server of OpenAI's kind has."""
     engine = server.engine
-    denied: dict[int | str, dict[str, Any]] = {
-        401: {"model": ErrorAnswer, "description": "The API key is wrong or missing."},
-        403: {"model": ErrorAnswer, "description": "A server without a key was asked from elsewhere."},
-    }
 
     def model() -> Model:
         return Model(id=engine.name, created=server.created, max_model_len=engine.context_length)
 
-    @app.get("/v1/models", response_model=ModelList, responses=denied, tags=["openai"])
+    @app.get("/v1/models", response_model=ModelList, responses=_DENIED, tags=["openai"])
     async def models() -> ModelList:
         """The one model that is served."""
         return ModelList(data=[model()])
 
     @app.get(
         "/v1/models/{name:path}", response_model=Model, tags=["openai"],
-        responses={**denied, 404: {"model": ErrorAnswer, "description": "No such model."}},
+        responses={**_DENIED, 404: {"model": ErrorAnswer, "description": "No such model."}},
     )  # fmt: skip
     async def one_model(name: str) -> Model:
         """One model."""
@@ -126,13 +138,30 @@ def _add_small_routes(app: FastAPI, server: Server) -> None:
         draining = server.gate.draining
         return JSONResponse({"status": "draining" if draining else "ok"}, 503 if draining else 200)
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=denied, tags=["server"])
+    @app.get("/metrics", response_class=PlainTextResponse, responses=_DENIED, tags=["server"])
     async def metrics() -> PlainTextResponse:
         """Counters in Prometheus's text format."""
-        return PlainTextResponse(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return _counters(server)
 
 
-def _describe(app: FastAPI, model: str, keys: bool) -> None:
+def _add_own_routes(app: FastAPI, server: Server) -> None:
+    """The same under steer's own path, where it is not the server's only application."""
+
+    @app.get("/v1/steer/metrics", response_class=PlainTextResponse, responses=_DENIED, tags=["steer"])
+    async def metrics() -> PlainTextResponse:
+        """Counters of steering in Prometheus's text format."""
+        return _counters(server)
+
+    @app.get("/v1/steer/openapi.json", include_in_schema=False)
+    async def description() -> JSONResponse:
+        return JSONResponse(app.openapi())
+
+
+def _counters(server: Server) -> PlainTextResponse:
+    return PlainTextResponse(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _describe(app: FastAPI, models: Sequence[str], keys: bool) -> None:
     """The OpenAPI description as the server behaves: bad input is 400, and keys are named where they are needed."""
     made = app.openapi
 
@@ -142,7 +171,7 @@ def _describe(app: FastAPI, model: str, keys: bool) -> None:
             schemas = schema["components"]["schemas"]
             schemas["RegisterRequest"] = RegisterRequest.model_json_schema()
             for name in ("ChatRequest", "CompletionRequest"):
-                schemas[name]["properties"]["model"]["enum"] = [model]
+                schemas[name]["properties"]["model"]["enum"] = list(models)
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
             for path, methods in schema["paths"].items():

@@ -76,6 +76,10 @@ class Store:
         self.limit, self.limit_bytes = limit, limit_bytes
         self.refused: dict[str, str] = {}
         """Files that were found at start and could not be registered, with the reason."""
+        self.changed: Callable[[str], None] = lambda name: None
+        """Told each name that now stands for something else, or for nothing; called in the thread of the change, once
+        it is done and others may change the store again.
+        """
         self._entries: OrderedDict[str, Entry] = OrderedDict()
         self._used: Counter[str] = Counter()
         self._lock = threading.RLock()
@@ -159,16 +163,17 @@ class Store:
             raise TooLargeError("file", f"{size} bytes", f"at most {self.limit_bytes}")
         entry = self._checked(name, source, fixed=False)
         final = self._own / f"{name}{_SUFFIX}"
-        with self._lock:
+        with self._changing() as names:
             before = self._entries.get(name)
             check(before is None or not before.fixed, "name", name, "a name that no file of the folder has")
-            self._make_room(size, 0 if before is None else before.size, name)
+            names += self._make_room(size, 0 if before is None else before.size, name)
             with replacing(final) as temporary:
                 shutil.copyfile(source, temporary)
             _sync_folder(self._own)
             entry = replace(entry, path=final, created=int(final.stat().st_mtime))
             self._entries[name] = entry
             self._entries.move_to_end(name)
+            names.append(name)
         return entry
 
     def adopt(self, file: str, name: str | None = None) -> Entry:
@@ -185,20 +190,35 @@ class Store:
         if name not in (None, stem):
             return self.add(str(name), path)
         entry = self._checked(stem, path, fixed=True)
-        with self._lock:
+        with self._changing() as names:
             before = self._entries.get(stem)
-            self._make_room(entry.size, 0 if before is None else before.size, stem)
+            names += self._make_room(entry.size, 0 if before is None else before.size, stem)
             self._entries[stem] = entry
+            names.append(stem)
         return entry
 
     def remove(self, name: str) -> None:
         """Forget an artifact; the file of a sent one is deleted. Raises `UnknownArtifactError`."""
-        with self._lock:
-            entry = self.get(name)
-            del self._entries[name]
-            if not entry.fixed:
-                with suppress(FileNotFoundError):
-                    entry.path.unlink()
+        with self._changing() as names:
+            self._forget(self.get(name))
+            names.append(name)
+
+    def _forget(self, entry: Entry) -> None:
+        del self._entries[entry.name]
+        if not entry.fixed:
+            with suppress(FileNotFoundError):
+                entry.path.unlink()
+
+    @contextmanager
+    def _changing(self) -> Iterator[list[str]]:
+        """Hold the lock, and afterwards tell of the names that were put into the list."""
+        names: list[str] = []
+        try:
+            with self._lock:
+                yield names
+        finally:
+            for name in names:
+                self.changed(name)
 
     def incoming(self) -> Path:
         """A fresh path for a file on its way in. Left-overs are removed at the next start."""
@@ -217,8 +237,8 @@ class Store:
         status = path.stat()
         return Entry(name, path, _digest(path), status.st_size, int(status.st_mtime), card, fixed)
 
-    def _make_room(self, size: int, freed: int, name: str) -> None:
-        """Evict the least recently used of those that no request is using."""
+    def _make_room(self, size: int, freed: int, name: str) -> list[str]:
+        """Evict the least recently used of those that no request is using; returns their names."""
         count = len(self._entries) + (0 if name in self._entries else 1)
         total = self.nbytes - freed + size
         idle = [e for e in self._entries.values() if not e.fixed and not self._used[e.name] and e.name != name]
@@ -232,7 +252,8 @@ class Store:
             leaving.append(idle.pop(0))
             count, total = count - 1, total - leaving[-1].size
         for entry in leaving:
-            self.remove(entry.name)
+            self._forget(entry)
+        return [entry.name for entry in leaving]
 
 
 def check_name(name: str) -> None:

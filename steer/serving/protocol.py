@@ -119,6 +119,16 @@ class RegisterRequest(_Request):
     name: Text | None = None
 
 
+class RegisterReward(_Request):
+    """Give a reward a name: an expression of others, or a reward model's folder in the configured folder."""
+
+    name: Text
+    reward: Text | None = None
+    folder: Text | None = None
+    label: Text | None = None
+    """Of the model's classes, where it has several: the reward is its log-probability."""
+
+
 # ----------------------------------------------------------------------------------------------------------- answers
 
 
@@ -281,16 +291,18 @@ class ArtifactList(BaseModel):
 
 class Deleted(BaseModel):
     id: str
-    object: Literal["steer.artifact"] = "steer.artifact"
+    object: Literal["steer.artifact", "steer.reward"] = "steer.artifact"
     deleted: Literal[True] = True
 
 
 class Reward(BaseModel):
-    """A reward that requests may name, and how it is written."""
+    """A reward that requests may name, and how it is written or what it stands for."""
 
     id: str
     object: Literal["steer.reward"] = "steer.reward"
     usage: str
+    fixed: bool
+    """Whether it cannot be deleted."""
 
 
 class RewardList(BaseModel):

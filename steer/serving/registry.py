@@ -20,9 +20,11 @@ from steer.serving.protocol import (
     Deleted,
     ErrorAnswer,
     RegisterRequest,
+    RegisterReward,
     Reward,
     RewardList,
 )
+from steer.serving.rewards import UnknownRewardError
 
 if TYPE_CHECKING:
     from steer.serving.app import Server
@@ -34,9 +36,9 @@ _DENIED: dict[int | str, dict[str, Any]] = {
     403: {"model": ErrorAnswer, "description": "A server without a key was asked from elsewhere."},
     500: {"model": ErrorAnswer, "description": "The server's mistake."},
 }
-_MISSING: dict[int | str, dict[str, Any]] = {404: {"model": ErrorAnswer, "description": "No such artifact."}}
+_MISSING: dict[int | str, dict[str, Any]] = {404: {"model": ErrorAnswer, "description": "No such artifact or reward."}}
 _REFUSED: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorAnswer, "description": "No artifact of this model, or a name that cannot be."},
+    400: {"model": ErrorAnswer, "description": "No artifact of this model, no reward, or a name that cannot be."},
     413: {"model": ErrorAnswer, "description": "The file is too large, or there is no room for another."},
     415: {"model": ErrorAnswer, "description": "Neither JSON, multipart nor bytes."},
     429: {"model": ErrorAnswer, "description": "Too many requests."},
@@ -98,13 +100,39 @@ def router(server: Server) -> APIRouter:
             raise Refused(404, str(error), "name", "artifact_not_found") from None
         return Deleted(id=name)
 
+    _add_rewards(routes, server)
+    return routes
+
+
+def _add_rewards(routes: APIRouter, server: Server) -> None:
+    known = server.tasks.rewards
+
     @routes.get("/rewards", response_model=RewardList, responses=_DENIED)
     async def rewards() -> RewardList:
         """Rewards that requests may name; they join by `+ - * / ( )`."""
-        usages = server.tasks.rewards.usages()
-        return RewardList(data=[Reward(id=name, usage=usage) for name, usage in usages.items()])
+        own = {entry.name for entry in known.registered() if not entry.fixed}
+        return RewardList(data=[Reward(id=n, usage=u, fixed=n not in own) for n, u in known.usages().items()])
 
-    return routes
+    @routes.post("/rewards", response_model=Reward, status_code=201, responses={**_DENIED, **_REFUSED})
+    async def register_reward(body: RegisterReward) -> Reward:
+        """Give a reward a name: an expression of others, or a reward model in the folder of artifacts."""
+        since = server.gate.enter()
+        try:
+            entry = await asyncio.to_thread(known.add, body.name, body.reward, body.folder, body.label)
+        finally:
+            server.gate.leave(since)
+        return Reward(id=entry.name, usage=entry.usage, fixed=False)
+
+    @routes.delete(
+        "/rewards/{name}", response_model=Deleted, responses={**_DENIED, **_MISSING, 400: _REFUSED[400]}
+    )  # fmt: skip
+    async def delete_reward(name: str) -> Deleted:
+        """Forget a registered reward. Requests that use it run to their end."""
+        try:
+            await asyncio.to_thread(known.remove, name)
+        except UnknownRewardError as error:
+            raise Refused(404, str(error), "name", "reward_not_found") from None
+        return Deleted(id=name, object="steer.reward")
 
 
 def _shown(entry: Entry) -> Artifact:

@@ -67,8 +67,9 @@ def router(server: Server) -> APIRouter:
 async def _written(
     server: Server, request: Request, body: Any, read: Callable[[Any], Task], kind: type[Answer]
 ) -> Response:
-    if body.model != server.engine.name:
-        raise Refused(404, f"model: got {body.model!r}; allowed: {server.engine.name}", "model", "model_not_found")
+    if body.model not in server.names:
+        allowed = ", ".join(server.names)
+        raise Refused(404, f"model: got {body.model!r}; allowed: {allowed}", "model", "model_not_found")
     job = await _Job.begin(server, body, read, kind)
     if job.task.stream:
         return _Stream(job)
