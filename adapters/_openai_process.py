@@ -133,12 +133,9 @@ class EndpointProcess(Process):
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Question]:
         """What the endpoint is to see of every prompt, after the prompt edits that it asked for."""
-        seen = list(prompts)
-        for edit, wanted in self.edits:
-            if isinstance(edit, PromptEdit):
-                seen = [edit.rewrite(p) if wanted is None or b in wanted else p for b, p in enumerate(seen)]
         return [
-            self.model.dialect.encode(p, continued=self.num_steps > 1 or self.drawn_here(b)) for b, p in enumerate(seen)
+            self.model.dialect.encode(p, continued=self.num_steps > 1 or self.drawn_here(b))
+            for b, p in enumerate(self.rewritten(prompts))
         ]
 
     def init(self, prompts: Sequence[Prompt], n: int, generator: torch.Generator) -> EndpointState:

@@ -148,11 +148,7 @@ class VLLMProcess(Process):
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of every prompt after the prompt edits that it asked for; checks lengths."""
-        seen = list(prompts)
-        for edit, wanted in self.edits:
-            if isinstance(edit, PromptEdit):
-                seen = [edit.rewrite(p) if wanted is None or b in wanted else p for b, p in enumerate(seen)]
-        ids = [self.model.words.encode(p) for p in seen]
+        ids = [self.model.words.encode(p) for p in self.rewritten(prompts)]
         check_lengths(ids, self.decoding.max_new_tokens, self.model.context_length)
         return ids
 

@@ -173,10 +173,7 @@ class TextProcess(Process):
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of every prompt after the prompt edits that it asked for; checks lengths."""
-        seen = list(prompts)
-        for edit, wanted in self._mounted(PromptEdit):
-            seen = [edit.rewrite(p) if wanted is None or b in wanted else p for b, p in enumerate(seen)]
-        ids = [self.model.encode(p) for p in seen]
+        ids = [self.model.encode(p) for p in self.rewritten(prompts)]
         _track.check_lengths(ids, self.decoding.max_new_tokens, self.model.context_length)
         return ids
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from steer.engine import generate, load
     from steer.methods.best_of_n import Ancestral, BestOfN
     from steer.methods.controller import Controller
-    from steer.methods.prompt import SystemPrompt
+    from steer.methods.prompt import DirectionalStimulus, SystemPrompt
     from steer.methods.value import ValueGuidance
     from steer.methods.vector import Gate, SteeringVector
     from steer.mount import load_edit, parse_edit
@@ -20,6 +20,7 @@ __all__ = [
     "Ancestral",
     "BestOfN",
     "Controller",
+    "DirectionalStimulus",
     "Edit",
     "Gate",
     "InputError",
@@ -44,7 +45,7 @@ _HOMES = {
     "steer.engine": ("generate", "load"),
     "steer.methods.best_of_n": ("Ancestral", "BestOfN"),
     "steer.methods.controller": ("Controller",),
-    "steer.methods.prompt": ("SystemPrompt",),
+    "steer.methods.prompt": ("DirectionalStimulus", "SystemPrompt"),
     "steer.methods.value": ("ValueGuidance",),
     "steer.methods.vector": ("Gate", "SteeringVector"),
     "steer.mount": ("load_edit", "parse_edit"),

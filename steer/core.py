@@ -94,6 +94,10 @@ class PromptEdit(Edit):
     def rewrite(self, prompt: Prompt) -> Prompt:
         """The prompt that the process sees in place of `prompt`."""
 
+    def rewrite_all(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The same for several, which an edit that runs a model does together."""
+        return [self.rewrite(prompt) for prompt in prompts]
+
 
 class Operator(ABC):
     """A pure function on hidden rows `[..., D]`: the unit that every engine knows how to apply.
@@ -423,6 +427,16 @@ class Process(ABC):
             )
         self.validate(edit)
         return self.copy((*self.edits, (edit, None if prompts is None else frozenset(prompts))))
+
+    def rewritten(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts after the prompt edits that each of them asked for."""
+        seen = list(prompts)
+        for edit, wanted in self.edits:
+            if isinstance(edit, PromptEdit):
+                mine = [b for b in range(len(seen)) if wanted is None or b in wanted]
+                for b, prompt in zip(mine, edit.rewrite_all([seen[b] for b in mine]), strict=True):
+                    seen[b] = prompt
+        return seen
 
     def unedited(self: P) -> P:
         """The base process."""

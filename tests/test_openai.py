@@ -20,7 +20,7 @@ from steer.adapters.openai import EndpointError, LocalValue, Retry, TextValue
 from steer.core import InputError, RawText, Reward, Samples, UnsupportedError
 from steer.methods.best_of_n import BestOfN, best_of_n_law
 from steer.methods.fk import FKSteering
-from steer.methods.prompt import SystemPrompt
+from steer.methods.prompt import DirectionalStimulus, HintPolicy, SystemPrompt
 from steer.methods.value import HeadValue, ValueGuidance, ValueHead
 from steer.methods.vector import SteeringVector
 from steer.toy import TabularProcess, markov_lm
@@ -216,6 +216,15 @@ def test_a_system_prompt_reaches_the_endpoint_for_the_prompts_that_asked(words: 
     roles = {tuple(m["role"] for m in call["messages"]) for call in words.calls}
     assert roles == {("system", "user"), ("user",)}
     assert samples.kl is None  # a black box scores no texts
+
+
+def test_a_stimulus_of_a_local_policy_reaches_the_endpoint(words: Server, tiny_lm: Any) -> None:
+    edit = DirectionalStimulus(HintPolicy(tiny_lm, "say {prompt}", max_tokens=3), "{prompt} {hint}")
+    settings: dict[str, Any] = {"temperature": 0, "max_new_tokens": 6}
+    samples = connect(words, chat=None).generate(PROMPTS, edits=edit, **settings)
+    assert words_of(samples) == spoken(tiny_lm, tiny_lm.generate(PROMPTS, edits=edit, **settings))
+    asked = {call["messages"][-1]["content"] for call in words.calls}
+    assert asked == {str(edit.rewrite(p)) for p in PROMPTS} and all(len(text) > 8 for text in asked)
 
 
 def test_load_by_address(server: Server) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 from steer.adapters import _track
 from steer.adapters._plan import recording
 from steer.adapters.transformers import LanguageModel
-from steer.core import InputError, RawText, Scope
+from steer.core import InputError, RawText, Scope, SteerError
 from steer.methods.operators import Ablate, Add, Clamp, KeepNorm, Probe, Rotate, Where
-from steer.methods.prompt import SystemPrompt
+from steer.methods.prompt import DirectionalStimulus, HintPolicy, SystemPrompt
 from steer.methods.value import HeadValue, LogitValue, QHead, ValueGuidance, ValueHead
 from steer.methods.vector import Gate, SteeringVector
 
@@ -350,6 +350,39 @@ def test_system_prompt_has_a_kl_and_keeps_the_prompt(tiny_lm: LanguageModel) -> 
     assert out.prompts == ["the sun"] and float(out.kl[0]) > 0
     with pytest.raises(InputError):
         SystemPrompt(" ")
+
+
+def test_directional_stimuli_take_their_place_in_prompts_and_chats(tiny_lm: LanguageModel) -> None:
+    asked: list[list[str]] = []
+
+    def policy(inputs: list[str]) -> list[str]:
+        asked.append(inputs)
+        return [f" {text.split()[0]}; {{prompt}} " for text in inputs]
+
+    edit = DirectionalStimulus(policy, "hello {hint} the {prompt}")
+    chat = [{"role": "system", "content": "you"}, {"role": "user", "content": "the sun"}]
+    prompts = ["the sun", RawText("a dog"), chat, "a cat"]
+    rewritten = ["hello the; {prompt} the the sun", RawText("hello a; {prompt} the a dog"),
+                 [chat[0], {"role": "user", "content": "hello the; {prompt} the the sun"}], "a cat"]  # fmt: skip
+    assert edit.rewrite_all(prompts[:3]) == rewritten[:3] and isinstance(edit.rewrite(prompts[1]), RawText)
+    settings: dict[str, Any] = {"max_new_tokens": 5, "seed": 0}
+    out = tiny_lm.generate(prompts, edits=[edit, edit, edit, None], **settings)
+    assert out.prompts == prompts and out.texts == tiny_lm.generate(rewritten, **settings).texts
+    assert asked == [["the sun", "a dog"]]  # together, and never again
+    table = DirectionalStimulus({"the sun": "a dog"}, "{prompt} {hint}")
+    assert table.rewrite("the sun") == "the sun a dog"
+    with pytest.raises(InputError, match="table of hints"):
+        tiny_lm.generate("a cat", edits=table)
+    with pytest.raises(InputError, match="template"):
+        DirectionalStimulus(policy, "{prompt}")
+    with pytest.raises(SteerError, match="1 inputs"):
+        tiny_lm.generate("a cat", edits=DirectionalStimulus(lambda inputs: []))
+
+
+def test_a_model_writes_the_hints(tiny_lm: LanguageModel) -> None:
+    policy = HintPolicy(tiny_lm, "say {prompt}", max_tokens=4)
+    hint = tiny_lm.generate("say the sun", temperature=0, max_new_tokens=4, stop=["\n"]).texts[0]
+    assert DirectionalStimulus(policy, "{hint}/{prompt}").rewrite("the sun") == f"{hint.strip()}/the sun"
 
 
 # --------------------------------------------------------------------------------------------------------------- values

@@ -1,12 +1,22 @@
-"""Edits of the prompt: the control beside every steering vector, and the slot for directional stimuli."""
+"""Edits of the prompt: a system message, and directional stimuli.
+
+Directional stimulus prompting (Li et al. 2023, 2302.11520) steers a model that cannot be touched: a small policy writes
+a hint `z` for each input `x`, such as keywords of the wanted answer, and the model is asked with both.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from steer.core import Prompt, PromptEdit, check
+from steer.core import Prompt, PromptEdit, RawText, SteerError, check
 
-__all__ = ["SystemPrompt"]
+__all__ = ["DirectionalStimulus", "HintPolicy", "SystemPrompt"]
+
+_KEPT = 4096
+_SLOTS = re.compile(r"(\{prompt\}|\{hint\})")
 
 
 @dataclass(frozen=True)
@@ -22,3 +32,104 @@ class SystemPrompt(PromptEdit):
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         rest = messages[1:] if messages and messages[0]["role"] == "system" else messages
         return [{"role": "system", "content": self.text}, *rest]
+
+
+@dataclass(frozen=True)
+class HintPolicy:
+    """A language model that writes the hints of `DirectionalStimulus`: its greedy continuation of `instruction`, up to
+    the end of the line.
+
+    Args:
+        model: anything with `generate`, such as what `steer.load` returns.
+        instruction: the policy's own prompt; `{prompt}` is the input.
+        max_tokens: of a hint at most.
+    """
+
+    model: Any
+    instruction: str = "Name the keywords of a good answer, separated by commas.\n\n{prompt}"
+    max_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        check("{prompt}" in self.instruction, "instruction", self.instruction, "a text with {prompt}")
+
+    def __call__(self, inputs: Sequence[str]) -> list[str]:
+        asked = [self.instruction.replace("{prompt}", text) for text in inputs]
+        drawn = self.model.generate(asked, temperature=0, max_new_tokens=self.max_tokens, stop=["\n"])
+        return list(drawn.texts)
+
+
+@dataclass(frozen=True)
+class DirectionalStimulus(PromptEdit):
+    """Puts a hint into every prompt, and into the last user message of every chat.
+
+    Args:
+        policy: hints for a list of inputs, one each: a function such as `HintPolicy`, or a table `{input: hint}`. It is
+            asked once for each input, for all that come together in one call.
+        template: what takes the input's place; `{prompt}` is the input, `{hint}` the hint.
+
+    Raises `InputError` for an input that the table lacks, and `SteerError` where the policy returns something else than
+    one text for each input.
+    """
+
+    policy: Callable[[list[str]], Sequence[str]] | Mapping[str, str]
+    template: str = "{prompt}\n\nHint: {hint}"
+    _known: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        fits = "{hint}" in self.template and "{prompt}" in self.template
+        check(fits, "template", self.template, "a text with {prompt} and {hint}")
+        check(callable(self.policy) or isinstance(self.policy, Mapping), "policy", self.policy, "a function or a table")
+
+    def rewrite(self, prompt: Prompt) -> Prompt:
+        return self.rewrite_all([prompt])[0]
+
+    def rewrite_all(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        inputs = [_input(prompt) for prompt in prompts]
+        hints = self._hints(list(dict.fromkeys(inputs)))
+        return [_with(p, self._filled(text, hints[text])) for p, text in zip(prompts, inputs, strict=True)]
+
+    def _hints(self, inputs: list[str]) -> dict[str, str]:
+        found = {text: self._known[text] for text in inputs if text in self._known}
+        missing = [text for text in inputs if text not in found]
+        if missing:
+            found.update(zip(missing, self._asked(missing), strict=True))
+            self._known.update(found)
+            for text in list(self._known)[: max(0, len(self._known) - _KEPT)]:
+                del self._known[text]
+        return found
+
+    def _asked(self, inputs: list[str]) -> list[str]:
+        if isinstance(self.policy, Mapping):
+            for text in inputs:
+                check(text in self.policy, "prompt", text, "inputs that the table of hints has")
+            return [str(self.policy[text]).strip() for text in inputs]
+        hints = list(self.policy(inputs))
+        if len(hints) != len(inputs) or not all(isinstance(hint, str) for hint in hints):
+            raise SteerError(
+                f"the hint policy returned {len(hints)} values for {len(inputs)} inputs: one text for each"
+            )
+        return [hint.strip() for hint in hints]
+
+    def _filled(self, text: str, hint: str) -> str:
+        # Texts may hold braces of their own, and the words {hint} or {prompt}: each slot is filled once.
+        slots = {"{prompt}": text, "{hint}": hint}
+        return "".join(slots.get(part, part) for part in _SLOTS.split(self.template))
+
+
+def _input(prompt: Prompt) -> str:
+    """The text that the hint is for."""
+    if isinstance(prompt, str):
+        return str(prompt)
+    asked = [message["content"] for message in prompt if message["role"] == "user"]
+    check(bool(asked) and isinstance(asked[-1], str), "prompt", prompt, "a chat with a user's text")
+    return str(asked[-1])
+
+
+def _with(prompt: Prompt, text: str) -> Prompt:
+    """The prompt with another text in the place that `_input` reads."""
+    if isinstance(prompt, str):
+        return RawText(text) if isinstance(prompt, RawText) else text
+    messages = list(prompt)
+    last = max(i for i, message in enumerate(messages) if message["role"] == "user")
+    messages[last] = {**messages[last], "content": text}
+    return messages

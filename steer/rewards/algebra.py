@@ -93,7 +93,7 @@ class Composable(Reward):
 
 def members_of(reward: Reward) -> list[Reward]:
     """The rewards that a reward is made of, one level down."""
-    names = [option.name for option in fields(reward)] if is_dataclass(reward) else []
+    names: list[str] = [option.name for option in fields(reward)] if is_dataclass(reward) else []
     values = [getattr(reward, name) for name in names]
     held = [x for value in values for x in (value if isinstance(value, list | tuple) else (value,))]
     return [x for x in held if isinstance(x, Reward)]
