@@ -19,14 +19,16 @@ from typing import Any
 import torch
 
 from steer.adapters._vllm_artifacts import Artifact
-from steer.adapters._vllm_rows import Compiled, stages_of
+from steer.adapters._vllm_rows import Compiled, rows_of, stages_of
 from steer.adapters._vllm_settings import Settings, need
-from steer.core import Edit, HiddenEdit, InputError, ModelInfo, TransitionEdit, UnsupportedError, check
+from steer.core import Edit, HiddenEdit, InputError, ModelInfo, Site, TransitionEdit, UnsupportedError, check
 from steer.methods.value import ValueGuidance
 from steer.wire import NAME, EditRequest, SteerRequest
 
 __all__ = ["FrontEnd", "Inside"]
 
+_LARGEST = 1e6
+"""Weight of a tuned model, either way; beyond it sums of logits could overflow."""
 _SEARCH = ("sampler", "candidates", "reward", "budget")
 
 
@@ -57,6 +59,15 @@ class _Mounted:
     compiled: Compiled | None
 
 
+@dataclass(frozen=True)
+class _Towards(Edit):
+    """Guidance towards a tuned model that the engine runs beside its own, by its number there."""
+
+    site = Site.TRANSITION
+    number: int
+    weight: float
+
+
 @dataclass(eq=False)
 class FrontEnd:
     """Artifacts by name and by digest, in order of last use."""
@@ -70,6 +81,7 @@ class FrontEnd:
 
     def __post_init__(self) -> None:
         self._mounted = lru_cache(4096)(self._mount)
+        self._tuned = {name: number for number, (name, _) in enumerate(self.settings.tuned)}
 
     # ---- artifacts
 
@@ -80,6 +92,7 @@ class FrontEnd:
         """
         check(isinstance(name, str) and NAME.fullmatch(name) is not None, "name", name,
               "letters, digits, dot, dash and underscore, at most 128 of them")  # fmt: skip
+        check(name not in self._tuned, "name", name, "a name that additional_config steer.tuned does not have")
         artifact = Artifact.parse(data)
         artifact = artifact.for_any_model() if any_model else artifact
         made = artifact.edit(self.info, {})
@@ -94,14 +107,15 @@ class FrontEnd:
         return artifact, self._crowded_out(artifact, set(used))
 
     def _crowded_out(self, new: Artifact, used: set[str]) -> list[str]:
-        kept = {digest: a.size for digest, a in self.artifacts.items() if digest != new.digest}
+        held = list(self.artifacts.items())  # another thread may be noting their use
+        kept = {digest: a.size for digest, a in held if digest != new.digest}
         number, size = self.settings.artifacts, self.settings.artifact_bytes
 
         def fits() -> bool:
             return len(kept) < number and sum(kept.values()) + new.size <= size
 
         gone = []
-        for digest in self.artifacts:
+        for digest, _ in held:
             if fits():
                 break
             if digest in kept and digest not in used:
@@ -130,7 +144,7 @@ class FrontEnd:
         return [digest] if unneeded else []
 
     def _digest(self, name: str) -> str:
-        known = ", ".join(sorted(self.names)[:20]) or "none is registered"
+        known = ", ".join([*self._tuned, *sorted(self.names)][:20]) or "none is registered"
         check(name in self.names, "steer.edits.name", name, f"registered artifacts: {known}")
         return self.names[name]
 
@@ -156,8 +170,18 @@ class FrontEnd:
 
     def _of(self, asked: Inside) -> list[_Mounted]:
         return [
-            self._mounted(self._digest(edit.name), json.dumps(_options(edit), sort_keys=True)) for edit in asked.edits
+            self._towards(edit)
+            if edit.name in self._tuned
+            else self._mounted(self._digest(edit.name), json.dumps(_options(edit), sort_keys=True))
+            for edit in asked.edits
         ]
+
+    def _towards(self, edit: EditRequest) -> _Mounted:
+        for name, given in edit.options().items():
+            raise InputError(f"steer.edits.{name}", given, f"unset: {edit.name} is a tuned model, with a strength only")
+        weight = 1.0 if edit.strength is None else edit.strength
+        check(abs(weight) <= _LARGEST, "steer.edits.strength", weight, f"at most {_LARGEST:g} (1 is the tuned model)")
+        return _Mounted("", "", {}, _Towards(self._tuned[edit.name], weight), None)
 
     def _mount(self, digest: str, options: str) -> _Mounted:
         artifact = self.artifacts[digest]
@@ -171,12 +195,18 @@ class FrontEnd:
         return _Mounted(key, digest, json.loads(options), edit, compiled)
 
     def resolve(self, asked: Inside, length: int) -> dict[str, Any]:
-        """Plain data for the engine, for a prompt of `length` tokens: digests, settings and absolute positions."""
+        """Plain data for the engine, for a prompt of `length` tokens: digests, settings and absolute positions. Raises
+        `InputError` where buffers of a fixed size could overflow.
+        """
         prompt = asked.prompt_length or length
         hidden: list[dict[str, Any]] = []
         values: list[dict[str, Any]] = []
+        tuned: list[tuple[int, float]] = []
         reads = False
         for mounted in self._of(asked):
+            if isinstance(mounted.edit, _Towards):
+                tuned.append((mounted.edit.number, mounted.edit.weight))
+                continue
             self.artifacts.move_to_end(mounted.digest)
             entry: dict[str, Any] = {"artifact": mounted.digest, "options": mounted.options}
             if not isinstance(mounted.edit, HiddenEdit):
@@ -190,11 +220,12 @@ class FrontEnd:
                 entry["key"] += f"@{prompt}"  # what it decides depends on where the prompt ends
                 reads = reads or given is None
             hidden.append(entry)
+        need(self.settings, rows=rows_of(hidden))
         acting = [e["start"] for e in hidden if e["stop"] is None or e["stop"] > e["start"]]
         first = min(acting, default=None)
         rewind = first if reads and first is not None and first < prompt else None
         return {
-            "resolved": True, "hidden": hidden, "values": values, "beta": asked.beta, "prompt": prompt,
+            "resolved": True, "hidden": hidden, "values": values, "tuned": tuned, "beta": asked.beta, "prompt": prompt,
             "reads": reads, "rewind": rewind, "private": rewind is not None and rewind < prompt - 1,
             "measure": asked.measure, "tag": asked.tag,
         }  # fmt: skip

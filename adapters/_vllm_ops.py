@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SCALARS", "VECTORS", "BlockSteering", "Live", "closed_form", "read_stream"]
+__all__ = ["SCALARS", "VECTORS", "BlockSteering", "Host", "Live", "closed_form", "read_stream"]
 
 VECTORS = 4
 """Vectors of a closed form: two orthonormal axes, a shift, a probe."""
@@ -116,12 +117,32 @@ class BlockSteering(nn.Module):
         return _replaced(output, hidden)
 
 
+class Host:
+    """The host's copy of a buffer on the device. Two steps can be on their way, so that copies take turns."""
+
+    def __init__(self, device: Tensor) -> None:
+        self.device = device
+        pinned = device.device.type == "cuda"
+        self._turns = [torch.zeros(device.shape, dtype=device.dtype, device="cpu", pin_memory=pinned) for _ in range(4)]
+        self._turn = 0
+
+    def write(self, values: np.ndarray) -> None:
+        """Put `values` into the first places."""
+        self._turn = (self._turn + 1) % len(self._turns)
+        stage = self._turns[self._turn][: len(values)]
+        stage.numpy()[:] = values
+        self.device[: len(values)].copy_(stage, non_blocking=True)
+
+
 class Live:
     """What the next pass has to do, for networks that are neither compiled nor captured."""
 
     def __init__(self, depth: int) -> None:
         self.added = [False] * depth
         """Blocks whose bank has something for a token of this pass."""
+        self.rows: dict[int, Tensor] = {}
+        """What is added to the tokens of this pass `[T, D]`, by block, where it is kept for passes to come."""
+        self.keeps = False
         self.staged = [0] * depth
         """Stages of each block that do something."""
         self.token: Tensor | None = None
@@ -159,7 +180,12 @@ def eager_hook(layer: int, live: Live) -> Callable[[Any, Any, Any], Any]:
                 changed = closed_form(changed, own.vectors[live.token_slot, k], own.scalars[live.token_slot, k])
             hidden = hidden.index_add(0, live.token, (changed - stream).to(hidden.dtype))
         if live.added[layer]:
-            hidden = hidden + own.bank.index_select(0, own.slot[: hidden.shape[0]])
+            rows = live.rows.get(layer)
+            if rows is None or len(rows) != len(hidden):  # a pass can be padded
+                rows = own.bank.index_select(0, own.slot[: hidden.shape[0]])
+                if live.keeps:
+                    live.rows[layer] = rows
+            hidden = hidden + rows
         return _replaced(output, hidden)
 
     return hook

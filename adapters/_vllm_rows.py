@@ -1,15 +1,17 @@
 """Compiles the edits that act on a token into one row: a vector to add at every block, and closed forms.
 
 A row stands in a slot of every block's buffers. Rows are made when a step first needs them; where slots run out, the
-row that was not used for longest makes room.
+row that was not used for longest makes room. `rows_of` says how many rows a request can need at once.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,10 @@ from steer.adapters._vllm_ops import SCALARS, VECTORS, BlockSteering
 from steer.core import HiddenEdit, ModelInfo, Operator, SteerError, UnsupportedError
 from steer.methods.operators import Ablate, Add, Clamp, KeepNorm, Rotate, Where
 
-__all__ = ["Compiled", "Form", "Row", "Slots", "form", "merged", "stages_of"]
+__all__ = ["NEVER", "Compiled", "Form", "Row", "Slots", "Spans", "form", "merged", "rows_of", "stages_of"]
+
+NEVER = 1 << 62
+"""A position after every text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +153,52 @@ def _staged(
     return pending, stages
 
 
+@dataclass(frozen=True)
+class Spans:
+    """Where the edits of a request act: edit i at positions `starts[i] <= position < stops[i]`. What acts changes at
+    `bounds`; a segment lies between two of them, and the last one has no end.
+    """
+
+    starts: tuple[int, ...]
+    stops: tuple[int, ...]
+
+    @classmethod
+    def of(cls, hidden: Sequence[Mapping[str, Any]]) -> Spans:
+        """Those of resolved edits."""
+        stops = (NEVER if entry["stop"] is None else int(entry["stop"]) for entry in hidden)
+        return cls(tuple(int(entry["start"]) for entry in hidden), tuple(stops))
+
+    @cached_property
+    def bounds(self) -> list[int]:
+        """Positions at which what acts changes, from 0 on."""
+        return sorted({0, *(bound for bound in (*self.starts, *self.stops) if 0 < bound < NEVER)})
+
+    def segment(self, position: int) -> int:
+        return bisect_right(self.bounds, position) - 1
+
+    def end(self, segment: int) -> int:
+        return self.bounds[segment + 1] if segment + 1 < len(self.bounds) else NEVER
+
+    def acting(self, segment: int) -> tuple[int, ...]:
+        """Numbers of the edits that act in a segment."""
+        at = self.bounds[segment]
+        return tuple(i for i in range(len(self.starts)) if self.starts[i] <= at < self.stops[i])
+
+    def within(self, start: int, count: int) -> range:
+        """Segments that positions `start <= position < start + count` touch."""
+        return range(self.segment(start), self.segment(start + count - 1) + 1)
+
+
+def rows_of(hidden: Sequence[Mapping[str, Any]]) -> int:
+    """The most rows that a step can need for a request with these resolved edits: the different combinations of edits
+    that act somewhere along the text. A step that reads a prompt, or reads a text again after preemption, can touch
+    every segment of it; equal combinations share a row.
+    """
+    spans = Spans.of(hidden)
+    acting = (spans.acting(segment) for segment in range(len(spans.bounds)))
+    return len({tuple(hidden[i]["key"] for i in edits) for edits in acting if edits})
+
+
 class Slots:
     """Rows in the buffers of the blocks that this rank has."""
 
@@ -175,6 +226,18 @@ class Slots:
                 self._write(slot, make())
                 self._slot[key] = slot
         return {key: self._slot[key] for key in needed}
+
+    def forget(self, keys: Iterable[Hashable]) -> None:
+        """Free the slots of rows that nobody will ask for again."""
+        for key in keys:
+            slot = self._slot.pop(key, None)
+            if slot is not None:
+                self._free.append(slot)
+
+    @property
+    def used(self) -> int:
+        """Slots that hold a row."""
+        return len(self._slot)
 
     def _vacate(self, needed: Mapping[Hashable, Any]) -> int:
         if self._free:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from steer.adapters._vllm_http_settings import ServerSettings
 from steer.core import InputError, SteerError, UnsupportedError, check
 from steer.mount import parse_layers
+from steer.wire import NAME
 
 __all__ = ["SUPPORTED", "Settings", "check_version", "settings_of"]
 
@@ -35,7 +37,10 @@ class Settings:
     stages: int
     """Operators other than additions that one request may put on one block."""
     slots: int
-    """Different steering rows that one step can use. Where no graph is compiled or captured, the first size only."""
+    """Different steering rows that one step can use, at least one for each of its requests. Where no graph is compiled
+    or captured, the first size only."""
+    requests: int
+    """Requests that one step can hold."""
     artifacts: int
     """Artifacts that stay registered; the least recently used one that no request needs makes room."""
     artifact_bytes: int
@@ -45,6 +50,8 @@ class Settings:
     parallel: tuple[int, int]
     """Tensor and pipeline parallel ranks."""
     speculative: bool
+    tuned: tuple[tuple[str, str], ...] = ()
+    """Tuned models for RL guidance: names that requests use, and folders (see `steer.adapters._vllm_pair`)."""
 
 
 def settings_of(config: Any) -> Settings | None:
@@ -54,7 +61,8 @@ def settings_of(config: Any) -> Settings | None:
     if given is None:
         return None
     check(isinstance(given, dict), "additional_config steer", given, "a dictionary of settings")
-    known = [f.name for f in fields(Settings) if f.name not in ("graphs", "parallel", "speculative")]
+    found = ("requests", "graphs", "parallel", "speculative")
+    known = ["server", *(f.name for f in fields(Settings) if f.name not in found)]
     for name in given:
         check(name in known, "additional_config steer", name, ", ".join(known))
     depth = list(range(int(config.model_config.hf_text_config.num_hidden_layers)))
@@ -62,17 +70,31 @@ def settings_of(config: Any) -> Settings | None:
     layers = parse_layers(given.get("layers", "all"), depth)
     reads = given.get("reads", [] if graphs else "all")
     rows = int(config.scheduler_config.max_num_seqs)
+    artifacts = _count(given, "artifacts", 1024, 1)
+    artifact_bytes = _count(given, "artifact_bytes", 1 << 30, 1)
+    ServerSettings.of(given.get("server", {}), artifacts, artifact_bytes)  # refused before weights are loaded
     return Settings(
         layers=tuple(layers),
         reads=tuple(parse_layers(reads, depth)) if reads else (),
         stages=_count(given, "stages", 0 if graphs else 4, 0),
-        slots=_count(given, "slots", 2 * rows if graphs else 32, 1),
-        artifacts=_count(given, "artifacts", 1024, 1),
-        artifact_bytes=_count(given, "artifact_bytes", 1 << 30, 1),
+        slots=_count(given, "slots", 2 * rows if graphs else 32, rows if graphs else 1),
+        requests=rows,
+        artifacts=artifacts,
+        artifact_bytes=artifact_bytes,
         graphs=graphs,
         parallel=(config.parallel_config.tensor_parallel_size, config.parallel_config.pipeline_parallel_size),
         speculative=config.speculative_config is not None,
+        tuned=_tuned(given.get("tuned", {})),
     )
+
+
+def _tuned(given: Any) -> tuple[tuple[str, str], ...]:
+    check(isinstance(given, dict), "additional_config steer.tuned", given, "a dictionary of folders by name")
+    for name, folder in given.items():
+        check(isinstance(name, str) and NAME.fullmatch(name) is not None, "additional_config steer.tuned", name,
+              "names of letters, digits, dot, dash and underscore, at most 128 of them")  # fmt: skip
+        check(isinstance(folder, str) and folder != "", f"additional_config steer.tuned.{name}", folder, "a folder")
+    return tuple(given.items())
 
 
 def _count(given: dict[str, Any], name: str, default: int, least: int) -> int:
@@ -90,8 +112,15 @@ def _uses_graphs(config: Any) -> bool:
     return compiled or compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE)
 
 
-def need(settings: Settings, *, reads: tuple[int, ...] = (), layers: tuple[int, ...] = (), stages: int = 0) -> None:
-    """Raise where an edit needs what the engine was not armed for."""
+def need(
+    settings: Settings, *, reads: tuple[int, ...] = (), layers: tuple[int, ...] = (), stages: int = 0, rows: int = 0
+) -> None:
+    """Raise where an edit needs what the engine was not armed for.
+
+    `rows` are those that a request can need in one step (`_vllm_rows.rows_of`). Buffers of a fixed size have `slots`
+    for `requests` requests, and `rows <= slots // requests` for every one that is admitted; a step holds at most
+    `requests` of them, so it needs at most `slots`, whatever came, went or was preempted before.
+    """
     unarmed = sorted(set(layers) - set(settings.layers))
     check(not unarmed, "layers", unarmed, "those in additional_config steer.layers")
     if reads and settings.parallel[1] > 1:
@@ -102,4 +131,10 @@ def need(settings: Settings, *, reads: tuple[int, ...] = (), layers: tuple[int, 
         raise InputError(
             "operator", f"{stages} operators on one block besides additions",
             f"at most {settings.stages}, additional_config steer.stages",
+        )  # fmt: skip
+    each = settings.slots // settings.requests
+    if settings.graphs and rows > each:
+        raise InputError(
+            "steer.edits", f"edits that act in {rows} combinations along one text",
+            f"at most {each}, or additional_config steer.slots of {rows * settings.requests} or more",
         )  # fmt: skip

@@ -5,11 +5,12 @@ its edits in `SamplingParams.extra_args["steer"]` (see `steer.wire.SteerRequest`
 
 | process    | method                                | why |
 |------------|---------------------------------------|-----|
+| front end  | `InputProcessor.__init__`             | settings are checked before a model is loaded |
 | front end  | `InputProcessor.process_inputs`       | a request is checked, and names become digests and positions |
 | engine     | `generate_block_hash_extra_keys`      | steered blocks of the prefix cache have keys of their own |
 | engine     | `Scheduler._update_after_schedule`    | a prompt that was read runs again where it is steered |
 | worker     | `BaseModelLoader.create_model`        | blocks get their buffers before weights, compilation and graphs |
-| worker     | V1: `_prepare_inputs`, `sample_tokens`; V2: `prepare_inputs`, `sample` and others | buffers are filled |
+| worker     | V1: `_update_states`, `_prepare_inputs`, `sample_tokens`; V2: their counterparts | buffers are filled |
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 
 from steer.adapters._vllm_front import FrontEnd, block_key, digests, model_info, resolved_of
 from steer.adapters._vllm_settings import check_version, settings_of
+from steer.adapters._vllm_tuned import check_engine
+from steer.adapters._vllm_watch import watch_parent
 from steer.core import InputError, SteerError, UnsupportedError
 
 __all__ = ["front_end", "register"]
@@ -35,6 +38,7 @@ def register() -> None:
     except SteerError as error:
         logging.getLogger("vllm.steer").warning("steer is off: %s", error)
         return
+    watch_parent()
     _front()
     _engine()
     _worker()
@@ -92,10 +96,23 @@ def _front() -> None:
             request = original(self, request_id, prompt, params, *args, **more)
             length = len(request.prompt_token_ids or request.prompt_embeds)
             own = request.sampling_params
-            own.extra_args = {**own.extra_args, "steer": front.resolve(asked, length)}
+            try:
+                resolved = front.resolve(asked, length)
+            except InputError as error:
+                raise Refused(str(error), parameter=error.field) from None  # type: ignore[call-arg]
+            own.extra_args = {**own.extra_args, "steer": resolved}
             return request
 
         return process_inputs
+
+    def init(original: Callable[..., Any]) -> Callable[..., Any]:
+        def init_processor(self: Any, vllm_config: Any, *args: Any, **more: Any) -> None:
+            settings = settings_of(vllm_config)  # wrong ones are refused before any process loads a model
+            if settings is not None and settings.tuned:
+                check_engine(vllm_config, dict(settings.tuned))
+            original(self, vllm_config, *args, **more)
+
+        return init_processor
 
     def add(original: Callable[..., Any]) -> Callable[..., Any]:
         def add_request(self: Any, request: Any, *args: Any, **more: Any) -> Any:
@@ -107,6 +124,7 @@ def _front() -> None:
 
         return add_request
 
+    _wrap(InputProcessor, "__init__", init)
     _wrap(InputProcessor, "process_inputs", process)
     _wrap(OutputProcessor, "add_request", add)
 
@@ -193,16 +211,23 @@ def _worker() -> None:
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
     from vllm.v1.worker.worker_base import WorkerBase
 
+    from steer.adapters._vllm_pair import pair
     from steer.adapters.vllm_worker import Worker, of_config
 
     def create(original: Callable[..., Any]) -> Callable[..., Any]:
         def create_model(self: Any, vllm_config: Any, model_config: Any, *args: Any, **more: Any) -> Any:
-            model = original(self, vllm_config, model_config, *args, **more)
             settings = settings_of(vllm_config)
-            if settings is not None and model_config is vllm_config.model_config:  # not a draft model
+            if model_config is not vllm_config.model_config:  # a draft model
+                settings = None
+            if settings is not None and settings.tuned:
+                check_engine(vllm_config, dict(settings.tuned))
+            model = original(self, vllm_config, model_config, *args, **more)
+            if settings is not None:
                 _runner_v1()
                 _runner_v2()
-                model.steer = Worker(model, vllm_config, settings)
+                tuned = dict(settings.tuned)
+                mixture = pair(self, model, vllm_config, tuned) if tuned else None
+                model.steer = Worker(model, vllm_config, settings, mixture)
             return model
 
         return create_model
@@ -240,7 +265,6 @@ def _runner_v1() -> None:
             worker = _worker_of(self)
             if worker is not None:
                 batch, n = self.input_batch, self.input_batch.num_reqs
-                worker.finish(scheduler_output.finished_req_ids)
                 starts = batch.num_computed_tokens_cpu[:n]
                 dropped = worker.step(batch.req_ids, starts, num_scheduled_tokens[:n], _params_v1(self.requests))
                 if dropped:
@@ -249,6 +273,15 @@ def _runner_v1() -> None:
             return result
 
         return prepare_inputs
+
+    def update(original: Callable[..., Any]) -> Callable[..., Any]:
+        def update_states(self: Any, scheduler_output: Any) -> Any:
+            worker = _worker_of(self)
+            if worker is not None:  # also in a step that has nothing to run
+                worker.finish(scheduler_output.finished_req_ids)
+            return original(self, scheduler_output)
+
+        return update_states
 
     def sample(original: Callable[..., Any]) -> Callable[..., Any]:
         def sample_tokens(self: Any, *args: Any, **more: Any) -> Any:
@@ -265,6 +298,7 @@ def _runner_v1() -> None:
 
         return sample_tokens
 
+    _wrap(GPUModelRunner, "_update_states", update)
     _wrap(GPUModelRunner, "_prepare_inputs", prepare)
     _wrap(GPUModelRunner, "sample_tokens", sample)
 

@@ -98,8 +98,11 @@ class ValueProcessor(ProcessorV1, ProcessorV2):
         key = tuple(slots)
         if self._changed or key != self._of:
             self._groups, self._of, self._changed = self._grouped(slots, logits.device), key, False
+        mixture = self._worker.mixture
+        states = self._worker.hidden[:, : self._worker.info.width]  # beside them stand those of tuned models
         # Every guidance of a request chooses its candidates by the law before any of them.
-        pushes = [self._push(logits, self._worker.hidden, group) for group in self._groups]
+        law = logits if mixture is None else mixture.unmixed(logits)
+        pushes = [self._push(law, states, group) for group in self._groups]
         for group, (candidates, push) in zip(self._groups, pushes, strict=True):
             _tilt(logits, group, candidates, push)
         return logits
@@ -128,9 +131,9 @@ class ValueProcessor(ProcessorV1, ProcessorV2):
         states = hidden if group.every else hidden.index_select(0, group.rows)
         guidance, vocabulary = group.guidance, logits.shape[1]
         k = vocabulary if guidance.top_k == 0 else min(guidance.top_k, vocabulary)
-        candidates = mine.topk(k, -1).indices
+        candidates = likeliest(mine, k)
         assert isinstance(guidance.value, HeadValue) and isinstance(guidance.value.head, QHead)
-        q = guidance.value.head(states, self._embedding()[candidates])
+        q = guidance.value.head(states, nn.functional.embedding(candidates, self._embedding()))
         return candidates, ((q - q.mean(-1, keepdim=True)) * group.scale).to(logits.dtype)
 
     def _embedding(self) -> Tensor:
@@ -139,6 +142,23 @@ class ValueProcessor(ProcessorV1, ProcessorV2):
             assert self._worker is not None
             self._embeddings = output_embedding(self._worker.model)
         return self._embeddings
+
+
+def likeliest(logits: Tensor, k: int, width: int = 64) -> Tensor:
+    """Indices `[N, k]` of the k greatest of each row of logits `[N, V]`. They stand in the k stretches of `width`
+    logits with the greatest maxima, and what is after the last whole stretch: so most of a large vocabulary is only
+    looked at for its maximum.
+    """
+    vocabulary = logits.shape[1]
+    stretches = vocabulary // width
+    if 4 * k > stretches:
+        return logits.topk(k, -1).indices
+    whole = logits[:, : stretches * width].unflatten(1, (stretches, width))
+    first = whole.amax(-1).topk(k, -1, sorted=False).indices
+    rest = torch.arange(stretches * width, vocabulary, device=logits.device).expand(len(logits), -1)
+    inside = torch.arange(width, device=logits.device)
+    places = torch.cat([(first.unsqueeze(-1) * width + inside).flatten(1), rest], 1)
+    return places.gather(1, logits.gather(1, places).topk(k, -1).indices)
 
 
 def _tilt(logits: Tensor, group: _Group, candidates: Tensor, push: Tensor) -> None:

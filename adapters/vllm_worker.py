@@ -8,7 +8,6 @@ positions, a step costs a few comparisons of arrays.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,15 +21,15 @@ from torch import Tensor, nn
 
 from steer.adapters._vllm_artifacts import Artifact
 from steer.adapters._vllm_front import model_info, resolved_of
-from steer.adapters._vllm_ops import BlockSteering, Live, eager_hook, graph_hook, measuring_hook
-from steer.adapters._vllm_rows import Compiled, Row, Slots, merged
+from steer.adapters._vllm_ops import BlockSteering, Host, Live, eager_hook, graph_hook, measuring_hook
+from steer.adapters._vllm_pair import Mixture
+from steer.adapters._vllm_rows import NEVER, Compiled, Row, Slots, Spans, merged
 from steer.adapters._vllm_settings import Settings
 from steer.core import HiddenEdit, ModelInfo, SteerError
 from steer.methods.value import ValueGuidance
 
 __all__ = ["Worker", "of_config"]
 
-NEVER = 1 << 62
 Params = Callable[[str], tuple[Any, int]]
 """Sampling parameters and prompt length of a request by its id."""
 
@@ -52,8 +51,7 @@ class Request:
     prompt: int
     edits: list[Compiled]
     keys: list[str]
-    starts: list[int]
-    stops: list[float]
+    spans: Spans
     weights: list[Tensor | None]
     reading: bool
     first: int | None
@@ -61,42 +59,32 @@ class Request:
     measure: bool
     tag: str | None
     params: Any = field(repr=False)
-    bounds: list[int] = field(init=False)
-    """Positions at which what acts changes, from 0 on."""
 
-    def __post_init__(self) -> None:
-        inner = {b for b in (*self.starts, *self.stops) if 0 < b < NEVER}
-        self.bounds = sorted({0, *(int(b) for b in inner)})
-
-    def segment(self, position: int) -> int:
-        return bisect_right(self.bounds, position) - 1
-
-    def end(self, segment: int) -> int:
-        return self.bounds[segment + 1] if segment + 1 < len(self.bounds) else NEVER
-
-    def acting(self, segment: int) -> tuple[int, ...]:
-        """Numbers of the edits that act in a segment."""
-        at = self.bounds[segment]
-        return tuple(i for i in range(len(self.edits)) if self.starts[i] <= at < self.stops[i])
-
-    def key(self, segment: int) -> Hashable | None:
+    def key(self, segment: int) -> tuple[str | None, tuple[str, ...]] | None:
         """What the segment's row is known by, None where nothing acts; rows of requests that read are their own."""
-        acting = self.acting(segment)
+        acting = self.spans.acting(segment)
         if not acting:
             return None
         own = self.id if any(self.weights[i] is not None for i in acting) else None
         return own, tuple(self.keys[i] for i in acting)
 
+    def own_keys(self) -> set[Hashable]:
+        """Of the rows that no other request can use."""
+        if not any(weight is not None for weight in self.weights):
+            return set()
+        keys = (self.key(segment) for segment in range(len(self.spans.bounds)))
+        return {key for key in keys if key is not None and key[0] == self.id}
+
     def row(self, segment: int, depth: int, width: int) -> Row:
-        acting = self.acting(segment)
+        acting = self.spans.acting(segment)
         return merged([self.edits[i] for i in acting], [self.weights[i] for i in acting], depth, width)
 
 
 class Worker:
     """Steering of one model on one rank; `step` fills the buffers for a pass."""
 
-    def __init__(self, model: nn.Module, config: Any, settings: Settings) -> None:
-        self.config, self.settings, self.model = config, settings, model
+    def __init__(self, model: nn.Module, config: Any, settings: Settings, mixture: Mixture | None = None) -> None:
+        self.config, self.settings, self.model, self.mixture = config, settings, model, mixture
         self.info: ModelInfo = model_info(config, "", None)
         self.artifacts: dict[str, Artifact] = {}
         self.requests: dict[str, Request] = {}
@@ -127,7 +115,7 @@ class Worker:
         self._slot = like.new_zeros(tokens, dtype=torch.long)
         self._stage_slot = like.new_zeros(tokens, dtype=torch.long)
         self._rows = like.new_zeros(scheduler.max_num_seqs, dtype=torch.long)
-        self._slot_host, self._stage_host = _Host(self._slot), _Host(self._stage_slot)
+        self._slot_host, self._stage_host = Host(self._slot), Host(self._stage_slot)
         self.blocks: dict[int, BlockSteering] = {}
         for layer, block in blocks.items():
             if not graphs:
@@ -209,8 +197,7 @@ class Worker:
             prompt=resolved["prompt"] or prompt,
             edits=[self._compile(entry) for entry in entries],
             keys=[entry["key"] for entry in entries],
-            starts=[entry["start"] for entry in entries],
-            stops=[NEVER if entry["stop"] is None else entry["stop"] for entry in entries],
+            spans=Spans.of(entries),
             weights=[None if w is None else torch.tensor(w) for w in given],
             reading=resolved["reads"],
             first=resolved["rewind"],
@@ -234,17 +221,21 @@ class Worker:
         return self._compiled[key]
 
     def finish(self, ids: Iterable[str]) -> None:
-        """Drop what belongs to requests that have ended; their rows are forgotten when others need the room."""
+        """Drop what belongs to requests that have ended. Rows that others may use stay until the room is needed."""
         for request_id in ids:
             self.entered.pop(request_id, None)
-            self.requests.pop(request_id, None)
+            ended = self.requests.pop(request_id, None)
+            if ended is not None:
+                self.slots.forget(ended.own_keys())
+        if self.mixture is not None:
+            self.mixture.finish(ids)
 
     # ---- steps
 
     def _forget_batch(self) -> None:
         self._ids: list[str] = []
         self._batch: list[tuple[int, Request]] = []
-        self._current = self._stage_current = self._since = self._until = np.zeros(0, dtype=np.int64)
+        self._current = self._since = self._until = np.zeros(0, dtype=np.int64)
         self._counts = np.zeros(0, dtype=np.int64)
         self._stale = True
 
@@ -253,6 +244,8 @@ class Worker:
         the requests, by number, whose sample must be dropped because they read their prompt in this pass.
         """
         self._settle()
+        if self.mixture is not None:
+            self.mixture.step(ids, counts, params_of)
         n = len(ids)
         if not self._stale and len(self._ids) == n and self._ids == ids:
             if not self._batch:
@@ -267,14 +260,14 @@ class Worker:
         self._ids, self._stale, n = ids, False, len(ids)
         found = [(i, self._request(request_id, params_of)) for i, request_id in enumerate(ids)]
         self._batch = [(i, request) for i, request in found if request is not None]
-        self._current, self._stage_current = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
+        self._current = np.zeros(n, dtype=np.int64)
         self._since, self._until = np.zeros(n, dtype=np.int64), np.full(n, NEVER, dtype=np.int64)
         offsets = np.cumsum(counts) - counts
         needed: dict[Hashable, Callable[[], Row]] = {}
         for i, request in self._batch:
             if request.reading:
                 continue
-            for segment in self._segments(request, int(starts[i]), int(counts[i])):
+            for segment in request.spans.within(int(starts[i]), int(counts[i])):
                 key = request.key(segment)
                 if key is not None:
                     needed[key] = partial(request.row, segment, self.info.num_layers, self.info.width)
@@ -285,17 +278,13 @@ class Worker:
             if request.reading:
                 self._until[i] = request.prompt - 1
                 continue
-            segment = request.segment(start)
-            self._since[i], self._until[i] = request.bounds[segment], request.end(segment)
+            segment = request.spans.segment(start)
+            self._since[i], self._until[i] = request.spans.bounds[segment], request.spans.end(segment)
             self._current[i] = slots.get(request.key(segment), 0)
             if end > self._until[i]:
                 crossing.append((i, request))
-        self._stage_current = np.where(self.slots.staged[self._current].any(1), self._current, 0)
         self._fill(counts, [(i, request, int(starts[i]), int(offsets[i])) for i, request in crossing], slots)
         return self._read(starts, counts, offsets)
-
-    def _segments(self, request: Request, start: int, count: int) -> range:
-        return range(request.segment(start), request.segment(start + count - 1) + 1)
 
     def _fill(
         self,
@@ -307,9 +296,9 @@ class Worker:
         self._counts = np.array(counts, dtype=np.int64)
         slot = np.repeat(self._current, self._counts)
         for i, request, start, offset in crossing:
-            end = start + int(counts[i])
-            for segment in self._segments(request, start, int(counts[i])):
-                low, high = max(request.bounds[segment], start), min(request.end(segment), end)
+            end, spans = start + int(counts[i]), request.spans
+            for segment in spans.within(start, int(counts[i])):
+                low, high = max(spans.bounds[segment], start), min(spans.end(segment), end)
                 slot[offset + low - start : offset + high - start] = (slots or {}).get(request.key(segment), 0)
         self._slot_host.write(slot)
         used = np.unique(slot)
@@ -320,6 +309,7 @@ class Worker:
                 self._stage_host.write(stage)
             return
         self.live.added = np.any(self.slots.added[used], axis=0).tolist()
+        self.live.rows, self.live.keeps = {}, len(slot) == len(counts)  # texts that grow by one token stay as they are
         self.live.staged = staged.tolist()
         if staged.any():
             rows = np.flatnonzero(stage)
@@ -378,23 +368,6 @@ class Worker:
     def _state(self, layer: int, k: int) -> Tensor:
         seen = self.blocks[layer].seen if self.settings.graphs else self.live.seen[layer]
         return seen[k : k + 1].float().cpu()
-
-
-class _Host:
-    """The host's copy of a buffer on the device. Two steps can be on their way, so that copies take turns."""
-
-    def __init__(self, device: Tensor) -> None:
-        self.device = device
-        pinned = device.device.type == "cuda"
-        self._turns = [torch.zeros(device.shape, dtype=device.dtype, device="cpu", pin_memory=pinned) for _ in range(4)]
-        self._turn = 0
-
-    def write(self, values: np.ndarray) -> None:
-        """Put `values` `[T]` into the first places."""
-        self._turn = (self._turn + 1) % len(self._turns)
-        stage = self._turns[self._turn][: len(values)]
-        stage.numpy()[:] = values
-        self.device[: len(values)].copy_(stage, non_blocking=True)
 
 
 def blocks_of(model: nn.Module, depth: int) -> dict[int, nn.Module]:

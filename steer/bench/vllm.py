@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,7 +19,8 @@ from typing import Any
 
 import torch
 
-from steer.bench.harness import MODEL, Bench, Row, Task, alternate, ratios, recipes
+from steer.bench import vllm_peer
+from steer.bench.harness import MODEL, Bench, Row, Task, alternate, cpu_seconds, ratios, recipes
 
 __all__ = ["GROUPS", "VLLMBench", "main"]
 
@@ -41,12 +43,27 @@ class VLLMBench(Bench):
     @cached_property
     def engine(self) -> Any:
         """The engine, loaded on first use."""
+        return self._load(steer={"reads": [10], "slots": 600} if self.compiled else {})
+
+    @cached_property
+    def paired(self) -> Any:
+        """The same with a tuned model beside it, a random adapter."""
+        with tempfile.TemporaryDirectory() as folder:
+            bench_adapter(Path(folder))
+            return self._load(steer={"tuned": {"tuned": folder}})
+
+    def _load(self, **settings: Any) -> Any:
         from steer.adapters import vllm
 
-        return vllm.load(
-            MODEL, dtype=self.dtype, enforce_eager=not self.compiled, max_model_len=1024, block_size=32,
-            max_num_seqs=self.rows, steer={"reads": [10], "slots": 600} if self.compiled else {},
-        )  # fmt: skip
+        return vllm.load(MODEL, **self.settings, **settings)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of every engine."""
+        return {
+            "dtype": self.dtype, "enforce_eager": not self.compiled, "max_model_len": 1024, "block_size": 32,
+            "max_num_seqs": self.rows,
+        }  # fmt: skip
 
     def prompts(self, count: int) -> list[Any]:
         from steer import RawText
@@ -54,17 +71,17 @@ class VLLMBench(Bench):
         texts = json.loads((recipes() / "neutral_prompts.json").read_text(encoding="utf-8"))
         return [RawText(texts[i % len(texts)]) for i in range(count)]
 
-    def drawing(self, rows: int, edits: Sequence[Any], tokens: int | None = None) -> Task:
-        """One call of the engine for `rows` texts of fixed length; `edits` has one entry for each, or is empty."""
-        prompts, new = self.prompts(rows), tokens or self.tokens
-        process = self.engine.process(temperature=1.0, max_new_tokens=new, eos_token_id=[])
+    def drawing(self, rows: int, edits: Sequence[Any], tokens: int | None = None, engine: Any = None) -> Task:
+        """One call of an engine for `rows` texts of fixed length; `edits` has one entry for each, or is empty."""
+        prompts, new, engine = self.prompts(rows), tokens or self.tokens, engine or self.engine
+        process = engine.process(temperature=1.0, max_new_tokens=new, eos_token_id=[])
         mounted = [process.edited(edit) if edit is not None else process for edit in edits] or [process] * rows
         made = [one.request(prompt, new, seed) for seed, (one, prompt) in enumerate(zip(mounted, prompts, strict=True))]
         texts, params = [text for text, _ in made], [params for _, params in made]
 
         def task() -> None:
-            self.engine.llm.reset_prefix_cache()
-            outputs = self.engine.llm.generate(texts, params, use_tqdm=False)
+            engine.llm.reset_prefix_cache()
+            outputs = engine.llm.generate(texts, params, use_tqdm=False)
             assert all(len(output.outputs[0].token_ids) == new for output in outputs)
 
         return task
@@ -126,7 +143,40 @@ def against_transformers(bench: VLLMBench) -> Iterator[Row]:
     yield Row("transformers", "the same, best-of-32 after a 512-token prompt", ratios(slow, fast), at_least=3)
 
 
-GROUPS = {"steered": steered, "decided": decided, "transformers": against_transformers}
+def guided(bench: VLLMBench) -> Iterator[Row]:
+    """RL guidance: what a tuned model in the engine costs plain requests, and guided ones beyond that."""
+    edit = bench.paired.edit("tuned", 1.5)
+    for rows in (8, 32):
+        tasks = [bench.drawing(rows, [])]
+        tasks += [bench.drawing(rows, edits, engine=bench.paired) for edits in ([], [edit] * rows)]
+        plain, beside, towards = bench.compare(tasks)
+        yield Row("guided", f"plain tokens/s with a tuned model / without, batch {rows}", ratios(plain, beside))
+        yield Row("guided", f"guided / plain tokens/s with it, batch {rows}", ratios(beside, towards))
+
+
+def peers(bench: VLLMBench) -> Iterator[Row]:
+    """One vector on one block, by this plug-in and by vllm-lens in a process of its own, each against plain batches of
+    its own process. The other's hooks stay once a request was steered, so unsteered batches beside them are timed too.
+    """
+    if not vllm_peer.found(bench.peers):
+        print("peers: vllm-lens is not installed (--peers FOLDER says where it was unpacked)", flush=True)
+        return
+    vector = peer_vector()
+    for rows in (8, 32):
+        ours = [partial(cpu_seconds, bench.drawing(rows, edits)) for edits in ([], [vector] * rows)]
+        with vllm_peer.working(peer_job(bench, rows, vector), bench.peers) as ask:
+            tasks = [*ours, *(partial(ask, what) for what in ("plain", "steered", "unsteered"))]
+            for task in tasks:
+                task()
+            plain, led, without, theirs, beside = alternate(tasks, bench.repeats, lambda timed: timed())
+        yield Row("peers", f"one vector on one block / plain tokens/s, batch {rows}", ratios(plain, led))
+        yield Row("peers", f"the same by vllm-lens, batch {rows}", ratios(without, theirs))
+        yield Row("peers", f"unsteered beside it / plain, batch {rows}", ratios(without, beside))
+
+
+GROUPS = {
+    "steered": steered, "decided": decided, "transformers": against_transformers, "guided": guided, "peers": peers
+}  # fmt: skip
 """What can be measured, by name."""
 
 
@@ -136,6 +186,25 @@ def bench_vector(seed: int) -> Any:
 
     generator = torch.Generator().manual_seed(seed)
     return SteeringVector({i: torch.randn(576, generator=generator) for i in range(10, 20)}, 0.02).normalised()
+
+
+def peer_vector() -> Any:
+    """A random direction on one block, in absolute units."""
+    from steer import SteeringVector
+
+    return SteeringVector({15: torch.randn(576, generator=torch.Generator().manual_seed(0))}, 1.0, unit="raw")
+
+
+def peer_job(bench: VLLMBench, rows: int, vector: Any) -> dict[str, Any]:
+    """What `vllm_peer` needs for the batch that `drawing` runs."""
+    from steer.models import resolve
+
+    ((layer, direction),) = vector.directions.items()
+    return {
+        "model": str(resolve(MODEL)), "engine": {**bench.settings, "logprobs_mode": "processed_logprobs"},
+        "prompts": [bench.engine.words.encode(prompt) for prompt in bench.prompts(rows)], "tokens": bench.tokens,
+        "layer": layer, "vector": (vector.strength * direction).tolist(),
+    }  # fmt: skip
 
 
 def bench_controller() -> Any:
@@ -155,6 +224,21 @@ def bench_value() -> Any:
     return ValueGuidance(HeadValue(QHead(576)), beta=1.0)
 
 
+def bench_adapter(folder: Path) -> None:
+    """A random LoRA adapter of rank 16 on every block."""
+    from safetensors.torch import save_file
+
+    generator, held = torch.Generator().manual_seed(0), {}
+    for layer in range(30):
+        for target, width in (("self_attn.q_proj", 576), ("mlp.down_proj", 1536)):
+            stem = f"base_model.model.model.layers.{layer}.{target}"
+            held[f"{stem}.lora_A.weight"] = torch.randn(16, width, generator=generator) / width**0.5
+            held[f"{stem}.lora_B.weight"] = torch.randn(576, 16, generator=generator) * 0.02
+    save_file(held, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
 def long_prompt(bench: VLLMBench) -> Any:
     """Text of 512 tokens."""
     from steer import RawText
@@ -172,12 +256,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--compiled", action="store_true", help="with torch.compile (slow to start)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of both adapters")
+    parser.add_argument("--peers", metavar="FOLDER", help="where vllm-lens was unpacked, if it is not installed")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    bench = VLLMBench(repeats=chosen.repeats, tokens=chosen.tokens, compiled=chosen.compiled, dtype=chosen.dtype)
+    os.environ["VLLM_LENS_DISABLE"] = "1"  # where it is installed, it would turn itself on in this process
+    bench = VLLMBench(
+        repeats=chosen.repeats, tokens=chosen.tokens, compiled=chosen.compiled, dtype=chosen.dtype, peers=chosen.peers
+    )
     print(f"engine: vLLM, {'compiled' if chosen.compiled else 'eager'}, {chosen.dtype}, in this process", flush=True)
     rows = []
     for name in chosen.groups or GROUPS:

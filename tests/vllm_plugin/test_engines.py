@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from vllm_tools import MISSING, greedy
-from worker_script import batch, small
+from worker_script import work_of
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING or "vLLM is there")
 
@@ -30,20 +30,22 @@ def want(reference: Any, work: Any, new: int) -> list[list[int]]:
 def test_preemption(folder: Any, reference: Any) -> None:
     found = run("preempted", 40)
     assert found["preemptions"] >= 2
-    assert found["tokens"] == want(reference, batch(), 40)
+    assert found["tokens"] == want(reference, work_of("preempted"), 40)
 
 
 def test_an_engine_in_processes_of_its_own(folder: Any, reference: Any) -> None:
-    assert run("processes", 12)["tokens"] == want(reference, batch(), 12)
+    assert run("processes", 12)["tokens"] == want(reference, work_of("processes"), 12)
 
 
 @pytest.mark.slow
 def test_compiled(folder: Any, reference: Any) -> None:
-    assert run("compiled", 20)["tokens"] == want(reference, batch(), 20)
+    found = run("compiled", 20)
+    assert found["tokens"] == found["after"] == want(reference, work_of("compiled"), 20)
+    assert "steer.edits" in found["refused"] and "slots of 48 or more" in found["refused"]
 
 
 @pytest.mark.slow
 def test_the_v2_runner(folder: Any, reference: Any) -> None:
     found = run("v2", 5)
     assert found["runner"].startswith("vllm.v1.worker.cpu.model_runner") or ".gpu.model_runner" in found["runner"]
-    assert found["tokens"] == want(reference, small(reference.info.unembedding()), 5)
+    assert found["tokens"] == want(reference, work_of("v2", reference.info.unembedding()), 5)

@@ -34,8 +34,8 @@ def info(norms: Tensor | None = None) -> ModelInfo:
 
 def settings(**more: Any) -> Settings:
     values: dict[str, Any] = {
-        "layers": tuple(range(DEPTH)), "reads": tuple(range(DEPTH)), "stages": 2, "slots": 4, "artifacts": 3,
-        "artifact_bytes": 1 << 20, "graphs": False, "parallel": (1, 1), "speculative": False,
+        "layers": tuple(range(DEPTH)), "reads": tuple(range(DEPTH)), "stages": 2, "slots": 4, "requests": 2,
+        "artifacts": 3, "artifact_bytes": 1 << 20, "graphs": False, "parallel": (1, 1), "speculative": False,
     }  # fmt: skip
     return Settings(**{**values, **more})
 

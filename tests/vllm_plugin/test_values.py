@@ -56,6 +56,21 @@ def taken(state: Any, token: int) -> Any:
     return replace(state, prefix=prefix, real=real, filled=state.filled + 1, length=state.length + 1, unread=True)
 
 
+@pytest.mark.parametrize(("vocabulary", "k"), [(49152, 20), (49169, 20), (5184, 20), (300, 20), (64, 64)])
+def test_the_likeliest_candidates(vocabulary: int, k: int) -> None:
+    """Against `topk` of the whole row, with masked tokens and, in bfloat16's precision, many equal ones."""
+    pytest.importorskip("vllm")
+    from steer.adapters.vllm_values import likeliest
+
+    logits = torch.randn(16, vocabulary, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    logits[3, 40:] = -torch.inf
+    logits[4] = 0.0
+    logits[5, -3:] = 9.0
+    found = likeliest(logits, k)
+    assert torch.equal(logits.gather(1, found).sort(descending=True).values, logits.topk(k, -1).values)
+    assert all(len(set(row.tolist())) == k for row in found)
+
+
 def test_a_scalar_head_is_refused(engine: Any) -> None:
     with pytest.raises(InputError, match="Q-head"):
         engine.register("scalar", ValueGuidance(HeadValue(ValueHead(WIDTH, 8))))
