@@ -9,18 +9,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from steer import engine
 from steer.adapters import _track
 from steer.adapters._preparing import Prepared
+from steer.adapters._requests import Emit, choice_events, scored
 from steer.adapters._turns import FairShare, Stretches
 from steer.adapters.batching import Batch, Row
 from steer.adapters.text import divergence
 from steer.core import Cost, Samples, SteerError
-from steer.serving.engine import Delta, Ended, Event, Finished, Load, Progress, Started, TokenLogprob
+from steer.serving.engine import Delta, Ended, Finished, Load, Progress, Started, TokenLogprob
 
 if TYPE_CHECKING:
     from steer.adapters.transformers import LanguageModel
@@ -33,7 +34,7 @@ log = logging.getLogger("steer.serving")
 class Ticket:
     """One request on its way. `emit` gets its events and is called last with `Finished` or an exception."""
 
-    def __init__(self, prepared: Prepared, emit: Callable[[Event | Exception], None]) -> None:
+    def __init__(self, prepared: Prepared, emit: Emit) -> None:
         self.prepared, self.emit = prepared, emit
         self.cancelled = False
         self.over = False
@@ -300,11 +301,7 @@ def _measure(ticket: Ticket) -> tuple[list[float | None], list[float | None], Co
     kls: list[float | None] = [row.kl for row in rows] if steering.kl else [None] * len(rows)
     cost = Cost()
     if prepared.reward is not None:
-        samples = Samples(
-            prompts=[prepared.process.model.show(p) for p in prepared.prompts], outputs=[row.text for row in rows],
-            group=group, log_weight=torch.zeros(len(rows), dtype=torch.float64), tokens=tokens,
-        )  # fmt: skip
-        rewards = [float(x) for x in prepared.reward(samples)]
+        rewards = [*scored(prepared, prepared.process.model, prepared.reward, [row.text for row in rows], tokens)]
         cost = Cost(reward_calls=len(rows))
     if steering.kl and prepared.hidden:
         log_prob = torch.tensor([row.log_prob for row in rows], dtype=torch.float64)
@@ -347,18 +344,8 @@ def _search(ticket: Ticket, pause: Callable[[], None]) -> None:
 
 def _emit_samples(ticket: Ticket, samples: Samples) -> None:
     """The choices of a search, prompt by prompt."""
-    prepared, steering = ticket.prepared, ticket.prepared.task.steering
-    limit, eos = prepared.sampling.max_tokens, frozenset(prepared.process.model.eos_token_ids)
-    kl = samples.kl if steering is not None and steering.kl else None
-    assert samples.tokens is not None
-    for choice, i in enumerate(samples.group.argsort(stable=True).tolist()):
-        tokens, text = samples.tokens[i], samples.texts[i]
-        cut = prepared.process.model.decode(tokens) != text
-        reason: Literal["stop", "length"] = (
-            "length" if len(tokens) >= limit and tokens[-1] not in eos and not cut else "stop"
-        )
-        ticket.emit(Delta(choice, text))
-        reward = None if samples.reward is None else float(samples.reward[i])
-        ticket.emit(Ended(choice, reason, len(tokens), reward, None if kl is None else float(kl[i])))
-    drawn = len(samples) if steering is None or steering.candidates is None else steering.candidates
+    prepared, steering = ticket.prepared, ticket.prepared.steering
+    for event in choice_events(prepared, prepared.process.model, samples, samples.kl if steering.kl else None):
+        ticket.emit(event)
+    drawn = len(samples) if steering.candidates is None else steering.candidates
     ticket.finish(drawn, samples.cost)

@@ -21,6 +21,10 @@ Took = Callable[[int, Any], None]
 """Called with the number of a request and its output, as soon as it is complete."""
 
 
+PATIENCE = 20.0
+"""Seconds that an engine's processes get to end by themselves, and to give back what they share."""
+
+
 class Stopped(BaseException):
     """Raised in work whose client was stopped. No method's own `except Exception` catches it."""
 
@@ -104,6 +108,8 @@ class Asynchronous(Client):
         self.engine, self.loop = engine, loop
         self.drawn = 0
         """Tokens that its requests have drawn, those of requests that were aborted left out."""
+        self.on_drawn: Callable[[], None] = lambda: None
+        """Called when a request is complete, by the thread that waits for it in `draw`."""
         self._stopped = False
         self._calls: set[Future[Any]] = set()
         self._lock = threading.Lock()
@@ -132,7 +138,7 @@ class Asynchronous(Client):
         async def one(i: int) -> Any:
             output = None
             async with aclosing(self.stream(prompts[i], params[i])) as outputs:
-                async for output in outputs:
+                async for output in outputs:  # noqa: B007
                     pass
             assert output is not None
             self.drawn += sum(len(completion.token_ids) for completion in output.outputs)
@@ -142,6 +148,7 @@ class Asynchronous(Client):
         with self._calling(together(one(i) for i in range(len(prompts)))) as call:
             call.add_done_callback(lambda _: arrived.put(None))
             while (item := arrived.get()) is not None:
+                self.on_drawn()
                 if took is not None:
                     took(*item)
             return call.result()
@@ -171,7 +178,7 @@ class Asynchronous(Client):
                 self._calls.discard(call)
 
     def close(self) -> None:
-        self.engine.shutdown()
+        self.engine.shutdown(timeout=PATIENCE)
 
 
 async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from steer.adapters._preparing import Prepared, Preparer
+from steer.adapters._requests import Emit, relayed
 from steer.adapters._scheduler import Scheduler, Ticket
 from steer.core import check
-from steer.serving.engine import Event, Finished, Load, Task
+from steer.serving.engine import Event, Load, Task
 
 if TYPE_CHECKING:
     from steer.adapters.transformers import LanguageModel
@@ -60,33 +60,28 @@ class TransformersEngine:
     def context_length(self) -> int | None:
         return self._model.context_length
 
+    @property
+    def own_edits(self) -> tuple[str, ...]:
+        return ()
+
     def check_artifact(self, path: Path) -> None:
         self._preparer.check_artifact(path)
 
     def prepare(self, task: Task) -> Prepared:
         return self._preparer(task)
 
-    async def run(self, prepared: Any) -> AsyncGenerator[Event]:
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event | Exception] = asyncio.Queue()
+    def run(self, prepared: Prepared) -> AsyncGenerator[Event]:
+        def begin(emit: Emit) -> Callable[[], None]:
+            ticket = Ticket(prepared, emit)
+            self._scheduler.submit(ticket)
 
-        def emit(event: Event | Exception) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(events.put_nowait, event)
+            def stop() -> None:
+                ticket.cancelled = True
+                self._scheduler.wake()
 
-        ticket = Ticket(prepared, emit)
-        self._scheduler.submit(ticket)
-        try:
-            while True:
-                event = await events.get()
-                if isinstance(event, Exception):
-                    raise event
-                yield event
-                if isinstance(event, Finished):
-                    return
-        finally:
-            ticket.cancelled = True
-            self._scheduler.wake()
+            return stop
+
+        return relayed(begin)
 
     def load(self) -> Load:
         return self._scheduler.load()

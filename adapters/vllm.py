@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from steer.adapters._vllm_rows import Compiled
 from steer.adapters._vllm_settings import check_version, need
 from steer.adapters.decoding import Decoding
 from steer.adapters.transformers import LanguageModel
+from steer.artifacts import Card
 from steer.core import (
     Edit,
     HiddenEdit,
@@ -57,14 +59,21 @@ def load(
     register()
     extra = {**engine.pop("additional_config", {}), "steer": {**(steer or {})}}
     engine.setdefault("logprobs_mode", "processed_logprobs")  # of the law that is really drawn from
-    try:
+    with load_errors(model):
         llm = LLM(model=str(resolve(str(model))), additional_config=extra, **engine)
+    return VLLMModel(Blocking(llm), name or str(model))
+
+
+@contextmanager
+def load_errors(model: str | Path) -> Iterator[None]:
+    """What vLLM says of a model or a setting that it refuses, as one line of a `SteerError`."""
+    try:
+        yield
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise SteerError(f"model: vLLM could not load {str(model)!r}: {first}") from error
-    return VLLMModel(Blocking(llm), name or str(model))
 
 
 class _Words(LanguageModel):
@@ -167,6 +176,10 @@ class VLLMModel:
             need(self.front.settings, reads=edit.reads, layers=tuple(layers))
         return edit
 
+    def card(self, name: str) -> Card:
+        """The card of a registered artifact."""
+        return self.front.artifacts[self.front.names[name]].card
+
     def hold(self, artifacts: Mapping[str, Path]) -> None:
         """Have files registered under these names, and keep them until `release`: they make no room for others."""
         with self._registering:
@@ -179,6 +192,19 @@ class VLLMModel:
             except BaseException:
                 self.release(artifacts)
                 raise
+
+    def hold_now(self, artifacts: Mapping[str, Path]) -> bool:
+        """Hold them without waiting; False, and nothing held, where one is missing or somebody registers."""
+        if not self._registering.acquire(blocking=False):
+            return False
+        try:
+            there = all(name in self.front.names for name in artifacts)
+            if there:
+                with self._holding:
+                    self._held.update(artifacts.keys())
+            return there
+        finally:
+            self._registering.release()
 
     def release(self, artifacts: Mapping[str, Path]) -> None:
         """Undo one `hold`."""

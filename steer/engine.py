@@ -36,13 +36,25 @@ SAMPLERS: dict[str, type[Sampler]] = {
 _ENDPOINT = "openai:"
 
 
-def load(model: str | Path | Any, **options: Any) -> Any:
+_ENGINES = ("transformers", "vllm")
+"""What runs a language model."""
+
+
+def load(model: str | Path | Any, *, engine: str = "transformers", **options: Any) -> Any:
     """A model ready to be steered: an embedded name (`smollm2-135m`, `fashion-ddpm`), a Hugging Face id, a local
     folder, a GGUF file, a network or pipeline in memory, or a model behind an OpenAI-compatible endpoint
     (`openai:http://host/v1#name`).
 
-    `options` go to the adapter: `dtype`, `device`, `device_map`, `trust_remote_code` (off), and the library's own.
+    `engine` is what runs a language model: `transformers`, or `vllm` (see `steer.adapters.vllm.load`). `options` go to
+    the adapter: `dtype`, `device`, `device_map`, `trust_remote_code` (off), and the library's own.
     """
+    check(engine in _ENGINES, "engine", engine, ", ".join(_ENGINES))
+    if engine == "vllm":
+        named = isinstance(model, str | Path) and not is_endpoint(model) and not is_diffusion(resolve(str(model)))
+        check(named, "model", model, "with engine=vllm, a language model's name or folder")
+        from steer.adapters import vllm
+
+        return vllm.load(model, **options)
     if is_endpoint(model):
         from steer.adapters import openai
 

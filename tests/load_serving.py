@@ -1,12 +1,13 @@
-"""Load on `steer serve`: many clients at once, half of them steered, some of which vanish in mid-answer.
+"""Load on a server: many clients at once, half of them steered, some of which vanish in mid-answer.
 
-    python tests/load_serving.py --model smollm2-135m --seconds 60
+    python tests/load_serving.py --model smollm2-135m --seconds 60 --server steer
 
-Two runs on one server: everybody plain, then half of them steered (vectors, and searches now and then). Prints errors,
-latency of the plain requests of both runs, and what is left afterwards. Latency is also told in seconds of the server's
-own processor time, which other work on the machine does not stretch. Exit status 1 where an answer was neither 200 nor
-429, plain requests take more than `--ratio` times as long at the median in steered company (in processor time), or
-something is left behind.
+The server is `steer serve` on transformers, on vLLM (`--server steer-vllm`), or vLLM's own (`--server vllm`).
+Two runs on one server, once or in `--rounds`: everybody plain, then half of them steered (vectors, and searches now
+and then). Prints errors, latency of the plain requests of both runs, and what is left afterwards in each process.
+Latency is also told in seconds of the server's own processor time, which other work on the machine does not stretch.
+Exit status 1 where an answer was neither 200 nor 429, plain requests take more than `--ratio` times as long at the
+median in steered company (in processor time), or something is left behind.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-from serving_tools import Running, serving, write_vector
+from serving_tools import Running, serving, vllm_serving, write_vector
 
 PROMPTS = (
     "My day at the lake", "Describe the new neighbour.", "How do I boil an egg?", "Tell me about the sea.",
@@ -63,7 +65,7 @@ async def client(http: httpx.AsyncClient, number: int, steers: bool, end: float,
         }  # fmt: skip
         if steered:
             body["steer"] = steering(chance)
-        began, used = time.monotonic(), processor_time(args.process)
+        began, used = time.monotonic(), processor_time(args.processes)
         try:
             status, tokens = await (leave if leaves else ask)(http, body, chance)
         except httpx.HTTPError as error:
@@ -73,7 +75,7 @@ async def client(http: httpx.AsyncClient, number: int, steers: bool, end: float,
         if status == "429":
             await asyncio.sleep(0.5 + chance.random())
         elif status == "200":
-            took = time.monotonic() - began, processor_time(args.process) - used
+            took = time.monotonic() - began, processor_time(args.processes) - used
             (tally.steered if steered else tally.plain).append(took)
 
 
@@ -109,7 +111,7 @@ async def leave(http: httpx.AsyncClient, body: dict[str, Any], chance: random.Ra
 
 async def run(url: str, steers: bool, args: Any) -> Tally:
     tally, began = Tally(), time.monotonic()
-    limits = httpx.Limits(max_connections=args.clients, max_keepalive_connections=args.clients)
+    limits = httpx.Limits(max_connections=args.clients, max_keepalive_connections=args.clients, keepalive_expiry=2)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
         end = began + args.seconds
         await asyncio.gather(*(client(http, i, steers, end, tally, args) for i in range(args.clients)))
@@ -117,16 +119,22 @@ async def run(url: str, steers: bool, args: Any) -> Tally:
     return tally
 
 
-def memory(server: Running) -> float:
-    """Resident memory of the server in MB."""
-    text = Path(f"/proc/{server.process.pid}/status").read_text()
-    return int(text.split("VmRSS:")[1].split()[0]) / 1024
+def family(process: int) -> list[int]:
+    """A process and those that it started."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [process, *(p for child in children for p in family(int(child)))]
 
 
-def processor_time(process: int) -> float:
-    """Seconds that a process has computed."""
-    ticks = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
-    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+def memory(processes: list[int]) -> list[float]:
+    """Resident memory of each in MB, with what they share."""
+    texts = [Path(f"/proc/{process}/status").read_text() for process in processes]
+    return [int(text.split("VmRSS:")[1].split()[0]) / 1024 for text in texts]
+
+
+def processor_time(processes: list[int]) -> float:
+    """Seconds that processes have computed."""
+    stats = [Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split() for process in processes]
+    return sum(int(ticks) for stat in stats for ticks in stat[11:13]) / os.sysconf("SC_CLK_TCK")
 
 
 def report(name: str, tally: Tally) -> None:
@@ -135,12 +143,25 @@ def report(name: str, tally: Tally) -> None:
           f"{processor}; {tally.tokens / tally.seconds:.0f} tokens/s", flush=True)  # fmt: skip
 
 
+def started(args: Any, folder: str) -> AbstractContextManager[Running]:
+    """The server that is asked for."""
+    from steer.models import resolve
+
+    if args.server == "vllm":
+        settings = {"server": {"artifacts": folder, "limits": {"requests": args.clients}}}
+        return vllm_serving(resolve(args.model), settings, "--served-model-name", args.model)
+    engine = ("--engine", "vllm", "--dtype", "float32") if args.server == "steer-vllm" else ()
+    return serving(args.model, "--artifacts", folder, "--max-requests", args.clients, *engine)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--server", choices=("steer", "steer-vllm", "vllm"), default="steer")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--ratio", type=float, default=1.2)
     args = parser.parse_args()
     from steer.models import resolve
@@ -149,21 +170,23 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for seed, name in enumerate(("one", "two")):
             write_vector(Path(folder) / f"{name}.safetensors", width=width, layers=tuple(range(10, 20)), seed=seed)
-        with serving(args.model, "--artifacts", folder, "--max-requests", args.clients) as server:
-            args.process = server.process.pid
+        with started(args, folder) as server:
+            args.processes = family(server.process.pid)
             asyncio.run(run(server.url, True, argparse.Namespace(**{**vars(args), "seconds": 5.0})))
             tallies, left = [], []
-            for name, steers in (("plain", False), ("steered", True)):
+            for name, steers in (("plain", False), ("steered", True)) * args.rounds:
                 tallies.append(asyncio.run(run(server.url, steers, args)))
                 report(name, tallies[-1])
                 idle = server.settles("steer_inside", 0, 120) and server.settles("steer_rows", 0)
-                left.append((memory(server), idle))
-                print(f"{'':8} memory afterwards {left[-1][0]:.0f} MB, {'idle' if idle else 'NOT IDLE'}", flush=True)
-    ratio, clock = (tallies[1].share(0.5, kind) / tallies[0].share(0.5, kind) for kind in (1, 0))
+                left.append((memory(args.processes), idle))
+                parts = " + ".join(f"{part:.0f}" for part in left[-1][0])
+                print(f"{'':8} memory afterwards {parts} MB, {'idle' if idle else 'NOT IDLE'}", flush=True)
+    plain, steered = (Tally(plain=[s for t in tallies[i::2] for s in t.plain]) for i in (0, 1))
+    ratio, clock = (steered.share(0.5, kind) / plain.share(0.5, kind) for kind in (1, 0))
     print(f"plain requests in steered company over plain company, at the median: {ratio:.2f} in processor time, "
           f"{clock:.2f} by the clock")  # fmt: skip
     wrong = {s for t in tallies for s in t.statuses} - {"200", "429", "left"}
-    grown = left[1][0] - left[0][0]
+    grown = sum(left[-1][0]) - sum(left[-2][0])
     print(f"memory grew by {grown:.0f} MB; wrong answers: {sorted(wrong) or 'none'}")
     return int(bool(wrong) or ratio > args.ratio or not all(idle for _, idle in left) or grown > 100)
 

@@ -1,16 +1,18 @@
-"""A server of `steer serve` in a process of its own, for tests and for the load script."""
+"""Servers in processes of their own, `steer serve` and vLLM's, for tests and for the load script."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ import torch
 from steer import artifacts
 from steer.artifacts import Card
 
+_VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""A cache of 1 GB, and whatever processor is free: by default every engine of a machine takes the same one."""
+
 
 @dataclass
 class Running:
@@ -30,6 +35,7 @@ class Running:
     url: str
     """Without `/v1`."""
     log: list[str] = field(default_factory=list)
+    key: str = ""
 
     def get(self, path: str, **more: Any) -> httpx.Response:
         return httpx.get(self.url + path, timeout=60, **more)
@@ -37,9 +43,14 @@ class Running:
     def post(self, path: str, **more: Any) -> httpx.Response:
         return httpx.post(self.url + path, timeout=60, **more)
 
+    def delete(self, path: str, **more: Any) -> httpx.Response:
+        return httpx.delete(self.url + path, timeout=60, **more)
+
     def metric(self, name: str) -> float:
-        """One number of `/metrics`."""
-        found = re.search(rf"^{re.escape(name)} (\S+)$", self.get("/metrics").text, re.MULTILINE)
+        """One number of `/v1/steer/metrics`."""
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        text = self.get("/v1/steer/metrics", headers=headers).text
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
         assert found is not None, name
         return float(found[1])
 
@@ -52,6 +63,17 @@ class Running:
             time.sleep(0.02)
         return False
 
+    def hang_up(self, path: str, body: dict[str, Any]) -> None:
+        """Begin a request, and close the connection once the server is at it."""
+        content = json.dumps(body).encode()
+        host, port = self.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as wire:
+            head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+            head += f"Authorization: Bearer {self.key}\r\nContent-Length: {len(content)}\r\n\r\n"
+            wire.sendall(head.encode() + content)
+            assert self.settles("steer_inside", 1)
+            time.sleep(0.05)
+
     def stop(self, how: int = signal.SIGTERM) -> int:
         self.process.send_signal(how)
         return self.process.wait(60)
@@ -61,22 +83,63 @@ class Running:
 def serving(model: str | Path, *arguments: object, **environment: str) -> Iterator[Running]:
     """`steer serve` on a port of the system's choice, ended when the block ends."""
     command = [sys.executable, "-m", "steer", "serve", "--model", str(model), "--port", "0", *map(str, arguments)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
-    running = Running(process, "")
-    try:
-        assert process.stderr is not None
-        for line in process.stderr:
+    with _started(command, environment) as running:
+        assert running.process.stderr is not None
+        for line in running.process.stderr:
             running.log.append(line)
             if found := re.search(r"serving on (http://\S+)/v1", line):
                 running.url = found[1]
                 break
         assert running.url, "".join(running.log)
-        threading.Thread(target=lambda: running.log.extend(process.stderr or ()), daemon=True).start()
+        threading.Thread(target=lambda: running.log.extend(running.process.stderr or ()), daemon=True).start()
         yield running
+
+
+@contextmanager
+def vllm_serving(
+    model: str | Path, settings: dict[str, Any], *arguments: object, **environment: str
+) -> Iterator[Running]:
+    """vLLM's own server with steer in it: float32, eager, small. `settings` are `additional_config["steer"]`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = {
+        "model": model, "host": "127.0.0.1", "port": port, "dtype": "float32", "max-model-len": 512, "block-size": 32,
+        "max-num-seqs": 64, "additional-config": json.dumps({"steer": settings}),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager",
+               "--disable-uvicorn-access-log", *map(str, arguments)]  # fmt: skip
+    command += [str(part) for name, value in given.items() for part in (f"--{name}", value)]
+    environment = {"VLLM_PLUGINS": "steer,steer_http", **environment}
+    with _started(command, environment) as running:
+        running.url = f"http://127.0.0.1:{port}"
+        threading.Thread(target=lambda: running.log.extend(running.process.stderr or ()), daemon=True).start()
+        assert _answers(running, 300), "".join(running.log[-60:])
+        yield running
+
+
+@contextmanager
+def _started(command: list[str], environment: dict[str, str]) -> Iterator[Running]:
+    """A process of a session of its own, all of which is ended when the block ends."""
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, **_VLLM, **environment}, start_new_session=True
+    )
+    try:
+        yield Running(process, "")
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _answers(running: Running, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and running.process.poll() is None:
+        with suppress(httpx.TransportError):
+            if running.get("/health").status_code == 200:
+                return True
+        time.sleep(0.2)
+    return False
 
 
 def write_vector(

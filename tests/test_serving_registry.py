@@ -374,6 +374,7 @@ def test_a_reward_model_of_the_folder(engine: TransformersEngine, tmp_path: Path
         (["--port", "99999"], "port"),
         (["--max-choices", "0"], "choices"),
         (["--search-share", "1"], "search_share"),
+        (["--engine-set", "max_model_len=512"], "engine_set"),
         (["--recipe", "particles"], "language model"),
         (["--recipe", "quickstart"], "steer run quickstart makes it"),
     ],

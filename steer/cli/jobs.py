@@ -35,7 +35,8 @@ class Session:
         """The model that `options` name."""
         key = (options.model, options.dtype, options.device)
         if key not in self.models:
-            settings = {} if is_endpoint(options.model) else {"dtype": options.dtype, "device": options.device}
+            given = {"dtype": options.dtype, "device": options.device}
+            settings: dict[str, Any] = {} if is_endpoint(options.model) else given
             self.models[key] = load(options.model, **settings)
         return self.models[key]
 

@@ -315,6 +315,9 @@ class ServeOptions(ModelOptions):
         str | None, typer.Option(help="What requests call the model; default: as above, a folder by its last part.")
     ] = None
     engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers"
+    engine_set: Annotated[
+        list[str], typer.Option(metavar="KEY=VALUE", help="A setting of vLLM's own, as JSON or text; repeatable.")
+    ] = field(default_factory=list)
     host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own want a key.")] = (
         "127.0.0.1"
     )
@@ -333,13 +336,13 @@ class ServeOptions(ModelOptions):
         list[str], typer.Option(metavar="[NAME=]REWARD", help="A reward that requests may name; repeatable.")
     ] = field(default_factory=list)
     max_rows: Annotated[int, typer.Option(help="Texts that decode together.")] = 32
-    cache_tokens: Annotated[int, typer.Option(help="Room of the running batch: texts times the longest's tokens.")] = (
-        65_536
-    )
+    cache_tokens: Annotated[
+        int, typer.Option(help="Room of the running batch, texts times the longest's tokens; not vLLM.")
+    ] = 65_536
     searches: Annotated[int, typer.Option(help="Searches that take turns; others wait.")] = 4
-    search_share: Annotated[float, typer.Option(help="Of the time, for searches, while plain requests are there.")] = (
-        0.15
-    )
+    search_share: Annotated[
+        float, typer.Option(help="Of the time, for searches, while plain requests are there; not vLLM.")
+    ] = 0.15
     max_body_bytes: Annotated[int, typer.Option(help="Size of a request.")] = 4 << 20
     max_choices: Annotated[int, typer.Option(help="Texts that a request gets back.")] = 32
     max_candidates: Annotated[int, typer.Option(help="Texts that a request may draw.")] = 256

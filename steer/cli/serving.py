@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import dataclass, fields, replace
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -53,11 +53,12 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
     options = replace(options, model=named)
     checks.check_model(options)
     check(not checks.draws_images(options), "model", options.model, "a language model")
-    rewards = Rewards(options.allow_reward)
+    rewards = Rewards(options.allow_reward, options.artifacts)
     if default is not None and default.request.reward is not None:
         rewards.parse(default.request.reward)
-    _check_installed()
+    _check_installed(options)
     _limits(options)
+    _engine_settings(options)
 
     def run(session: Session) -> None:
         from steer.serving.app import create_app
@@ -68,7 +69,7 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
             keys=keys, local=is_loopback(options.host), limits=_limits(options), rewards=rewards,
             default=None if default is None else default.request,
         )  # fmt: skip
-        for name, why in app.state.server.store.refused.items():
+        for name, why in {**app.state.server.store.refused, **rewards.refused}.items():
             print(f"steer: not registered: {name}: {why}", file=sys.stderr)
         serve_until_told(app, options.host, options.port, options.drain)
 
@@ -88,10 +89,14 @@ def _keys(options: ServeOptions) -> tuple[str, ...]:
     return ()
 
 
-def _check_installed() -> None:
+def _check_installed(options: ServeOptions) -> None:
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise SteerError(f"steer serve needs {', '.join(missing)}: pip install steer-engine[serve]")
+    if options.engine == "vllm":
+        from steer.adapters._vllm_settings import check_version
+
+        check_version()
 
 
 def _limits(options: ServeOptions) -> Limits:
@@ -100,17 +105,32 @@ def _limits(options: ServeOptions) -> Limits:
 
 def _engine(options: ServeOptions, session: Session) -> Engine:
     if options.engine == "vllm":
-        try:
-            made = import_module("steer.adapters.vllm").serving_engine
-        except (ImportError, AttributeError) as error:
-            raise SteerError(f"engine vllm cannot be used here: {error}") from error
-        return made(options.model, name=_served_name(options), dtype=options.dtype, max_rows=options.max_rows)
+        from steer.adapters.vllm_serving import serving_engine
+
+        return serving_engine(
+            options.model, name=_served_name(options), dtype=options.dtype, max_rows=options.max_rows,
+            searches=options.searches, settings=_engine_settings(options),
+        )  # fmt: skip
     from steer.adapters.serving import TransformersEngine
 
     return TransformersEngine(
         session.load(options), name=_served_name(options), max_rows=options.max_rows, cache_tokens=options.cache_tokens,
         searches=options.searches, search_share=options.search_share,
     )  # fmt: skip
+
+
+def _engine_settings(options: ServeOptions) -> dict[str, Any]:
+    """Settings of vLLM: JSON where it is, text elsewhere."""
+    given = pairs(options.engine_set, "engine_set")
+    check(not given or options.engine == "vllm", "engine_set", options.engine_set, "unset: settings of engine vllm")
+    return {key: _json_or_text(value) for key, value in given.items()}
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def _served_name(options: ServeOptions) -> str:

@@ -122,12 +122,8 @@ class BestOfN(Sampler):
         kept = pool.select(index)
         bound = math.log(self.n) if self.reject else best_of_n_kl(self.n)
         own = kept.kl_estimate
-
-        def later() -> Tensor:
-            kl = own() if callable(own) else own
-            return torch.full((len(index),), bound, dtype=torch.float64) + (0.0 if kl is None else kl)
-
-        return replace(kept, pool=pool, lineage=index, kl_estimate=later if callable(own) or own is None else later())
+        drift = (lambda: own() + bound) if callable(own) else None if own is None else own + bound
+        return replace(kept, pool=pool, lineage=index, kl_estimate=drift)
 
     def _narrowed(self, process: Process, reward: Reward, generator: torch.Generator, state: Any) -> tuple[Any, int]:
         """The state without the candidates that are given up, and the reward calls that it took."""

@@ -76,7 +76,7 @@ def create_app(
     )
     gate = Gate(limits.requests)
     metrics = Metrics(engine, gate, store)
-    tasks = Tasks(store, rewards or Rewards(folder=artifacts), limits, default)
+    tasks = Tasks(store, rewards or Rewards(folder=artifacts), limits, default, engine.own_edits)
     server = Server(engine, store, tasks, gate, metrics, int(time.time()), tuple(dict.fromkeys((engine.name, *names))))
 
     @asynccontextmanager

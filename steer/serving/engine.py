@@ -58,7 +58,8 @@ class Sampling:
 class NamedEdit:
     """A registered artifact with the settings of one request. `digest` is the sha256 of the file."""
 
-    path: Path
+    path: Path | None
+    """None for an edit of the engine's own."""
     digest: str
     request: EditRequest
 
@@ -173,6 +174,10 @@ class Engine(Protocol):
     @property
     def context_length(self) -> int | None:
         """Tokens of a prompt and its answer at most."""
+
+    @property
+    def own_edits(self) -> tuple[str, ...]:
+        """Names of edits that the engine has without an artifact, such as tuned models that it runs beside its own."""
 
     def check_artifact(self, path: Path) -> None:
         """Raise `InputError` where the artifact does not fit the model."""

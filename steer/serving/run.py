@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from contextlib import suppress
 from types import FrameType
 
 import uvicorn
@@ -29,7 +30,7 @@ class _Draining(uvicorn.Server):
             for socket in server.sockets:
                 host, port = socket.getsockname()[:2]
                 shown = f"[{host}]" if ":" in host else host
-                print(f"steer: serving on http://{shown}:{port}/v1", file=sys.stderr, flush=True)
+                _say(f"serving on http://{shown}:{port}/v1")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._loop is None or self._gate.draining:
@@ -42,9 +43,14 @@ class _Draining(uvicorn.Server):
         self._drain = asyncio.ensure_future(self._drained())
 
     async def _drained(self) -> None:
-        print("steer: stopping once running requests are done; stop again to end them", file=sys.stderr, flush=True)
+        _say("stopping once running requests are done; stop again to end them")
         await self._gate.drain(self._patience)
         self.should_exit = True
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # who listened may have gone
+        print(f"steer: {text}", file=sys.stderr, flush=True)
 
 
 def run(app: FastAPI, host: str, port: int, patience: float) -> None:

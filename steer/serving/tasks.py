@@ -37,6 +37,8 @@ class Tasks:
     rewards: Rewards
     limits: Limits
     default: SteerRequest | None = None
+    own_edits: tuple[str, ...] = ()
+    """Names of edits that are the engine's own."""
 
     def chat(self, request: ChatRequest) -> Task:
         """Raises `InputError` that names the field, and `TooLargeError`."""
@@ -105,10 +107,12 @@ class Tasks:
 
     def _edit(self, asked: SteerRequest, i: int) -> NamedEdit:
         request = asked.edits[i]
+        if request.name in self.own_edits:
+            return NamedEdit(None, "", request)
         try:
             entry = self.store.get(request.name)
         except UnknownArtifactError:
-            known = ", ".join(e.name for e in self.store.entries()) or "none is registered"
+            known = ", ".join([*self.own_edits, *(e.name for e in self.store.entries())]) or "none is registered"
             raise InputError(f"steer.edits.{i}.name", request.name, f"a registered artifact: {known}") from None
         return NamedEdit(entry.path, entry.digest, request)
 

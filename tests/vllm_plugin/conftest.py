@@ -40,6 +40,6 @@ def engine(folder: Any) -> Iterator[Any]:
     """An eager engine with chunked prefill and prefix caching."""
     if MISSING:
         pytest.skip(MISSING)
-    from steer.adapters import vllm
+    import steer
 
-    yield vllm.load("smollm2-135m", **SETTINGS)
+    yield steer.load("smollm2-135m", engine="vllm", **SETTINGS)
