@@ -28,7 +28,10 @@ from steer.serving.app import create_app
 from steer.serving.artifacts import Store, UnknownArtifactError
 from steer.serving.engine import TooLargeError
 from steer.serving.limits import Limits
+from steer.serving.protocol import ChatRequest
 from steer.serving.rewards import Rewards
+from steer.serving.tasks import Tasks
+from steer.wire import SteerRequest
 
 CHAT = [{"role": "user", "content": "tell me about the sun"}]
 
@@ -280,6 +283,18 @@ def test_web_pages_of_others_and_other_names_are_refused(engine: TransformersEng
     keyed = TestClient(create_app(Idle(engine), keys=["k", "other"]))  # type: ignore[arg-type]
     for header, status in (("Bearer k", 200), ("bearer other", 200), ("Basic k", 401), ("Bearer ", 401), ("", 401)):
         assert keyed.get("/v1/models", headers={"Authorization": header}).status_code == status
+
+
+def test_edits_of_the_engines_own_need_no_artifact(tmp_path: Path) -> None:
+    tasks = Tasks(Store(tmp_path, lambda path: None), Rewards(), Limits(), own_edits=("polite",))
+    asked = ChatRequest.model_validate(
+        {"model": "m", "messages": CHAT, "steer": {"edits": [{"name": "polite", "strength": 1.5}]}}
+    )
+    (edit,) = tasks.chat(asked).steering.edits
+    assert edit.path is None and edit.request.strength == 1.5
+    other = asked.model_copy(update={"steer": SteerRequest.parse({"edits": [{"name": "rude"}]})})
+    with pytest.raises(InputError, match="polite"):
+        tasks.chat(other)
 
 
 def test_rewards_that_were_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "eager": {},
     "processes": {},
     "ranks": {"tensor_parallel_size": 2},
+    "server": {},
     "compiled": {"enforce_eager": False},
     "v2": {"max_model_len": 128},
 }
@@ -33,11 +34,41 @@ def main(kind: str, new: int, name: str, folder: str) -> None:
     from steer import RawText
     from steer.adapters import vllm
 
+    if kind == "server":
+        print("RESULT " + json.dumps(served(new, name, folder)), flush=True)
+        return
     model = vllm.load(name, **{**SETTINGS, **KINDS[kind], "steer": {"tuned": {"polite": folder}}})
     edits = [None, *(model.edit("polite", w) for w in (2.0, 1.0, 0.5))]
     prompts = [RawText(p) for p in (PROMPTS[:2] * 2 if kind == "v2" else PROMPTS)]
     samples = model.generate(prompts, edits=edits, temperature=0, max_new_tokens=new)
     print("RESULT " + json.dumps(samples.tokens), flush=True)
+
+
+def served(new: int, name: str, folder: str) -> list[list[int]]:
+    """The same batch as requests to the engine behind a server, which has the tuned model as an edit of its own."""
+    import asyncio
+
+    from vllm_tools import PROMPTS, SETTINGS
+
+    from steer import RawText
+    from steer.adapters._vllm_writing import written
+    from steer.adapters.vllm_serving import serving_engine
+    from steer.serving.engine import NamedEdit, Sampling, Steering, Task
+    from steer.wire import EditRequest
+
+    settings = {**SETTINGS, "additional_config": {"steer": {"tuned": {"polite": folder}}}}
+    engine = serving_engine(name, dtype="float32", settings=settings)
+    try:
+        assert engine.own_edits == ("polite",)
+        tokens = []
+        for prompt, weight in zip(PROMPTS, (None, 2.0, 1.0, 0.5), strict=True):
+            edits = () if weight is None else (NamedEdit(None, "", EditRequest(name="polite", strength=weight)),)
+            task = Task((RawText(prompt),), sampling=Sampling(new, temperature=0.0), steering=Steering(edits))
+            work = written(engine.model, engine._client, engine.prepare(task), lambda event: None)
+            tokens.append(asyncio.run_coroutine_threadsafe(work, engine._loop).result()[0].tokens)
+        return tokens
+    finally:
+        engine.close()
 
 
 if __name__ == "__main__":
