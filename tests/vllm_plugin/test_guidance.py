@@ -439,7 +439,7 @@ def test_other_architectures(kind: str, folder: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "new"), [("processes", 10), ("server", 10), ("compiled", 10), ("v2", 4)])
 def test_other_engines(kind: str, new: int, reference: Any, folders: dict[str, Path]) -> None:
-    """Processes of their own, an engine behind a server, a compiled network, the V2 runner (its kernels interpreted)."""
+    """Processes of their own, an engine behind a server, a compiled network, the V2 runner (interpreted)."""
     if MISSING:
         pytest.skip(MISSING)
     policy = steer.load(folders["polite-whole"], dtype="float32", device="cpu")
