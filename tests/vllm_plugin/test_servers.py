@@ -140,6 +140,9 @@ def beside(engine: Any, *arguments: str) -> TestClient:
 
 @pytest.fixture(autouse=True)
 def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import envs
+
+    envs.disable_envs_cache()  # which an engine of other tests has turned on
     monkeypatch.setenv("VLLM_PLUGINS", "steer,steer_http")
 
 
