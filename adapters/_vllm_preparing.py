@@ -81,7 +81,7 @@ class Preparer:
                 max_new_tokens=sampling.max_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
                 top_p=sampling.top_p, min_p=sampling.min_p, stop=sampling.stop,
             ),
-            block=_block(steering, sampling.max_tokens), drift=drift,
+            block=_block(steering, sampling.max_tokens), drift=drift, weighs=drift == "estimate",
         )  # fmt: skip
         prepared = Prepared(
             task, read.prompts, read.ids, sampling, edits,

@@ -101,6 +101,10 @@ class VLLMProcess(Process):
     """What its requests go through; None for the model's own."""
     announce: Callable[[Any, str], None] | None = field(default=None, repr=False, compare=False)
     """Called with the prompt and the text of a row as soon as it is complete, while others are still drawn."""
+    weighs: bool = True
+    """Whether results tell the log-probability of what was drawn. For one row that wants it, vLLM computes the law of
+    all that run with it.
+    """
     announces_all: bool = False
     """Whether rows whose text goes on after this step are announced too."""
 
@@ -195,7 +199,7 @@ class VLLMProcess(Process):
             completion = output.outputs[0]
             drawn += len(completion.token_ids)
             tokens[i] = [*state.tokens[i], *completion.token_ids]
-            log_prob[i] += float(completion.cumulative_logprob)
+            log_prob[i] += float(completion.cumulative_logprob or 0.0)
             finished[i] = self._ended(tokens[i], completion.finish_reason)
         moved = replace(
             state, step=state.step + 1, tokens=tokens, finished=finished, log_prob=log_prob,
@@ -249,7 +253,8 @@ class VLLMProcess(Process):
             max_tokens=min(self.block, left), min_tokens=max(0, min(d.min_new_tokens - length, self.block)),
             temperature=d.temperature, top_k=d.top_k, top_p=d.top_p, min_p=d.min_p,
             repetition_penalty=d.repetition_penalty, stop=list(d.stop), include_stop_str_in_output=True,
-            ignore_eos=True, stop_token_ids=list(d.eos_token_id or ()), logprobs=0, seed=None if d.greedy else seed,
+            ignore_eos=True, stop_token_ids=list(d.eos_token_id or ()), logprobs=0 if self.weighs else None,
+            seed=None if d.greedy else seed,
             detokenize=bool(d.stop), output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args={"steer": inside} if inside.edits else None,
         )  # fmt: skip
@@ -331,8 +336,8 @@ class VLLMProcess(Process):
             tokens=[list(row) for row in state.tokens],
             group=state.group,
             log_weight=torch.zeros(len(state), dtype=torch.float64),
-            log_prob=state.log_prob,
-            base_log_prob=state.base_log_prob,
+            log_prob=state.log_prob if self.weighs else None,
+            base_log_prob=state.base_log_prob if self.weighs else None,
             tilt=state.tilt,
             kl_estimate=state.kl if known else later if plain else None,
             cost=state.cost,

@@ -71,9 +71,7 @@ def main(kind: str, new: int) -> None:
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # ranks may have to share a core
     if kind == "v2":
         os.environ.update(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
-        import triton.backends as backends
-
-        backends.backends["cpu"] = backends.backends["nvidia"]
+        interpret_kernels()
     from vllm_tools import SETTINGS
 
     from steer.adapters import vllm
@@ -108,6 +106,23 @@ def refused(model: Any) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def interpret_kernels() -> None:
+    """Let the V2 runner work without a GPU. The CPU build of vLLM 0.31 asks for the version of a distribution called
+    vllm, which it is not.
+    """
+    from importlib import metadata
+
+    import triton.backends as backends
+
+    backends.backends["cpu"] = backends.backends["nvidia"]
+    original = metadata.version
+
+    def version(name: str) -> str:
+        return f"{original('vllm-cpu')}+cpu" if name == "vllm" else original(name)
+
+    metadata.version = version
 
 
 COUNT = [0]
