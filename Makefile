@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 
-.PHONY: quickstart model test test-slow lint types bench bench-peers vllm test-vllm bench-vllm clean
+.PHONY: quickstart model test test-slow lint types bench bench-peers vllm test-vllm test-vllm-slow bench-vllm clean
 
 $(BIN)/steer: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +60,10 @@ vllm: .venv-vllm/bin/steer
 
 test-vllm: model vllm
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/vllm_plugin
+
+# Compiled engines, several ranks, the V2 runner: minutes each.
+test-vllm-slow: model vllm
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -m slow tests/vllm_plugin
 
 bench-vllm: model vllm
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m steer.bench.vllm

@@ -48,10 +48,8 @@ def introducing(front: FrontEnd, config: Any, norms: bool) -> Steps:
     if norms and not front.measured:
         front.measured = True
         yield Rpc("steer_measure", (True,))
-        try:
-            yield Read(CALIBRATION)
-        finally:
-            seen = yield Rpc("steer_measure", (False,))
+        yield Read(CALIBRATION)
+        seen = yield Rpc("steer_measure", (False,))
         values = _norms(seen, front.info.num_layers)
         front.info = model_info(config, front.info.fingerprint, None if values is None else torch.tensor(values))
         yield Rpc("steer_introduce", (front.info.fingerprint, values))
