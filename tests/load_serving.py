@@ -59,7 +59,7 @@ async def client(http: httpx.AsyncClient, number: int, steers: bool, end: float,
     steered = steers and number % 2 == 1
     while time.monotonic() < end:
         body: dict[str, Any] = {
-            "model": args.model, "messages": [{"role": "user", "content": chance.choice(PROMPTS)}],
+            "model": args.model, "messages": prompt(chance),
             "max_tokens": chance.randint(args.tokens // 2, args.tokens), "temperature": 0.8, "stream": leaves,
             "seed": chance.getrandbits(31),
         }  # fmt: skip
@@ -77,6 +77,14 @@ async def client(http: httpx.AsyncClient, number: int, steers: bool, end: float,
         elif status == "200":
             took = time.monotonic() - began, processor_time(args.processes) - used
             (tally.steered if steered else tally.plain).append(took)
+
+
+def prompt(chance: random.Random) -> list[dict[str, str]]:
+    """A chat that begins like no other. Steered prompts share no cache with plain ones, nor with those that are steered
+    otherwise: prompts that everybody repeats would be read once by plain requests, and anew by every steered one.
+    """
+    system = f"{chance.getrandbits(40)} is your number. You answer in one sentence."
+    return [{"role": "system", "content": system}, {"role": "user", "content": chance.choice(PROMPTS)}]
 
 
 def steering(chance: random.Random) -> dict[str, Any]:
