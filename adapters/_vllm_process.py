@@ -152,7 +152,7 @@ class VLLMProcess(Process):
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of every prompt after the prompt edits that it asked for; checks lengths."""
-        ids = [self.model.words.encode(p) for p in self.rewritten(prompts)]
+        ids = [self.model.encode(p) for p in self.rewritten(prompts)]
         check_lengths(ids, self.decoding.max_new_tokens, self.model.context_length)
         return ids
 
@@ -212,8 +212,8 @@ class VLLMProcess(Process):
         completion = output.outputs[0]
         tokens = [*state.tokens[rows[k]], *completion.token_ids]
         if self.announce is not None and (self.announces_all or self._ended(tokens, completion.finish_reason)):
-            words, prompt = self.model.words, state.prompts[int(state.group[rows[k]])]
-            self.announce(words.show(prompt), words.decode(tokens, self.decoding.stop))
+            prompt = state.prompts[int(state.group[rows[k]])]
+            self.announce(self.model.show(prompt), self.model.decode(tokens, self.decoding.stop))
 
     def _run(self, state: VLLMState, rows: Sequence[int], seeds: Sequence[int], took: Took | None) -> list[Any]:
         asked = {b: self._inside(b) for b in {int(state.group[i]) for i in rows}}
@@ -326,13 +326,12 @@ class VLLMProcess(Process):
         return self.decode(state)
 
     def decode(self, state: VLLMState) -> Samples:
-        words = self.model.words
         known = state.kl is not None
         later = partial(self._divergence, state.prompts, state.group, state.tokens, state.log_prob)
         plain = self.decoding.temperature in (0, 1)
         return Samples(
-            prompts=[words.show(p) for p in state.prompts],
-            outputs=[words.decode(row, self.decoding.stop) for row in state.tokens],
+            prompts=[self.model.show(p) for p in state.prompts],
+            outputs=[self.model.decode(row, self.decoding.stop) for row in state.tokens],
             tokens=[list(row) for row in state.tokens],
             group=state.group,
             log_weight=torch.zeros(len(state), dtype=torch.float64),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +15,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from steer.core import InputError, Prompt, Reward, Sampler, Samples, SteerError, UnsupportedError, check
+from steer.core import InputError, Prompt, SteerError, UnsupportedError, check
 from steer.diffusion import Denoiser, DiffusionProcess, Schedule
+from steer.engine import Model
 
 try:
     import diffusers
@@ -287,7 +288,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class DiffusionModel:
+class DiffusionModel(Model):
     """A diffusion model ready to be steered. Networks and pipelines are never changed.
 
     Attributes:
@@ -344,29 +345,6 @@ class DiffusionModel:
         check(ok, "max_batch", max_batch, "an integer of 0 (no limit) or more")
         denoiser, schedule = self.source.make(steps, eta, guidance_scale, scheduler, kind, max_batch, options)
         return DiffusionProcess(denoiser, schedule, shown=shown, max_batch=max_batch)
-
-    def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        *,
-        edits: Any = (),
-        sampler: Sampler | str | None = None,
-        reward: Reward | str | Callable[..., Any] | None = None,
-        beta: float = 1.0,
-        n: int | None = None,
-        seed: int | None = None,
-        max_rows: int = 64,
-        progress: bool = False,
-        **settings: Any,
-    ) -> Samples:
-        """Generate for every prompt; see `steer.generate` for what the arguments mean. `settings` are of `process`."""
-        from steer import engine
-
-        plan = engine.prepare(
-            self.process(**settings), prompts, edits=edits, sampler=sampler, reward=reward, beta=beta, n=n, seed=seed,
-            max_rows=max_rows, progress=progress, model=self,
-        )  # fmt: skip
-        return engine.execute(plan)
 
     def tuned(self, what: Any, name: str | None = None) -> DiffusionModel:
         """A second model with a network that was tuned from this one's, such as RL guidance takes: a module, a folder,

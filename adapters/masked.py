@@ -7,8 +7,8 @@ Models that were trained at all rates of masking (MDLM and its kin) are samplers
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from steer.core import Prompt, RawText, Reward, Sampler, Samples, SteerError, UnsupportedError, check
+from steer.adapters.language import chats, prompt_tokens, shown, tokenising
+from steer.core import Prompt, RawText, SteerError, UnsupportedError, check
+from steer.engine import Model
 from steer.masked import MaskedProcess
 
 __all__ = ["MaskedLanguageModel", "load"]
@@ -62,7 +64,7 @@ def load(
     return MaskedLanguageModel(network, tokenizer, name or (held if network is model else str(model)), mask_token_id)
 
 
-class MaskedLanguageModel:
+class MaskedLanguageModel(Model):
     """A masked language model and its tokenizer, ready to be steered: the `MaskedDenoiser` of its processes.
 
     A row of the network is `before + prompt + text + after`, `before` and `after` being what the tokenizer frames a
@@ -86,8 +88,7 @@ class MaskedLanguageModel:
         self._mask_id = self._find_mask() if mask_token_id is None else mask_token_id
         inside = isinstance(self._mask_id, int) and 0 <= self._mask_id < self.vocabulary
         check(inside, "mask_token_id", self._mask_id, f"a token id from 0 to {self.vocabulary - 1}")
-        # A prompt is checked, encoded and shown to companions: its text is tokenised once.
-        self._tokens = lru_cache(4096)(self._tokenised)
+        self._tokenise = tokenising(tokenizer)
 
     def _find_mask(self) -> int:
         for holder, field in ((self.tokenizer, "mask_token_id"), (self.config, "mask_token_id"),
@@ -133,33 +134,18 @@ class MaskedLanguageModel:
                 return whole[:at], whole[at + len(bare) :]
         return [], []
 
-    def _tokenised(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
     @property
     def chats(self) -> bool:
         """Whether plain prompts are wrapped as a user's message."""
-        return bool(getattr(self.tokenizer, "chat_template", None))
+        return chats(self.tokenizer)
 
     def prefix(self, prompt: Prompt) -> list[int]:
         """Token ids before a text. A prompt becomes a user's message where there is a chat template, and is continued
         as it stands where there is none, or if it is a `RawText`. An empty prompt is none at all.
         """
-        before = self.frame[0]
-        if isinstance(prompt, str):
-            if not prompt or isinstance(prompt, RawText) or not self.chats:
-                return [*before, *self._tokens(str(prompt))]
-            prompt = [{"role": "user", "content": str(prompt)}]
-        messages = isinstance(prompt, Sequence) and all(
-            isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt
-        )
-        check(messages and len(prompt) > 0, "prompt", prompt, "text, or messages with role and content")
-        check(self.chats, "prompt", "messages", f"text: {self.name} has no chat template")
-        resumed = prompt[-1]["role"] == "assistant"
-        text = self.tokenizer.apply_chat_template(
-            list(prompt), tokenize=False, add_generation_prompt=not resumed, continue_final_message=resumed
-        )
-        return list(self._tokens(text))
+        tokens = prompt_tokens(prompt, self.tokenizer, self._tokenise, self.name, special=False)
+        plain = isinstance(prompt, str) and (not prompt or isinstance(prompt, RawText) or not self.chats)
+        return [*self.frame[0], *tokens] if plain else tokens
 
     def encode(self, prompts: Sequence[Prompt], length: int) -> list[list[int]]:
         """Token ids before each prompt's text. Raises `InputError` where a text of `length` tokens does not fit."""
@@ -174,7 +160,7 @@ class MaskedLanguageModel:
 
     def show(self, prompt: Prompt) -> Any:
         """The prompt as it appears in results."""
-        return prompt if isinstance(prompt, str) else list(prompt)
+        return shown(prompt)
 
     def decode_text(self, tokens: Sequence[int]) -> str:
         """Text of tokens, without special ones."""
@@ -231,28 +217,3 @@ class MaskedLanguageModel:
         for setting in settings:
             check(setting in known, "process()", setting, ", ".join(sorted(known)))
         return MaskedProcess(self, length, steps, **settings)
-
-    def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt] = "",
-        *,
-        edits: Any = (),
-        sampler: Sampler | str | None = None,
-        reward: Reward | str | Callable[..., Any] | None = None,
-        beta: float = 1.0,
-        n: int | None = None,
-        seed: int | None = None,
-        max_rows: int = 64,
-        progress: bool = False,
-        **settings: Any,
-    ) -> Samples:
-        """Generate for every prompt, none by default; `settings` are those of `process`, the rest is explained at
-        `steer.generate`.
-        """
-        from steer import engine
-
-        plan = engine.prepare(
-            self.process(**settings), prompts, edits=edits, sampler=sampler, reward=reward, beta=beta, n=n, seed=seed,
-            max_rows=max_rows, progress=progress, model=self,
-        )  # fmt: skip
-        return engine.execute(plan)

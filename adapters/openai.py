@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from steer import engine
 from steer.adapters._openai_http import Connection, EndpointError, Retry, base_url, read_key
 from steer.adapters._openai_process import EndpointProcess
 from steer.adapters._openai_protocol import END_TOKENS, Dialect
@@ -16,7 +15,9 @@ from steer.adapters._openai_results import Results
 from steer.adapters._openai_state import EndpointContext
 from steer.adapters._openai_value import LocalValue, TextValue
 from steer.adapters.decoding import Decoding
-from steer.core import InputError, Process, Prompt, Reward, Sampler, Samples, check
+from steer.adapters.language import shown
+from steer.core import InputError, Process, Prompt, Sampler, Samples, check
+from steer.engine import Model, Plan, execute
 
 __all__ = ["EndpointContext", "EndpointError", "EndpointModel", "EndpointProcess", "LocalValue", "Retry", "TextValue",
            "load"]  # fmt: skip
@@ -87,10 +88,12 @@ def _only_model(connection: Connection) -> str:
     return names[0]
 
 
-class EndpointModel:
+class EndpointModel(Model):
     """A model of which nothing is known but what it answers. Close it, or use it in a `with` block, to close its
     sockets.
     """
+
+    max_rows = 1024
 
     def __init__(self, connection: Connection, dialect: Dialect, top_logprobs: int, name: str) -> None:
         whole = isinstance(top_logprobs, int) and 1 <= top_logprobs <= 20
@@ -115,7 +118,7 @@ class EndpointModel:
 
     def show(self, prompt: Prompt) -> Any:
         """The prompt as it appears in results."""
-        return prompt if isinstance(prompt, str) else list(prompt)
+        return shown(prompt)
 
     def process(
         self,
@@ -126,8 +129,14 @@ class EndpointModel:
         results: str | Path | Results | None = None,
         **settings: Any,
     ) -> EndpointProcess:
-        """The model as a `Process`, with the settings of `generate`: `max_new_tokens`, `temperature`, `top_p`, `stop`,
-        and `top_k` and `min_p` where the endpoint has them.
+        """The model as a `Process`, with settings of decoding: `max_new_tokens`, `temperature`, `top_p`, `stop`, and
+        `top_k` and `min_p` where the endpoint has them.
+
+        Args:
+            block: tokens of one step; None draws whole texts. Samplers that weigh or choose on the way need it.
+            top_logprobs: draw every token here, from this many candidates, also without edits.
+            logprobs: ask for the log-probabilities of texts that the endpoint draws.
+            results: a file in which answers are kept.
         """
         for given in settings:
             check(given in _HONOURED, "generate()", given, ", ".join(_HONOURED))
@@ -138,29 +147,16 @@ class EndpointModel:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] = "",
         *,
-        edits: Any = (),
-        sampler: Sampler | str | None = None,
-        reward: Reward | str | Callable[..., Any] | None = None,
-        beta: float = 1.0,
-        n: int | None = None,
         seed: int | None = None,
-        max_rows: int = 1024,
-        progress: bool = False,
-        block: int | None = None,
-        top_logprobs: int | None = None,
-        logprobs: bool = False,
         results: str | Path | None = None,
-        **decoding: Any,
-    ) -> Samples:
-        """Generate for every prompt; see `steer.generate` for what the arguments mean, and `EndpointProcess` for what
-        is exact and what is not.
+        **request: Any,
+    ) -> Any:
+        """Generate for every prompt; `request` is as for other models (`steer.engine.Model.generate`). See
+        `EndpointProcess` for what is exact and what is not.
 
         Args:
-            block: tokens of one step; None draws whole texts. Samplers that weigh or choose on the way need it.
-            top_logprobs: draw every token here, from this many candidates, also without edits.
-            logprobs: ask for the log-probabilities of texts that the endpoint draws.
             results: a file in which answers are kept as they come, and from which a repeat with the same seed takes
                 those that are there.
 
@@ -169,14 +165,12 @@ class EndpointModel:
             EndpointError: the endpoint failed for good; its `samples` are the texts that were finished.
         """
         check(results is None or seed is not None, "seed", seed, "an integer: results are found again by it")
-        process = self.process(block=block, top_logprobs=top_logprobs, logprobs=logprobs, results=results, **decoding)
-        plan = engine.prepare(
-            process, prompts, edits=edits, sampler=sampler, reward=reward, beta=beta, n=n, seed=seed,
-            max_rows=max_rows, progress=progress, model=self,
-        )  # fmt: skip
+        return super().generate(prompts, seed=seed, results=results, **request)
+
+    def run(self, plan: Plan) -> Samples:
         keeping = _Keeping(plan.sampler)
         try:
-            return engine.execute(replace(plan, sampler=keeping))
+            return execute(replace(plan, sampler=keeping))
         except EndpointError as error:
             if error.samples is not None:
                 error.samples = Samples.join([*keeping.batches, error.samples])

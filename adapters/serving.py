@@ -10,6 +10,7 @@ from steer.adapters._preparing import Prepared, Preparer
 from steer.adapters._requests import Emit, relayed
 from steer.adapters._scheduler import Scheduler, Ticket
 from steer.core import check
+from steer.memory import give_back_memory
 from steer.serving.engine import Event, Load, Task
 
 if TYPE_CHECKING:
@@ -43,8 +44,7 @@ class TransformersEngine:
         for field, value in (("max_rows", max_rows), ("cache_tokens", cache_tokens), ("searches", searches)):
             check(isinstance(value, int) and value >= 1, field, value, "an integer of 1 or more")
         check(0 < search_share < 1, "search_share", search_share, "a share of the time between 0 and 1")
-        # Prompts of strangers seldom come again; tokens of thousands of them would be kept.
-        model._tokens = model._tokenised  # type: ignore[assignment]
+        model.forget_prompts()
         model.residual_norms()
         self._model, self._name = model, name or model.name
         self._preparer = Preparer(model, max_rows, cache_tokens)
@@ -85,6 +85,9 @@ class TransformersEngine:
 
     def load(self) -> Load:
         return self._scheduler.load()
+
+    def give_back_memory(self) -> None:
+        give_back_memory()
 
     def close(self) -> None:
         self._scheduler.close()

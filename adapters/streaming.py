@@ -8,11 +8,13 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from steer import engine
+from steer.adapters._growing import GrowingText
 from steer.core import Samples, check
 from steer.methods.best_of_n import Ancestral
 
@@ -30,66 +32,31 @@ class Piece:
     text: str
 
 
-class _Row:
-    """Detokenises one row as it grows: each step decodes the last few tokens, never the whole text.
-
-    What a token looks like depends on the one before, so text is the difference of two decodings that begin together.
-    Text that could still become a stop string is held back.
-    """
-
-    def __init__(self, model: LanguageModel, stop: Sequence[str]) -> None:
-        self.model, self.stop = model, stop
-        self.hold = max((len(s) for s in stop), default=1) - 1
-        self.begin = self.read = self.shown = 0
-        self.text = ""
-
-    def feed(self, tokens: Sequence[int]) -> str:
-        """What can be shown now that the row consists of `tokens`."""
-        before = self.model.decode(tokens[self.begin : self.read])
-        whole = self.model.decode(tokens[self.begin :])
-        if whole.endswith("\ufffd"):  # a character of several tokens is not a character yet
-            return ""
-        self.text += whole[len(before) :]
-        # Tokens without text (special ones) are no neighbour to be spaced from: the window keeps the last word.
-        self.begin = self.read if len(whole) > len(before) else self.begin
-        self.read = len(tokens)
-        cuts = [at for at in (self.text.find(s, self.shown) for s in self.stop) if at >= 0]
-        return self._upto(min(cuts) if cuts else len(self.text) - self.hold)
-
-    def finish(self, text: str) -> str:
-        """What is left to show of the finished `text`."""
-        self.text = text
-        return self._upto(len(text))
-
-    def _upto(self, end: int) -> str:
-        end = max(end, self.shown)
-        new = self.text[self.shown : end]
-        self.shown = end
-        return new
-
-
 class Follower:
     """Calls `emit` with every new `Piece`: `step` is what `engine.execute` calls, `finish` shows what was held back."""
 
     def __init__(self, model: LanguageModel, plan: engine.Plan, emit: Callable[[Piece], None]) -> None:
         check(isinstance(plan.sampler, Ancestral), "stream", type(plan.sampler).__name__,
               "independent samples: others choose at the end")  # fmt: skip
-        self._model, self._emit = model, emit
-        self._stop: Sequence[str] = plan.process.decoding.stop  # type: ignore[attr-defined]
-        self._rows: dict[int, _Row] = {}
+        self._emit = emit
+        stop: Sequence[str] = plan.process.decoding.stop  # type: ignore[attr-defined]
+        self._grow = partial(GrowingText, lambda ids: model.decode(ids), stop)
+        self._texts: dict[int, GrowingText] = {}
+        self._seen: dict[int, int] = {}
+        """Columns that were read, by the first prompt of a batch."""
 
     def step(self, first: int, state: TextState) -> None:
-        offset = first * (len(state) // len(state.prompts))
+        offset, seen = first * (len(state) // len(state.prompts)), self._seen.get(first, 0)
+        self._seen[first] = state.filled
         lengths = state.length.tolist()
-        for i, tokens in enumerate(state.prefix[:, : state.filled].tolist()):
-            row = self._rows.setdefault(offset + i, _Row(self._model, self._stop))
-            if lengths[i] > row.read:
-                self._show(first + int(state.group[i]), offset + i, row.feed(tokens[: lengths[i]]))
+        for i, tokens in enumerate(state.prefix[:, seen : state.filled].tolist()):
+            text = self._texts.setdefault(offset + i, self._grow())
+            new = "".join([text.feed(token) for token in tokens[: max(0, lengths[i] - seen)]])
+            self._show(first + int(state.group[i]), offset + i, new)
 
     def finish(self, samples: Samples) -> None:
-        for i, text in enumerate(samples.texts):
-            row = self._rows.setdefault(i, _Row(self._model, self._stop))
-            self._show(int(samples.group[i]), i, row.finish(text))
+        for i, text in self._texts.items():
+            self._show(int(samples.group[i]), i, text.finish())
 
     def _show(self, prompt: int, row: int, text: str) -> None:
         if text:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from steer.adapters._blocks import decoder_blocks
 from steer.adapters._cache import full_attention, new_cache
 from steer.adapters._plan import Hooks, Place, recording
 from steer.adapters.decoding import Decoding
+from steer.adapters.language import TextModel
 from steer.adapters.text import TextProcess
-from steer.core import InputError, ModelInfo, Prompt, RawText, Reward, Sampler, Samples, SteerError, check
+from steer.core import InputError, ModelInfo, SteerError, check
+from steer.engine import Plan
 
 # Ordinary sentences on which the residual stream's norm is measured.
 CALIBRATION = (
@@ -73,11 +75,12 @@ def load(
     return LanguageModel(network, tokenizer, name or str(model))
 
 
-class LanguageModel:
+class LanguageModel(TextModel):
     """A causal language model and its tokenizer, ready to be steered. The network itself is never changed."""
 
     def __init__(self, network: Any, tokenizer: Any, name: str) -> None:
-        self.network, self.tokenizer, self.name = network.eval(), tokenizer, name
+        super().__init__(tokenizer, name)
+        self.network = network.eval()
         self.network.requires_grad_(False)
         self.config = network.config.get_text_config(decoder=True)
         self.blocks = decoder_blocks(network)
@@ -87,8 +90,6 @@ class LanguageModel:
             raise SteerError(f"model {type(network).__name__}: has no base model under its output head")
         self.hooks = Hooks(self.blocks)
         self._norms: Tensor | None = None
-        # A prompt is checked, run and scored: its text is tokenised once.
-        self._tokens = lru_cache(4096)(self._tokenised)
 
     # ---- facts
 
@@ -163,102 +164,21 @@ class LanguageModel:
             self._norms = torch.stack([torch.cat(x).median() for x in norms]).clone()
         return self._norms
 
-    # ---- text
-
-    @property
-    def chats(self) -> bool:
-        """Whether plain prompts are wrapped as a user's message."""
-        return bool(getattr(self.tokenizer, "chat_template", None))
-
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt. Text becomes a user's message where the model has a chat template, and is continued as
-        it stands where it has none; a `RawText` is always continued.
-        """
-        if isinstance(prompt, str):
-            check(bool(prompt.strip()), "prompt", prompt, "text that is not empty")
-            if isinstance(prompt, RawText) or not self.chats:
-                return list(self._tokens(str(prompt), True))
-            prompt = [{"role": "user", "content": str(prompt)}]
-        check(bool(prompt) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt),
-              "prompt", prompt, "text, or messages with role and content")  # fmt: skip
-        check(self.chats, "prompt", "messages", f"text: {self.name} has no chat template")
-        # A chat that ends with the assistant's own words is continued there.
-        resumed = prompt[-1]["role"] == "assistant"
-        text = self.tokenizer.apply_chat_template(
-            list(prompt), tokenize=False, add_generation_prompt=not resumed, continue_final_message=resumed
-        )
-        return list(self._tokens(text, False))
-
-    def _tokenised(self, text: str, special: bool) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
-
-    def show(self, prompt: Prompt) -> Any:
-        """The prompt as it appears in results."""
-        return prompt if isinstance(prompt, str) else list(prompt)
-
-    def decode(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
-        """Text of generated tokens, cut before the first stop string."""
-        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
-        cuts = [at for at in (text.find(s) for s in stop) if at >= 0]
-        return text[: min(cuts)] if cuts else text
-
     # ---- generation
 
     def process(
-        self, *, config: GenerationConfig | None = None, block: int = 1, until: Sequence[str] = (), **settings: Any
-    ) -> TextProcess:
+        self, *, generation_config: GenerationConfig | None = None, block: int = 1, until: Sequence[str] = (),
+        **settings: Any,
+    ) -> TextProcess:  # fmt: skip
         """The model as a `Process`, with decoding settings as for `generate`. A step draws `block` tokens, or fewer
         where a token holds one of the strings in `until`, such as sentence ends ".", "!", "?" and line breaks.
         """
-        return TextProcess(self, Decoding.create(config, **settings), block=block, until=tuple(until))
+        return TextProcess(self, Decoding.create(generation_config, **settings), block=block, until=tuple(until))
 
-    def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        *,
-        edits: Any = (),
-        sampler: Sampler | str | None = None,
-        reward: Reward | str | Callable[..., Any] | None = None,
-        beta: float = 1.0,
-        n: int | None = None,
-        seed: int | None = None,
-        max_rows: int = 64,
-        generation_config: GenerationConfig | None = None,
-        stream: bool | Any = False,
-        progress: bool = False,
-        **decoding: Any,
-    ) -> Any:
-        """Generate for every prompt; see `steer.generate` for what the arguments mean."""
-        from steer import engine
+    def stream(self, plan: Plan, how: Any) -> Any:
+        from steer.adapters.streaming import TextStream, feed_streamer
 
-        config = generation_config
-        if config is not None and n is None and config.num_return_sequences not in (None, 1):
-            n = config.num_return_sequences
-        process = self.process(config=config, **decoding)
-        plan = engine.prepare(
-            process, prompts, edits=edits, sampler=sampler, reward=reward, beta=beta, n=n, seed=seed,
-            max_rows=max_rows, progress=progress, model=self,
-        )  # fmt: skip
-        if stream is True:
-            from steer.adapters.streaming import TextStream
-
-            return TextStream(self, plan)
-        if stream:
-            from steer.adapters.streaming import feed_streamer
-
-            return feed_streamer(self, plan, stream)
-        return engine.execute(plan)
-
-    def log_likelihood(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Summed log-probability `[N]` of each output after its prompt under the unedited model at temperature 1, and
-        the number of its tokens `[N]`.
-        """
-        tokens = samples.tokens or [
-            list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in samples.texts
-        ]
-        process = self.process(max_new_tokens=max(1, max(len(t) for t in tokens)))
-        total = process.log_likelihood(samples.prompts, samples.group, tokens)
-        return total, torch.tensor([len(t) for t in tokens], dtype=torch.float64)
+        return TextStream(self, plan) if how is True else feed_streamer(self, plan, how)
 
     # ---- reading
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from steer.adapters import _vllm_admin as admin
 from steer.adapters._vllm_artifacts import Artifact, read_artifact
@@ -21,21 +17,19 @@ from steer.adapters._vllm_process import Named, VLLMProcess, scored_early
 from steer.adapters._vllm_rows import Compiled
 from steer.adapters._vllm_settings import check_version, need
 from steer.adapters.decoding import Decoding
-from steer.adapters.transformers import LanguageModel
+from steer.adapters.language import TextModel
 from steer.artifacts import Card
 from steer.core import (
     Edit,
     HiddenEdit,
     InputError,
     ModelInfo,
-    Prompt,
-    Reward,
-    Sampler,
     Samples,
     SteerError,
     UnsupportedError,
     check,
 )
+from steer.engine import Plan, execute
 from steer.wire import EditRequest
 
 __all__ = ["VLLMModel", "VLLMProcess", "load"]
@@ -76,21 +70,19 @@ def load_errors(model: str | Path) -> Iterator[None]:
         raise SteerError(f"model: vLLM could not load {str(model)!r}: {first}") from error
 
 
-class _Words(LanguageModel):
-    """The text side of a language model, without its network."""
+class VLLMModel(TextModel):
+    """A vLLM engine with steering, which generates as `LanguageModel` does.
 
-    def __init__(self, tokenizer: Any, name: str) -> None:
-        self.tokenizer, self.name = tokenizer, name
-        self._tokens = lru_cache(4096)(self._tokenised)
+    All rows of a request go to the engine at once, which batches them as its own limits allow. Rewards that stand alone
+    are computed as texts are completed, in another thread. Edits may also be those of `edit`. Samplers that choose
+    between unfinished texts need `block`, the tokens of a step.
+    """
 
-
-class VLLMModel:
-    """A vLLM engine with steering, which generates as `LanguageModel` does."""
+    max_rows = 4096
 
     def __init__(self, client: Client, name: str) -> None:
-        self.client, self.name = client, name
-        self.config, self.tokenizer, self.front = client.config, client.tokenizer, client.front
-        self.words = _Words(self.tokenizer, name)
+        super().__init__(client.tokenizer, name)
+        self.client, self.config, self.front = client, client.config, client.front
         self._packed: dict[int, tuple[Edit, str]] = {}
         self._registering = threading.RLock()
         self._held: Counter[str] = Counter()
@@ -131,18 +123,6 @@ class VLLMModel:
         given = self.config.model_config.try_get_generation_config().get("eos_token_id")
         given = self.tokenizer.eos_token_id if given is None else given
         return () if given is None else tuple(given) if isinstance(given, list | tuple) else (int(given),)
-
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, as `LanguageModel.encode` gives them."""
-        return self.words.encode(prompt)
-
-    def decode(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
-        """Text of generated tokens, cut before the first stop string."""
-        return self.words.decode(tokens, stop)
-
-    def show(self, prompt: Prompt) -> Any:
-        """The prompt as it appears in results."""
-        return self.words.show(prompt)
 
     # ---- artifacts
 
@@ -245,53 +225,14 @@ class VLLMModel:
 
     # ---- generation
 
-    def process(self, *, config: Any = None, block: int | None = None, **settings: Any) -> VLLMProcess:
+    def process(self, *, generation_config: Any = None, block: int | None = None, **settings: Any) -> VLLMProcess:
         """The model as a `Process` whose step is `block` tokens (default: the whole text)."""
-        decoding = Decoding.create(config, **settings)
+        decoding = Decoding.create(generation_config, **settings)
         return VLLMProcess(self, decoding, block=block or decoding.max_new_tokens)
 
-    def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        *,
-        edits: Any = (),
-        sampler: Sampler | str | None = None,
-        reward: Reward | str | Callable[..., Any] | None = None,
-        beta: float = 1.0,
-        n: int | None = None,
-        seed: int | None = None,
-        max_rows: int = 4096,
-        block: int | None = None,
-        generation_config: Any = None,
-        progress: bool = False,
-        **decoding: Any,
-    ) -> Samples:
-        """Generate for every prompt, as `steer.generate` describes. Edits may also be those of `edit`.
-
-        All rows go to the engine at once, which batches them as its own limits allow. Rewards that stand alone are
-        computed as texts are completed, in another thread. Samplers that choose between unfinished texts need `block`,
-        the tokens of a step.
-        """
-        from steer import engine
-
-        process = self.process(config=generation_config, block=block, **decoding)
-        plan = engine.prepare(
-            process, prompts, edits=edits, sampler=sampler, reward=reward, beta=beta, n=n, seed=seed,
-            max_rows=max_rows, progress=progress, model=self,
-        )  # fmt: skip
+    def run(self, plan: Plan) -> Samples:
         with scored_early(plan) as early:
-            return engine.execute(early)
-
-    def log_likelihood(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Summed log-probability `[N]` of each output after its prompt under the unedited model at temperature 1, and
-        the number of its tokens `[N]`.
-        """
-        tokens = samples.tokens or [
-            list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in samples.texts
-        ]
-        process = self.process(max_new_tokens=max(1, max(len(t) for t in tokens)))
-        total = process.log_likelihood(samples.prompts, samples.group, tokens)
-        return total, torch.tensor([len(t) for t in tokens], dtype=torch.float64)
+            return execute(early)
 
     def close(self) -> None:
         """Shut the engine down."""

@@ -233,7 +233,7 @@ def _worker() -> None:
         return create_model
 
     _wrap(BaseModelLoader, "create_model", create)
-    for name in ("register", "evict", "facts", "introduce", "measure", "weights"):
+    for name in ("register", "evict", "facts", "introduce", "measure", "weights", "give_back_memory"):
         setattr(WorkerBase, f"steer_{name}", _forwarded(name, of_config))
 
 

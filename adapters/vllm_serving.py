@@ -9,19 +9,20 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from steer.adapters._requests import Emit, relayed
-from steer.adapters._vllm_client import PATIENCE, Asynchronous
+from steer.adapters._vllm_client import PATIENCE, Asynchronous, Stopped
 from steer.adapters._vllm_preparing import Prepared, Preparer
 from steer.adapters._vllm_settings import check_version
 from steer.adapters._vllm_watch import ending_with_us
 from steer.adapters._vllm_writing import measured, search, spent, written
 from steer.adapters.vllm import VLLMModel, load_errors
 from steer.core import Cost, InputError, SteerError, check
+from steer.memory import give_back_memory
 from steer.serving.engine import Event, Finished, Load, Task
 
 __all__ = ["VLLMEngine", "serving_engine"]
@@ -62,6 +63,7 @@ class VLLMEngine:
         given = client.vllm_config.model_config.served_model_name
         self._name = name or str(given if isinstance(given, str) else given[0])
         self.model = VLLMModel(self._client, self._name)
+        self.model.forget_prompts()
         self._preparer = Preparer(self.model, rows)
         self._searches = ThreadPoolExecutor(searches, "steer-search")
         self._measures = ThreadPoolExecutor(2, "steer-measure")
@@ -111,6 +113,12 @@ class VLLMEngine:
         waiting = unfinished - rows + self._asked - len(self._searching)
         size = self.model.config.cache_config.kv_cache_memory_bytes or 0
         return Load(rows, len(self._searching), max(0, waiting), int(size))
+
+    def give_back_memory(self) -> None:
+        give_back_memory()
+        with suppress(Stopped):
+            if not self._closed:
+                self._client.rpc("steer_give_back_memory")
 
     def close(self) -> None:
         """End what still runs, with an error for those who wait. The engine itself is its owner's to shut down."""

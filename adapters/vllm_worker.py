@@ -26,6 +26,7 @@ from steer.adapters._vllm_pair import Mixture
 from steer.adapters._vllm_rows import NEVER, Compiled, Row, Slots, Spans, merged
 from steer.adapters._vllm_settings import Settings
 from steer.core import HiddenEdit, ModelInfo, SteerError
+from steer.memory import give_back_memory
 from steer.methods.value import ValueGuidance
 
 __all__ = ["Worker", "of_config"]
@@ -168,6 +169,10 @@ class Worker:
     def weights(self, tags: Sequence[str]) -> list[list[list[float] | None] | None]:
         """What the edits of tagged requests decided when they read their prompts; each can be asked for once."""
         return [self._decided.pop(tag, None) for tag in tags]
+
+    def give_back_memory(self) -> None:
+        """Return to the system what finished requests have freed."""
+        give_back_memory()
 
     # ---- requests
 

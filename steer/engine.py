@@ -1,17 +1,17 @@
-"""`load()` and `generate()`: pick the adapter, mount edits, run the sampler."""
+"""`load()`, `generate()` and `Model`: pick the adapter, mount edits, run the sampler."""
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from steer.core import Edit, Process, Prompt, Reward, Sampler, Samples, check
+from steer.core import Edit, Process, Prompt, Reward, Sampler, Samples, UnsupportedError, check
 from steer.methods.best_of_n import Ancestral, BestOfN
 from steer.methods.dts import DTS, SearchDTS
 from steer.methods.fk import FKSteering
@@ -20,7 +20,8 @@ from steer.models import CARD_NAME, resolve
 from steer.progress import ticking
 from steer.rewards import as_reward
 
-__all__ = ["SAMPLERS", "generate", "is_diffusion", "is_endpoint", "load", "make_sampler"]
+__all__ = ["SAMPLERS", "Model", "Plan", "execute", "generate", "is_diffusion", "is_endpoint", "load", "make_sampler",
+           "prepare"]  # fmt: skip
 
 SAMPLERS: dict[str, type[Sampler]] = {
     "ancestral": Ancestral,
@@ -191,6 +192,63 @@ def execute(plan: Plan, on_step: Callable[[int, Any], None] | None = None) -> Sa
                     )
                 )
     return Samples.join(parts)
+
+
+class Model:
+    """What every adapter loads: a `process` of its own kind, and `generate` over it."""
+
+    name: str
+    max_rows = 64
+    """Rows generated at once by default."""
+
+    def process(self, **settings: Any) -> Process:
+        """The model as a `Process`."""
+        raise NotImplementedError
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt] = "",
+        *,
+        edits: Any = (),
+        sampler: Sampler | str | None = None,
+        reward: Reward | str | Callable[..., Any] | None = None,
+        beta: float = 1.0,
+        n: int | None = None,
+        seed: int | None = None,
+        max_rows: int | None = None,
+        progress: bool = False,
+        stream: bool | Any = False,
+        **settings: Any,
+    ) -> Any:
+        """Generate for every prompt: `Samples`. See `steer.generate` for what the arguments mean; `settings` are those
+        of `process`.
+
+        Args:
+            stream: of language models through transformers: True returns an iterator of pieces of text, whose `samples`
+                are there when it has ended; a transformers streamer is fed with tokens.
+
+        Raises:
+            InputError: a field is out of range; nothing has run.
+            UnsupportedError: the model cannot do what an edit, the sampler or `stream` needs.
+        """
+        plan = prepare(
+            self.process(**settings), prompts, edits=edits, sampler=sampler, reward=reward, beta=beta,
+            n=self.default_n(settings) if n is None else n, seed=seed,
+            max_rows=self.max_rows if max_rows is None else max_rows, progress=progress, model=self,
+        )  # fmt: skip
+        return self.run(plan) if stream is False else self.stream(plan, stream)
+
+    def default_n(self, settings: Mapping[str, Any]) -> int | None:
+        """`n` of a request that names none, by its `settings`."""
+        return None
+
+    def run(self, plan: Plan) -> Samples:
+        """Run a plan of this model's."""
+        return execute(plan)
+
+    def stream(self, plan: Plan, how: Any) -> Any:
+        """Run a plan and show text as it comes. Raises `UnsupportedError`."""
+        raise UnsupportedError(f"stream: {type(self).__name__} gives results when they are whole")
 
 
 def generate(process: Process, prompts: Prompt | Sequence[Prompt], **settings: Any) -> Samples:

@@ -557,7 +557,7 @@ def test_requests_that_cannot_be_met_ask_nothing(server: Server, tiny_lm: Any) -
         (InputError, "top_logprobs", {"top_logprobs": 50}),
         (InputError, "logprobs", {"logprobs": True, "temperature": 0.7}),
         (InputError, "repetition_penalty", {"repetition_penalty": 1.2}),
-        (InputError, "stream", {"stream": True}),
+        (UnsupportedError, "stream", {"stream": True}),
         (InputError, "seed", {"results": "results.jsonl"}),
     ]
     for kind, message, settings in refused:

@@ -202,7 +202,7 @@ def peer_job(bench: VLLMBench, rows: int, vector: Any) -> dict[str, Any]:
     ((layer, direction),) = vector.directions.items()
     return {
         "model": str(resolve(MODEL)), "engine": {**bench.settings, "logprobs_mode": "processed_logprobs"},
-        "prompts": [bench.engine.words.encode(prompt) for prompt in bench.prompts(rows)], "tokens": bench.tokens,
+        "prompts": [bench.engine.encode(prompt) for prompt in bench.prompts(rows)], "tokens": bench.tokens,
         "layer": layer, "vector": (vector.strength * direction).tolist(),
     }  # fmt: skip
 

@@ -18,6 +18,7 @@ from steer.serving.engine import Engine
 from steer.serving.errors import Refused
 from steer.serving.gate import Gate
 from steer.serving.guard import Guard
+from steer.serving.idle import Idle
 from steer.serving.limits import Limits
 from steer.serving.metrics import CountedRequests, Metrics
 from steer.serving.protocol import ErrorAnswer, Health, Model, ModelList, RegisterRequest
@@ -74,7 +75,7 @@ def create_app(
     store = Store(
         artifacts, engine.check_artifact, files=files, limit=limits.artifacts, limit_bytes=limits.artifact_bytes
     )
-    gate = Gate(limits.requests)
+    gate = Gate(limits.requests, Idle(engine.give_back_memory))
     metrics = Metrics(engine, gate, store)
     tasks = Tasks(store, rewards or Rewards(folder=artifacts), limits, default, engine.own_edits)
     server = Server(engine, store, tasks, gate, metrics, int(time.time()), tuple(dict.fromkeys((engine.name, *names))))

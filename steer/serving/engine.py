@@ -193,5 +193,8 @@ class Engine(Protocol):
     def load(self) -> Load:
         """For metrics."""
 
+    def give_back_memory(self) -> None:
+        """Return to the system what finished requests have freed. Called by any thread, when there are none."""
+
     def close(self) -> None:
         """Stop at the next step whatever still runs, with an error for those who wait."""

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from steer.serving.errors import Refused
+from steer.serving.idle import Idle
 
 __all__ = ["Gate", "Gone", "while_wanted"]
 
@@ -20,10 +21,10 @@ class Gone(Exception):
 
 
 class Gate:
-    """Counts requests that run or wait. Belongs to one event loop."""
+    """Counts requests that run or wait. Belongs to one event loop. `idle` is told when the last one leaves."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, idle: Idle | None = None) -> None:
+        self.limit, self.idle = limit, idle
         self.inside = 0
         self.draining = False
         self._seconds = 1.0
@@ -37,16 +38,22 @@ class Gate:
             message = f"{self.limit} requests are running or waiting already; try again later"
             raise Refused(429, message, code="queue_full", retry_after=self._retry_after())
         self.inside += 1
+        if self.idle is not None:
+            self.idle.ends()
         return time.monotonic()
 
     def leave(self, since: float) -> None:
         """Give the place back."""
         self.inside -= 1
         self._seconds += 0.1 * (time.monotonic() - since - self._seconds)
+        if self.idle is not None and not (self.inside or self.draining):
+            self.idle.begins()
 
     async def drain(self, timeout: float) -> bool:
         """Let nobody in, and wait until all have left; False where some are still there after `timeout` seconds."""
         self.draining = True
+        if self.idle is not None:
+            self.idle.ends()
         end = time.monotonic() + timeout
         while self.inside and time.monotonic() < end:
             await asyncio.sleep(0.05)

@@ -181,7 +181,7 @@ def request(engine: Any, prompt: Any, steer_edits: Any, **params: Any) -> Any:
     from vllm.inputs import TokensPrompt
 
     extra = {"steer": {"edits": steer_edits}} if steer_edits else None
-    ids = engine.words.encode(prompt) if isinstance(prompt, str) else prompt
+    ids = engine.encode(prompt) if isinstance(prompt, str) else prompt
     asked = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, **params}, extra_args=extra)
     return engine.llm.generate(TokensPrompt(prompt_token_ids=ids), asked, use_tqdm=False)[0]
 
@@ -218,7 +218,7 @@ def test_several_continuations_masks_and_bias(paired: Any, reference: Any, towar
 def test_prefix_cache(paired: Any) -> None:
     """A weight changes nothing in the cache: whoever comes next finds the blocks of the prompt, and draws as if not."""
     prompt = PROMPTS[2]
-    whole = (len(paired.words.encode(prompt)) - 1) // 32 * 32
+    whole = (len(paired.encode(prompt)) - 1) // 32 * 32
     order = [("polite", 2.0), None, ("terse", 1.0), ("polite", 0.5), None]
     asked = [[{"name": a[0], "strength": a[1]}] if a else None for a in order]
     cold = []

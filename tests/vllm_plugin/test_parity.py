@@ -138,7 +138,7 @@ def test_prefix_cache(engine: Any, reference: Any) -> None:
         tokens, cached = once(engine, prompt, edit, 8)
         assert tokens == want[name]
         seen.append(cached)
-    whole = (len(engine.words.encode(prompt)) - 1) // 32 * 32
+    whole = (len(engine.encode(prompt)) - 1) // 32 * 32
     assert whole >= 32 and seen == [0, 0, 0, whole, whole, whole]
 
 
@@ -154,7 +154,7 @@ def test_a_scope_that_ends_is_part_of_the_key(engine: Any, reference: Any) -> No
     """A text that was generated unsteered after a steered prompt differs from the same tokens in a steered prompt."""
     prompt, edit = PROMPTS[3], vector(0.5, seed=13, scope="prompt")
     first = greedy(engine, prompt, edit, 60).tokens[0]
-    longer = [*engine.words.encode(prompt), *first]
+    longer = [*engine.encode(prompt), *first]
     process = engine.process(temperature=0, max_new_tokens=4).edited(edit)
     warm = engine.llm.generate(*process.request(longer, 4), use_tqdm=False)[0]
     engine.llm.reset_prefix_cache()
@@ -166,7 +166,7 @@ def test_a_scope_that_ends_is_part_of_the_key(engine: Any, reference: Any) -> No
 def test_decode_only_steering_shares_the_prompt(engine: Any) -> None:
     prompt = PROMPTS[2]
     engine.llm.reset_prefix_cache()
-    whole = (len(engine.words.encode(prompt)) - 1) // 32 * 32
+    whole = (len(engine.encode(prompt)) - 1) // 32 * 32
     assert once(engine, prompt, (), 4)[1] == 0
     assert once(engine, prompt, vector(0.3, seed=14, scope="generated"), 4)[1] == whole
     assert once(engine, prompt, controller(), 4)[1] == whole
