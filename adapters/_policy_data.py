@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from steer.core import InputError, Prompt, check
+from steer.core import InputError, Prompt, check, check_whole
 
 if TYPE_CHECKING:
     from steer.adapters.transformers import LanguageModel
@@ -76,7 +76,7 @@ class Tuning:
     ) -> Tuning:  # fmt: skip
         """With the defaults that depend on the method and the rank."""
         check(method in METHODS, "method", method, ", ".join(METHODS))
-        _whole("lora_rank", lora_rank, 0, "an integer of 0 (all weights) or more")
+        check_whole("lora_rank", lora_rank, 0, "an integer of 0 (all weights) or more")
         return cls(
             method=method,
             loss=LOSSES[method][0] if loss is None else loss,
@@ -99,18 +99,18 @@ class Tuning:
         _number("beta", self.beta, zero=self.method == "grpo")
         _number("learning_rate", self.learning_rate)
         _number("temperature", self.temperature)
-        _whole("epochs", self.epochs, 1)
+        check_whole("epochs", self.epochs, 1)
         if self.steps is not None:
-            _whole("steps", self.steps, 1)
+            check_whole("steps", self.steps, 1)
         two = self.method == "kto" and self.loss == "kto"
-        _whole("batch_size", self.batch_size, 2 if two else 1)
-        _whole("group_size", self.group_size, 2)
-        _whole("max_new_tokens", self.max_new_tokens, 1)
-        _whole("rounds", self.rounds, 1)
-        _whole("seed", self.seed, 0)
+        check_whole("batch_size", self.batch_size, 2 if two else 1)
+        check_whole("group_size", self.group_size, 2)
+        check_whole("max_new_tokens", self.max_new_tokens, 1)
+        check_whole("rounds", self.rounds, 1)
+        check_whole("seed", self.seed, 0)
         check(self.seed < 2**32, "seed", self.seed, f"an integer from 0 to {2**32 - 1}")
         if self.lora_rank:
-            _whole("lora_alpha", self.lora_alpha, 1)
+            check_whole("lora_alpha", self.lora_alpha, 1)
 
     def _losses(self) -> str:
         return ", ".join(LOSSES[self.method])
@@ -138,11 +138,6 @@ class Tuning:
     def total_steps(self, rows: int) -> int:
         """Updates of the weights for `rows` rows."""
         return self.steps or self.epochs * -(-rows // self.batch_size)
-
-
-def _whole(field: str, given: Any, least: int, allowed: str | None = None) -> None:
-    fits = isinstance(given, int) and not isinstance(given, bool) and given >= least
-    check(fits, field, given, allowed or f"an integer of {least} or more")
 
 
 def _number(field: str, given: Any, zero: bool = False) -> None:

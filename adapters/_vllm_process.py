@@ -24,6 +24,7 @@ from steer.core import (
     Cost,
     Edit,
     HiddenEdit,
+    Mounted,
     Process,
     Prompt,
     PromptEdit,
@@ -31,6 +32,7 @@ from steer.core import (
     Site,
     TransitionEdit,
     check,
+    check_whole,
 )
 from steer.lookahead import Preview
 from steer.methods.best_of_n import BestOfN
@@ -41,7 +43,6 @@ from steer.wire import EditRequest
 if TYPE_CHECKING:
     from steer.adapters.vllm import VLLMModel
 
-Mounted = tuple[tuple[Edit, frozenset[int] | None], ...]
 
 _MISSING = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "logits_processor", "stopping_criteria")
 """Settings of `Decoding` that vLLM has no counterpart of."""
@@ -112,7 +113,7 @@ class VLLMProcess(Process):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "decoding", self.decoding.with_eos(self.model.eos_token_ids))
-        check(isinstance(self.block, int) and self.block >= 1, "block", self.block, "an integer of 1 or more")
+        check_whole("block", self.block)
         for name in _MISSING:
             value = getattr(self.decoding, name)
             check(not value, name, value, "unset: vLLM has no such setting")
@@ -157,7 +158,7 @@ class VLLMProcess(Process):
         return ids
 
     def init(self, prompts: Sequence[Prompt], n: int, generator: torch.Generator) -> VLLMState:
-        check(isinstance(n, int) and n >= 1, "n", n, "an integer of 1 or more")
+        check_whole("n", n)
         check(len(prompts) >= 1, "prompts", prompts, "at least one")
         ids = self.encode(prompts)
         rows = len(prompts) * n

@@ -19,6 +19,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenize
 from steer.adapters.language import chats, prompt_tokens, shown, tokenising
 from steer.core import Prompt, RawText, SteerError, UnsupportedError, check
 from steer.engine import Model
+from steer.errors import first_line
 from steer.masked import MaskedProcess
 
 __all__ = ["MaskedLanguageModel", "load"]
@@ -56,8 +57,7 @@ def load(
     except SteerError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise SteerError(f"model: could not load {str(model)!r}: {first}") from error
+        raise SteerError(f"model: could not load {str(model)!r}: {first_line(error)}") from error
     if device is not None and device_map is None:
         network = network.to(device)
     held = getattr(network.config, "_name_or_path", "") or type(network).__name__

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from steer.adapters._preparing import Prepared, Preparer
 from steer.adapters._requests import Emit, relayed
 from steer.adapters._scheduler import Scheduler, Ticket
-from steer.core import check
+from steer.core import check, check_whole
 from steer.memory import give_back_memory
 from steer.serving.engine import Event, Load, Task
 
@@ -42,7 +42,7 @@ class TransformersEngine:
         search_share: float = 0.15,
     ) -> None:
         for field, value in (("max_rows", max_rows), ("cache_tokens", cache_tokens), ("searches", searches)):
-            check(isinstance(value, int) and value >= 1, field, value, "an integer of 1 or more")
+            check_whole(field, value)
         check(0 < search_share < 1, "search_share", search_share, "a share of the time between 0 and 1")
         model.forget_prompts()
         model.residual_norms()

@@ -22,6 +22,7 @@ from steer.adapters.language import TextModel
 from steer.adapters.text import TextProcess
 from steer.core import InputError, ModelInfo, SteerError, check
 from steer.engine import Plan
+from steer.errors import first_line
 
 # Ordinary sentences on which the residual stream's norm is measured.
 CALIBRATION = (
@@ -68,8 +69,7 @@ def load(
             **({} if extra else {"use_safetensors": True}), **extra, **options,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise SteerError(f"model: could not load {str(model)!r}: {first}") from error
+        raise SteerError(f"model: could not load {str(model)!r}: {first_line(error)}") from error
     if device is not None and device_map is None:
         network = network.to(device)
     return LanguageModel(network, tokenizer, name or str(model))

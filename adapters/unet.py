@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from steer.core import SteerError, check
+from steer.core import SteerError, check, check_whole
 from steer.report import write_text
 from steer.rewards.convnet import JudgeNet, RewardNet, load_net, save_net
 from steer.train.classifier import ClassifierSettings, accuracy, train_classifier
@@ -152,7 +152,7 @@ def train_fashion(
     folder, state = Path(out), None if work is None else Path(work)
     free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     check(free, "out", str(folder), "a new or an empty folder")
-    check(isinstance(measured, int) and measured >= 1, "measured", measured, "an integer of 1 or more")
+    check_whole("measured", measured)
     denoiser = DenoiserSettings(
         steps=steps, batch_size=batch_size, learning_rate=learning_rate, label_dropout=label_dropout, ema=ema, seed=seed
     )

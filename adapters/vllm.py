@@ -30,6 +30,7 @@ from steer.core import (
     check,
 )
 from steer.engine import Plan, execute
+from steer.errors import first_line
 from steer.wire import EditRequest
 
 __all__ = ["VLLMModel", "VLLMProcess", "load"]
@@ -66,8 +67,7 @@ def load_errors(model: str | Path) -> Iterator[None]:
     except InputError:
         raise
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise SteerError(f"model: vLLM could not load {str(model)!r}: {first}") from error
+        raise SteerError(f"model: vLLM could not load {str(model)!r}: {first_line(error)}") from error
 
 
 class VLLMModel(TextModel):

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from steer.adapters.vllm import VLLMModel
-    from steer.serving.app import Server
+    from steer.serving.server import Server
 
 __all__ = ["SteerEndpoints"]
 

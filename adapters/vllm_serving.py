@@ -21,7 +21,7 @@ from steer.adapters._vllm_settings import check_version
 from steer.adapters._vllm_watch import ending_with_us
 from steer.adapters._vllm_writing import measured, search, spent, written
 from steer.adapters.vllm import VLLMModel, load_errors
-from steer.core import Cost, InputError, SteerError, check
+from steer.core import Cost, InputError, SteerError, check_whole
 from steer.memory import give_back_memory
 from steer.serving.engine import Event, Finished, Load, Task
 
@@ -58,7 +58,7 @@ class VLLMEngine:
     ) -> None:
         rows = int(client.vllm_config.scheduler_config.max_num_seqs) if max_rows is None else max_rows
         for field, value in (("max_rows", rows), ("searches", searches)):
-            check(isinstance(value, int) and value >= 1, field, value, "an integer of 1 or more")
+            check_whole(field, value)
         self._client, self._loop = Asynchronous(client, loop), loop
         given = client.vllm_config.model_config.served_model_name
         self._name = name or str(given if isinstance(given, str) else given[0])
@@ -280,7 +280,7 @@ def serving_engine(
     that is not supported, or cannot load the model.
     """
     check_version()
-    check(isinstance(max_rows, int) and max_rows >= 1, "max_rows", max_rows, "an integer of 1 or more")
+    check_whole("max_rows", max_rows)
     from steer.adapters.vllm_plugin import register
     from steer.models import resolve
 

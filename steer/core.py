@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from steer.errors import InputError, RewardError, SteerError, UnsupportedError, check
+from steer.errors import InputError, RewardError, SteerError, UnsupportedError, check, check_whole
 from steer.samples import Cost, Reward, Samples
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "HiddenEdit",
     "InputError",
     "ModelInfo",
+    "Mounted",
     "Operator",
     "Process",
     "Prompt",
@@ -51,6 +52,7 @@ __all__ = [
     "TransitionEdit",
     "UnsupportedError",
     "check",
+    "check_whole",
 ]
 
 Prompt = str | Sequence[dict[str, Any]]
@@ -306,11 +308,15 @@ class State(Protocol):
 P = TypeVar("P", bound="Process")
 
 
+Mounted = tuple[tuple[Edit, frozenset[int] | None], ...]
+"""Edits in order, each with the prompts that asked for it (None: all)."""
+
+
 class Process(ABC):
     """A generative process that runs in steps and whose states can be forked."""
 
     sites: ClassVar[frozenset[Site]] = frozenset()
-    edits: tuple[tuple[Edit, frozenset[int] | None], ...] = ()
+    edits: Mounted = ()
     """Mounted edits in order, each with the prompts that asked for it (None: all)."""
 
     @property
@@ -407,7 +413,7 @@ class Process(ABC):
         return self
 
     @abstractmethod
-    def copy(self: P, edits: tuple[tuple[Edit, frozenset[int] | None], ...]) -> P:
+    def copy(self: P, edits: Mounted) -> P:
         """The same process under exactly these edits."""
 
     def session(self) -> AbstractContextManager[None]:

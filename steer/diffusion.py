@@ -14,22 +14,25 @@ Letters: `N` rows, `S` steps.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from steer._diffusion_state import Denoiser, DiffusionState
+from steer._edited import Opaque, shifted
+from steer._rows import accounted, beginning, check_step, in_batches
+from steer._schedule import DETERMINISTIC, Schedule, account, gaussian, log_ratio
 from steer.core import (
     Ability,
     Context,
     Cost,
     Edit,
+    Mounted,
     Process,
     Prompt,
     Samples,
@@ -41,170 +44,17 @@ from steer.core import (
 
 __all__ = ["Denoiser", "DiffusionContext", "DiffusionProcess", "DiffusionState", "Schedule"]
 
-Mounted = tuple[tuple[Edit, frozenset[int] | None], ...]
-
-DETERMINISTIC = 1e-6
-"""A step with a smaller std than this has no density: its law is a point."""
-
 WAY_OUT = "use eta above 0 (eta=1.0), or a stochastic scheduler (DDPM, DDIM with eta, EulerAncestral, flow-sde)"
 
 NO_GRADIENT = "a pipeline runs its network without gradients; load the network itself, with its scheduler"
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Noise levels of a chain and the coefficients of its steps."""
-
-    alpha: tuple[float, ...]
-    """Signal at every level, `S + 1`."""
-    sigma: tuple[float, ...]
-    """Noise at every level, `S + 1`; only the last may be 0."""
-    signal: tuple[float, ...]
-    noise: tuple[float, ...]
-    std: tuple[float, ...]
-    clip: float | None = None
-    """x0-hat is clipped to this range on either side, after edits."""
-    clip_noise: bool = False
-    """Whether eps-hat follows from the clipped x0-hat (DDPM) or from the one before (DDIM)."""
-
-    def __post_init__(self) -> None:
-        steps = len(self.signal)
-        lengths = [len(self.alpha) - 1, len(self.sigma) - 1, len(self.noise), len(self.std)]
-        check(steps >= 1 and lengths == [steps] * 4, "schedule", lengths, f"{steps} steps and one level more")
-        check(min(self.sigma[:-1]) > 0, "sigma", min(self.sigma[:-1]), "above 0 at every level but the last")
-
-    def __len__(self) -> int:
-        return len(self.signal)
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether any step has noise."""
-        return max(self.std) > DETERMINISTIC
-
-    @property
-    def last_noise(self) -> int:
-        """Number of the last step with noise, -1 without any."""
-        return max((i for i, s in enumerate(self.std) if s > DETERMINISTIC), default=-1)
-
-    @classmethod
-    def between(
-        cls,
-        alpha: Sequence[float],
-        sigma: Sequence[float],
-        eta: float = 1.0,
-        clip: float | None = None,
-        clip_noise: bool = False,
-    ) -> Schedule:
-        """DDIM's family over any levels (Song et al. 2021, eq. 16, written for a general alpha and sigma):
-        `std = eta sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2)`, `noise = sqrt(sigma'^2 - std^2)`. With eta = 1
-        it is DDPM's posterior on variance-preserving levels and Euler ancestral on variance-exploding ones; with
-        eta = 0 the deterministic DDIM or Euler step.
-        """
-        check(isinstance(eta, int | float) and 0 <= eta <= 1, "eta", eta, "0 (deterministic) to 1")
-        noise, std = [], []
-        for (a, b), (s, t) in zip(_pairs(alpha), _pairs(sigma), strict=True):
-            spread = eta * t * math.sqrt(max(1 - (a * t / (b * s)) ** 2, 0.0))
-            std.append(spread)
-            noise.append(math.sqrt(max(t * t - spread * spread, 0.0)))
-        return cls(tuple(alpha), tuple(sigma), tuple(alpha[1:]), tuple(noise), tuple(std), clip, clip_noise)
-
-    @classmethod
-    def flow_sde(cls, sigma: Sequence[float], level: float = 0.7) -> Schedule:
-        """The stochastic form of a flow `x = (1 - sigma) x_0 + sigma eps` with the same marginals (Flow-GRPO, Liu et
-        al. 2025, eq. 9): noise `level * sqrt(sigma / (1 - sigma))` per unit of time, Euler-Maruyama, and a last step
-        without noise.
-        """
-        check(isinstance(level, int | float) and level >= 0, "level", level, "0 or more")
-        alpha = [1 - s for s in sigma]
-        signal, noise, std = [], [], []
-        last = len(sigma) - 2
-        for i, (s, t) in enumerate(_pairs(sigma)):
-            step = s - t
-            # At sigma = 1 the rate is infinite; the next level's stands in, as in the paper's code.
-            rate = 0.0 if i == last else level * math.sqrt(s / (1 - s if s < 1 else 1 - t))
-            drift = rate * rate * step / (2 * s)
-            # Their x + (1 - s) v, with v = eps - x_0, is eps.
-            signal.append(1 - t)
-            noise.append(t - drift)
-            std.append(rate * math.sqrt(step))
-        return cls(tuple(alpha), tuple(sigma), tuple(signal), tuple(noise), tuple(std))
-
-    def noise_hat(self, x: Tensor, x0: Tensor, step: int) -> Tensor:
-        """eps-hat that goes with x0-hat."""
-        return (x - self.alpha[step] * x0) / self.sigma[step]
-
-    def mean(self, x: Tensor, x0: Tensor, step: int) -> Tensor:
-        """Mean of the next state, from x0-hat before clipping."""
-        kept = self.clipped(x0)
-        eps = self.noise_hat(x, kept if self.clip_noise else x0, step)
-        return self.signal[step] * kept + self.noise[step] * eps
-
-    def clipped(self, x0: Tensor) -> Tensor:
-        """x0-hat as the step and previews use it."""
-        return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
-
-    def leverage(self, step: int) -> float:
-        """How far the mean of the next state moves for each unit that x0-hat moves."""
-        return self.signal[step] - self.noise[step] * self.alpha[step] / self.sigma[step]
-
-
-def _pairs(levels: Sequence[float]) -> list[tuple[float, float]]:
-    return list(pairwise(levels))
-
-
-class Denoiser(Protocol):
-    """A network with its conditioning: the part of a diffusion model that an adapter supplies. One whose `predict`
-    keeps no graph says `differentiable = False`; one that has something to set up for a run has a `session()`, one
-    whose `encode` is dear a `validate(prompts)` that only checks.
-    """
-
-    def encode(self, prompts: Sequence[Prompt]) -> Any:
-        """What `predict` needs to know of the prompts. Raises `InputError` for one that it cannot take."""
-
-    def noise(self, n: int, generator: torch.Generator) -> Tensor:
-        """`n` rows of x at the noisiest level `[n, ...]`."""
-
-    def predict(self, x: Tensor, step: int, group: Tensor, encoded: Any) -> Tensor:
-        """x0-hat `[N, ...]` of rows `x` at noise level `step`, row i for prompt `group[i]`."""
-
-    def decode(self, x: Tensor) -> Tensor:
-        """Finished rows as outputs (images `[N, C, H, W]` in [0, 1])."""
-
-    def preview(self, x0: Tensor) -> Tensor:
-        """x0-hat as outputs; may be cheaper than `decode`."""
-
-    def show(self, prompt: Prompt) -> Any:
-        """The prompt as it appears in results."""
-
-
-@dataclass(frozen=True)
-class DiffusionState:
-    """Rows at one noise level."""
-
-    x: Tensor
-    group: Tensor
-    step: int
-    log_prob: Tensor
-    base_log_prob: Tensor
-    tilt: Tensor
-    kl: Tensor
-    cost: Cost
-    prompts: list[Prompt] = field(repr=False)
-    encoded: Any = field(repr=False)
-    x0: Tensor | None = field(default=None, repr=False)
-    """The network's x0-hat of `x`, once it was read."""
-    moved: Tensor | None = field(default=None, repr=False)
-    """x0-hat under the edits; the same tensor where there are none."""
-    parent: Tensor | None = field(default=None, repr=False)
-    """x0-hat of the state that this one was drawn from."""
-
-    def __len__(self) -> int:
-        return len(self.group)
-
-
 @dataclass
-class DiffusionContext:
+class DiffusionContext(Opaque):
     """What a transition edit sees of a diffusion model's rows; `base` is x0-hat."""
+
+    no_hidden = "a diffusion process shows no hidden states"
+    no_lookahead = "a diffusion process has no candidates to look at"
 
     process: Diffusion
     prefix: Tensor
@@ -215,13 +65,6 @@ class DiffusionContext:
     prompts: list[Prompt] = field(repr=False)
     evaluations: int = 0
     """Rows put through companions' networks."""
-
-    @property
-    def hidden(self) -> Tensor:
-        raise UnsupportedError("a diffusion process shows no hidden states")
-
-    def lookahead(self, candidates: Tensor) -> Tensor:
-        raise UnsupportedError("a diffusion process has no candidates to look at")
 
     def companion(self, process: Process) -> Context:
         """The same rows under another process over the same levels; calls its network."""
@@ -244,12 +87,7 @@ class DiffusionContext:
         if not total.requires_grad:
             raise UnsupportedError("guidance needs a reward that is differentiable in the outputs; this one is not")
         (gradient,) = torch.autograd.grad(total, self.prefix, retain_graph=True)
-        gradient = gradient.nan_to_num(0.0)
-        schedule, step = self.process.schedule, self.step
-        if not schedule.stochastic:
-            return gradient * (schedule.sigma[step] ** 2 / max(schedule.alpha[step], 1e-3))
-        variance = schedule.std[step] ** 2
-        return gradient * (variance / schedule.leverage(step)) if variance > 0 else torch.zeros_like(gradient)
+        return self.process.schedule.guided(gradient.nan_to_num(0.0), self.step)
 
 
 class Diffusion(Process):
@@ -322,14 +160,9 @@ class Diffusion(Process):
 
     @torch.no_grad()
     def init(self, prompts: Sequence[Prompt], n: int, generator: torch.Generator) -> DiffusionState:
-        check(isinstance(n, int) and n >= 1, "n", n, "an integer of 1 or more")
-        check(len(prompts) >= 1, "prompts", prompts, "at least one")
-        x = self.denoiser.noise(len(prompts) * n, generator)
-        zero = torch.zeros(len(x), dtype=torch.float64)
-        return DiffusionState(
-            x=x, group=torch.arange(len(prompts)).repeat_interleave(n), step=0, log_prob=zero, base_log_prob=zero,
-            tilt=zero, kl=zero, cost=Cost(), prompts=list(prompts), encoded=self.denoiser.encode(prompts),
-        )  # fmt: skip
+        common = beginning(prompts, n)
+        x = self.denoiser.noise(len(common["group"]), generator)
+        return DiffusionState(x=x, tilt=common["log_prob"], encoded=self.denoiser.encode(prompts), **common)
 
     def _acting(self, step: int) -> Mounted:
         held = self.proposal and self.schedule.std[step] <= DETERMINISTIC
@@ -344,7 +177,7 @@ class Diffusion(Process):
             x = state.x.detach().requires_grad_() if gradient else state.x
             base = self.predict(x, state.step, state.group, state.encoded)
             context = DiffusionContext(self, x, state.step, base, state.group, state.encoded, state.prompts)
-            moved = _shifted(acting, context, state.group)
+            moved = shifted(acting, context, state.group)
         spent = Cost(model_calls=1, nfe=len(state) + context.evaluations)
         base, moved = (base.detach(),) * 2 if moved is base else (base.detach(), moved.detach())
         return replace(state, x0=base, moved=moved, cost=state.cost + spent)
@@ -361,12 +194,12 @@ class Diffusion(Process):
         schedule, step = self.schedule, state.step
         std = schedule.std[step]
         mean = schedule.mean(state.x, state.moved, step)
-        z = _gaussian(mean, generator) if std > 0 else None
+        z = gaussian(mean, generator) if std > 0 else None
         x = mean if z is None else mean + std * z
         gap = None
         if state.moved is not state.x0:
             gap = (mean - schedule.mean(state.x, state.x0, step)).double().flatten(1)
-        log_prob, base_log_prob, kl = _account(z, gap, std, len(state))
+        log_prob, base_log_prob, kl = account(z, gap, std, len(state))
         tilt = state.tilt
         if gap is not None and z is not None and std > DETERMINISTIC:
             tilt = tilt + self._tilt(state, z, gap)
@@ -385,56 +218,31 @@ class Diffusion(Process):
         assert state.x0 is not None and state.moved is not None
         tuned = state.x0 + (state.moved - state.x0) / w
         base = self.schedule.mean(state.x, state.x0, state.step)
-        there = (self.schedule.mean(state.x, tuned, state.step) - base).double().flatten(1) / std
-        here = z.double().flatten(1) + gap / std
-        return w * ((here * there).sum(1) - 0.5 * there.square().sum(1)).cpu()
+        there = (self.schedule.mean(state.x, tuned, state.step) - base).double().flatten(1)
+        return w * log_ratio(z, gap, there, std)
 
     def _power(self) -> tuple[Process, float] | None:
         powers = [edit.power for edit, _ in self.edits if isinstance(edit, TransitionEdit)]
         return next((p for p in powers if p is not None), None)
 
     def gather(self, state: DiffusionState, index: Tensor) -> DiffusionState:
-        at = index.to(state.x.device)
-        x0 = None if state.x0 is None else state.x0[at]
-        return replace(
-            state,
-            x=state.x[at],
-            x0=x0,
-            moved=x0 if state.moved is state.x0 else None if state.moved is None else state.moved[at],
-            parent=None if state.parent is None else state.parent[at],
-            **{
-                name: getattr(state, name)[index.cpu()] for name in ("group", "log_prob", "base_log_prob", "tilt", "kl")
-            },
-        )
+        return state.taken(index)
 
     def stack(self, states: Sequence[DiffusionState]) -> DiffusionState:
-        check(len({s.step for s in states}) == 1, "states", [s.step for s in states], "rows at one step")
-
-        def joined(name: str) -> Any:
-            columns = [getattr(s, name) for s in states]
-            return None if any(c is None for c in columns) else torch.cat(columns)
-
-        if any(s.x0 is None for s in states) and any(s.x0 is not None for s in states):
+        check_step(states)
+        if len({s.x0 is None for s in states}) > 1:
             states = [self.read(s) for s in states]
-        plain = all(s.moved is s.x0 for s in states)
-        x0 = joined("x0")
-        return replace(
-            states[0], x0=x0, moved=x0 if plain else joined("moved"), cost=sum((s.cost for s in states), Cost()),
-            **{name: joined(name) for name in ("x", "group", "log_prob", "base_log_prob", "tilt", "kl", "parent")},
-        )  # fmt: skip
+        return DiffusionState.joined(states)
 
     def settle(self, state: DiffusionState) -> tuple[DiffusionState, Cost]:
         return replace(state, cost=Cost(), parent=None), state.cost
 
     def pack(self, state: DiffusionState) -> dict[str, Tensor]:
-        return {name: getattr(state, name).cpu() for name in ("x", "group", "log_prob", "base_log_prob", "tilt", "kl")}
+        return state.pack()
 
     def unpack(self, prompts: Sequence[Prompt], step: int, packed: dict[str, Tensor]) -> DiffusionState:
         like = self.denoiser.noise(1, torch.Generator().manual_seed(0))
-        return DiffusionState(
-            **{**packed, "x": packed["x"].to(like.device)}, step=step, cost=Cost(), prompts=list(prompts),
-            encoded=self.denoiser.encode(prompts),
-        )  # fmt: skip
+        return DiffusionState.unpacked(packed, like.device, step, prompts, self.denoiser.encode(prompts))
 
     def nbytes(self, state: DiffusionState) -> int:
         seen = {id(t): t for t in (state.x, state.x0, state.moved, state.parent) if t is not None}
@@ -449,65 +257,17 @@ class Diffusion(Process):
         if x0 is None:  # the noisiest rows have no parent
             x0 = self.read(state).x0
         assert x0 is not None
-        return self._samples(state, self.denoiser.preview(self.schedule.clipped(x0)))
+        outputs = self.denoiser.preview(self.schedule.clipped(x0))
+        return accounted(self.samples(outputs, state.group, state.prompts), state)
 
     @torch.no_grad()
     def decode(self, state: DiffusionState) -> Samples:
-        return self._samples(state, self.denoiser.decode(state.x))
+        return accounted(self.samples(self.denoiser.decode(state.x), state.group, state.prompts), state)
 
     def samples(self, outputs: Tensor, group: Tensor, prompts: Sequence[Prompt]) -> Samples:
         """Outputs of rows for the prompts `group` `[N]`, without more."""
         zero = torch.zeros(len(group), dtype=torch.float64)
         return Samples([self.denoiser.show(p) for p in prompts], outputs, group, zero)
-
-    def _samples(self, state: DiffusionState, outputs: Tensor) -> Samples:
-        return replace(
-            self.samples(outputs, state.group, state.prompts),
-            log_prob=state.log_prob,
-            base_log_prob=state.base_log_prob,
-            tilt=state.tilt,
-            kl_estimate=state.kl,
-            cost=state.cost,
-        )
-
-
-def _shifted(edits: Mounted, context: DiffusionContext, group: Tensor) -> Tensor:
-    """x0-hat after every edit, each applied to the rows that asked for it."""
-    x = context.base
-    for edit, wanted in edits:
-        assert isinstance(edit, TransitionEdit)
-        changed = edit.shift(x, context)
-        if wanted is not None:
-            mask = torch.tensor([int(g) in wanted for g in group], device=x.device)
-            changed = torch.where(mask.reshape(-1, *[1] * (x.dim() - 1)), changed, x)
-        x = changed
-    return x
-
-
-def _gaussian(like: Tensor, generator: torch.Generator) -> Tensor:
-    z = torch.randn(like.shape, dtype=like.dtype, generator=generator, device=generator.device)
-    return z.to(like.device)
-
-
-def _account(z: Tensor | None, gap: Tensor | None, std: float, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-density of the noise that was drawn, the same under the base, and the KL of the step, each `[N]`, *summed*
-    over dimensions. `gap` `[N, D]` is the mean's distance from the base's. A step without noise has no density: it is
-    free unless an edit moved it, and then infinitely far.
-    """
-    zero = torch.zeros(rows, dtype=torch.float64)
-    if z is None or std <= DETERMINISTIC:
-        if gap is None:
-            return zero, zero, zero
-        kl = torch.where((gap == 0).all(1), 0.0, torch.inf).double().cpu()
-        return zero, -kl, kl
-    flat = z.double().flatten(1)
-    log_prob = (-0.5 * flat.square().sum(1) - flat.shape[1] * math.log(std * math.sqrt(2 * math.pi))).cpu()
-    if gap is None:
-        return log_prob, log_prob, zero
-    pushed = gap / std
-    kl = 0.5 * pushed.square().sum(1)
-    # -(z + pushed)^2 / 2 against -z^2 / 2
-    return log_prob, log_prob - ((flat * pushed).sum(1) + kl).cpu(), kl.cpu()
 
 
 @dataclass(frozen=True)
@@ -543,10 +303,10 @@ class DiffusionProcess(Diffusion):
         return getattr(self.network, "validate", self.network.encode)(prompts)
 
     def predict(self, x: Tensor, step: int, group: Tensor, encoded: Any) -> Tensor:
-        if not self.max_batch or len(x) <= self.max_batch:
-            return self.network.predict(x, step, group, encoded)
-        parts = zip(x.split(self.max_batch), group.split(self.max_batch), strict=True)
-        return torch.cat([self.network.predict(a, step, g, encoded) for a, g in parts])
+        def predicted(rows: Tensor, prompts: Tensor) -> Tensor:
+            return self.network.predict(rows, step, prompts, encoded)
+
+        return in_batches(predicted, x, group, self.max_batch)
 
     def session(self) -> Any:
         opened = getattr(self.network, "session", None)

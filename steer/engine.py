@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from steer.core import Edit, Process, Prompt, Reward, Sampler, Samples, UnsupportedError, check
+from steer.core import Edit, Process, Prompt, Reward, Sampler, Samples, UnsupportedError, check, check_whole
 from steer.methods.best_of_n import Ancestral, BestOfN
 from steer.methods.dts import DTS, SearchDTS
 from steer.methods.fk import FKSteering
@@ -152,7 +152,7 @@ def prepare(
     """Check everything that can be checked before work starts; see `generate`."""
     several = _as_prompts(prompts)
     check(isinstance(beta, int | float) and 0 < beta < float("inf"), "beta", beta, "a number above 0")
-    check(isinstance(max_rows, int) and max_rows >= 1, "max_rows", max_rows, "an integer of 1 or more")
+    check_whole("max_rows", max_rows)
     check(seed is None or isinstance(seed, int), "seed", seed, "an integer")
     chosen = make_sampler(sampler, n)
     scored = as_reward(reward)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["InputError", "RewardError", "SteerError", "UnsupportedError", "check"]
+from typing import Any
+
+__all__ = ["InputError", "RewardError", "SteerError", "UnsupportedError", "check", "check_whole", "first_line"]
 
 
 class SteerError(Exception):
@@ -32,3 +34,14 @@ def check(condition: bool, field: str, given: object, allowed: str) -> None:
     """Raise `InputError` unless `condition` holds."""
     if not condition:
         raise InputError(field, given, allowed)
+
+
+def check_whole(field: str, given: Any, least: int = 1, allowed: str | None = None) -> None:
+    """Raise `InputError` for what is not an integer of `least` or more."""
+    fits = isinstance(given, int) and not isinstance(given, bool) and given >= least
+    check(fits, field, given, allowed or f"an integer of {least} or more")
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says: the first line of it that is not blank; its class where there is none."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.core import Ability, Context, Cost, Process, Reward, check
+from steer.core import Ability, Context, Cost, Process, Reward, check, check_whole
 from steer.weights import log_mean_exp
 
 __all__ = ["Lookahead", "Preview", "Rollouts", "StateValue"]
@@ -63,7 +63,7 @@ class Rollouts(Lookahead):
     combine: str = "soft"
 
     def __post_init__(self) -> None:
-        check(isinstance(self.m, int) and self.m >= 1, "m", self.m, "an integer of 1 or more")
+        check_whole("m", self.m)
         check(self.combine in ("soft", "mean"), "combine", self.combine, "soft, mean")
 
     def check(self, process: Process) -> None:

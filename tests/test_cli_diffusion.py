@@ -39,7 +39,7 @@ def draw(steer: Steer) -> Any:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steer.cli.jobs.load", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("steer.cli.session.load", lambda *a, **k: pytest.fail("the model was loaded"))
 
 
 def picture(path: str | Path) -> np.ndarray:
@@ -151,7 +151,7 @@ def test_a_stock_pipeline_is_told_by_text(steer: Steer, monkeypatch: pytest.Monk
     assert done.code == 0 and done.out.startswith("> a cat\n  1 [reward ")
     picture("steer.png")
     assert "StableDiffusionPipeline" in steer("show", "pipeline").out
-    monkeypatch.setattr("steer.cli.jobs.load", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("steer.cli.session.load", lambda *a, **k: pytest.fail("the model was loaded"))
     refused(steer(*given), "prompt", "--prompt")
     refused(steer(*given, "--class", "cat"), "class", "--prompt")
     Path("chat.json").write_text('[[{"role": "user", "content": "hello"}]]')

@@ -30,7 +30,9 @@ from steer.adapters.diffusion_policy import (
 from steer.core import InputError, Prompt, Reward, RewardError, Samples, SteerError, UnsupportedError
 from steer.diffusion import DiffusionProcess, Schedule
 from steer.rewards import as_reward
-from steer.train import diffusion_policy
+from steer.train import _policy_offline
+from steer.train._policy_offline import Offline
+from steer.train._policy_online import Online
 from steer.train.diffusion_policy import (
     Pair,
     PolicySettings,
@@ -111,7 +113,7 @@ def test_the_gradient_of_an_update_is_reinforce() -> None:
     with torch.no_grad():
         policy.module.shift.fill_(0.1)
     chosen = settings(beta=0.0, group_size=32)
-    tuner = diffusion_policy._Online(policy, base, chosen, ["a", "b"], Linear(2.0), 7)
+    tuner = Online(policy, base, chosen, ["a", "b"], Linear(2.0), 7)
     tuner.backward(0)
     found = policy.module.shift.grad.clone()
 
@@ -177,7 +179,7 @@ def test_the_gradient_is_that_of_reward_less_kl() -> None:
         with torch.no_grad():
             modules[0].shift.fill_(share)
         chosen = settings(beta=beta, group_size=40_000, seed=seed)
-        tuner = diffusion_policy._Online(policy, base, chosen, ["a"], as_reward(square), 40_000)
+        tuner = Online(policy, base, chosen, ["a"], as_reward(square), 40_000)
         tuner.backward(0)
         found.append(-modules[0].shift.grad.item() * tuner.scale[0].item())
     error = torch.tensor(found).std().item() / 8**0.5
@@ -187,10 +189,10 @@ def test_the_gradient_is_that_of_reward_less_kl() -> None:
 
 def test_share_of_the_steps_is_unbiased() -> None:
     policy, base = gaussian(), gaussian()
-    whole = diffusion_policy._Online(policy, base, settings(group_size=16), ["a"], Linear(1.0), 64)
+    whole = Online(policy, base, settings(group_size=16), ["a"], Linear(1.0), 64)
     whole.backward(0)
     wanted = float(policy.module.shift.grad)
-    part = diffusion_policy._Online(policy, base, settings(group_size=16, share=0.3, steps=90), ["a"], Linear(1.0), 64)
+    part = Online(policy, base, settings(group_size=16, share=0.3, steps=90), ["a"], Linear(1.0), 64)
     found = []
     for step in range(90):
         policy.module.shift.grad = None
@@ -226,7 +228,7 @@ def test_dpo_on_own_samples_moves_the_law() -> None:
 
 
 def test_seppo_follows_winners_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diffusion_policy, "REFRESH", 10)
+    monkeypatch.setattr(_policy_offline, "REFRESH", 10)
     policy, base, earlier = gaussian(), gaussian(), gaussian()
     drawn = torch.Generator().manual_seed(0)
     pairs = [Pair("a", 2.5 + 0.3 * torch.randn(1, generator=drawn).double()) for _ in range(96)]
@@ -404,8 +406,8 @@ def test_stopped_and_restarted_is_bit_equal(
     method: str, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny(4)
-    monkeypatch.setattr(diffusion_policy, "REFRESH", 4)
-    monkeypatch.setattr(diffusion_policy, "BUFFER", 3)
+    monkeypatch.setattr(_policy_offline, "REFRESH", 4)
+    monkeypatch.setattr(_policy_offline, "BUFFER", 3)
     given = {**FAST, **RUNS[method], "lora_rank": rank, "ema": 0.5, "seed": 5, "group_size": 4, "measured": 0}
     given |= {"rounds": 3} if method == "pg" else {"steps": 15}
     prompts = ["c0", "c1"] * 4
@@ -417,8 +419,8 @@ def test_stopped_and_restarted_is_bit_equal(
         return weights(load_diffusion_policy(model, done).source.network)
 
     wanted = run(tmp_path / "whole", None)
-    real, calls = diffusion_policy._Online.backward, [0]
-    kind = diffusion_policy._Online if method == "pg" else diffusion_policy._Offline
+    real, calls = Online.backward, [0]
+    kind = Online if method == "pg" else Offline
     real = kind.backward
 
     def stopping(self: Any, step: int) -> dict[str, float]:

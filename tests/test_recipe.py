@@ -11,9 +11,9 @@ from unittest.mock import MagicMock
 import pytest
 
 from steer import recipe as recipes
-from steer.cli import jobs, main
-from steer.cli.jobs import Session
+from steer.cli import jobs, main, session
 from steer.cli.options import COMMANDS
+from steer.cli.session import Session
 from steer.cli.values import build, coerce
 from steer.core import InputError, SteerError
 from steer.recipe import load_recipe, shipped
@@ -62,8 +62,8 @@ def written(tmp_path: Path, text: str) -> Path:
 def test_a_vector_is_trained_and_evaluated_with_one_model(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load = MagicMock(wraps=jobs.load)
-    monkeypatch.setattr(jobs, "load", load)
+    load = MagicMock(wraps=session.load)
+    monkeypatch.setattr(session, "load", load)
     assert main(["run", "fit"]) == 0
     load.assert_called_once()
     assert {p.name for p in Path("out/fit").iterdir()} == {"v.safetensors", "report"}
@@ -120,7 +120,7 @@ def test_mistakes_are_found_before_anything_runs(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     change: tuple[str, str], words: list[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(jobs, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(session, "load", lambda *a, **k: pytest.fail("the model was loaded"))
     text = (folder / "fit.yaml").read_text()
     assert change[0] in text
     (folder / "fit.yaml").write_text(text.replace(*change))

@@ -43,7 +43,8 @@ def _command(name: str) -> Callable[..., None]:
         results = sys.stdout
         # Whatever a library or a reward prints belongs beside the results, not among them.
         with redirect_stdout(sys.stderr):
-            from steer.cli.jobs import JOBS, Session
+            from steer.cli.jobs import JOBS
+            from steer.cli.session import Session
 
             JOBS[name](options(**given))(Session(results))
 
@@ -126,7 +127,7 @@ def run(
     """Run a recipe: everything in it is checked before anything starts."""
     results = sys.stdout
     with redirect_stdout(sys.stderr):
-        from steer.cli.jobs import Session
+        from steer.cli.session import Session
         from steer.recipe import load_recipe
 
         load_recipe(recipe, overrides or []).run(Session(results))

@@ -7,11 +7,12 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from steer.cli import checks, showing
 from steer.cli.checks import Coming
 from steer.cli.options import GenerateOptions, SampleOptions
+from steer.cli.session import Run, Session
 from steer.cli.values import coerce, pairs, spelled, typed
 from steer.core import Edit, InputError, RawText, Reward, Sampler, Samples, check
 from steer.engine import SAMPLERS, Plan, execute, is_endpoint, make_sampler, prepare
@@ -22,9 +23,6 @@ from steer.methods.gradient import GradientGuidance
 from steer.methods.rlg import RLGuidance
 from steer.methods.svdd import SVDD
 from steer.rewards import parse_reward
-
-if TYPE_CHECKING:
-    from steer.cli.jobs import Run, Session
 
 __all__ = ["Request", "generate", "request"]
 

@@ -1,22 +1,22 @@
-"""`steer compare`, `steer race` and `steer guide`: measurements that print a table and draw a picture."""
+"""`steer eval`, `steer compare`, `steer race` and `steer guide`: measurements that print a table and draw a picture."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, get_type_hints
 
 from steer.cli import checks
 from steer.cli.checks import Coming
 from steer.cli.generating import tuned_model
-from steer.cli.options import CompareOptions, GuideOptions, ModelOptions, RaceOptions
+from steer.cli.options import CompareOptions, EvalOptions, GuideOptions, ModelOptions, RaceOptions
+from steer.cli.session import Run, Session
 from steer.cli.values import pairs, typed
 from steer.core import Sampler, check
+from steer.report import Report, evaluate
 from steer.rewards import parse_reward
 
-if TYPE_CHECKING:
-    from steer.cli.jobs import Run, Session
-
-__all__ = ["compare", "guide", "race"]
+__all__ = ["compare", "evaluation", "guide", "race"]
 
 
 def _positive(options: Any, *names: str) -> None:
@@ -36,6 +36,35 @@ def _sizes(field: str, text: str) -> list[int]:
         all(x >= 1 and x == int(x) for x in found), field, text, "whole numbers of 1 or more with commas between them"
     )
     return [int(x) for x in found]
+
+
+def evaluation(options: EvalOptions, coming: Coming = frozenset()) -> Run:
+    """Check a request to evaluate an edit."""
+    checks.check_model(options)
+    check(not checks.draws_images(options), "model", options.model, "a language model")
+    prompts = checks.read_prompts(options.prompts)
+    strengths = checks.read_strengths(options.strengths)
+    reward = parse_reward(options.reward)
+    checks.check_reward(reward, images=False)
+    checks.check_decoding(options.temperature, options.max_new_tokens)
+    check(options.n >= 1, "n", options.n, "an integer of 1 or more")
+    checks.check_beta(options.beta)
+    check(options.system is None or bool(options.system.strip()), "system", options.system, "text that is not empty")
+    checks.check_folder(options.out)
+    make = checks.edit_maker(options.edit, coming)
+
+    def run(session: Session) -> None:
+        model = session.load(options)
+        report: Report = evaluate(
+            model, prompts, make(model), strengths=strengths, reward=reward, seed=options.seed, n=options.n,
+            max_new_tokens=options.max_new_tokens, temperature=options.temperature, beta=options.beta,
+            system=options.system, control=options.control, progress=session.progress,
+        )  # fmt: skip
+        report = replace(report, artifact=Path(options.edit).name)
+        report.write(options.out)
+        session.say(f"{report.table()}\nwrote {options.out / 'report.json'} and {options.out / 'report.png'}")
+
+    return run
 
 
 def compare(options: CompareOptions, coming: Coming = frozenset()) -> Run:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from steer.cli import checks
 from steer.cli.checks import Coming
 from steer.cli.options import GenerateOptions, ServeOptions
+from steer.cli.session import Run, Session
 from steer.cli.values import pairs, typed
 from steer.core import SteerError, check
 from steer.engine import SAMPLERS
@@ -22,7 +23,6 @@ from steer.serving.rewards import Rewards
 from steer.wire import EditRequest, SteerRequest, is_loopback
 
 if TYPE_CHECKING:
-    from steer.cli.jobs import Run, Session
     from steer.serving.engine import Engine
 
 __all__ = ["serve"]

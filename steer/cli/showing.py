@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +14,10 @@ from torch import Tensor
 
 from steer.cli import checks
 from steer.cli.options import GenerateOptions, SampleOptions
+from steer.cli.session import Session
 from steer.core import Samples, check
 from steer.engine import Plan
 from steer.report import as_json, write_text
-
-if TYPE_CHECKING:
-    from steer.cli.jobs import Session
 
 __all__ = ["Pictures", "by_weight", "is_weighted", "show_samples", "summary"]
 

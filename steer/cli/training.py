@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, get_type_hints
 
 from steer import artifacts
 from steer.cli import cards, checks
@@ -22,12 +22,10 @@ from steer.cli.options import (
     TrainValueOptions,
     TrainVectorOptions,
 )
+from steer.cli.session import Run, Session
 from steer.cli.values import pairs, typed
 from steer.core import Reward, check
 from steer.rewards import parse_reward
-
-if TYPE_CHECKING:
-    from steer.cli.jobs import Run, Session
 
 __all__ = ["train_controller", "train_images", "train_policy", "train_value", "train_vector"]
 

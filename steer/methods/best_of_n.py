@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.core import Ability, Cost, Process, Prompt, Reward, Sampler, Samples, check
+from steer.core import Ability, Cost, Process, Prompt, Reward, Sampler, Samples, check, check_whole
 
 __all__ = ["Ancestral", "BestOfN", "best_of_n_kl", "best_of_n_law", "reward_curve"]
 
@@ -54,7 +54,7 @@ class Ancestral(Sampler):
         return self.n
 
     def __post_init__(self) -> None:
-        check(isinstance(self.n, int) and self.n >= 1, "n", self.n, "an integer of 1 or more")
+        check_whole("n", self.n)
 
     def run(
         self,
@@ -90,7 +90,7 @@ class BestOfN(Sampler):
         return self.n
 
     def __post_init__(self) -> None:
-        check(isinstance(self.n, int) and self.n >= 1, "n", self.n, "an integer of 1 or more")
+        check_whole("n", self.n)
         check(0 <= self.reject < 1, "reject", self.reject, "a share of the candidates in [0, 1)")
 
     def run(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from steer.core import Ability, Cost, Process, Prompt, Reward, Sampler, Samples, check
+from steer.core import Ability, Cost, Process, Prompt, Reward, Sampler, Samples, check, check_whole
 from steer.lookahead import Lookahead, Preview
 from steer.weights import resample
 
@@ -45,7 +45,7 @@ class SVDD(Sampler):
     def __post_init__(self) -> None:
         for name in ("n", "num_candidates"):
             value = getattr(self, name)
-            check(isinstance(value, int) and value >= 1, name, value, "an integer of 1 or more")
+            check_whole(name, value)
         check(self.choose in ("soft", "argmax"), "choose", self.choose, "soft, argmax")
 
     def run(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +22,11 @@ from steer.serving.limits import Limits
 from steer.serving.metrics import CountedRequests, Metrics
 from steer.serving.protocol import ErrorAnswer, Health, Model, ModelList, RegisterRequest
 from steer.serving.rewards import Rewards
+from steer.serving.server import Server
 from steer.serving.tasks import Tasks
 from steer.wire import SteerRequest
 
-__all__ = ["Server", "create_app"]
-
-
-@dataclass(frozen=True)
-class Server:
-    """What the routes share."""
-
-    engine: Engine
-    store: Store
-    tasks: Tasks
-    gate: Gate
-    metrics: Metrics
-    created: int
-    names: tuple[str, ...]
-    """What requests may call the model; the first is its own."""
+__all__ = ["create_app"]
 
 
 def create_app(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from steer.core import check
+from steer.core import check_whole
 
 __all__ = ["Limits"]
 
@@ -32,4 +32,4 @@ class Limits:
     def __post_init__(self) -> None:
         for entry in fields(self):
             value = getattr(self, entry.name)
-            check(isinstance(value, int) and value >= 1, entry.name, value, "an integer of 1 or more")
+            check_whole(entry.name, value)

@@ -27,7 +27,7 @@ from steer.serving.protocol import (
 from steer.serving.rewards import UnknownRewardError
 
 if TYPE_CHECKING:
-    from steer.serving.app import Server
+    from steer.serving.server import Server
 
 __all__ = ["router"]
 

@@ -21,7 +21,7 @@ from steer.serving.gate import Gone, while_wanted
 from steer.serving.protocol import ChatAnswer, ChatRequest, CompletionAnswer, CompletionRequest, ErrorAnswer
 
 if TYPE_CHECKING:
-    from steer.serving.app import Server
+    from steer.serving.server import Server
 
 __all__ = ["router"]
 

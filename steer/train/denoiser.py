@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from steer.artifacts import replacing
-from steer.core import InputError, check
+from steer.core import InputError, check, check_whole
 from steer.progress import ticking
 from steer.train.images import rows_sha256
 
@@ -51,7 +51,7 @@ class DenoiserSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "noise_levels"):
             value = getattr(self, name)
-            check(isinstance(value, int) and value >= 1, name, value, "an integer of 1 or more")
+            check_whole(name, value)
         check(0 < self.learning_rate < float("inf"), "learning_rate", self.learning_rate, "a number above 0")
         check(0 <= self.label_dropout <= 1, "label_dropout", self.label_dropout, "0 to 1")
         check(0 <= self.ema < 1, "ema", self.ema, "0 <= ema < 1")
@@ -110,7 +110,7 @@ def train_denoiser(
     check(images.dtype == torch.uint8 and images.dim() == 3, "images", tuple(images.shape), "uint8 [N, H, W]")
     check(labels.shape == (len(images),), "labels", tuple(labels.shape), f"one for each image, ({len(images)},)")
     check(len(images) >= settings.batch_size, "images", f"{len(images)} images", f"{settings.batch_size} (a batch)")
-    check(isinstance(every, int) and every >= 1, "every", every, "an integer of 1 or more")
+    check_whole("every", every)
     device = next(module.parameters()).device
     alphas = linear_alphas(settings.noise_levels, settings.beta_start, settings.beta_end).to(device)
     optimizer = torch.optim.AdamW(module.parameters(), lr=settings.learning_rate)

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from steer.artifacts import Artifact, Card, data_hash
-from steer.core import InputError, Prompt, Reward, check
+from steer.core import InputError, Prompt, Reward, check, check_whole
 from steer.methods.value import QHead, ValueHead
 from steer.progress import ticking
 from steer.rewards import as_reward
@@ -87,7 +87,7 @@ def train_value(
     """
     check(head in ("q", "v"), "head", head, "q, v")
     check(len(prompts) >= 2, "prompts", f"{len(prompts)}", "at least 2")
-    check(isinstance(samples, int) and samples >= 1, "samples", samples, "an integer of 1 or more")
+    check_whole("samples", samples)
     check(0 <= td_lambda <= 1, "td_lambda", td_lambda, "0 to 1")
     check(0 < gamma <= 1, "gamma", gamma, "0 < gamma <= 1")
     scored = as_reward(reward)

@@ -1,0 +1,27 @@
+"""What the routes of one server share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from steer.serving.artifacts import Store
+from steer.serving.engine import Engine
+from steer.serving.gate import Gate
+from steer.serving.metrics import Metrics
+from steer.serving.tasks import Tasks
+
+__all__ = ["Server"]
+
+
+@dataclass(frozen=True)
+class Server:
+    """One engine with its artifacts and rewards, and who is inside."""
+
+    engine: Engine
+    store: Store
+    tasks: Tasks
+    gate: Gate
+    metrics: Metrics
+    created: int
+    names: tuple[str, ...]
+    """What requests may call the model; the first is its own."""
