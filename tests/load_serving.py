@@ -132,9 +132,10 @@ async def run(url: str, steers: bool, args: Any) -> Tally:
 
 
 def family(process: int) -> list[int]:
-    """A process and those that it started."""
-    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [process, *(p for child in children for p in family(int(child)))]
+    """A process and those that it started, in whichever thread."""
+    threads = Path(f"/proc/{process}/task").iterdir()
+    children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+    return [process, *(p for child in children for p in family(child))]
 
 
 def memory(processes: list[int]) -> list[float]:
