@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,16 +195,16 @@ def execute(plan: Plan, on_step: Callable[[int, Any], None] | None = None) -> Sa
     return Samples.join(parts)
 
 
-class Model:
+class Model(ABC):
     """What every adapter loads: a `process` of its own kind, and `generate` over it."""
 
     name: str
     max_rows = 64
     """Rows generated at once by default."""
 
+    @abstractmethod
     def process(self, **settings: Any) -> Process:
         """The model as a `Process`."""
-        raise NotImplementedError
 
     def generate(
         self,
