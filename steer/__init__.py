@@ -7,25 +7,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from steer.core import Edit, InputError, RawText, Samples, SteerError
-    from steer.engine import generate, load
+    from steer.edits import load_edit, parse_edit
+    from steer.loading import load
     from steer.methods.best_of_n import Ancestral, BestOfN
     from steer.methods.controller import Controller
+    from steer.methods.dts import DTS, SearchDTS
+    from steer.methods.fk import FKSteering
     from steer.methods.prompt import DirectionalStimulus, SystemPrompt
+    from steer.methods.rlg import RLGuidance
+    from steer.methods.svdd import SVDD
     from steer.methods.value import ValueGuidance
     from steer.methods.vector import Gate, SteeringVector
-    from steer.mount import load_edit, parse_edit
+    from steer.model import generate
     from steer.rewards import as_reward, parse_reward
 
 __all__ = [
     "Ancestral",
     "BestOfN",
     "Controller",
+    "DTS",
     "DirectionalStimulus",
     "Edit",
+    "FKSteering",
     "Gate",
     "InputError",
+    "RLGuidance",
     "RawText",
+    "SVDD",
     "Samples",
+    "SearchDTS",
     "SteerError",
     "SteeringVector",
     "SystemPrompt",
@@ -39,16 +49,21 @@ __all__ = [
     "parse_reward",
 ]
 
+
 _HOMES = {
-    "steer.adapters.transformers": ("RawText",),
     "steer.core": ("Edit", "InputError", "RawText", "Samples", "SteerError"),
-    "steer.engine": ("generate", "load"),
+    "steer.edits": ("load_edit", "parse_edit"),
+    "steer.loading": ("load",),
     "steer.methods.best_of_n": ("Ancestral", "BestOfN"),
     "steer.methods.controller": ("Controller",),
+    "steer.methods.dts": ("DTS", "SearchDTS"),
+    "steer.methods.fk": ("FKSteering",),
     "steer.methods.prompt": ("DirectionalStimulus", "SystemPrompt"),
+    "steer.methods.rlg": ("RLGuidance",),
+    "steer.methods.svdd": ("SVDD",),
     "steer.methods.value": ("ValueGuidance",),
     "steer.methods.vector": ("Gate", "SteeringVector"),
-    "steer.mount": ("load_edit", "parse_edit"),
+    "steer.model": ("generate",),
     "steer.rewards": ("as_reward", "parse_reward"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

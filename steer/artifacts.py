@@ -7,29 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from steer.core import InputError, SteerError, check
+from steer.core import InputError, check
+from steer.files import replacing
 
-__all__ = ["Artifact", "Card", "FORMAT", "data_hash", "load", "load_gguf", "read_card", "save", "save_gguf"]
+__all__ = ["Artifact", "Card", "FORMAT", "data_hash", "load", "read_card", "save"]
+
 
 FORMAT = 1
 _KEY = "steer"
 _ALLOWED = "an artifact saved by steer (safetensors with a card)"
-_ALLOWED_GGUF = "a control vector in GGUF format"
 _PICKLES = {b"\x80": "a pickle", b"PK\x03\x04": "a zip archive (torch.save)"}
 
 
@@ -102,7 +99,7 @@ def save(path: Path | str, tensors: Mapping[str, Tensor], card: Card) -> None:
     Raises `InputError` for NaN or infinity in a tensor and for a card that is not JSON.
     """
     for name, tensor in tensors.items():
-        _check_finite(name, tensor)
+        check_finite(name, tensor)
     try:
         text = json.dumps(asdict(card), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -118,7 +115,7 @@ def load(path: Path | str) -> tuple[dict[str, Tensor], Card]:
         card = _card(path, file.metadata())
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for name, tensor in tensors.items():
-        _check_finite(f"{path}: {name}", tensor)
+        check_finite(f"{path}: {name}", tensor)
     return tensors, card
 
 
@@ -140,12 +137,12 @@ def data_hash(rows: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def _check_finite(name: str, tensor: Tensor) -> None:
+def check_finite(name: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
         raise InputError(name, "a tensor with NaN or infinity", "finite numbers")
 
 
-def _check_file(path: Path | str, allowed: str) -> Path:
+def check_file(path: Path | str, allowed: str) -> Path:
     """`path`, where it is a file that could be what is wanted."""
     file = Path(path)
     check(not file.is_dir(), "artifact", f"{file} (a folder)", allowed)
@@ -164,7 +161,7 @@ def _check_file(path: Path | str, allowed: str) -> Path:
 
 @contextmanager
 def _opened(path: Path | str) -> Iterator[Any]:
-    file = _check_file(path, _ALLOWED)
+    file = check_file(path, _ALLOWED)
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened
@@ -194,107 +191,3 @@ def _check_entries(path: Path | str, entries: dict[str, Any]) -> None:
         given = entries.get(entry.name)
         fits = isinstance(given, expected) or (entry.name not in entries and entry.name not in ("kind", "model"))
         check(fits, "artifact", f"{path} (its card has {entry.name} = {given!r})", f"{entry.name}: {expected.__name__}")
-
-
-@contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place, all at once, when the block ends well."""
-    final = Path(path)
-    check(not final.is_dir(), "path", str(path), "a file, not a folder")
-    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, final)
-    except OSError as error:
-        raise SteerError(f"cannot write {final}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-# ------------------------------------------------------------------------------------------------------------- GGUF
-
-
-def save_gguf(path: Path | str, directions: Mapping[int, Tensor], model_hint: str) -> None:
-    """Write steering directions as a control vector that llama.cpp, repeng and others load.
-
-    `directions[l]` `[D]` is added to the residual stream after block `l`, counted from 0, and goes into the file as
-    `direction.l`: all three programs mean the same block by the same number, nothing is shifted. (llama.cpp's loader
-    stores `direction.N` in slot N-1 and its graph takes slot il-1 after the feed-forward of layer il, so N = il;
-    repeng's N is the index into the list of blocks whose output it changes.) llama.cpp keeps no slot for layer 0 and
-    rejects a whole file in which there is one, so a direction after block 0 cannot be saved. `model_hint` is the
-    `model_type` of the model's configuration ("llama", "qwen2"), which no program enforces.
-
-    The file: `general.architecture` = "controlvector", `controlvector.model_hint`, `controlvector.layer_count` (how
-    many directions), and float32 tensors of one dimension. Raises `InputError`.
-    """
-    for layer in directions:
-        allowed = "blocks from 1 on: a GGUF control vector cannot hold a direction after block 0"
-        check(isinstance(layer, int) and layer > 0, "directions", layer, allowed)
-    _check_directions(directions)
-    import gguf
-
-    with replacing(path) as temporary:
-        writer = gguf.GGUFWriter(temporary, "controlvector")
-        writer.add_string("controlvector.model_hint", model_hint)
-        writer.add_uint32("controlvector.layer_count", len(directions))
-        for layer, direction in sorted(directions.items()):
-            writer.add_tensor(f"direction.{layer}", direction.detach().cpu().float().contiguous().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-
-def load_gguf(path: Path | str) -> tuple[dict[int, Tensor], str]:
-    """Directions `{block: [D]}` in float32 and the model hint of a GGUF control vector; blocks as in `save_gguf`.
-
-    A `direction.0`, which repeng can write, is taken as it is meant there: after block 0. A file made by llama.cpp's
-    own cvector-generator has in `direction.N` what it measured after block N-1, and is meant for block N all the
-    same, where llama.cpp adds it. Raises `InputError`.
-    """
-    file = _check_file(path, _ALLOWED_GGUF)
-    with file.open("rb") as stream:
-        check(stream.read(4) == b"GGUF", "artifact", f"{file} (not GGUF)", _ALLOWED_GGUF)
-    try:
-        architecture, hint, tensors = _read_gguf(file)
-    except Exception as error:
-        # The reader maps the file and indexes into it, so damage surfaces as any kind of error.
-        raise InputError("artifact", f"{file} (truncated or damaged)", _ALLOWED_GGUF) from error
-    check(architecture == "controlvector", "artifact", f"{file} (architecture {architecture!r})", _ALLOWED_GGUF)
-    directions: dict[int, Tensor] = {}
-    for name, tensor in tensors.items():
-        match = re.fullmatch(r"direction\.(\d+)", name)
-        if match is None or tensor is None:
-            raise InputError("artifact", f"{file} (tensor {name})", "float tensors named direction.N")
-        directions[int(match[1])] = tensor
-    _check_directions(directions)
-    return directions, hint
-
-
-def _read_gguf(file: Path) -> tuple[str, str, dict[str, Tensor | None]]:
-    """Architecture, model hint and tensors by name; None in place of a tensor that is quantised."""
-    import gguf
-
-    def text(key: str) -> str:
-        entry = reader.get_field(key)
-        return "" if entry is None else str(entry.contents())
-
-    reader = gguf.GGUFReader(file)
-    floats = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F64)
-    tensors = {
-        t.name: torch.from_numpy(t.data.astype("float32")) if t.tensor_type in floats else None for t in reader.tensors
-    }
-    return text("general.architecture"), text("controlvector.model_hint"), tensors
-
-
-def _check_directions(directions: Mapping[int, Tensor]) -> None:
-    check(len(directions) > 0, "directions", {}, "at least one direction")
-    width = next(iter(directions.values())).numel()
-    for layer, direction in directions.items():
-        given = tuple(direction.shape)
-        check(given == (width,) and width > 0, f"directions[{layer}]", given, f"shape ({width},), one width for all")
-        _check_finite(f"directions[{layer}]", direction)

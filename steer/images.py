@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steer.artifacts import replacing
 from steer.core import check
+from steer.files import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["save_png", "to_pil", "to_uint8"]
+
 
 MARGIN = 3
 """White pixels around every image of a grid."""

@@ -48,6 +48,6 @@ def tiny_lm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_lm(tiny_lm_dir: Path) -> Any:
     """The model of `tiny_lm_dir`, loaded. The network is never changed by steer, so the session shares it."""
-    from steer.engine import load
+    from steer.loading import load
 
     return load(tiny_lm_dir, dtype="float32", device="cpu")

@@ -161,7 +161,7 @@ _FEW_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 
 def started(args: Any, folder: str) -> AbstractContextManager[Running]:
     """The server that is asked for."""
-    from steer.models import resolve
+    from steer.embedded import resolve
 
     if args.server == "vllm":
         settings = {"server": {"artifacts": folder, "limits": {"requests": args.clients}}}
@@ -181,7 +181,7 @@ def main() -> int:
     parser.add_argument("--ratio", type=float, default=1.2)
     parser.add_argument("--growth", type=float, default=64)
     args = parser.parse_args()
-    from steer.models import resolve
+    from steer.embedded import resolve
 
     width = json.loads((Path(resolve(args.model)) / "config.json").read_text())["hidden_size"]
     with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,7 @@ import pytest
 from openai import APIStatusError, OpenAI
 
 from steer.core import RawText
-from steer.mount import load_edit
+from steer.edits import load_edit
 
 CHAT = [{"role": "user", "content": "tell me about the sun"}]
 PROMPTS = ["the sun", "a very good dog"]

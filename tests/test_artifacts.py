@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from steer.artifacts import FORMAT, Card, data_hash, load, load_gguf, read_card, save, save_gguf
+from steer.artifacts import FORMAT, Card, data_hash, load, read_card, save
 from steer.core import InputError, SteerError
+from steer.gguf import load_gguf, save_gguf
 
 gguf = pytest.importorskip("gguf")
 

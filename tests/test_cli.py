@@ -17,7 +17,8 @@ import torch
 from steer import artifacts
 from steer.artifacts import Card
 from steer.cli import main
-from steer.engine import SAMPLERS
+from steer.gguf import load_gguf, save_gguf
+from steer.methods.samplers import SAMPLERS
 
 
 class Result(NamedTuple):
@@ -222,7 +223,7 @@ def test_unknown_models(ask: Any, tmp_path: Path) -> None:
 def test_artifacts_that_do_not_fit(ask: Any, tmp_path: Path) -> None:
     refused(ask("--edit", vector(tmp_path / "wide.safetensors", width=48)), "48", "32")
     refused(ask("--edit", vector(tmp_path / "deep.safetensors", layers=(0, 7), depth=8)), "8", "2")
-    artifacts.save_gguf("deep.gguf", {7: torch.ones(32)}, "llama")
+    save_gguf("deep.gguf", {7: torch.ones(32)}, "llama")
     refused(ask("--edit", "deep.gguf"), "layer: got 7", "0 to 1")
     refused(ask("--edit", f"{vector(tmp_path / 'v.safetensors')}:layers=5"), "layers", "0 and 1")
     refused(ask("--edit", f"{vector(tmp_path / 'w.safetensors')}:colour=blue"), "colour")
@@ -257,7 +258,7 @@ def test_output_that_cannot_be_written(ask: Any, tmp_path: Path) -> None:
 
 
 def test_infinite_numbers_are_null() -> None:
-    from steer.report import as_json
+    from steer.files import as_json
 
     assert as_json({"a": [float("nan"), float("-inf"), 1.5], "b": "x"}) == '{"a": [null, null, 1.5], "b": "x"}'
 
@@ -306,7 +307,7 @@ def test_show_and_export(steer: Steer, tmp_path: Path) -> None:
     made = vector(tmp_path / "v.safetensors")
     assert "vector for tiny" in steer("show", made).out
     assert steer("export", made, "v.gguf").out == "wrote v.gguf: layers 1\n"
-    directions, hint = artifacts.load_gguf("v.gguf")
+    directions, hint = load_gguf("v.gguf")
     assert hint == "unknown" and torch.equal(directions[1], artifacts.load(made)[0]["direction.1"])
     assert "layers: 1" in steer("show", "v.gguf").out
     refused(steer("export", made, "v.gguf", "--layers", "0"), "block 0")

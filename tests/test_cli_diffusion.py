@@ -14,10 +14,10 @@ from test_cli import Result, Steer, refused
 from tiny_pipelines import sd15
 
 from steer.cli.options import COMMANDS
+from steer.cli.recipe import load_recipe
 from steer.cli.values import build
 from steer.core import InputError
-from steer.models import find
-from steer.recipe import load_recipe
+from steer.embedded import find
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_one_class_at_once(draw: Any) -> None:
 
 
 def test_classes_are_respected(draw: Any) -> None:
-    from steer.rewards.convnet import load_net
+    from steer.train.fashion.nets import load_net
 
     done = draw("--class", "boot", "--class", "Trouser", "-n", 8, "--reward", "class:boot", "--json", steps=8)
     found = json.loads(done.out)

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from steer.core import Context, Process, Prompt, PromptEdit, Reward, Samples, Site, TransitionEdit, UnsupportedError
-from steer.diffusion import Diffusion
-from steer.masked import MaskedProcess, TableDenoiser
+from steer.diffusion.process import Diffusion
+from steer.masked import MaskedProcess
 from steer.methods.best_of_n import Ancestral, BestOfN
 from steer.methods.dts import DTS, SearchDTS
 from steer.methods.fk import FKSteering
 from steer.methods.svdd import SVDD
 from steer.rewards import lift
 from steer.toy import GaussianProcess, markov_lm
+from steer.toy.masked import TableDenoiser
 
 
 def masked(request: Any) -> Process:
@@ -31,7 +32,7 @@ def diffusion_network(request: Any) -> Process:
     """A network without classes, which heeds no prompt."""
     from tiny_pipelines import ddpm, network
 
-    from steer.adapters.diffusers import load
+    from steer.adapters.diffusers.loading import load
 
     return load(network(), scheduler=ddpm()).process(steps=4)
 
@@ -40,7 +41,7 @@ def pipeline(request: Any) -> Process:
     """A stock Stable Diffusion 1.5."""
     from tiny_pipelines import sd15
 
-    from steer.adapters.diffusers import load
+    from steer.adapters.diffusers.loading import load
 
     return load(sd15()).process(steps=4)
 
@@ -50,7 +51,7 @@ def endpoint() -> Iterator[Any]:
     """A model behind an endpoint that serves a chain of four letters, whose texts may end early."""
     from openai_server import Chain, Server
 
-    from steer.adapters.openai import load
+    from steer.adapters.openai.model import load
 
     rows = [[0.4, 0.3, 0.2, 0.1], [0.1, 0.4, 0.3, 0.2], [0.2, 0.1, 0.4, 0.3], [0.3, 0.2, 0.1, 0.4]]
     with Server(Chain("wxyz", rows[0], rows, end=0.05)).running() as server:

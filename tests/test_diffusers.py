@@ -28,10 +28,11 @@ from tiny_pipelines import PIPELINES, ddim, ddpm, network, sd15, sdxl, tiny_vae,
 from torch import Tensor, nn
 
 import steer
-from steer import models
-from steer.adapters._schedules import REPLACEMENTS, Grid, replaced, schedule_of
-from steer.adapters.diffusers import DiffusionModel, load
-from steer.adapters.rlg import LoRAOff, RLGuider, rl_guidance
+from steer import embedded
+from steer.adapters.diffusers.guidance import LoRAOff, RLGuider, rl_guidance
+from steer.adapters.diffusers.loading import load
+from steer.adapters.diffusers.model import DiffusionModel
+from steer.adapters.diffusers.schedules import REPLACEMENTS, Grid, replaced, schedule_of
 from steer.core import Ability, InputError, Samples, SteerError, UnsupportedError
 from steer.diffusion import DiffusionProcess
 from steer.methods.best_of_n import BestOfN
@@ -544,7 +545,7 @@ def test_it_generates_as_a_language_model_does() -> None:
 
 
 def test_a_folder_that_describes_itself(tmp_path: Path) -> None:
-    from steer.rewards.convnet import RewardNet, save_net
+    from steer.train.fashion.nets import RewardNet, save_net
 
     net = network(num_class_embeds=4, sample_size=14)
     copy.deepcopy(net).half().save_pretrained(tmp_path / "unet")
@@ -601,9 +602,9 @@ def test_a_network_in_float64_is_asked_for_by_name() -> None:
 
 
 def test_the_model_that_comes_with_steer() -> None:
-    entry, said = models.find("fashion-ddpm"), list[str]()
-    assert entry.fetched and entry.kind == "diffusion" and models.resolve("fashion-ddpm") == entry.folder
-    assert models.fetch("fashion-ddpm", said.append) == entry.folder and said == [
+    entry, said = embedded.find("fashion-ddpm"), list[str]()
+    assert entry.fetched and entry.kind == "diffusion" and embedded.resolve("fashion-ddpm") == entry.folder
+    assert embedded.fetch("fashion-ddpm", said.append) == entry.folder and said == [
         "fashion-ddpm comes with steer: nothing to fetch"
     ]
     size = sum(path.stat().st_size for path in entry.folder.rglob("*") if path.is_file())
@@ -616,9 +617,9 @@ def test_the_model_that_comes_with_steer() -> None:
 
 
 def test_a_model_that_should_have_come_with_steer_is_missed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    lost = replace(models.find("fashion-ddpm"), source=models.PackageSource("steer.recipes", "nowhere"))
-    monkeypatch.setattr(models, "EMBEDDED", (lost,))
-    for ask in (models.fetch, models.resolve):
+    lost = replace(embedded.find("fashion-ddpm"), source=embedded.PackageSource("steer.recipes", "nowhere"))
+    monkeypatch.setattr(embedded, "EMBEDDED", (lost,))
+    for ask in (embedded.fetch, embedded.resolve):
         with pytest.raises(SteerError, match="install steer again"):
             ask("fashion-ddpm")
 
@@ -626,7 +627,7 @@ def test_a_model_that_should_have_come_with_steer_is_missed_by_name(monkeypatch:
 def test_ids_on_the_hub_are_told_apart_without_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    from steer.engine import is_diffusion
+    from steer.loading import is_diffusion
 
     cached = {("org/sd", "model_index.json"), ("org/lm", "config.json")}
     monkeypatch.setattr(

@@ -20,33 +20,22 @@ from tiny_pipelines import seeded
 from torch import Tensor, nn
 
 import steer
-from steer.adapters.diffusers import DiffusionModel, NetworkSource, load
-from steer.adapters.diffusion_policy import (
-    fingerprint,
-    load_diffusion_policy,
-    read_policy_card,
-    train_diffusion_policy,
-)
+from steer.adapters.diffusers.loading import load
+from steer.adapters.diffusers.model import DiffusionModel
+from steer.adapters.diffusers.network import NetworkSource
+from steer.adapters.diffusers.policy.network import fingerprint
+from steer.adapters.diffusers.policy.tuning import load_diffusion_policy, train_diffusion_policy
 from steer.core import InputError, Prompt, Reward, RewardError, Samples, SteerError, UnsupportedError
 from steer.diffusion import DiffusionProcess, Schedule
 from steer.rewards import as_reward
-from steer.train import _policy_offline
-from steer.train._policy_offline import Offline
-from steer.train._policy_online import Online
-from steer.train.diffusion_policy import (
-    Pair,
-    PolicySettings,
-    Tunable,
-    advantages,
-    clipped_objective,
-    dpo_loss,
-    draw_rows,
-    errors,
-    rank_pairs,
-    roll_out,
-    seppo_loss,
-    tune,
-)
+from steer.train.diffusion_policy import offline
+from steer.train.diffusion_policy.inputs import Pair, PolicySettings, Tunable
+from steer.train.diffusion_policy.losses import advantages, clipped_objective, dpo_loss, errors, seppo_loss
+from steer.train.diffusion_policy.offline import Offline
+from steer.train.diffusion_policy.online import Online
+from steer.train.diffusion_policy.samples import draw_rows, rank_pairs, roll_out
+from steer.train.diffusion_policy.tuning import tune
+from steer.train.policy_folder import read_policy_card
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
@@ -228,7 +217,7 @@ def test_dpo_on_own_samples_moves_the_law() -> None:
 
 
 def test_seppo_follows_winners_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_policy_offline, "REFRESH", 10)
+    monkeypatch.setattr(offline, "REFRESH", 10)
     policy, base, earlier = gaussian(), gaussian(), gaussian()
     drawn = torch.Generator().manual_seed(0)
     pairs = [Pair("a", 2.5 + 0.3 * torch.randn(1, generator=drawn).double()) for _ in range(96)]
@@ -406,8 +395,8 @@ def test_stopped_and_restarted_is_bit_equal(
     method: str, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny(4)
-    monkeypatch.setattr(_policy_offline, "REFRESH", 4)
-    monkeypatch.setattr(_policy_offline, "BUFFER", 3)
+    monkeypatch.setattr(offline, "REFRESH", 4)
+    monkeypatch.setattr(offline, "BUFFER", 3)
     given = {**FAST, **RUNS[method], "lora_rank": rank, "ema": 0.5, "seed": 5, "group_size": 4, "measured": 0}
     given |= {"rounds": 3} if method == "pg" else {"steps": 15}
     prompts = ["c0", "c1"] * 4

@@ -12,8 +12,8 @@ from torch import Tensor
 from steer.core import Context, InputError, Reward, Samples
 from steer.methods.best_of_n import Ancestral, BestOfN, best_of_n_kl, best_of_n_law, reward_curve
 from steer.methods.value import ValueGuidance
+from steer.sampling.weights import RESAMPLERS, effective_sample_size, log_mean_exp, normalise, resample, temper
 from steer.toy import GaussianProcess, TabularProcess, markov_lm
-from steer.weights import RESAMPLERS, effective_sample_size, log_mean_exp, normalise, resample, temper
 
 
 def twos(sequences: Tensor) -> Tensor:

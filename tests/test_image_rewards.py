@@ -351,7 +351,7 @@ def reference_cosines(folder: Path, images: Tensor, ids: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_clip_is_the_models_own_cosine(clip: Path, channels: int) -> None:
-    from steer.adapters.image_rewards import ClipReward
+    from steer.adapters.rewards.images import ClipReward
 
     images = noise(5, channels, 16, 16)
     expected = reference_cosines(clip, images, [1, 3, 4, 5, 2])
@@ -367,7 +367,7 @@ def test_clip_is_the_models_own_cosine(clip: Path, channels: int) -> None:
 
 
 def test_clip_without_a_text_compares_with_the_prompt(clip: Path) -> None:
-    from steer.adapters.image_rewards import ClipReward, PickScore
+    from steer.adapters.rewards.images import ClipReward, PickScore
 
     images, chat = noise(4, 3, 16, 16), [{"role": "user", "content": "a bag"}]
     rows = samples(images, ("a red boot", chat), [1, 0, 1, 0])
@@ -383,7 +383,7 @@ def test_clip_without_a_text_compares_with_the_prompt(clip: Path) -> None:
 
 
 def test_clip_has_a_gradient_and_composes(clip: Path) -> None:
-    from steer.adapters.image_rewards import ClipReward
+    from steer.adapters.rewards.images import ClipReward
 
     reward, images = ClipReward("a bag", clip, batch_size=1, device="cpu"), noise(2, 1, 20, 24) * 0.8 + 0.1
     found = gradient(2 * reward + brightness, images)
@@ -399,7 +399,7 @@ def test_clip_has_a_gradient_and_composes(clip: Path) -> None:
 @pytest.mark.parametrize("resample", [2, 3])
 def test_images_are_prepared_as_the_processor_does(tmp_path: Path, size: tuple[int, int], resample: int) -> None:
     pil = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
-    from steer.adapters.image_rewards import Preparation
+    from steer.adapters.rewards.images import Preparation
 
     processor(tmp_path, resample=resample)
     smooth = torch.nn.functional.interpolate(noise(2, 3, 4, 4), size, mode="bilinear")
@@ -413,7 +413,7 @@ def test_images_are_prepared_as_the_processor_does(tmp_path: Path, size: tuple[i
 
 
 def test_processors_of_other_kinds() -> None:
-    from steer.adapters.image_rewards import Preparation
+    from steer.adapters.rewards.images import Preparation
 
     old = Preparation.of({"size": 224, "crop_size": 224, "do_center_crop": True, "image_mean": [0] * 3})
     assert (old.size, old.crop, old.mode) == (224, (224, 224), "bicubic")
@@ -465,7 +465,7 @@ def test_aesthetic_heads_from_the_hub_and_wrong_ones(
 ) -> None:
     from safetensors.torch import save_file
 
-    from steer.adapters.image_rewards import AestheticReward, _head
+    from steer.adapters.rewards.images import AestheticReward, _head
 
     asked = []
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a: asked.append(a) or str(head[0]))
@@ -485,7 +485,7 @@ def test_aesthetic_heads_from_the_hub_and_wrong_ones(
 def test_image_classifier_gives_log_probabilities_of_a_label(tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTForImageClassification
 
-    from steer.adapters.image_rewards import ImageClassifierReward
+    from steer.adapters.rewards.images import ImageClassifierReward
 
     torch.manual_seed(0)
     config = ViTConfig(

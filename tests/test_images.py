@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from steer import _tree_layout, lineage
 from steer.core import InputError, SteerError
 from steer.images import MARGIN, save_png, to_pil, to_uint8
-from steer.lineage import draw_lineage, draw_previews, draw_tree
+from steer.pictures import lineage, tree_layout
+from steer.pictures.lineage import draw_lineage, draw_previews
+from steer.pictures.tree import draw_tree
 
 
 def opened(path: Path) -> np.ndarray:
@@ -123,18 +124,18 @@ def test_best_path_and_most_visited_nodes_by_hand() -> None:
     depth = np.array([0, 1, 1, 2, 2, 2, 3, 3, 3])
     worth = np.array([0, 9, 1, 8, 0, 5, 1, np.nan, 7.0])
     count = np.array([4, 2, 2, 1, 1, 2, 1, 1, 1.0])
-    best = _tree_layout.best_path(up, depth, worth)
+    best = tree_layout.best_path(up, depth, worth)
     assert best == [0, 2, 5, 8]
-    assert _tree_layout.most_visited(up, depth, worth, count, best, 5) == [0, 1, 2, 5, 8]
-    assert _tree_layout.most_visited(up, depth, worth, count, best, 7) == [0, 1, 2, 3, 5, 6, 8]
-    rows = _tree_layout.layered(up, depth, [0, 1, 2, 3, 5, 6, 8])
+    assert tree_layout.most_visited(up, depth, worth, count, best, 5) == [0, 1, 2, 5, 8]
+    assert tree_layout.most_visited(up, depth, worth, count, best, 7) == [0, 1, 2, 3, 5, 6, 8]
+    rows = tree_layout.layered(up, depth, [0, 1, 2, 3, 5, 6, 8])
     assert rows == {6: 0, 3: 0, 1: 0, 8: 1, 5: 1, 2: 1, 0: 0.5}
 
 
 def test_images_beside_a_tree_do_not_overlap() -> None:
-    placed = _tree_layout.spread([9.0, 8.9, 8.8, 1.0], 1.0, 0.0, 10.0)
+    placed = tree_layout.spread([9.0, 8.9, 8.8, 1.0], 1.0, 0.0, 10.0)
     assert placed == [9.0, 8.0, 7.0, 1.0]
-    assert _tree_layout.spread([0.1, 0.1], 1.0, 0.0, 10.0) == [1.5, 0.5]
+    assert tree_layout.spread([0.1, 0.1], 1.0, 0.0, 10.0) == [1.5, 0.5]
 
 
 @pytest.mark.parametrize(("count", "times", "extra"), [(1, 1, 0), (4, 3, 1), (40, 2, 0)])

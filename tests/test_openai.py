@@ -16,7 +16,8 @@ from torch import Tensor
 
 import steer
 from steer.adapters import openai
-from steer.adapters.openai import EndpointError, LocalValue, Retry, TextValue
+from steer.adapters.openai.connection import EndpointError, Retry
+from steer.adapters.openai.values import LocalValue, TextValue
 from steer.core import InputError, RawText, Reward, Samples, UnsupportedError
 from steer.methods.best_of_n import BestOfN, best_of_n_law
 from steer.methods.fk import FKSteering

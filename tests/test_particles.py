@@ -12,16 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from steer import weights
 from steer.core import Context, Reward, Samples, UnsupportedError
-from steer.lookahead import Preview, Rollouts, StateValue
 from steer.methods.best_of_n import Ancestral
 from steer.methods.fk import FKSteering
 from steer.methods.gradient import GradientGuidance
 from steer.methods.rlg import RLGuidance
 from steer.methods.svdd import SVDD
 from steer.rewards import lift
-from steer.toy import GaussianProcess, TabularProcess, TabularState, markov_lm
+from steer.sampling import weights
+from steer.sampling.lookahead import Preview, Rollouts, StateValue
+from steer.toy import GaussianProcess, TabularProcess, markov_lm
+from steer.toy.tabular import TabularState
 
 LOG_Z = 1.37488079884  # of the toy with r = number of 2s, beta = 1
 

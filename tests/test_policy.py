@@ -21,8 +21,11 @@ from steer.rewards.algebra import Composable
 trl = pytest.importorskip("trl")
 pytest.importorskip("peft")
 
-from steer.adapters import _policy_data, _policy_trl, policy  # noqa: E402
-from steer.adapters.policy import load_policy, read_policy_card, train_policy  # noqa: E402
+from steer.adapters.transformers.policy import data, tuning  # noqa: E402
+from steer.adapters.transformers.policy import trl as trainers  # noqa: E402
+from steer.adapters.transformers.policy.folder import load_policy, save_network  # noqa: E402
+from steer.adapters.transformers.policy.tuning import train_policy  # noqa: E402
+from steer.train.policy_folder import read_policy_card  # noqa: E402
 
 THINGS = ["sun", "rain", "day", "night", "dog", "cat", "house", "tree"]
 HELD_OUT = ["why is the world calm", "how is the day"]
@@ -87,14 +90,14 @@ def test_sft_raises_the_likelihood_and_loads_as_trained(
 ) -> None:
     trained: list[Tensor] = []
     ids = torch.tensor([tiny_lm.encode(HELD_OUT[0])])
-    save = policy._save_network
+    save = save_network
 
     def keep(network: Any, model: Any, folder: Path) -> None:
         with torch.no_grad():
             trained.append(network.eval()(ids).logits)
         save(network, model, folder)
 
-    monkeypatch.setattr(policy, "_save_network", keep)
+    monkeypatch.setattr(tuning, "save_network", keep)
     out = tune(tiny_lm, "sft", tmp_path / "calm", lora_rank=rank, steps=20)
     tuned = load_policy(tiny_lm, out)
     assert tuned.name == f"{tiny_lm.name}+calm"
@@ -147,10 +150,10 @@ def test_preferences_raise_the_margin_of_prompts_held_out(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("divergence", _policy_data.DIVERGENCES)
-@pytest.mark.parametrize("loss", _policy_data.LOSSES["dpo"])
+@pytest.mark.parametrize("divergence", data.DIVERGENCES)
+@pytest.mark.parametrize("loss", data.LOSSES["dpo"])
 def test_every_loss_of_dpo_raises_the_margin(tiny_lm: Any, tmp_path: Path, loss: str, divergence: str) -> None:
-    if divergence != "reverse_kl" and loss not in _policy_data._DIFFERENCES:
+    if divergence != "reverse_kl" and loss not in data._DIFFERENCES:
         pytest.skip("not defined")
     tuned = load_policy(
         tiny_lm, tune(tiny_lm, "dpo", tmp_path / "nice", loss=loss, f_divergence=divergence, learning_rate=1e-3)
@@ -173,10 +176,7 @@ def test_dpo_reaches_its_closed_form(tiny_lm: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "loss",
-    [
-        loss if loss in ("dapo", "grpo") else pytest.param(loss, marks=pytest.mark.slow)
-        for loss in _policy_data.LOSSES["grpo"]
-    ],
+    [loss if loss in ("dapo", "grpo") else pytest.param(loss, marks=pytest.mark.slow) for loss in data.LOSSES["grpo"]],
 )
 def test_grpo_raises_the_reward(tiny_lm: Any, tmp_path: Path, loss: str) -> None:
     out = tune(tiny_lm, "grpo", tmp_path / "p", loss=loss, beta=0.0 if loss == "grpo" else 0.02, learning_rate=2e-2)
@@ -209,28 +209,28 @@ def test_rows_are_the_tokens_of_encode_and_an_end(tiny_lm: Any) -> None:
     chat = [{"role": "system", "content": "good"}, {"role": "user", "content": "hello"}]
     prompts: list[Any] = ["hello world", RawText("the sun"), chat]
     tuning = _tuning("sft")
-    rows = _policy_data.read_rows(tiny_lm, [{"prompt": p, "completion": "is nice"} for p in prompts], tuning)
+    rows = data.read_rows(tiny_lm, [{"prompt": p, "completion": "is nice"} for p in prompts], tuning)
     assert [row["prompt_ids"] for row in rows] == [tiny_lm.encode(p) for p in prompts]
     completion = tiny_lm.tokenizer("is nice </s>", add_special_tokens=False)["input_ids"]
     assert all(row["completion_ids"] == completion for row in rows)
-    ended = _policy_data.read_rows(tiny_lm, [{"prompt": "hello", "completion": "is nice </s>"}], tuning)
+    ended = data.read_rows(tiny_lm, [{"prompt": "hello", "completion": "is nice </s>"}], tuning)
     assert ended[0]["completion_ids"] == completion
-    columns = _policy_trl._columns("sft", rows[:1], tuning)[0]
+    columns = trainers._columns("sft", rows[:1], tuning)[0]
     assert columns["labels"] == [-100] * len(rows[0]["prompt_ids"]) + completion
 
 
-def _tuning(method: str, **more: Any) -> _policy_data.Tuning:
+def _tuning(method: str, **more: Any) -> data.Tuning:
     default: dict[str, Any] = {
         "loss": None, "learning_rate": None, "lora_rank": 4, "lora_alpha": None, "beta": 0.1, "epochs": 1,
         "f_divergence": "reverse_kl", "lora_targets": "all-linear", "steps": None, "batch_size": 2, "group_size": 2,
         "max_new_tokens": 4, "temperature": 1.0, "rounds": 1, "seed": 0,
     }  # fmt: skip
-    return _policy_data.Tuning.create(method=method, **{**default, **more})
+    return data.Tuning.create(method=method, **{**default, **more})
 
 
 def test_kto_compares_with_completions_of_other_rows() -> None:
     rows = [{"prompt_ids": [i], "completion_ids": [10 + i], "label": True} for i in range(5)]
-    made = _policy_trl._mismatched(rows, _tuning("kto"))
+    made = trainers._mismatched(rows, _tuning("kto"))
     assert sorted(row["completion_ids"] for row in made) == sorted(row["completion_ids"] for row in rows)
     assert all(row["KL_completion_ids"] != row["completion_ids"] for row in made)
     assert [row["KL_completion_ids"] for row in made[:2]] == [made[1]["completion_ids"], made[0]["completion_ids"]]
@@ -333,7 +333,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(
 ) -> None:
     straight = tune(tiny_lm, method, tmp_path / "straight", **more)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(policy, "ticking", _stopping(7))
+        patch.setattr(tuning, "ticking", _stopping(7))
         tune(tiny_lm, method, tmp_path / "resumed", work=tmp_path / "work", **more)
     assert not (tmp_path / "resumed").exists()
     torch.manual_seed(12345)  # the run's own state comes back, not what is left in the process
@@ -424,7 +424,7 @@ def test_bad_input_is_one_line_before_training(
     def refuse(*args: Any, **settings: Any) -> None:
         raise AssertionError("this must be refused before training")
 
-    monkeypatch.setattr(policy, "fit", refuse)
+    monkeypatch.setattr(tuning, "fit", refuse)
     with pytest.raises(SteerError, match=message) as caught:
         tune(tiny_lm, method, tmp_path / "out", **more)
     assert "\n" not in str(caught.value)
@@ -432,7 +432,7 @@ def test_bad_input_is_one_line_before_training(
 
 
 def test_what_is_in_the_way_is_refused(tiny_lm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "fit", lambda *args, **more: pytest.fail("trained"))
+    monkeypatch.setattr(tuning, "fit", lambda *args, **more: pytest.fail("trained"))
     (tmp_path / "file").write_text("mine")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
@@ -458,7 +458,7 @@ def test_missing_libraries_are_named(tiny_lm: Any, tmp_path: Path, monkeypatch: 
 
 def test_another_trl_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"^trl: .*DPOTrainer has no _gone"):
-        _policy_trl._adapted(trl.DPOTrainer, {"_gone": None})
+        trainers._adapted(trl.DPOTrainer, {"_gone": None})
 
 
 def test_loading_refuses_what_does_not_fit(tiny_lm: Any, tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from steer import recipe as recipes
 from steer.cli import jobs, main, session
+from steer.cli import recipe as recipes
 from steer.cli.options import COMMANDS
+from steer.cli.recipe import load_recipe, shipped
 from steer.cli.session import Session
 from steer.cli.values import build, coerce
 from steer.core import InputError, SteerError
-from steer.recipe import load_recipe, shipped
 
 TWO_STEPS = """
 description: fit a vector, then see what it does

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from steer.core import InputError
+from steer.measure.report import Report, Row, _breaks, _interval, default_strengths, evaluate
 from steer.methods.prompt import SystemPrompt
 from steer.methods.vector import SteeringVector
-from steer.report import Report, Row, _breaks, _interval, default_strengths, evaluate
 from steer.rewards import distinct_n
 
 PROMPTS = ["a cat", "hello world", "the sun is", "why"]

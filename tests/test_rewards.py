@@ -420,7 +420,7 @@ def one_by_one(reward):
 
 
 def test_classifier_gives_log_probabilities_of_a_label(tmp_path):
-    from steer.adapters.rewards import ModelReward
+    from steer.adapters.rewards.text import ModelReward
 
     model = encoder(tmp_path)
     reward = parse_reward(f"{tmp_path}:good")
@@ -441,7 +441,7 @@ def test_classifier_gives_log_probabilities_of_a_label(tmp_path):
 
 
 def test_multi_label_classifier_gives_the_label_its_own_probability(tmp_path):
-    from steer.adapters.rewards import ModelReward
+    from steer.adapters.rewards.text import ModelReward
 
     encoder(tmp_path, problem_type="multi_label_classification")
     total = sum(ModelReward(tmp_path, label)(ROWS).exp() for label in range(3))
@@ -449,7 +449,7 @@ def test_multi_label_classifier_gives_the_label_its_own_probability(tmp_path):
 
 
 def test_labels_are_checked_before_loading(tmp_path):
-    from steer.adapters.rewards import ModelReward
+    from steer.adapters.rewards.text import ModelReward
 
     encoder(tmp_path, labels=("Bad", "bad", "good"))
     for label in (None, "BAD", "fine", 3, True):
@@ -460,7 +460,7 @@ def test_labels_are_checked_before_loading(tmp_path):
 
 
 def test_a_model_without_a_trained_head_is_refused(tmp_path):
-    from steer.adapters.rewards import ModelReward
+    from steer.adapters.rewards.text import ModelReward
 
     encoder(tmp_path).bert.save_pretrained(tmp_path)
     with pytest.raises(SteerError, match="no trained classifier; it lacks classifier"):
@@ -469,7 +469,7 @@ def test_a_model_without_a_trained_head_is_refused(tmp_path):
 
 @pytest.mark.parametrize("template", [None, CHAT])
 def test_reward_model_without_a_pad_token_scores_batches_like_single_rows(template):
-    from steer.adapters.rewards import ModelReward
+    from steer.adapters.rewards.text import ModelReward
 
     model, words = decoder(), tokenizer({"eos_token": "[EOS]"}, chat_template=template)
     reward = ModelReward((model, words), batch_size=3)

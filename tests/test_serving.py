@@ -18,7 +18,7 @@ from openai import OpenAI
 from openai_contract import collected, refused
 from serving_tools import Running, serving, write_vector
 
-from steer.mount import load_edit
+from steer.edits import load_edit
 
 KEY = "a key of the tests"
 CHAT = [{"role": "user", "content": "tell me about the sun"}]

@@ -19,19 +19,19 @@ from safetensors.torch import save_file
 from serving_tools import serving, write_vector
 
 from steer import Samples, artifacts
-from steer.adapters.serving import TransformersEngine
+from steer.adapters.transformers.serving.engine import TransformersEngine
 from steer.artifacts import Card
 from steer.cli import main
 from steer.core import InputError
 from steer.methods.value import QHead
 from steer.serving.app import create_app
-from steer.serving.artifacts import Store, UnknownArtifactError
+from steer.serving.artifact_store import Store, UnknownArtifactError
 from steer.serving.engine import TooLargeError
 from steer.serving.limits import Limits
 from steer.serving.protocol import ChatRequest
-from steer.serving.rewards import Rewards
+from steer.serving.reward_store import Rewards
 from steer.serving.tasks import Tasks
-from steer.wire import SteerRequest
+from steer.serving.wire import SteerRequest
 
 CHAT = [{"role": "user", "content": "tell me about the sun"}]
 
@@ -368,7 +368,7 @@ def test_a_reward_model_of_the_folder(engine: TransformersEngine, tmp_path: Path
     body = {"model": "tiny", "messages": CHAT, "max_tokens": 6, "seed": 1, "steer": steer}
     found = client.post("/v1/chat/completions", json=body).json()
     text, prompt = found["choices"][0]["message"]["content"], CHAT
-    from steer.adapters.rewards import ModelReward
+    from steer.adapters.rewards.text import ModelReward
 
     samples = Samples(prompts=[prompt], outputs=[text], group=torch.zeros(1, dtype=torch.long),
                       log_weight=torch.zeros(1))  # fmt: skip

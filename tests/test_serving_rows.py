@@ -14,21 +14,22 @@ import pytest
 import torch
 
 from steer import artifacts
-from steer.adapters import _rowwise, _track
-from steer.adapters._growing import GrowingText
-from steer.adapters._turns import FairShare, Stretches
-from steer.adapters.batching import Batch, Row, token_text
-from steer.adapters.decoding import Decoding
-from steer.adapters.serving import TransformersEngine
-from steer.adapters.transformers import LanguageModel
+from steer.adapters.language.decoding import Decoding
+from steer.adapters.language.texts import GrowingText, token_text
+from steer.adapters.transformers import tracking
+from steer.adapters.transformers.model import LanguageModel
+from steer.adapters.transformers.serving import rowwise
+from steer.adapters.transformers.serving.batch import Batch, Row
+from steer.adapters.transformers.serving.engine import TransformersEngine
+from steer.adapters.transformers.serving.turns import FairShare, Stretches
 from steer.artifacts import Card
 from steer.core import RawText
+from steer.edits import load_edit
 from steer.methods.operators import Probe
 from steer.methods.value import HeadValue, QHead, ValueGuidance, ValueHead
 from steer.methods.vector import Gate, SteeringVector
-from steer.mount import load_edit
 from steer.serving.engine import Delta, Load, NamedEdit, Sampling, Steering, Task, TooLargeError
-from steer.wire import EditRequest
+from steer.serving.wire import EditRequest
 
 # ----------------------------------------------------------------------------------------------------------- drawing
 
@@ -52,7 +53,7 @@ def test_rows_are_truncated_as_decoding_does(vocabulary: int) -> None:
     ]
     law = laws(60, vocabulary)
     law[::3] = torch.log_softmax(law[::3] * 0.01, -1)  # nearly flat: the cut lies deep
-    ours = _rowwise.truncated(law, settings)
+    ours = rowwise.truncated(law, settings)
     for i, s in enumerate(settings):
         expected = Decoding(top_k=s.top_k, top_p=s.top_p, min_p=s.min_p).truncated(law[i : i + 1])[0]
         assert torch.equal(ours[i].isneginf(), expected.isneginf()), s
@@ -62,8 +63,8 @@ def test_rows_are_truncated_as_decoding_does(vocabulary: int) -> None:
 def test_rows_draw_what_they_draw_alone() -> None:
     law = laws(6, 40)
     settings = [Sampling(temperature=t) for t in (0, 1, 0.5, 1, 0, 2)]
-    together = _rowwise.draw(law, settings, [_rowwise.generator(7, i) for i in range(6)])
-    alone = [_rowwise.draw(law[i : i + 1], settings[i : i + 1], [_rowwise.generator(7, i)]) for i in range(6)]
+    together = rowwise.draw(law, settings, [rowwise.generator(7, i) for i in range(6)])
+    alone = [rowwise.draw(law[i : i + 1], settings[i : i + 1], [rowwise.generator(7, i)]) for i in range(6)]
     assert together.tolist() == [int(token) for token in alone]
     assert together[0] == law[0].argmax() and together[4] == law[4].argmax()
 
@@ -71,8 +72,8 @@ def test_rows_draw_what_they_draw_alone() -> None:
 def test_draws_follow_the_law() -> None:
     """Chi-square of 4000 draws against the law of 5 tokens; the bound is the 99.99% point at 4 degrees of freedom."""
     law = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.08, 0.02]]))
-    generator = _rowwise.generator(3, 0)
-    drawn = Counter(int(_rowwise.draw(law, [Sampling()], [generator])) for _ in range(4000))
+    generator = rowwise.generator(3, 0)
+    drawn = Counter(int(rowwise.draw(law, [Sampling()], [generator])) for _ in range(4000))
     expected = (law.exp()[0] * 4000).tolist()
     assert sum((drawn[i] - e) ** 2 / e for i, e in enumerate(expected)) < 23.5
 
@@ -80,7 +81,7 @@ def test_draws_follow_the_law() -> None:
 def test_penalties_are_openais() -> None:
     logits = torch.zeros(2, 6)
     settings = [Sampling(frequency_penalty=0.5, presence_penalty=0.25, logit_bias=((5, -100.0),)), Sampling()]
-    out = _rowwise.penalised(logits, settings, [Counter({1: 3, 2: 1}), Counter({1: 9})])
+    out = rowwise.penalised(logits, settings, [Counter({1: 3, 2: 1}), Counter({1: 9})])
     assert out[0].tolist() == [0, -1.75, -0.75, 0, 0, -100] and out[1].tolist() == [0] * 6
     assert logits.eq(0).all()
 
@@ -166,7 +167,7 @@ def test_rows_that_come_and_go_write_what_they_write_alone(tiny_lm: LanguageMode
             i, prompt, edits, new = waiting.pop(0)
             hidden = [(e, None) for e in edits if not isinstance(e, ValueGuidance)]
             guided = tuple(e for e in edits if isinstance(e, ValueGuidance))
-            track, _ = _track.start(tiny_lm, [tiny_lm.encode(prompt)], hidden, 1, hidden=bool(guided))
+            track, _ = tracking.start(tiny_lm, [tiny_lm.encode(prompt)], hidden, 1, hidden=bool(guided))
             row = Row(tiny_lm, Sampling(temperature=0, max_tokens=new), i, 0, edits=guided, taken=lambda *new: None)
             results[i] = row
             with torch.inference_mode():
@@ -187,7 +188,7 @@ def test_rows_that_are_dropped_leave_the_others_as_they_are(tiny_lm: LanguageMod
     for i in range(9):
         hidden = [(e, None) for e in kinds[i] if not isinstance(e, ValueGuidance)]
         guided = tuple(e for e in kinds[i] if isinstance(e, ValueGuidance))
-        track, _ = _track.start(tiny_lm, [tiny_lm.encode("a very good dog")], hidden, 1, hidden=bool(guided))
+        track, _ = tracking.start(tiny_lm, [tiny_lm.encode("a very good dog")], hidden, 1, hidden=bool(guided))
         rows.append(Row(tiny_lm, Sampling(temperature=0, max_tokens=12), i, 0, edits=guided, taken=lambda *new: None))
         with torch.inference_mode():
             batch.join([rows[-1]], track, [0])
@@ -206,7 +207,7 @@ def test_a_row_that_overflows_harms_nobody(tiny_lm: LanguageModel) -> None:
     told: list[Row] = []
 
     def join(prompt: str, edits: list[Any]) -> Row:
-        track, _ = _track.start(tiny_lm, [tiny_lm.encode(prompt)], [(e, None) for e in edits], 1, hidden=False)
+        track, _ = tracking.start(tiny_lm, [tiny_lm.encode(prompt)], [(e, None) for e in edits], 1, hidden=False)
         row = Row(tiny_lm, Sampling(temperature=0, max_tokens=12), 0, 0, taken=lambda row, *_: told.append(row))
         with torch.inference_mode():
             batch.join([row], track, [0])
@@ -228,7 +229,7 @@ def test_measured_rows_know_their_drift(tiny_lm: LanguageModel) -> None:
     """Exact KL and log-probability of guided, truncated rows, against those of the process."""
     guided = edits_of_all_kinds(tiny_lm)[7]
     batch = Batch(tiny_lm)
-    track, _ = _track.start(tiny_lm, [tiny_lm.encode(RawText("the sun"))], (), 1, hidden=True)
+    track, _ = tracking.start(tiny_lm, [tiny_lm.encode(RawText("the sun"))], (), 1, hidden=True)
     sampling = Sampling(temperature=0, top_k=5, max_tokens=8)
     row = Row(tiny_lm, sampling, 0, 0, edits=tuple(guided), measured=True, taken=lambda *new: None)
     batch.join([row], track, [0])

@@ -10,7 +10,7 @@ import pytest
 from openai import OpenAI
 from serving_tools import serving, write_vector
 
-from steer.models import find
+from steer.embedded import find
 
 pytestmark = [
     pytest.mark.smollm2,
@@ -24,8 +24,8 @@ PROMPTS = ["My day at the lake", "Describe the new neighbour.", "Name three colo
 
 def test_the_embedded_model_served(tmp_path: Path) -> None:
     """Steered, plain and searched texts, at once and streamed, equal those of the model itself."""
-    from steer.engine import load
-    from steer.mount import load_edit
+    from steer.edits import load_edit
+    from steer.loading import load
 
     model = load("smollm2-135m")
     path = write_vector(tmp_path / "bright.safetensors", model.info, width=576, layers=tuple(range(10, 20)))

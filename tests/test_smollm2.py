@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from steer.models import find
+from steer.embedded import find
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 pytestmark = [
@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    from steer.engine import load
+    from steer.loading import load
 
     return load("smollm2-135m")
 
@@ -60,7 +60,7 @@ def test_the_command_line_steers_and_repeats(vector: Path) -> None:
 
 
 def test_sentiment_moves_both_ways(vector: Path, model: Any) -> None:
-    from steer.mount import load_edit
+    from steer.edits import load_edit
 
     prompts = json.loads((RECIPES / "neutral_prompts.json").read_text())[:12]
     settings = {"reward": "sentiment", "temperature": 0.7, "max_new_tokens": 24, "seed": 0}

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from steer import artifacts
-from steer.adapters.learning import read_prefix, reply_logits
-from steer.adapters.transformers import LanguageModel
+from steer.adapters.transformers.learning import read_prefix, reply_logits
+from steer.adapters.transformers.model import LanguageModel
 from steer.core import InputError
+from steer.edits import load_edit
 from steer.methods.controller import Controller, ControllerNetwork
-from steer.mount import load_edit
 from steer.train.controller import train_controller
 from steer.train.loop import fit
 from steer.train.value import td_lambda_returns, train_value

@@ -11,10 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from steer.core import InputError, SteerError
-from steer.rewards.convnet import JudgeNet, RewardNet, load_net, read_facts, save_net
-from steer.train.classifier import ClassifierSettings, accuracy, augment, train_classifier
-from steer.train.denoiser import DenoiserSettings, linear_alphas, to_images, to_latents, train_denoiser, velocity_loss
-from steer.train.images import FASHION_CLASSES, idx_sha256, read_idx
+from steer.train.fashion.classifier import ClassifierSettings, accuracy, augment, train_classifier
+from steer.train.fashion.denoiser import (
+    DenoiserSettings,
+    linear_alphas,
+    to_images,
+    to_latents,
+    train_denoiser,
+    velocity_loss,
+)
+from steer.train.fashion.images import FASHION_CLASSES, idx_sha256, read_idx
+from steer.train.fashion.nets import JudgeNet, RewardNet, load_net, read_facts, save_net
 
 SHIPPED = Path(__file__).parent.parent / "recipes" / "fashion-ddpm"
 
@@ -270,7 +277,7 @@ def test_a_folder_without_a_whole_net_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_recipe_writes_a_model_folder(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from steer.adapters.unet import draw_images, load_unet, main, train_fashion
+    from steer.adapters.diffusers.fashion import draw_images, load_unet, main, train_fashion
 
     out = tmp_path / "made"
     card = train_fashion(data, out, steps=2, batch_size=8, epochs=1, measured=1, work=tmp_path / "work")
@@ -292,7 +299,7 @@ def test_the_recipe_writes_a_model_folder(data: Path, tmp_path: Path, capsys: py
 
 
 def test_the_shipped_model_draws_what_it_is_asked_for() -> None:
-    from steer.adapters.unet import draw_images, load_unet
+    from steer.adapters.diffusers.fashion import draw_images, load_unet
 
     card = json.loads((SHIPPED / "MODEL_CARD.json").read_text())
     assert tuple(card["classes"]) == FASHION_CLASSES

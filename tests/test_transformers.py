@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from steer.adapters import _track
-from steer.adapters._plan import recording
-from steer.adapters.transformers import LanguageModel
+from steer.adapters.transformers import tracking
+from steer.adapters.transformers.hooks import recording
+from steer.adapters.transformers.model import LanguageModel
 from steer.core import InputError, RawText, Scope, SteerError
 from steer.methods.operators import Ablate, Add, Clamp, KeepNorm, Probe, Rotate, Where
 from steer.methods.prompt import DirectionalStimulus, HintPolicy, SystemPrompt
@@ -159,18 +159,18 @@ def test_one_batch_different_edits(tiny_lm: LanguageModel) -> None:
 def test_logits_of_unsteered_rows_keep_their_bits(tiny_lm: LanguageModel) -> None:
     ids = [tiny_lm.encode("the sun"), tiny_lm.encode("hello cat")]
     steering = vector(tiny_lm, (0, 1), strength=5.0)
-    plain, _ = _track.start(tiny_lm, ids, (), 1, hidden=False)
-    mixed, _ = _track.start(tiny_lm, ids, [(steering, frozenset({0}))], 1, hidden=False)
+    plain, _ = tracking.start(tiny_lm, ids, (), 1, hidden=False)
+    mixed, _ = tracking.start(tiny_lm, ids, [(steering, frozenset({0}))], 1, hidden=False)
     assert torch.equal(plain.logits[1], mixed.logits[1]) and not torch.equal(plain.logits[0], mixed.logits[0])
     token = torch.tensor([5, 6])
-    plain, _ = _track.advance(plain, token)
-    mixed, _ = _track.advance(mixed, token)
+    plain, _ = tracking.advance(plain, token)
+    mixed, _ = tracking.advance(mixed, token)
     assert torch.equal(plain.logits[1], mixed.logits[1]) and not torch.equal(plain.logits[0], mixed.logits[0])
 
 
 def test_constants_are_merged_into_one_addition(tiny_lm: LanguageModel) -> None:
     edits = [(vector(tiny_lm, (0, 1), strength=s), None) for s in (1.0, -0.5, 2.0)]
-    track, _ = _track.start(tiny_lm, [tiny_lm.encode("the sun")], edits, 2, hidden=False)
+    track, _ = tracking.start(tiny_lm, [tiny_lm.encode("the sun")], edits, 2, hidden=False)
     program = track.plan.decode(track.position)
     hidden = torch.randn(2, 1, 32)
     want = hidden + 2.5 * edits[0][0].directions[1]
@@ -228,7 +228,7 @@ def test_two_models_in_one_process_are_independent(tiny_lm: LanguageModel) -> No
 
 
 def test_bf16(tiny_lm_dir: Any) -> None:
-    from steer.adapters.transformers import load
+    from steer.adapters.transformers.model import load
 
     model = load(tiny_lm_dir, dtype="bfloat16")
     out = greedy(model, ["the sun", "hello"], vector(model, (0, 1), strength=3.0))

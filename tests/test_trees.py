@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from steer.core import Context, InputError, Reward, Samples, TransitionEdit, UnsupportedError
-from steer.methods.dts import DTS, Forest, SearchDTS
+from steer.methods.dts import DTS, SearchDTS
 from steer.rewards import lift
+from steer.sampling.forest import Forest
+from steer.sampling.tree import Tree
 from steer.toy import GaussianProcess, TabularProcess, markov_lm
-from steer.tree import Tree
 
 LOG_Z = 1.37488079884
 

@@ -16,6 +16,7 @@ import torch
 
 __all__ = ["Bench", "Row", "Task", "alternate", "cpu_seconds", "interval", "ratios", "recipes"]
 
+
 MODEL = "smollm2-135m"
 Task = Callable[[], Any]
 

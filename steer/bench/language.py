@@ -70,7 +70,7 @@ def unsteered(bench: Bench) -> Iterator[Row]:
 
 def _library(bench: Bench, prompts: Sequence[Any], tokens: int | None = None, n: int = 1) -> Task:
     """The library's own `generate`: plain sampling of a fixed length inside `_no_end`."""
-    from steer.adapters._track import left_padded
+    from steer.adapters.transformers.tracking import left_padded
 
     model, length = bench.model, tokens or bench.tokens
     ids, mask = left_padded([model.encode(p) for p in prompts], model.pad_token_id, model.device)
@@ -93,7 +93,7 @@ def _no_end(network: Any) -> Iterator[None]:
 
 def hook(bench: Bench) -> Iterator[Row]:
     """Microseconds that a steered layer adds to a decode step, beside a bare hook and other libraries'."""
-    from steer.adapters._plan import Hooks
+    from steer.adapters.transformers.hooks import Hooks
 
     blocks = _stack()
     hooks, plan, position = Hooks(blocks), _plan(DEPTH), torch.tensor([100])
@@ -132,7 +132,7 @@ def _through(blocks: nn.ModuleList, hidden: Tensor) -> Tensor:
 def _plan(depth: int) -> Any:
     """A vector on every layer, compiled for one row."""
     from steer import SteeringVector
-    from steer.adapters._plan import Plan
+    from steer.adapters.transformers.hidden import Plan
     from steer.core import ModelInfo
 
     info = ModelInfo(
@@ -203,7 +203,7 @@ def _best_batch(python: str, file: Path) -> int:
 
 def _peer(python: str, name: str, pairs: Path | None = None) -> dict[str, float]:
     """What `peers.py` prints, run by another interpreter."""
-    from steer.models import resolve
+    from steer.embedded import resolve
 
     script = Path(__file__).with_name("peers.py")
     command = [python, str(script), name, str(resolve(MODEL)), str(pairs), "1"]

@@ -43,7 +43,7 @@ def calls(bench: Bench) -> Iterator[Row]:
     """CPU time of a step of ours over that of diffusers' own pipeline, same random network and rows."""
     import diffusers
 
-    from steer.adapters.diffusers import load
+    from steer.adapters.diffusers.loading import load
 
     torch.manual_seed(0)
     network = diffusers.UNet2DModel(

@@ -9,6 +9,8 @@ Runs in an environment of its own, where the other libraries are installed, and 
 The first two give CPU seconds of fitting a vector at all layers, the last microseconds added per layer and step.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import sys

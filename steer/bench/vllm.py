@@ -197,7 +197,7 @@ def peer_vector() -> Any:
 
 def peer_job(bench: VLLMBench, rows: int, vector: Any) -> dict[str, Any]:
     """What `vllm_peer` needs for the batch that `drawing` runs."""
-    from steer.models import resolve
+    from steer.embedded import resolve
 
     ((layer, direction),) = vector.directions.items()
     return {

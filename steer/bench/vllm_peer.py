@@ -6,6 +6,8 @@ answered by the CPU seconds of one batch: `plain`, on an engine that was never s
 on a second one; followed by `tokens`, by its tokens at temperature 0.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess

@@ -16,6 +16,7 @@ from steer.cli.options import COMMANDS
 
 __all__ = ["app"]
 
+
 app = typer.Typer(
     name="steer", help="Steer and align open-weight models at inference time.", no_args_is_help=False,
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -62,7 +63,7 @@ for _name in COMMANDS:
 @models.command("list")
 def list_models() -> None:
     """What can be fetched, and what is here."""
-    from steer.models import list_models as entries
+    from steer.embedded import list_models as entries
 
     for entry in entries():
         state = "fetched" if entry.fetched else "not fetched"
@@ -74,7 +75,7 @@ def list_models() -> None:
 @models.command("fetch")
 def fetch_model(name: Annotated[str, typer.Argument(metavar="NAME", help="See `steer models list`.")]) -> None:
     """Download a model and convert it, once."""
-    from steer.models import fetch
+    from steer.embedded import fetch
 
     typer.echo(str(fetch(name, lambda message: print(message, file=sys.stderr))))
 
@@ -91,7 +92,7 @@ def show(
         typer.echo(describe(folder))
         return
     if file.suffix == ".gguf":
-        from steer.artifacts import load_gguf
+        from steer.gguf import load_gguf
 
         directions, hint = load_gguf(file)
         width = len(next(iter(directions.values())))
@@ -127,7 +128,7 @@ def run(
     """Run a recipe: everything in it is checked before anything starts."""
     results = sys.stdout
     with redirect_stdout(sys.stderr):
+        from steer.cli.recipe import load_recipe
         from steer.cli.session import Session
-        from steer.recipe import load_recipe
 
         load_recipe(recipe, overrides or []).run(Session(results))

@@ -9,9 +9,10 @@ from typing import Any
 
 from steer.artifacts import Card
 from steer.core import InputError, check
-from steer.models import CARD_NAME, EMBEDDED
+from steer.embedded import CARD_NAME, EMBEDDED
 
 __all__ = ["describe", "folder_of"]
+
 
 _POLICY, _PIPELINE = "steer.json", "model_index.json"
 _ALLOWED = f"a folder with {_POLICY} (a policy), {CARD_NAME} or {_PIPELINE} (a model)"

@@ -17,15 +17,26 @@ import torch
 from steer.cli.options import ImageOptions, ModelOptions, TextOptions
 from steer.cli.values import spelled
 from steer.core import Edit, InputError, check
-from steer.engine import is_diffusion, is_endpoint
-from steer.models import CARD_NAME, resolve
-from steer.mount import load_edit, split_spec
-from steer.rewards.kinds import check_reward
+from steer.edits import load_edit, split_spec
+from steer.embedded import CARD_NAME, resolve
+from steer.loading import is_diffusion, is_endpoint
 
 __all__ = [
-    "check_beta", "check_decoding", "check_folder", "check_kind", "check_model", "check_output", "check_reward",
-    "draws_images", "edit_maker", "image_prompts", "read_pairs", "read_prompts", "read_rows", "read_strengths",
-]  # fmt: skip
+    "check_beta",
+    "check_decoding",
+    "check_folder",
+    "check_kind",
+    "check_model",
+    "check_output",
+    "draws_images",
+    "edit_maker",
+    "image_prompts",
+    "read_pairs",
+    "read_prompts",
+    "read_rows",
+    "read_strengths",
+]
+
 
 _PROMPTS = "a JSON list of prompts, each a text that is not empty or a list of messages"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")

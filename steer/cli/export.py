@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from steer.artifacts import load, save_gguf
+from steer.artifacts import load
 from steer.core import SteerError, check
-from steer.models import resolve
-from steer.mount import parse_layers
+from steer.edits import parse_layers
+from steer.embedded import resolve
+from steer.gguf import save_gguf
 
 __all__ = ["export_vector"]
 

@@ -15,16 +15,20 @@ from steer.cli.options import GenerateOptions, SampleOptions
 from steer.cli.session import Run, Session
 from steer.cli.values import coerce, pairs, spelled, typed
 from steer.core import Edit, InputError, RawText, Reward, Sampler, Samples, check
-from steer.engine import SAMPLERS, Plan, execute, is_endpoint, make_sampler, prepare
-from steer.lookahead import Lookahead, Preview, Rollouts
+from steer.loading import is_endpoint
 from steer.methods.dts import DTS
 from steer.methods.fk import FKSteering
 from steer.methods.gradient import GradientGuidance
 from steer.methods.rlg import RLGuidance
+from steer.methods.samplers import SAMPLERS, make_sampler
 from steer.methods.svdd import SVDD
+from steer.model import Plan, execute, prepare
 from steer.rewards import parse_reward
+from steer.rewards.kinds import check_reward
+from steer.sampling.lookahead import Lookahead, Preview, Rollouts
 
 __all__ = ["Request", "generate", "request"]
+
 
 _FORKING = (FKSteering, SVDD, DTS)
 """Samplers that copy rows and want the copies to part ways again."""
@@ -56,7 +60,7 @@ def request(options: SampleOptions, images: bool, coming: Coming, *, keep_previe
     sampler = _sampler(options, keep_previews)
     reward = None if options.reward is None else parse_reward(options.reward)
     if reward is not None:
-        checks.check_reward(reward, images)
+        check_reward(reward, images)
     check(reward is not None or not sampler.needs_reward, "reward", None, f"a reward: {options.sampler} chooses by it")
     if options.out is not None:
         checks.check_output(options.out)
@@ -109,7 +113,7 @@ def _guidance(options: SampleOptions, images: bool, coming: Coming) -> Callable[
     if folder.absolute() not in coming:
         check(folder.exists(), "tuned", str(folder), "a folder that exists, as train policy writes it")
         if not images:
-            from steer.train.folders import read_policy_card
+            from steer.train.policy_folder import read_policy_card
 
             read_policy_card(folder)
 
@@ -125,12 +129,12 @@ def tuned_model(model: Any, folder: Path, images: bool) -> Any:
     is.
     """
     if not images:
-        from steer.adapters.policy import load_policy
+        from steer.adapters.transformers.policy.folder import load_policy
 
         return load_policy(model, folder)
     if not (folder / "steer.json").is_file():
         return model.tuned(folder)
-    from steer.adapters.diffusion_policy import load_diffusion_policy
+    from steer.adapters.diffusers.policy.tuning import load_diffusion_policy
 
     return load_diffusion_policy(model, folder)
 
@@ -198,7 +202,7 @@ def _endpoint_settings(options: GenerateOptions) -> dict[str, Any]:
 
 def _streamed(model: Any, plan: Plan, session: Session) -> Samples:
     """Run a plan and print its one text as it is drawn."""
-    from steer.adapters.streaming import Follower
+    from steer.adapters.transformers.streaming import Follower
 
     follower = Follower(model, plan, lambda piece: session.say(piece.text, end=""))
     samples = execute(plan, follower.step)

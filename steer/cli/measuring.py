@@ -13,8 +13,9 @@ from steer.cli.options import CompareOptions, EvalOptions, GuideOptions, ModelOp
 from steer.cli.session import Run, Session
 from steer.cli.values import pairs, typed
 from steer.core import Sampler, check
-from steer.report import Report, evaluate
+from steer.measure.report import Report, evaluate
 from steer.rewards import parse_reward
+from steer.rewards.kinds import check_reward
 
 __all__ = ["compare", "evaluation", "guide", "race"]
 
@@ -45,7 +46,7 @@ def evaluation(options: EvalOptions, coming: Coming = frozenset()) -> Run:
     prompts = checks.read_prompts(options.prompts)
     strengths = checks.read_strengths(options.strengths)
     reward = parse_reward(options.reward)
-    checks.check_reward(reward, images=False)
+    check_reward(reward, images=False)
     checks.check_decoding(options.temperature, options.max_new_tokens)
     check(options.n >= 1, "n", options.n, "an integer of 1 or more")
     checks.check_beta(options.beta)
@@ -69,16 +70,16 @@ def evaluation(options: EvalOptions, coming: Coming = frozenset()) -> Run:
 
 def compare(options: CompareOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to compare samplers."""
-    from steer.compare import METHODS, Task
-    from steer.compare import compare as measure
-    from steer.picture import draw_curves
+    from steer.measure.compare import METHODS, Task
+    from steer.measure.compare import compare as measure
+    from steer.pictures.charts import draw_curves
 
     checks.check_model(options)
     check(checks.draws_images(options), "model", options.model, "a diffusion model with a judge")
     tasks = [Task.parse(text) for text in options.task]
     check(bool(tasks), "task", options.task, "at least one")
     for task in tasks:
-        checks.check_reward(parse_reward(task.reward), images=True)
+        check_reward(parse_reward(task.reward), images=True)
     for name in options.method:
         check(name in METHODS, "method", name, ", ".join(METHODS))
     _positive(options, "outputs", "particles", "steps", "seeds", "pool")
@@ -102,13 +103,13 @@ def compare(options: CompareOptions, coming: Coming = frozenset()) -> Run:
 
 def race(options: RaceOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to race searches."""
-    from steer.picture import draw_race
-    from steer.race import METHODS
-    from steer.race import race as measure
+    from steer.measure.race import METHODS
+    from steer.measure.race import race as measure
+    from steer.pictures.charts import draw_race
 
     images, prompts = _prompts(options, options.prompts)
     reward = parse_reward(options.reward)
-    checks.check_reward(reward, images=images)
+    check_reward(reward, images=images)
     checks.check_beta(options.beta)
     for name in options.method:
         check(name in METHODS, "method", name, ", ".join(METHODS))
@@ -136,7 +137,7 @@ def race(options: RaceOptions, coming: Coming = frozenset()) -> Run:
 
 def _by_method(options: RaceOptions) -> dict[str, dict[str, Any]]:
     """`METHOD.KEY=VALUE`, against the settings of each method's sampler."""
-    from steer.race import METHODS
+    from steer.measure.race import METHODS
 
     found: dict[str, dict[str, str]] = {}
     for key, value in pairs(options.set).items():
@@ -160,11 +161,11 @@ def _by_method(options: RaceOptions) -> dict[str, dict[str, Any]]:
 
 def guide(options: GuideOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to sweep RL guidance."""
-    from steer.guide import sweep
+    from steer.measure.guide import sweep
 
     images, prompts = _prompts(options, options.prompts)
     reward = parse_reward(options.reward)
-    checks.check_reward(reward, images=images)
+    check_reward(reward, images=images)
     if options.tuned.absolute() not in coming:
         check(options.tuned.is_dir(), "tuned", str(options.tuned), "the folder of a policy")
     _positive(options, "outputs", "particles", "seeds", "steps", "max_new_tokens")

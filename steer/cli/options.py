@@ -32,6 +32,7 @@ __all__ = [
     "TrainVectorOptions",
 ]
 
+
 _Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="A further setting; repeatable.")]
 _Reward = typer.Option(metavar="REWARD", help="For example 'sentiment - 0.3*profanity', module:function or org/name.")
 _Prompts = typer.Option(metavar="FILE.json", help="A JSON list of prompts, each a text or a list of messages.")

@@ -16,16 +16,17 @@ from steer.cli.options import GenerateOptions, ServeOptions
 from steer.cli.session import Run, Session
 from steer.cli.values import pairs, typed
 from steer.core import SteerError, check
-from steer.engine import SAMPLERS
-from steer.mount import split_spec
+from steer.edits import split_spec
+from steer.methods.samplers import SAMPLERS
 from steer.serving.limits import Limits
-from steer.serving.rewards import Rewards
-from steer.wire import EditRequest, SteerRequest, is_loopback
+from steer.serving.reward_store import Rewards
+from steer.serving.wire import EditRequest, SteerRequest, is_loopback
 
 if TYPE_CHECKING:
     from steer.serving.engine import Engine
 
 __all__ = ["serve"]
+
 
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client", "multipart")
 _ENGINES = ("transformers", "vllm")
@@ -94,7 +95,7 @@ def _check_installed(options: ServeOptions) -> None:
     if missing:
         raise SteerError(f"steer serve needs {', '.join(missing)}: pip install steer-engine[serve]")
     if options.engine == "vllm":
-        from steer.adapters._vllm_settings import check_version
+        from steer.adapters.vllm.settings import check_version
 
         check_version()
 
@@ -105,13 +106,13 @@ def _limits(options: ServeOptions) -> Limits:
 
 def _engine(options: ServeOptions, session: Session) -> Engine:
     if options.engine == "vllm":
-        from steer.adapters.vllm_serving import serving_engine
+        from steer.adapters.vllm.server.own_engine import serving_engine
 
         return serving_engine(
             options.model, name=_served_name(options), dtype=options.dtype, max_rows=options.max_rows,
             searches=options.searches, settings=_engine_settings(options),
         )  # fmt: skip
-    from steer.adapters.serving import TransformersEngine
+    from steer.adapters.transformers.serving.engine import TransformersEngine
 
     return TransformersEngine(
         session.load(options), name=_served_name(options), max_rows=options.max_rows, cache_tokens=options.cache_tokens,
@@ -144,7 +145,7 @@ def _served_name(options: ServeOptions) -> str:
 
 def _from_recipe(source: str) -> _Default:
     """The steering of a recipe's last `generate` job."""
-    from steer.recipe import load_recipe
+    from steer.cli.recipe import load_recipe
 
     recipe = load_recipe(source)
     jobs = [step.options for step in recipe.steps if isinstance(step.options, GenerateOptions)]

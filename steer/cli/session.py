@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from steer.cli.options import ModelOptions
-from steer.engine import is_endpoint, load
+from steer.loading import is_endpoint, load
 
 __all__ = ["Run", "Session"]
 

@@ -16,10 +16,11 @@ from steer.cli import checks
 from steer.cli.options import GenerateOptions, SampleOptions
 from steer.cli.session import Session
 from steer.core import Samples, check
-from steer.engine import Plan
-from steer.report import as_json, write_text
+from steer.files import as_json, write_text
+from steer.model import Plan
 
 __all__ = ["Pictures", "by_weight", "is_weighted", "show_samples", "summary"]
+
 
 _COLUMNS, _ROWS = 8, 8
 """Largest numbers of times and of images in the picture of previews."""
@@ -193,7 +194,7 @@ class Pictures:
         return captions if any(captions) else None
 
     def _draw_lineage(self, path: Path, samples: Samples) -> bool:
-        from steer.lineage import draw_lineage
+        from steer.pictures.lineage import draw_lineage
 
         trace = (samples.trace if samples.pool is None else samples.pool.trace) or []
         moves = [entry for entry in trace[:-1] if bool(entry.resampled.any())]
@@ -211,7 +212,7 @@ class Pictures:
         return True
 
     def _draw_tree(self, path: Path, samples: Samples) -> bool:
-        from steer.lineage import draw_tree
+        from steer.pictures.tree import draw_tree
 
         assert samples.trace is not None
         forest = samples.trace[0]
@@ -226,7 +227,7 @@ class Pictures:
         return True
 
     def _draw_previews(self, path: Path, samples: Samples) -> bool:
-        from steer.lineage import draw_previews
+        from steer.pictures.lineage import draw_previews
 
         draw_previews(path, self.previews, self.steps)
         return True

@@ -26,6 +26,7 @@ from steer.cli.session import Run, Session
 from steer.cli.values import pairs, typed
 from steer.core import Reward, check
 from steer.rewards import parse_reward
+from steer.rewards.kinds import check_reward
 
 __all__ = ["train_controller", "train_images", "train_policy", "train_value", "train_vector"]
 
@@ -62,7 +63,7 @@ def train_value(options: TrainValueOptions, coming: Coming = frozenset()) -> Run
     _check_training(options)
     prompts = checks.read_prompts(options.prompts)
     reward = parse_reward(options.reward)
-    checks.check_reward(reward, images=False)
+    check_reward(reward, images=False)
     settings = _settings(train, options, "train value")
     return _trainer(
         options, lambda model, more: train(model, prompts, reward.bind(model), **settings, **more), options.keep_work
@@ -118,7 +119,7 @@ def train_policy(options: TrainPolicyOptions, coming: Coming = frozenset()) -> R
     check(free, "out", f"{options.out} (a folder with other things in it)", "a new folder, or a policy's")
     reward = None if options.reward is None else parse_reward(options.reward)
     if reward is not None:
-        checks.check_reward(reward, images)
+        check_reward(reward, images)
     train, data, settings = (_tune_images if images else _tune_text)(options, reward)
 
     def run(session: Session) -> None:
@@ -136,9 +137,9 @@ Tuner = tuple[Callable[..., Any], Any, dict[str, Any]]
 
 
 def _tune_text(options: TrainPolicyOptions, reward: Reward | None) -> Tuner:
-    from steer.adapters._policy_data import COLUMNS, Tuning
-    from steer.adapters._policy_trl import require_libraries
-    from steer.adapters.policy import METHODS, train_policy
+    from steer.adapters.transformers.policy.data import COLUMNS, METHODS, Tuning
+    from steer.adapters.transformers.policy.trl import require_libraries
+    from steer.adapters.transformers.policy.tuning import train_policy
 
     check(options.method in METHODS, "method", options.method, f"{', '.join(METHODS)} (a language model)")
     check(not options.class_, "class", options.class_, f"unset: {options.model} writes text")
@@ -163,8 +164,8 @@ def _tune_text(options: TrainPolicyOptions, reward: Reward | None) -> Tuner:
 
 
 def _tune_images(options: TrainPolicyOptions, reward: Reward | None) -> Tuner:
-    from steer.adapters.diffusion_policy import train_diffusion_policy
-    from steer.train.diffusion_policy import METHODS, PolicySettings
+    from steer.adapters.diffusers.policy.tuning import train_diffusion_policy
+    from steer.train.diffusion_policy.inputs import METHODS, PolicySettings
 
     check(options.method in METHODS, "method", options.method, f"{', '.join(METHODS)} (a diffusion model)")
     settings = {**_given(options), **_settings(train_diffusion_policy, options, "train policy")}
@@ -203,8 +204,8 @@ def _wanted(wanted: bool, method: str) -> str:
 def train_images(options: TrainImagesOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to train the embedded diffusion model again."""
     import steer.adapters.diffusers  # noqa: F401  # says what to install where it is missing
-    from steer.adapters.unet import train_fashion as train
-    from steer.train.images import read_idx
+    from steer.adapters.diffusers.fashion import train_fashion as train
+    from steer.train.fashion.images import read_idx
 
     check(options.steps >= 1, "steps", options.steps, "an integer of 1 or more")
     checks.check_folder(options.out)

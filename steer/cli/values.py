@@ -14,6 +14,7 @@ from steer.core import InputError, check
 
 __all__ = ["build", "check_known", "coerce", "pairs", "spelled", "typed"]
 
+
 T = TypeVar("T")
 
 

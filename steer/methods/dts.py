@@ -27,12 +27,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from steer._forest import Forest
 from steer.core import Ability, Process, Prompt, Reward, Sampler, Samples, check
-from steer.lookahead import Lookahead
-from steer.tree import Tree, picked
+from steer.sampling.forest import Forest
+from steer.sampling.lookahead import Lookahead
+from steer.sampling.tree import Tree, picked
 
-__all__ = ["DTS", "Forest", "SearchDTS"]
+__all__ = ["DTS", "SearchDTS"]
 
 
 @dataclass(frozen=True)

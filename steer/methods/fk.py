@@ -28,19 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.core import (
-    Ability,
-    Cost,
-    Process,
-    Prompt,
-    Reward,
-    Sampler,
-    Samples,
-    UnsupportedError,
-    check,
-)
-from steer.lookahead import Lookahead, Preview
-from steer.weights import RESAMPLERS, effective_sample_size, log_mean_exp, resample
+from steer.core import Ability, Cost, Process, Prompt, Reward, Sampler, Samples, UnsupportedError, check
+from steer.sampling.lookahead import Lookahead, Preview
+from steer.sampling.weights import RESAMPLERS, effective_sample_size, log_mean_exp, resample
 
 __all__ = ["FKSteering", "Generation"]
 

@@ -15,6 +15,7 @@ from steer.core import Prompt, PromptEdit, RawText, SteerError, check
 
 __all__ = ["DirectionalStimulus", "HintPolicy", "SystemPrompt"]
 
+
 _KEPT = 4096
 _SLOTS = re.compile(r"(\{prompt\}|\{hint\})")
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from steer.core import Ability, Cost, Process, Prompt, Reward, Sampler, Samples, check, check_whole
-from steer.lookahead import Lookahead, Preview
-from steer.weights import resample
+from steer.sampling.lookahead import Lookahead, Preview
+from steer.sampling.weights import resample
 
 __all__ = ["SVDD"]
 

@@ -18,6 +18,7 @@ from steer.core import Context, Process, TransitionEdit, check
 
 __all__ = ["QHead", "ValueGuidance", "ValueHead"]
 
+
 Value = Callable[[Context, Tensor], Tensor]
 """`(context, candidates [N, K]) -> [N, K]`: the value of the prefix after each candidate."""
 

@@ -15,6 +15,7 @@ from steer.methods.operators import Ablate, Add, Clamp, KeepNorm, Probe, Rotate,
 
 __all__ = ["OPERATORS", "Gate", "SteeringVector", "check_model"]
 
+
 OPERATORS = ("add", "ablate", "clamp", "rotate")
 
 

@@ -3,7 +3,9 @@
 `parse_reward("0.7*sentiment - 0.3*length:target=20")` reads one from text; in Python the shipped ones compose directly.
 """
 
-from .algebra import (
+from __future__ import annotations
+
+from steer.rewards.algebra import (
     Cached,
     CallableReward,
     Clipped,
@@ -15,8 +17,8 @@ from .algebra import (
     lift,
     scores_of,
 )
-from .ensemble import Constrained, Ensemble, solve_multiplier
-from .image import (
+from steer.rewards.ensemble import Constrained, Ensemble, solve_multiplier
+from steer.rewards.image import (
     Brightness,
     Classifier,
     Compressibility,
@@ -27,9 +29,9 @@ from .image import (
     Symmetry,
     images_of,
 )
-from .likelihood import Fluency, Perplexity, Scorer
-from .parse import as_reward, parse_reward, register, shipped
-from .text import (
+from steer.rewards.likelihood import Fluency, Perplexity, Scorer
+from steer.rewards.parse import as_reward, parse_reward, register, shipped
+from steer.rewards.text import (
     Keywords,
     Length,
     Profanity,
@@ -95,6 +97,7 @@ __all__ = [
     "solve_multiplier",
     "symmetry",
 ]
+
 
 sentiment, readability, length, profanity = Sentiment(), Readability(), Length(), Profanity()
 fluency, perplexity = Fluency(), Perplexity()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import InputError, Reward, Samples, UnsupportedError, check
+from steer.core import InputError, Reward, Samples, UnsupportedError, check
 
 __all__ = [
     "Cached",

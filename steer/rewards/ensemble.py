@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..core import Samples, SteerError, check
-from .algebra import Composable, lift, scores_of
+from steer.core import Samples, SteerError, check
+from steer.rewards.algebra import Composable, lift, scores_of
 
 __all__ = ["Constrained", "Ensemble", "solve_multiplier"]
 

@@ -13,9 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..core import InputError, Samples, SteerError, UnsupportedError, check
-from .algebra import Composable
-from .text import _quoted
+from steer.core import InputError, Samples, SteerError, UnsupportedError, check
+from steer.rewards.algebra import Composable
+from steer.rewards.text import quoted
 
 __all__ = [
     "Brightness",
@@ -197,4 +197,4 @@ class ImageClass(Composable):
         return log_probs[:, self._index(self.classifier)].logsumexp(1)
 
     def __repr__(self) -> str:
-        return "class:" + ",".join(label if label.isalnum() else _quoted(label) for label in self.labels)
+        return "class:" + ",".join(label if label.isalnum() else quoted(label) for label in self.labels)

@@ -9,8 +9,9 @@ from steer.rewards.algebra import members_of
 
 __all__ = ["check_reward"]
 
-_TEXT_REWARDS = frozenset({"steer.rewards.text", "steer.rewards.likelihood", "steer.adapters.rewards"})
-_IMAGE_REWARDS = frozenset({"steer.rewards.image", "steer.adapters.image_rewards"})
+
+_TEXT_REWARDS = frozenset({"steer.rewards.text", "steer.rewards.likelihood", "steer.adapters.rewards.text"})
+_IMAGE_REWARDS = frozenset({"steer.rewards.image", "steer.adapters.rewards.images"})
 
 
 def check_reward(reward: Reward, images: bool) -> None:

@@ -8,11 +8,12 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..core import Samples, SteerError, UnsupportedError
-from .algebra import Composable
-from .text import texts_of
+from steer.core import Samples, SteerError, UnsupportedError
+from steer.rewards.algebra import Composable
+from steer.rewards.text import texts_of
 
 __all__ = ["EMPTY_LOG_PROB", "Fluency", "Perplexity", "Scorer"]
+
 
 EMPTY_LOG_PROB = -10.0
 """`fluency` of an output without tokens, in nats: low, so that saying nothing does not win."""

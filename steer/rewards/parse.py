@@ -23,13 +23,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core import InputError, Reward, SteerError, check
-from .algebra import CallableReward, Composable, Constant, combine, lift
-from .image import Brightness, Compressibility, Contrast, ImageClass, Incompressibility, Sharpness, Symmetry
-from .likelihood import Fluency, Perplexity
-from .text import Keywords, Length, Profanity, Readability, Refusal, Rouge, Sentiment
+from steer.core import InputError, Reward, SteerError, check
+from steer.rewards.algebra import CallableReward, Composable, Constant, combine, lift
+from steer.rewards.image import (
+    Brightness,
+    Compressibility,
+    Contrast,
+    ImageClass,
+    Incompressibility,
+    Sharpness,
+    Symmetry,
+)
+from steer.rewards.likelihood import Fluency, Perplexity
+from steer.rewards.text import Keywords, Length, Profanity, Readability, Refusal, Rouge, Sentiment
 
 __all__ = ["as_reward", "parse_reward", "register", "shipped"]
+
 
 _FORMS = 'module:function, a folder, or a model id org/name ("quoted" inside arithmetic)'
 _WORD = r"""[^\s,"'+\-*/():=][^\s,"+\-*/():=]*"""
@@ -257,7 +266,7 @@ def _model(source: str, items: list[tuple[str | None, str]], given: str, trusted
     check(len(items) <= 1 and not options, "reward", given, f"{source!r} or {source!r}:LABEL")
     local = Path(source).expanduser().is_dir() or source.startswith((".", "/", "~"))
     check(local or bool(_MODEL_ID.fullmatch(source)), "reward", given, _allowed())
-    from steer.adapters.rewards import ModelReward
+    from steer.adapters.rewards.text import ModelReward
 
     return ModelReward(source, label=label)
 
@@ -279,25 +288,25 @@ def _image_class(*labels: str) -> Reward:
 
 
 def _clip(text: str | None = None, *, model: str | None = None) -> Reward:
-    from steer.adapters.image_rewards import ClipReward
+    from steer.adapters.rewards.images import ClipReward
 
     return ClipReward(text) if model is None else ClipReward(text, model)
 
 
 def _pickscore(text: str | None = None) -> Reward:
-    from steer.adapters.image_rewards import PickScore
+    from steer.adapters.rewards.images import PickScore
 
     return PickScore(text)
 
 
 def _aesthetic(*, head: str, model: str | None = None) -> Reward:
-    from steer.adapters.image_rewards import AestheticReward
+    from steer.adapters.rewards.images import AestheticReward
 
     return AestheticReward(head) if model is None else AestheticReward(head, model)
 
 
 def _classifier(label: str | None = None, *, model: str) -> Reward:
-    from steer.adapters.image_rewards import ImageClassifierReward
+    from steer.adapters.rewards.images import ImageClassifierReward
 
     return ImageClassifierReward(model, label)
 

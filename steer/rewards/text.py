@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import InputError, Samples, check
-from .algebra import Composable
+from steer.core import InputError, Samples, check
+from steer.rewards.algebra import Composable
 
 __all__ = [
     "Keywords",
@@ -36,6 +36,7 @@ __all__ = [
     "texts_of",
     "words",
 ]
+
 
 _REFUSAL = re.compile(
     r"\b(?:i'm sorry|i am sorry|sorry, (?:but )?i|i apologi[sz]e|i can't|i cannot|i can not|i won't|i will not"
@@ -190,10 +191,10 @@ class Keywords(TextReward):
         return sum(bool(_keyword_pattern(k).search(folded)) for k in self.keywords) / len(self.keywords)
 
     def __repr__(self) -> str:
-        return "keywords:" + ",".join(k if k.isalnum() else _quoted(k) for k in self.keywords)
+        return "keywords:" + ",".join(k if k.isalnum() else quoted(k) for k in self.keywords)
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     return f"'{text}'" if '"' in text else f'"{text}"'
 
 
@@ -280,7 +281,7 @@ class Rouge(Composable):
 
     def __repr__(self) -> str:
         kinds = "rouge" if len(self.kinds) == 3 else f"rouge-{'/'.join(self.kinds)}"
-        return f"{kinds}:{_quoted(self.references)}" if isinstance(self.references, str) else kinds
+        return f"{kinds}:{quoted(self.references)}" if isinstance(self.references, str) else kinds
 
 
 def _rouge_f(text: list[str], reference: list[str], kind: str) -> float:

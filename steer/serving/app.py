@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, PlainTextResponse
 
-from steer.serving import errors, registry, writing
-from steer.serving.artifacts import Store
+from steer.serving import errors
+from steer.serving.artifact_store import Store
 from steer.serving.engine import Engine
-from steer.serving.errors import Refused
 from steer.serving.gate import Gate
 from steer.serving.guard import Guard
 from steer.serving.idle import Idle
 from steer.serving.limits import Limits
 from steer.serving.metrics import CountedRequests, Metrics
-from steer.serving.protocol import ErrorAnswer, Health, Model, ModelList, RegisterRequest
-from steer.serving.rewards import Rewards
+from steer.serving.protocol import RegisterRequest
+from steer.serving.reward_store import Rewards
+from steer.serving.routes import completions, registry
+from steer.serving.routes.models import add_own_routes, add_small_routes
 from steer.serving.server import Server
 from steer.serving.tasks import Tasks
-from steer.wire import SteerRequest
+from steer.serving.wire import SteerRequest
 
 __all__ = ["create_app"]
 
@@ -45,7 +45,7 @@ def create_app(
     """An OpenAI-compatible application.
 
     Args:
-        engine: what generates, such as `steer.adapters.serving.TransformersEngine`.
+        engine: what generates, such as `steer.adapters.transformers.serving.engine.TransformersEngine`.
         artifacts: folder of registered vectors, controllers and value heads.
         files: artifacts elsewhere, registered under their names.
         keys: API keys, any of which opens; without one everybody may ask.
@@ -76,76 +76,16 @@ def create_app(
                   docs_url=None, redoc_url=None, redirect_slashes=False)  # fmt: skip
     app.state.server = server
     errors.install(app)
-    app.include_router(writing.router(server))
+    app.include_router(completions.router(server))
     app.include_router(registry.router(server))
     if alone:
-        _add_small_routes(app, server)
-    _add_own_routes(app, server)
+        add_small_routes(app, server)
+    add_own_routes(app, server)
     app.add_middleware(Guard, keys=tuple(keys), local=local and not keys, body_bytes=limits.body_bytes,
                        artifact_bytes=limits.artifact_bytes)  # fmt: skip
     app.add_middleware(CountedRequests, metrics=metrics)
     _describe(app, server.names, bool(keys))
     return app
-
-
-_DENIED: dict[int | str, dict[str, Any]] = {
-    401: {"model": ErrorAnswer, "description": "The API key is wrong or missing."},
-    403: {"model": ErrorAnswer, "description": "A server without a key was asked from elsewhere."},
-}
-
-
-def _add_small_routes(app: FastAPI, server: Server) -> None:
-    """What every server of OpenAI's kind has."""
-    engine = server.engine
-
-    def model() -> Model:
-        return Model(id=engine.name, created=server.created, max_model_len=engine.context_length)
-
-    @app.get("/v1/models", response_model=ModelList, responses=_DENIED, tags=["openai"])
-    async def models() -> ModelList:
-        """The one model that is served."""
-        return ModelList(data=[model()])
-
-    @app.get(
-        "/v1/models/{name:path}", response_model=Model, tags=["openai"],
-        responses={**_DENIED, 404: {"model": ErrorAnswer, "description": "No such model."}},
-    )  # fmt: skip
-    async def one_model(name: str) -> Model:
-        """One model."""
-        if name != engine.name:
-            raise Refused(404, f"model: got {name!r}; allowed: {engine.name}", "model", "model_not_found")
-        return model()
-
-    @app.get(
-        "/health", response_model=Health, tags=["server"],
-        responses={503: {"model": Health, "description": "The server is shutting down."}},
-    )  # fmt: skip
-    async def health() -> JSONResponse:
-        """Whether requests are taken."""
-        draining = server.gate.draining
-        return JSONResponse({"status": "draining" if draining else "ok"}, 503 if draining else 200)
-
-    @app.get("/metrics", response_class=PlainTextResponse, responses=_DENIED, tags=["server"])
-    async def metrics() -> PlainTextResponse:
-        """Counters in Prometheus's text format."""
-        return _counters(server)
-
-
-def _add_own_routes(app: FastAPI, server: Server) -> None:
-    """The same under steer's own path, where it is not the server's only application."""
-
-    @app.get("/v1/steer/metrics", response_class=PlainTextResponse, responses=_DENIED, tags=["steer"])
-    async def metrics() -> PlainTextResponse:
-        """Counters of steering in Prometheus's text format."""
-        return _counters(server)
-
-    @app.get("/v1/steer/openapi.json", include_in_schema=False)
-    async def description() -> JSONResponse:
-        return JSONResponse(app.openapi())
-
-
-def _counters(server: Server) -> PlainTextResponse:
-    return PlainTextResponse(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _describe(app: FastAPI, models: Sequence[str], keys: bool) -> None:

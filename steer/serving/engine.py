@@ -7,14 +7,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from steer.core import Cost, Prompt, Reward, Sampler
-from steer.errors import SteerError
-from steer.wire import EditRequest
+from steer.core import Cost, Prompt, Reward, Sampler, SteerError
+from steer.serving.wire import EditRequest
 
 __all__ = [
-    "Delta", "Ended", "Engine", "Event", "Finished", "Load", "NamedEdit", "Progress", "Sampling", "Started", "Steering",
-    "Task", "TokenLogprob", "TokenPrompt", "TooLargeError",
-]  # fmt: skip
+    "Delta",
+    "Ended",
+    "Engine",
+    "Event",
+    "Finished",
+    "Load",
+    "NamedEdit",
+    "Progress",
+    "Sampling",
+    "Started",
+    "Steering",
+    "Task",
+    "TokenLogprob",
+    "TokenPrompt",
+    "TooLargeError",
+]
 
 
 class TooLargeError(SteerError):

@@ -17,6 +17,7 @@ from steer.serving.engine import TooLargeError
 
 __all__ = ["Refused", "answer", "install"]
 
+
 log = logging.getLogger("steer.serving")
 
 _TYPES = {

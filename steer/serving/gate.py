@@ -13,6 +13,7 @@ from steer.serving.idle import Idle
 
 __all__ = ["Gate", "Gone", "while_wanted"]
 
+
 T = TypeVar("T")
 
 

@@ -13,9 +13,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.serving.errors import Refused, answer
-from steer.wire import is_loopback
+from steer.serving.wire import is_loopback
 
 __all__ = ["Guard"]
+
 
 _OPEN = ("/health",)
 """Paths that need no key."""

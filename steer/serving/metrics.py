@@ -9,11 +9,12 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from steer.serving.artifacts import Store
+from steer.serving.artifact_store import Store
 from steer.serving.engine import Engine
 from steer.serving.gate import Gate
 
 __all__ = ["CountedRequests", "Metrics"]
+
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 300)
 

@@ -6,12 +6,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
-from steer.wire import SteerRequest
+from steer.serving.wire import SteerRequest
 
 __all__ = [
-    "Artifact", "ArtifactList", "ChatAnswer", "ChatRequest", "CompletionAnswer", "CompletionRequest", "Deleted",
-    "ErrorAnswer", "Health", "Model", "ModelList", "RegisterRequest", "RewardList",
-]  # fmt: skip
+    "Artifact",
+    "ArtifactList",
+    "ChatAnswer",
+    "ChatRequest",
+    "CompletionAnswer",
+    "CompletionRequest",
+    "Deleted",
+    "ErrorAnswer",
+    "Health",
+    "Model",
+    "ModelList",
+    "RegisterRequest",
+    "RewardList",
+]
 
 
 def _encodable(text: str) -> str:

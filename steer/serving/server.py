@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from steer.serving.artifacts import Store
+from steer.serving.artifact_store import Store
 from steer.serving.engine import Engine
 from steer.serving.gate import Gate
 from steer.serving.metrics import Metrics

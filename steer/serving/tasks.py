@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from steer.core import InputError, Prompt, RawText, Reward, Sampler, check
-from steer.engine import SAMPLERS
-from steer.lookahead import Lookahead, Preview, Rollouts
-from steer.serving.artifacts import Store, UnknownArtifactError
+from steer.methods.samplers import SAMPLERS
+from steer.sampling.lookahead import Lookahead, Preview, Rollouts
+from steer.serving.artifact_store import Store, UnknownArtifactError
 from steer.serving.engine import NamedEdit, Sampling, Steering, Task, TokenPrompt, TooLargeError
 from steer.serving.limits import Limits
 from steer.serving.protocol import ChatRequest, CompletionRequest
-from steer.serving.rewards import Rewards
-from steer.wire import SteerRequest
+from steer.serving.reward_store import Rewards
+from steer.serving.wire import SteerRequest
 
 __all__ = ["Tasks"]
+
 
 _POPULATION = {"best-of-n": "n", "fk": "num_particles", "svdd": "num_candidates", "dts": "rollouts",
                "dts-star": "rollouts"}  # fmt: skip

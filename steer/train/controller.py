@@ -27,6 +27,7 @@ from steer.train.loop import fit
 
 __all__ = ["ANSWERS", "REFUSALS", "train_controller"]
 
+
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
     "I'm sorry, but I can't assist with that request.",
@@ -177,7 +178,7 @@ def _inputs(asked: str, paper: bool, depth: int) -> list[int]:
     """Layers to read: the last third in the paper; by default every other one of the middle, which generalise
     better.
     """
-    from steer.mount import parse_layers
+    from steer.edits import parse_layers
 
     if asked:
         return parse_layers(asked, list(range(depth)))
@@ -287,7 +288,7 @@ class _Lesson:
         """Read every prompt once: states of the layers in `reads` `[N, len(reads) * D]` for all, and for the training
         rows their caches and, on the negative ones, the model's own reply.
         """
-        from steer.adapters.learning import read_prefix
+        from steer.adapters.transformers.learning import read_prefix
 
         self.states = torch.empty(len(self.ids), len(reads) * self.model.info.width)
         with ticking(progress, "reading prompts", len(self.ids)) as tick:
@@ -335,7 +336,7 @@ class _Lesson:
         return total
 
     def _reply(self, batch: _Batch, replies: list[list[int]], program: dict[int, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        from steer.adapters.learning import reply_logits
+        from steer.adapters.transformers.learning import reply_logits
 
         last = [self.ids[i][-1] for i in batch.rows]
         return reply_logits(self.model, last, replies, batch.keys, batch.mask, program)

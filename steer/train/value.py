@@ -217,7 +217,7 @@ def _read(path: Path, identity: str) -> dict[str, Tensor]:
 def _roll(
     model: Any, prompts: Sequence[Prompt], reward: Reward, settings: dict[str, Any], first: int
 ) -> dict[str, Tensor]:
-    from steer.adapters.learning import rollout_features
+    from steer.adapters.transformers.learning import rollout_features
 
     drawn = model.generate(
         list(prompts), n=settings["samples"], temperature=settings["temperature"], reward=reward,

@@ -50,7 +50,7 @@ def train_vector(
     Raises:
         InputError: a bad row, method, pool or layer.
     """
-    from steer.mount import parse_layers
+    from steer.edits import parse_layers
 
     check(method in METHODS, "method", method, ", ".join(METHODS))
     check(pool in ("last", "mean"), "pool", pool, "last, mean")

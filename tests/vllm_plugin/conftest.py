@@ -20,7 +20,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture(scope="session")
 def folder() -> Any:
     """The embedded model's folder."""
-    from steer.models import find, resolve
+    from steer.embedded import find, resolve
 
     if not find("smollm2-135m").fetched:
         pytest.skip("smollm2-135m is not in the cache: run `steer models fetch smollm2-135m`")

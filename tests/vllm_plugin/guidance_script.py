@@ -51,10 +51,10 @@ def served(new: int, name: str, folder: str) -> list[list[int]]:
     from vllm_tools import PROMPTS, SETTINGS
 
     from steer import RawText
-    from steer.adapters._vllm_writing import written
-    from steer.adapters.vllm_serving import serving_engine
+    from steer.adapters.vllm.server.own_engine import serving_engine
+    from steer.adapters.vllm.server.writing import written
     from steer.serving.engine import NamedEdit, Sampling, Steering, Task
-    from steer.wire import EditRequest
+    from steer.serving.wire import EditRequest
 
     settings = {**SETTINGS, "additional_config": {"steer": {"tuned": {"polite": folder}}}}
     engine = serving_engine(name, dtype="float32", settings=settings)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from vllm_tools import MISSING, PROMPTS, SETTINGS, greedy, guide, vector
 
 import steer
-from steer.adapters._vllm_tuned import open_tuned
+from steer.adapters.vllm.plugin.tuned import open_tuned
 from steer.core import InputError, UnsupportedError
 from steer.methods.rlg import RLGuidance
 
@@ -335,7 +335,7 @@ def test_scales_of_adapters(base: Any, tmp_path: Path) -> None:
 
 def test_mixtures() -> None:
     """Bit for bit where it can be, and what either model excludes stays out."""
-    from steer.adapters._vllm_pair import mixed
+    from steer.adapters.vllm.plugin.mixture import mixed
 
     generator = torch.Generator().manual_seed(0)
     base, one, two = (torch.randn(5, 7, generator=generator) for _ in range(3))
@@ -352,7 +352,7 @@ def test_mixtures() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_travel_with_the_states(dtype: torch.dtype) -> None:
     """In any precision, to the last bit, whatever rows are taken."""
-    from steer.adapters._vllm_pair import Mixture
+    from steer.adapters.vllm.plugin.mixture import Mixture
 
     def params(request_id: str) -> tuple[Any, int]:
         asked = {"plain": [], "a": [(0, 1.6)], "b": [(0, -0.3), (1, 1 / 3)]}[request_id]

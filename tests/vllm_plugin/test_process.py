@@ -10,9 +10,9 @@ from vllm_tools import PROMPTS, controller, greedy, vector
 
 from steer import RawText, SystemPrompt
 from steer.core import InputError
-from steer.engine import make_sampler
 from steer.methods.best_of_n import BestOfN
 from steer.methods.fk import FKSteering
+from steer.methods.samplers import make_sampler
 from steer.rewards.algebra import lift
 
 

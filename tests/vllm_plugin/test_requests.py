@@ -13,16 +13,18 @@ from torch import Tensor
 from vllm_tools import controller
 
 from steer import Gate, SteeringVector
-from steer.adapters._vllm_artifacts import Artifact, pack
-from steer.adapters._vllm_front import FrontEnd, Inside, block_key, digests
-from steer.adapters._vllm_ops import BlockSteering, closed_form
-from steer.adapters._vllm_rows import Compiled, Row, Slots, form, merged, stages_of
-from steer.adapters._vllm_settings import Settings
+from steer.adapters.vllm.artifacts import Artifact, pack
+from steer.adapters.vllm.plugin.blocks import BlockSteering, closed_form
+from steer.adapters.vllm.plugin.compiled import Compiled, Row, form, merged, stages_of
+from steer.adapters.vllm.plugin.registry import FrontEnd
+from steer.adapters.vllm.plugin.requests import Inside, block_key, digests
+from steer.adapters.vllm.plugin.slots import Slots
+from steer.adapters.vllm.settings import Settings
 from steer.core import InputError, ModelInfo, Operator, Scope, SteerError, UnsupportedError
 from steer.methods.controller import Controller
 from steer.methods.operators import Ablate, Add, Clamp, KeepNorm, Probe, Rotate, Where
 from steer.methods.value import HeadValue, QHead, ValueGuidance
-from steer.wire import EditRequest
+from steer.serving.wire import EditRequest
 
 WIDTH, DEPTH = 6, 4
 
@@ -324,7 +326,7 @@ def test_slots_grow_where_nothing_is_captured() -> None:
 
 
 def test_settings_are_checked() -> None:
-    from steer.adapters._vllm_settings import need
+    from steer.adapters.vllm.settings import need
 
     need(settings(), reads=(1,), layers=(0,), stages=2)
     with pytest.raises(InputError, match="stages"):

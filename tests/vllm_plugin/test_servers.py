@@ -20,7 +20,7 @@ from serving_tools import Running, serving, vllm_serving, write_vector
 from vllm_tools import DEPTH, MISSING, WIDTH
 
 from steer.core import InputError
-from steer.serving.artifacts import Store
+from steer.serving.artifact_store import Store
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
@@ -33,7 +33,7 @@ STEERED = {"model": "tiny", "messages": CHAT, "max_tokens": 4, "steer": {}}
 
 def asked(body: bytes, path: str = "/v1/chat/completions", method: str = "POST", pieces: int = 1, **scope: Any) -> Any:
     """Which application was asked, and what it read; or an error that neither had to do with."""
-    from steer.adapters._vllm_http_dispatch import Dispatch
+    from steer.adapters.vllm.server.dispatch import Dispatch
 
     size = -(-len(body) // pieces) or 1
     parts = [body[i : i + size] for i in range(0, len(body), size)] or [b""]
@@ -120,7 +120,7 @@ def vllm_app(*arguments: str) -> Any:
 
 @pytest.fixture(scope="module")
 def small_engine(tiny_lm: Any) -> Iterator[Any]:
-    from steer.adapters.serving import TransformersEngine
+    from steer.adapters.transformers.serving.engine import TransformersEngine
 
     engine = TransformersEngine(tiny_lm, name="tiny")
     yield engine
@@ -129,7 +129,7 @@ def small_engine(tiny_lm: Any) -> Iterator[Any]:
 
 def beside(engine: Any, *arguments: str) -> TestClient:
     """A client of vLLM's application with steer's in it, which draws from `engine`."""
-    from steer.adapters.vllm_http import _is_local, _keys
+    from steer.adapters.vllm.server.endpoints import _is_local, _keys
     from steer.serving.app import create_app
 
     app, args = vllm_app(*arguments)
@@ -201,7 +201,7 @@ def config(tiny_lm_dir: Any, steer: Any, **more: Any) -> Any:
 
 
 def test_settings_of_the_server(tiny_lm_dir: Any, tmp_path: Any) -> None:
-    from steer.adapters.vllm_http import _settings
+    from steer.adapters.vllm.server.endpoints import _settings
 
     server = {"artifacts": str(tmp_path), "allow_reward": ["mine=sentiment"], "limits": {"tokens": 7}}
     vllm_config = config(tiny_lm_dir, {"artifacts": 20, "server": server})

@@ -38,7 +38,7 @@ from steer.serving.engine import (
     Task,
     TokenPrompt,
 )
-from steer.wire import EditRequest
+from steer.serving.wire import EditRequest
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING or "vLLM is there")
 
@@ -49,7 +49,7 @@ GREEDY = Sampling(max_tokens=12, temperature=0)
 
 @pytest.fixture(scope="module")
 def ours(folder: Any) -> Iterator[Any]:
-    from steer.adapters.vllm_serving import serving_engine
+    from steer.adapters.vllm.server.own_engine import serving_engine
 
     # Room for two artifacts, so that they come and go all the time.
     settings = {"max_model_len": 256, "max_num_batched_tokens": 64, "additional_config": {"steer": {"artifacts": 2}}}
@@ -65,7 +65,7 @@ def ours(folder: Any) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def theirs(folder: Any) -> Iterator[Any]:
-    from steer.adapters.serving import TransformersEngine
+    from steer.adapters.transformers.serving.engine import TransformersEngine
 
     model = steer.load("smollm2-135m", dtype="float32", device="cpu")
     engine = TransformersEngine(model, max_rows=16)
@@ -76,7 +76,7 @@ def theirs(folder: Any) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Artifacts of every kind."""
-    from steer.adapters._vllm_artifacts import pack
+    from steer.adapters.vllm.artifacts import pack
 
     edits = {"vector": vector(1.0), "other": vector(1.0, seed=1), "clamp": vector(2.0, operator="clamp"),
              "controller": controller(strength=2.0), "value": guide(beta=None)}  # fmt: skip

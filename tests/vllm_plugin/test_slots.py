@@ -19,11 +19,11 @@ from vllm_tools import PROMPTS, controller
 from vllm_tools import vector as real_vector
 
 from steer import Gate
-from steer.adapters._vllm_artifacts import pack
-from steer.adapters._vllm_front import FrontEnd, model_info
-from steer.adapters._vllm_rows import rows_of
-from steer.adapters._vllm_settings import settings_of
-from steer.adapters.vllm_worker import Worker
+from steer.adapters.vllm.artifacts import pack
+from steer.adapters.vllm.plugin.compiled import rows_of
+from steer.adapters.vllm.plugin.registry import FrontEnd
+from steer.adapters.vllm.plugin.worker import Worker
+from steer.adapters.vllm.settings import model_info, settings_of
 from steer.core import InputError, SteerError
 from steer.methods.operators import Probe
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from vllm_tools import PROMPTS, WIDTH, greedy, guide, vector
 
-from steer.adapters._text_law import laws
+from steer.adapters.transformers.law import laws
 from steer.core import InputError
 from steer.methods.value import HeadValue, ValueGuidance, ValueHead
 
@@ -61,7 +61,7 @@ def taken(state: Any, token: int) -> Any:
 def test_the_likeliest_candidates(vocabulary: int, k: int) -> None:
     """Against `topk` of the whole row, with masked tokens and, in bfloat16's precision, many equal ones."""
     pytest.importorskip("vllm")
-    from steer.adapters.vllm_values import likeliest
+    from steer.adapters.vllm.plugin.values import likeliest
 
     logits = torch.randn(16, vocabulary, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     logits[3, 40:] = -torch.inf

@@ -1,0 +1,116 @@
+"""`DiffusionModel`: what `load` returns, whatever network or pipeline it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from steer.core import check
+from steer.diffusion import DiffusionProcess, Schedule
+from steer.diffusion.state import Denoiser
+from steer.model import Model
+
+
+class Classifier(nn.Module):
+    """A classifier that a model brings: log-probabilities `[N, len(classes)]` of images `[N, C, H, W]` in [0, 1]."""
+
+    def __init__(self, net: nn.Module, classes: Sequence[str]) -> None:
+        super().__init__()
+        self.net, self.classes = net, list(classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What its last layer sees of images `[N, D]`, where the network shows it."""
+        shown: Any = self.net
+        check(hasattr(shown, "features"), "classifier", type(shown).__name__, "a network with features")
+        return shown.features(images)
+
+
+class Source(Protocol):
+    """What a `DiffusionModel` is made of."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def make(
+        self, steps: int, eta: float, guidance_scale: float | None, scheduler: Any, kind: str | None, batch: int,
+        options: dict[str, Any],
+    ) -> tuple[Denoiser, Schedule]: ...  # fmt: skip
+
+    def tuned(self, what: Any) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusionModel(Model):
+    """A diffusion model ready to be steered. Networks and pipelines are never changed.
+
+    Attributes:
+        source: a network with its scheduler, or a pipeline.
+        classes: what a class-conditional model can be asked for, by name.
+        classifier: the model's own classifier of its images, for rewards such as `class:boot`.
+        judge: another one that no reward uses, by whose features populations are compared.
+    """
+
+    source: Source
+    name: str
+    classes: list[str] | None = None
+    classifier: Classifier | None = field(default=None, repr=False)
+    judge: Classifier | None = field(default=None, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.source.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    def process(
+        self,
+        *,
+        steps: int = 25,
+        eta: float = 1.0,
+        guidance_scale: float | None = None,
+        scheduler: Any = None,
+        kind: str | None = None,
+        shown: str = "current",
+        max_batch: int = 64,
+        **options: Any,
+    ) -> DiffusionProcess:
+        """The model as a `Process`.
+
+        Args:
+            steps: network evaluations of a row.
+            eta: 1 for as much noise as the levels allow, which samplers that fork rows want; 0 is deterministic.
+            guidance_scale: of classifier-free guidance; None is 1 for a network, the pipeline's own for a pipeline.
+            scheduler: None is the model's own; a scheduler of diffusers; or "ddim", "ddpm", "euler",
+                "euler-ancestral", "flow-euler", made from the configuration of its own.
+            kind: of noise on a flow, "flow-sde", "eta" or "renoise"; see `schedule_of`.
+            shown: "current" or "previous": whose x0-hat previews show.
+            max_batch: rows put through the network at once; 0 is no limit.
+            options: of a pipeline: `negative_prompt`, `preview_decoder`, and what its call takes.
+
+        Raises:
+            InputError: a setting is out of range.
+            UnsupportedError: the scheduler or the pipeline cannot be run a step at a time.
+        """
+        ok = isinstance(max_batch, int) and not isinstance(max_batch, bool) and max_batch >= 0
+        check(ok, "max_batch", max_batch, "an integer of 0 (no limit) or more")
+        denoiser, schedule = self.source.make(steps, eta, guidance_scale, scheduler, kind, max_batch, options)
+        return DiffusionProcess(denoiser, schedule, shown=shown, max_batch=max_batch)
+
+    def tuned(self, what: Any, name: str | None = None) -> DiffusionModel:
+        """A second model with a network that was tuned from this one's, such as RL guidance takes: a module, a folder,
+        or a LoRA in safetensors, which is merged into a copy. Raises `SteerError`.
+        """
+        called = name or (type(what).__name__ if isinstance(what, nn.Module) else str(what))
+        return DiffusionModel(self.source.tuned(what), called, self.classes, self.classifier, self.judge)

@@ -1,0 +1,1 @@
+"""Pipelines of diffusers as denoisers: their own calls, recorded and replayed."""

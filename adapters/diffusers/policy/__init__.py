@@ -1,0 +1,1 @@
+"""Diffusion policies on networks and pipelines of diffusers."""

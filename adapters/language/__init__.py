@@ -1,0 +1,1 @@
+"""What all engines of language models share; it imports no engine."""

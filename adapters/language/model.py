@@ -1,0 +1,124 @@
+"""What models of tokens have in common, whatever runs them: prompts to token ids, and tokens to text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from steer.core import InputError, Prompt, RawText, Samples, check
+from steer.model import Model
+
+__all__ = ["TextModel", "chats", "prompt_tokens", "shown", "tokenising"]
+
+
+Tokenise = Callable[[str, bool], tuple[int, ...]]
+
+
+def tokenising(tokenizer: Any, kept: int = 4096) -> Tokenise:
+    """`(text, with special tokens)` to token ids. A prompt is checked, run and scored: its text is tokenised once, and
+    the last `kept` are remembered.
+    """
+
+    def tokenised(text: str, special: bool) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    return lru_cache(kept)(tokenised)
+
+
+def chats(tokenizer: Any) -> bool:
+    """Whether plain prompts are wrapped as a user's message."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def prompt_tokens(prompt: Prompt, tokenizer: Any, tokenise: Tokenise, name: str, special: bool) -> list[int]:
+    """Token ids of a prompt of the model `name`. Text becomes a user's message where there is a chat template, and is
+    continued as it stands where there is none, with the tokenizer's special tokens if `special`; a `RawText` is always
+    continued, and so is a chat that ends with the assistant's own words.
+    """
+    if isinstance(prompt, str):
+        if not prompt or isinstance(prompt, RawText) or not chats(tokenizer):
+            return list(tokenise(str(prompt), special))
+        prompt = [{"role": "user", "content": str(prompt)}]
+    messages = isinstance(prompt, Sequence) and all(
+        isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt
+    )
+    check(messages and len(prompt) > 0, "prompt", prompt, "text, or messages with role and content")
+    check(chats(tokenizer), "prompt", "messages", f"text: {name} has no chat template")
+    resumed = prompt[-1]["role"] == "assistant"
+    text = tokenizer.apply_chat_template(
+        list(prompt), tokenize=False, add_generation_prompt=not resumed, continue_final_message=resumed
+    )
+    return list(tokenise(text, False))
+
+
+def shown(prompt: Prompt) -> Any:
+    """The prompt as it appears in results."""
+    return prompt if isinstance(prompt, str) else list(prompt)
+
+
+class TextModel(Model):
+    """A causal language model with its tokenizer. Its `process` takes `generation_config`, a `GenerationConfig`."""
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        self.tokenizer, self.name = tokenizer, name
+        self._tokenise = tokenising(tokenizer)
+
+    def forget_prompts(self) -> None:
+        """Remember no prompt's tokens from here on: those of strangers seldom come again."""
+        self._tokenise = tokenising(self.tokenizer, kept=0)
+
+    @property
+    def chats(self) -> bool:
+        """Whether plain prompts are wrapped as a user's message."""
+        return chats(self.tokenizer)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt. Text becomes a user's message where the model has a chat template, and is continued as
+        it stands where it has none; a `RawText` is always continued. Raises `InputError`.
+        """
+        if isinstance(prompt, str):
+            check(bool(prompt.strip()), "prompt", prompt, "text that is not empty")
+        return prompt_tokens(prompt, self.tokenizer, self._tokenise, self.name, special=True)
+
+    def show(self, prompt: Prompt) -> Any:
+        """The prompt as it appears in results."""
+        return shown(prompt)
+
+    def decode(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
+        """Text of generated tokens, cut before the first stop string."""
+        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        cuts = [at for at in (text.find(s) for s in stop) if at >= 0]
+        return text[: min(cuts)] if cuts else text
+
+    def default_n(self, settings: Mapping[str, Any]) -> int | None:
+        config: GenerationConfig | None = settings.get("generation_config")
+        count = None if config is None else config.num_return_sequences
+        return None if count == 1 else count
+
+    def log_likelihood(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Summed log-probability `[N]` of each output after its prompt under the unedited model at temperature 1, and
+        the number of its tokens `[N]`.
+        """
+        tokens = samples.tokens or [
+            list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in samples.texts
+        ]
+        process: Any = self.process(max_new_tokens=max(1, max(len(t) for t in tokens)))
+        total = process.log_likelihood(samples.prompts, samples.group, tokens)
+        return total, torch.tensor([len(t) for t in tokens], dtype=torch.float64)
+
+
+def check_lengths(ids: Sequence[Sequence[int]], new: int, limit: int | None) -> None:
+    """Refuse prompts that leave no room for `new` tokens."""
+    for i, row in enumerate(ids):
+        if not row:
+            raise InputError(f"prompts[{i}]", "", "a prompt with at least one token")
+        if limit is not None and len(row) + new > limit:
+            raise InputError(
+                f"prompts[{i}]", f"{len(row)} tokens and max_new_tokens={new}",
+                f"at most {limit} tokens in all, the model's context",
+            )  # fmt: skip

@@ -1,0 +1,94 @@
+"""Hooks on the blocks of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from torch import Tensor, nn
+
+from steer.adapters.language.blocks import residual_stream
+from steer.adapters.transformers.hidden import Rows
+
+# ------------------------------------------------------------------------------------------------------------ hooks
+
+
+class Hooks:
+    """Changes what the blocks of one model return, only inside `installed`.
+
+    Between passes `running` says what each layer does; a layer without an entry is left as it is. A block's output is
+    replaced, never written into. The hook stands around the block's own `forward` on that one object, as device
+    placement does it: a registered forward hook would send every call through the slow path of `Module.__call__`,
+    which costs about as much as the addition itself. Weights, names in the state dict and hooks of other libraries
+    are untouched.
+    """
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        self.blocks = blocks
+        self._slots: list[Rows | None] = [None] * len(blocks)
+        self._before: dict[int, Any] = {}
+
+    @contextmanager
+    def installed(self, layers: Iterable[int]) -> Iterator[None]:
+        """Keep hooks on `layers`; calls nest, the outermost removes them."""
+        mine = [layer for layer in layers if layer not in self._before]
+        for layer in mine:
+            block = self.blocks[layer]
+            self._before[layer] = block.__dict__.get("forward")
+            block.forward = self._hooked(layer, block.forward)
+        try:
+            yield
+        finally:
+            for layer in mine:
+                before = self._before.pop(layer)
+                if before is None:
+                    del self.blocks[layer].forward
+                else:
+                    self.blocks[layer].forward = before
+
+    @contextmanager
+    def running(self, program: dict[int, Rows]) -> Iterator[None]:
+        """Do exactly this during the passes inside; what ran outside comes back after."""
+        with self.installed(program):
+            before = self._slots
+            self._slots = [program.get(layer) for layer in range(len(before))]
+            try:
+                yield
+            finally:
+                self._slots = before
+
+    def _hooked(self, layer: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def hooked(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            step = self._slots[layer]
+            if step is None:
+                return output
+            if output.__class__ is tuple:
+                return (step(output[0]), *output[1:])
+            return step(output)
+
+        return hooked
+
+
+@contextmanager
+def recording(blocks: nn.ModuleList, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Fills a dictionary with the residual stream `[N, T, D]` after each of `layers`, as edited, in our own hooks:
+    the library's `output_hidden_states` does not see what a hook changed.
+    """
+    seen: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[[Any, Any, Any], None]:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            seen[layer] = residual_stream(output)
+
+        return hook
+
+    handles = [blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

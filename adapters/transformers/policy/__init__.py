@@ -1,0 +1,1 @@
+"""Policies of text: tuned with TRL, saved, opened again."""

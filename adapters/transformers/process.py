@@ -1,0 +1,299 @@
+"""`TextProcess`: a causal language model as a `Process` whose step is a block of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from steer.adapters.language.decoding import Decoding
+from steer.adapters.language.model import check_lengths
+from steer.adapters.transformers import tracking
+from steer.adapters.transformers.law import TextContext, context_of, counted, laws
+from steer.adapters.transformers.scoring import divergence, log_likelihood
+from steer.adapters.transformers.state import (
+    TextState,
+    begun,
+    gathered,
+    packed_rows,
+    reread,
+    stacked,
+    tokens_of,
+    with_rows,
+    without_rows,
+)
+from steer.adapters.transformers.tracking import Track
+from steer.core import (
+    Ability,
+    Cost,
+    Edit,
+    HiddenEdit,
+    Mounted,
+    Process,
+    Prompt,
+    PromptEdit,
+    Samples,
+    Site,
+    TransitionEdit,
+    check,
+    check_whole,
+)
+
+if TYPE_CHECKING:
+    from steer.adapters.transformers.model import LanguageModel
+
+__all__ = ["TextProcess"]
+
+
+@dataclass(frozen=True)
+class TextProcess(Process):
+    """Generation by one language model. A step draws `block` tokens for every row, or fewer: a row waits for the others
+    once it has drawn a token that holds one of the strings in `until` (sentence ends).
+    """
+
+    model: LanguageModel
+    decoding: Decoding
+    edits: Mounted = ()
+    block: int = 1
+    until: tuple[str, ...] = ()
+    observe: bool = False
+    """Whether `context` shows hidden states although no edit asks for them."""
+
+    consumes = True
+
+    sites = frozenset({Site.PROMPT, Site.HIDDEN, Site.TRANSITION})
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        always = {Ability.FORK, Ability.LOG_PROB, Ability.PREVIEW}
+        return frozenset(always | (set() if self.decoding.temperature == 0 else {Ability.BRANCH}))
+
+    def way_out(self, ability: Ability) -> str:
+        return "use a temperature above 0" if ability is Ability.BRANCH else ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "decoding", self.decoding.with_eos(self.model.eos_token_ids))
+        check_whole("block", self.block)
+
+    @property
+    def num_steps(self) -> int:
+        """Blocks; twice as many where rows stop early for sentence ends, after which a text is cut."""
+        return -(-self.decoding.max_new_tokens // self.block) * (2 if self.until else 1)
+
+    @property
+    def columns(self) -> int:
+        """Tokens drawn at most, those that a waiting row sits out included."""
+        return self.num_steps * self.block if self.until else self.decoding.max_new_tokens
+
+    def observed(self) -> TextProcess:
+        return replace(self, observe=True)
+
+    def copy(self, edits: Mounted) -> TextProcess:
+        return replace(self, edits=edits)
+
+    def validate(self, edit: Edit) -> None:
+        if isinstance(edit, HiddenEdit):
+            depth = self.model.info.num_layers
+            for layer in (*(term.layer for term in edit.terms(self.model.info)), *edit.reads):
+                check(0 <= layer < depth, "layer", layer, f"0 to {depth - 1}, the blocks of {self.model.info.name}")
+        if isinstance(edit, TransitionEdit):
+            for companion in edit.companions:
+                ours, theirs = self.model.info.unembedding().shape[0], companion.model.vocabulary  # type: ignore[attr-defined]
+                check(ours == theirs, "companion", f"a vocabulary of {theirs}", f"the same vocabulary, {ours}")
+
+    def mounted(self, kind: type) -> list[Any]:
+        """Its edits of one kind, each with the prompts that asked for it."""
+        return [(edit, wanted) for edit, wanted in self.edits if isinstance(edit, kind)]
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of every prompt after the prompt edits that it asked for; checks lengths."""
+        ids = [self.model.encode(p) for p in self.rewritten(prompts)]
+        check_lengths(ids, self.decoding.max_new_tokens, self.model.context_length)
+        return ids
+
+    @torch.inference_mode()
+    def init(self, prompts: Sequence[Prompt], n: int, generator: torch.Generator) -> TextState:
+        check_whole("n", n)
+        check(len(prompts) >= 1, "prompts", prompts, "at least one")
+        ids = self.encode(prompts)
+        tracks, cost = self._tracks(ids, n)
+        exact = not (self.mounted(HiddenEdit) or self.mounted(PromptEdit))
+        state = begun(prompts, n, self.columns, tracks, cost, exact)
+        device = state.prefix.device
+        seen = tracking.left_padded(ids, self.model.pad_token_id, device)[0].repeat_interleave(n, 0)
+        processors = self.decoding.processors(seen.shape[1], self.decoding.eos_token_id or (), device)
+        watched = bool(processors or self.decoding.stopping_criteria)
+        return replace(state, processors=tuple(processors), ids=seen if watched else None)
+
+    def _tracks(self, ids: Sequence[Sequence[int]], n: int) -> tuple[list[Track], Cost]:
+        """This model's rows and those of every companion, `n` for each prompt."""
+        shown = self.observe or bool(self.mounted(TransitionEdit))
+        track, cost = tracking.start(self.model, ids, self.mounted(HiddenEdit), n, hidden=shown)
+        tracks = [track]
+        for process in self.companions():
+            other, spent = tracking.start(process.model, ids, process.mounted(HiddenEdit), n, hidden=True)
+            tracks.append(other)
+            cost = cost + spent
+        return tracks, cost
+
+    def companions(self) -> list[TextProcess]:
+        """Other models' processes that transition edits look at."""
+        found: dict[int, Any] = {}
+        for edit, _ in self.mounted(TransitionEdit):
+            found.update({id(process): process for process in edit.companions})
+        return list(found.values())
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Keeps the hooks on the blocks that this process and its companions steer."""
+        with ExitStack() as stack:
+            for process in (self, *self.companions()):
+                terms = [term for edit, _ in process.mounted(HiddenEdit) for term in edit.terms(process.model.info)]
+                stack.enter_context(process.model.hooks.installed({term.layer for term in terms}))
+            yield
+
+    def done(self, state: TextState) -> bool:
+        return state.filled >= self.columns or bool(state.finished.all())
+
+    def finished(self, state: TextState) -> Tensor:
+        return state.finished.cpu() | (state.filled >= self.columns)
+
+    def propose(self, state: TextState, generator: torch.Generator) -> TextState:
+        waiting = torch.zeros_like(state.finished) if self.until else None
+        for _ in range(self.block):
+            if self.done(state) or (waiting is not None and bool((state.finished | waiting).all())):
+                break
+            state = self._token(state, generator, waiting)
+            if waiting is not None:
+                waiting = waiting | self._sentence_ended(state)
+        return replace(state, step=state.step + 1)
+
+    def _sentence_ended(self, state: TextState) -> Tensor:
+        last = state.prefix[:, state.filled - 1].tolist()
+        ends = [any(end in self.model.tokenizer.decode([token]) for end in self.until) for token in last]
+        return torch.tensor(ends, device=state.finished.device) & state.real[:, state.filled - 1]
+
+    @torch.inference_mode()
+    def _token(self, state: TextState, generator: torch.Generator, waiting: Tensor | None) -> TextState:
+        # The model reads a token when the next one is wanted, so that the last one costs no pass.
+        state = self.read(state)
+        base, law = laws(self, state)
+        token = self.decoding.draw(law, generator)
+        alive = ~state.finished if waiting is None else ~(state.finished | waiting)
+        token = torch.where(alive, token, self.model.pad_token_id)
+        state = counted(self, state, token, alive, base, law)
+        state.prefix[:, state.filled] = token
+        state.real[:, state.filled] = alive
+        length = state.length + alive
+        filled = state.filled + 1
+        finished = state.finished | (alive & self._ended(token, state, filled))
+        if self.until:
+            finished |= length >= self.decoding.max_new_tokens
+        return replace(
+            state, filled=filled, length=length, finished=finished, drawn=state.drawn + alive.sum(), unread=True
+        )
+
+    @torch.inference_mode()
+    def read(self, state: TextState) -> TextState:
+        if not state.unread or self.done(state):
+            return state
+        token = state.prefix[:, state.filled - 1]
+        # Without waiting rows, those that are finished read on: their positions matter to nobody.
+        real = state.real[:, state.filled - 1] if self.until else None
+        tracks, calls = [], 0
+        for track in state.tracks:
+            moved, more = tracking.advance(track, token, real)
+            tracks.append(moved)
+            calls += more
+        return replace(
+            state, track=tracks[0], companions=tuple(tracks[1:]), unread=False,
+            cost=state.cost + Cost(model_calls=calls),
+        )  # fmt: skip
+
+    def context(self, state: TextState) -> TextContext:
+        state = self.read(state)
+        return context_of(self, state, self.decoding.tempered(state.track.logits))
+
+    def _ended(self, token: Tensor, state: TextState, filled: int) -> Tensor:
+        eos = self.decoding.eos_token_id or ()
+        ended = torch.zeros_like(state.finished)
+        for end in eos:
+            ended |= token == end
+        if self.decoding.stop:
+            # A stop string lies within the last tokens: as many as it has bytes, and one that it ends inside of.
+            tail = max(len(s.encode()) for s in self.decoding.stop) + 1
+            last = state.prefix[:, max(0, filled - tail) : filled].tolist()
+            texts = [self.model.tokenizer.decode(row) for row in last]
+            ended |= torch.tensor([any(s in t for s in self.decoding.stop) for t in texts], device=ended.device)
+        if state.ids is not None:
+            ids = torch.cat([state.ids, state.prefix[:, :filled]], 1)
+            for criterion in self.decoding.stopping_criteria:
+                ended |= torch.as_tensor(criterion(ids, None), device=ended.device)
+        return ended
+
+    @torch.inference_mode()
+    def gather(self, state: TextState, index: Tensor) -> TextState:
+        return gathered(state, index)
+
+    @torch.inference_mode()
+    def stack(self, states: Sequence[TextState]) -> TextState:
+        check(len({s.step for s in states}) == 1, "states", [s.step for s in states], "rows at one step")
+        return stacked([self.read(s) for s in states])
+
+    def settle(self, state: TextState) -> tuple[TextState, Cost]:
+        return replace(state, cost=Cost(), drawn=torch.zeros_like(state.drawn)), self._spent(state)
+
+    def _spent(self, state: TextState) -> Cost:
+        drawn = int(state.drawn)
+        return state.cost + Cost(generated_tokens=drawn, nfe=drawn * (1 + len(state.companions)))
+
+    def nbytes(self, state: TextState) -> int:
+        return sum(tracking.nbytes(track) for track in state.tracks)
+
+    def identify(self, state: TextState) -> list[Any]:
+        return [tuple(tokens) for tokens in tokens_of(state)]
+
+    def pack(self, state: TextState) -> dict[str, Tensor]:
+        return packed_rows(state)
+
+    @torch.inference_mode()
+    def unpack(self, prompts: Sequence[Prompt], step: int, packed: dict[str, Tensor]) -> TextState:
+        """Rows that are all finished hold no cache. Others read their prompts, once each, and their tokens again."""
+        over = bool(packed["finished"].all()) or step >= self.num_steps
+        start = without_rows(self.model, prompts) if over else self.init(prompts, 1, torch.Generator())
+        state = with_rows(start, step, packed)
+        return replace(state, filled=self.columns) if over else reread(state)
+
+    def log_likelihood(self, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Summed log-probability `[N]` of each row's `tokens` after its prompt, at this process's temperature, under
+        its hidden and prompt edits (transition edits and truncation are left out).
+        """
+        return log_likelihood(self, prompts, group, tokens)
+
+    def preview(self, state: TextState) -> Samples:
+        """The partial texts."""
+        return self.decode(state)
+
+    def decode(self, state: TextState) -> Samples:
+        tokens = tokens_of(state)
+        group, log_prob = state.group, state.log_prob.double().cpu()
+
+        def later() -> Tensor:
+            return divergence(self, state.prompts, group, tokens, log_prob)
+
+        return Samples(
+            prompts=[self.model.show(p) for p in state.prompts],
+            outputs=[self.model.decode(row, self.decoding.stop) for row in tokens],
+            tokens=tokens,
+            group=group,
+            log_weight=torch.zeros(len(state), dtype=torch.float64),
+            log_prob=log_prob,
+            base_log_prob=None if state.base_log_prob is None else state.base_log_prob.double().cpu(),
+            tilt=state.tilt.double().cpu(),
+            kl_estimate=later if state.kl is None else state.kl.double().cpu(),
+            cost=self._spent(state),
+        )

@@ -1,0 +1,104 @@
+"""Finished texts read again: their log-probabilities, and how far an edited law is from the base along them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from steer.adapters.transformers import tracking
+from steer.adapters.transformers.law import divergences
+from steer.core import HiddenEdit, Prompt, TransitionEdit
+
+if TYPE_CHECKING:
+    from steer.adapters.transformers.process import TextProcess
+
+
+_LOGITS = 24_000_000
+"""Numbers in one batch of logits, about."""
+
+
+@torch.inference_mode()
+def sequence_logits(
+    process: TextProcess, ids: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
+) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+    """Yields `(rows, logits [n, T, V], targets [n, T], real [n, T])` in batches of similar length: the logits from
+    which each row's `tokens` follow its prompt `ids`, under the process's hidden edits.
+    """
+    model = process.model
+    for rows in _batches(ids, tokens, _LOGITS // model.vocabulary):
+        width = max(len(tokens[i]) for i in rows)
+        target = torch.tensor([[*tokens[i], *[0] * (width - len(tokens[i]))] for i in rows], device=model.device)
+        real = torch.tensor([[j < len(tokens[i]) for j in range(width)] for i in rows], device=model.device)
+        edits = _by_row(process.mounted(HiddenEdit), rows)
+        track, _ = tracking.start(model, [ids[i] for i in rows], edits, 1, hidden=False)
+        yield rows, tracking.continuation_logits(track, target), target, real
+
+
+def _batches(ids: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
+    """Numbers of the rows that have tokens, in batches of similar length of up to `budget` tokens, or of one row."""
+    order = sorted(range(len(ids)), key=lambda i: (len(tokens[i]), len(ids[i])))
+    order = [i for i in order if tokens[i]]
+    at = 0
+    while at < len(order):
+        longest, stop = len(tokens[order[at]]), at
+        while stop < len(order) and (stop - at + 1) * len(tokens[order[stop]]) <= max(budget, longest):
+            stop += 1
+        rows = order[at : max(stop, at + 1)]
+        at += len(rows)
+        yield rows
+
+
+@torch.inference_mode()
+def log_likelihood(
+    process: TextProcess, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]]
+) -> Tensor:
+    """Summed log-probability `[N]` of each row's `tokens` after its prompt, at the process's temperature, under its
+    hidden and prompt edits.
+    """
+    owner, ids = group.tolist(), process.encode(prompts)
+    mine = replace(process, edits=_by_row(process.edits, owner))
+    total = torch.zeros(len(owner), dtype=torch.float64)
+    for rows, logits, target, real in sequence_logits(mine, [ids[b] for b in owner], tokens):
+        taken = process.decoding.tempered(logits).gather(2, target.unsqueeze(2)).squeeze(2)
+        total[rows] = torch.where(real, taken, 0.0).sum(1).double().cpu()
+    return total
+
+
+def divergence(
+    process: TextProcess,
+    prompts: Sequence[Prompt],
+    group: Tensor,
+    tokens: Sequence[Sequence[int]],
+    log_prob: Tensor,
+) -> Tensor:
+    """KL of the edited law to the base along each text `[N]`: the exact KL of every step's law, after temperature and
+    truncation, summed over the tokens that were drawn. Two passes over the finished text, for edits of prompts and
+    hidden states. Where transition edits or processors act as well, the one-sample estimate `log q(y) - log p(y)` of
+    each text instead, with log q as it was recorded while sampling: unbiased, noisier, and negative for some texts.
+    """
+    owner = group.tolist()
+    base = process.unedited()
+    if process.mounted(TransitionEdit) or process.decoding.processors(0, (), process.model.device):
+        return log_prob - base.log_likelihood(prompts, group, tokens)
+    mine = replace(process, edits=_by_row(process.edits, owner))
+    edited_ids, base_ids = process.encode(prompts), base.encode(prompts)
+    total = torch.zeros(len(owner), dtype=torch.float64)
+    edited_rows = sequence_logits(mine, [edited_ids[b] for b in owner], tokens)
+    for rows, logits, target, real in edited_rows:
+        law = process.decoding.truncated(process.decoding.tempered(logits))
+        track, _ = tracking.start(base.model, [base_ids[owner[i]] for i in rows], (), 1, hidden=False)
+        reference = process.decoding.tempered(tracking.continuation_logits(track, target))
+        total[rows] = torch.where(real, divergences(law, reference), 0.0).sum(1).double().cpu()
+    return total
+
+
+def _by_row(edits: Iterable[tuple[Any, frozenset[int] | None]], owner: Sequence[int]) -> tuple[Any, ...]:
+    """Edits numbered by prompt, numbered by row instead."""
+    return tuple(
+        (edit, None if wanted is None else frozenset(i for i, b in enumerate(owner) if b in wanted))
+        for edit, wanted in edits
+    )

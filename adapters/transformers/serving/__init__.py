@@ -1,0 +1,1 @@
+"""`steer serve` on transformers: requests decoded together, searches beside them."""

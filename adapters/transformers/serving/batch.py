@@ -1,0 +1,229 @@
+"""A running batch of rows that belong to different requests: every row has its own settings, edits, seed and end.
+
+`Batch.step` draws one token for every row, lets those that are done go, and reads the rest. Letters: `N` rows, `V`
+vocabulary, `D` width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from steer.adapters.language.texts import GrowingText, token_text
+from steer.adapters.transformers.law import TextContext
+from steer.adapters.transformers.serving import rowwise
+from steer.adapters.transformers.serving.slots import SlotRows, TrackRows
+from steer.adapters.transformers.tracking import Track
+from steer.core import Context, InputError, Process, Samples, SteerError, TransitionEdit, UnsupportedError
+from steer.serving.engine import Sampling, TokenLogprob
+
+if TYPE_CHECKING:
+    from steer.adapters.transformers.model import LanguageModel
+
+__all__ = ["Batch", "Row"]
+
+
+Taken = Callable[["Row", str, tuple[TokenLogprob, ...]], None]
+
+
+class Row:
+    """One text in the making. `taken(row, text, logprobs)` is called with what can be shown, and once `ended`."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        sampling: Sampling,
+        choice: int,
+        seed: int,
+        *,
+        edits: tuple[TransitionEdit, ...] = (),
+        measured: bool = False,
+        taken: Taken,
+    ) -> None:
+        self.sampling, self.choice, self.edits, self.measured = sampling, choice, edits, measured
+        self.generator = rowwise.generator(seed, choice)
+        self.tokens: list[int] = []
+        self.counts: Counter[int] = Counter()
+        self.log_prob = self.kl = 0.0
+        """Under the law that was drawn from, and that law's exact KL to the one before transition edits and truncation,
+        where they are `measured`.
+        """
+        self.reason: Literal["stop", "length"] | None = None
+        """Why it ended."""
+        self.error: SteerError | None = None
+        self._model, self._taken = model, taken
+        self._text = GrowingText(lambda ids: model.decode(ids), sampling.stop)
+        self._eos = frozenset(model.eos_token_ids)
+
+    @property
+    def text(self) -> str:
+        return self._text.text
+
+    @property
+    def ended(self) -> bool:
+        return self.reason is not None or self.error is not None
+
+    def take(self, token: int, logprob: TokenLogprob | None) -> None:
+        """Add a drawn token, and end where it ends the text."""
+        self.tokens.append(token)
+        self.counts[token] += 1
+        over = token in self._eos
+        text = "" if over else self._text.feed(token)
+        if over or self._text.stopped:
+            self.reason = "stop"
+        elif len(self.tokens) >= (self.sampling.max_tokens or 0):
+            self.reason = "length"
+        if self.ended:
+            text += self._text.finish()
+            if self._text.stopped:
+                self.reason = "stop"
+        self._taken(self, text, () if over or logprob is None else (logprob,))
+
+    def fail(self, error: SteerError) -> None:
+        """End without a text."""
+        self.error = error
+        self._taken(self, "", ())
+
+
+@dataclass(frozen=True)
+class _RowsContext:
+    """What a transition edit sees of rows in a shared batch: the law and the hidden states, not each other."""
+
+    step: int
+    prefix: Tensor
+    hidden: Tensor
+    base: Tensor
+
+    def lookahead(self, candidates: Tensor) -> Tensor:
+        raise UnsupportedError("rows of a shared batch cannot look ahead")
+
+    def companion(self, process: Process) -> Context:
+        raise UnsupportedError("rows of a shared batch have no companions")
+
+    def guidance(self, score: Callable[[Samples], Tensor]) -> Tensor:
+        raise UnsupportedError("tokens have no gradient")
+
+
+class Batch:
+    """Rows that decode together. Of a `shared` batch rows join and leave between steps; others are read once."""
+
+    def __init__(self, model: LanguageModel, track: Track | None = None) -> None:
+        self.model = model
+        self.rows: list[Row] = []
+        self.shared = track is None
+        self._view: SlotRows | TrackRows = SlotRows(model) if track is None else TrackRows(track)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the cache."""
+        return self._view.nbytes
+
+    @torch.inference_mode()
+    def join(self, rows: Sequence[Row], track: Track, owners: Sequence[int]) -> None:
+        """Rows join; row i goes on from row `owners[i]` of the prompt pass in `track`."""
+        assert isinstance(self._view, SlotRows)
+        self._view.join(track, owners)
+        self.rows += rows
+
+    @torch.inference_mode()
+    def drop(self, leaving: Callable[[Row], bool]) -> None:
+        """Let rows go that nobody waits for."""
+        staying = [i for i, row in enumerate(self.rows) if not leaving(row)]
+        if len(staying) < len(self.rows):
+            self._keep(staying)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One token for every row."""
+        assert self._view.logits is not None
+        settings = [row.sampling for row in self.rows]
+        logits = self._view.logits
+        raw = logits if logits.dtype == torch.float64 else logits.float()
+        base = rowwise.tempered(rowwise.penalised(raw, settings, [row.counts for row in self.rows]), settings)
+        law = rowwise.truncated(self._guided(base), settings)
+        token = rowwise.draw(law, settings, [row.generator for row in self.rows])
+        self._measure(base, law, token)
+        broken = law.amax(-1).isnan().tolist()
+        shown = self._logprobs(raw, token)
+        for i, (row, drawn) in enumerate(zip(self.rows, token.tolist(), strict=True)):
+            if broken[i]:
+                row.fail(_overflow())
+            else:
+                row.take(drawn, shown.get(i))
+        order = self._keep([i for i, row in enumerate(self.rows) if not row.ended])
+        if order:
+            self._view.advance(token[torch.tensor(order, device=token.device)])
+
+    def _keep(self, staying: Sequence[int]) -> list[int]:
+        order = self._view.keep(staying)
+        self.rows = [self.rows[i] for i in order]
+        return order
+
+    def _guided(self, base: Tensor) -> Tensor:
+        """The law `[N, V]` after transition edits; rows without keep their bits, rows under the same go together."""
+        together: dict[tuple[int, ...], list[int]] = {}
+        for i, row in enumerate(self.rows):
+            if row.edits:
+                together.setdefault(tuple(map(id, row.edits)), []).append(i)
+        law = base
+        for rows in together.values():
+            at = torch.tensor(rows, device=base.device)
+            context = self._context(rows, base[at])
+            changed = base[at]
+            for edit in self.rows[rows[0]].edits:
+                changed = edit.shift(changed, context)
+            law = law.index_copy(0, at, torch.log_softmax(changed, -1))
+        return law
+
+    def _context(self, rows: Sequence[int], base: Tensor) -> Context:
+        written = [self.rows[i].tokens for i in rows]
+        width = max(len(tokens) for tokens in written)
+        pad = self.model.pad_token_id
+        prefix = torch.tensor([[*tokens, *[pad] * (width - len(tokens))] for tokens in written], dtype=torch.long)
+        prefix = prefix.to(base.device)
+        if isinstance(self._view, TrackRows):
+            return TextContext(width, prefix, base, self._view.track, {})
+        assert self._view.hidden is not None
+        return _RowsContext(width, prefix, self._view.hidden[torch.tensor(list(rows), device=base.device)], base)
+
+    def _measure(self, base: Tensor, law: Tensor, token: Tensor) -> None:
+        rows = [i for i, row in enumerate(self.rows) if row.measured]
+        if not rows:
+            return
+        at = torch.tensor(rows, device=law.device)
+        mine, before = law[at], base[at]
+        taken = mine.gather(1, token[at].unsqueeze(1)).squeeze(1).tolist()
+        gaps = torch.where(mine.isneginf(), 0.0, mine.exp() * (mine - before)).sum(-1).tolist()
+        for i, log_prob, gap in zip(rows, taken, gaps, strict=True):
+            self.rows[i].log_prob += log_prob
+            self.rows[i].kl += gap
+
+    def _logprobs(self, raw: Tensor, token: Tensor) -> dict[int, TokenLogprob]:
+        """For rows that want them, the drawn token and its likeliest rivals."""
+        rows = [i for i, row in enumerate(self.rows) if row.sampling.logprobs is not None]
+        if not rows:
+            return {}
+        at = torch.tensor(rows, device=raw.device)
+        law = torch.log_softmax(raw[at], -1)
+        chosen = law.gather(1, token[at].unsqueeze(1)).squeeze(1).tolist()
+        values, ids = rowwise.likeliest(law, max(self.rows[i].sampling.logprobs or 0 for i in rows))
+        shown = {}
+        for j, i in enumerate(rows):
+            count = self.rows[i].sampling.logprobs or 0
+            top = tuple(self._named(t, v) for v, t in zip(values[j][:count], ids[j][:count], strict=True))
+            shown[i] = self._named(int(token[i]), chosen[j], top)
+        return shown
+
+    def _named(self, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        text, raw = token_text(self.model.tokenizer, token)
+        # JSON has no -infinity; OpenAI's answers have this number in its place.
+        return TokenLogprob(text, max(logprob, -9999.0), raw, top)
+
+
+def _overflow() -> InputError:
+    return InputError("steer.edits", "edits under which the model's numbers overflow", "smaller strengths")

@@ -1,0 +1,93 @@
+"""The transformers engine behind the server: see `steer.serving`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from steer.adapters.transformers.serving.preparing import Prepared, Preparer
+from steer.adapters.transformers.serving.scheduler import Scheduler, Ticket
+from steer.core import check, check_whole
+from steer.serving.engine import Event, Load, Task
+from steer.serving.idle import give_back_memory
+from steer.serving.requests import Emit, relayed
+
+if TYPE_CHECKING:
+    from steer.adapters.transformers.model import LanguageModel
+
+__all__ = ["TransformersEngine"]
+
+
+class TransformersEngine:
+    """One language model that serves many requests at once.
+
+    Args:
+        model: the model. It belongs to the engine from then on: others may not run it beside.
+        name: what requests call it; default: its own name.
+        max_rows: texts that decode together.
+        cache_tokens: room of the running batch: rows times the positions of the longest.
+        searches: searches that take turns; further ones wait.
+        search_share: of the time, for searches and measurements, while plain requests are there.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        name: str | None = None,
+        max_rows: int = 32,
+        cache_tokens: int = 65_536,
+        searches: int = 4,
+        search_share: float = 0.15,
+    ) -> None:
+        for field, value in (("max_rows", max_rows), ("cache_tokens", cache_tokens), ("searches", searches)):
+            check_whole(field, value)
+        check(0 < search_share < 1, "search_share", search_share, "a share of the time between 0 and 1")
+        model.forget_prompts()
+        model.residual_norms()
+        self._model, self._name = model, name or model.name
+        self._preparer = Preparer(model, max_rows, cache_tokens)
+        self._scheduler = Scheduler(
+            model, max_rows=max_rows, cache_tokens=cache_tokens, searches=searches, search_share=search_share
+        )
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def context_length(self) -> int | None:
+        return self._model.context_length
+
+    @property
+    def own_edits(self) -> tuple[str, ...]:
+        return ()
+
+    def check_artifact(self, path: Path) -> None:
+        self._preparer.check_artifact(path)
+
+    def prepare(self, task: Task) -> Prepared:
+        return self._preparer(task)
+
+    def run(self, prepared: Prepared) -> AsyncGenerator[Event]:
+        def begin(emit: Emit) -> Callable[[], None]:
+            ticket = Ticket(prepared, emit)
+            self._scheduler.submit(ticket)
+
+            def stop() -> None:
+                ticket.cancelled = True
+                self._scheduler.wake()
+
+            return stop
+
+        return relayed(begin)
+
+    def load(self) -> Load:
+        return self._scheduler.load()
+
+    def give_back_memory(self) -> None:
+        give_back_memory()
+
+    def close(self) -> None:
+        self._scheduler.close()

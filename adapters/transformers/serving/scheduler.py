@@ -1,0 +1,352 @@
+"""One worker for many requests: token by token in one running batch, searches a stretch at a time between its steps."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from steer.adapters.transformers import tracking
+from steer.adapters.transformers.scoring import divergence
+from steer.adapters.transformers.serving.batch import Batch, Row
+from steer.adapters.transformers.serving.preparing import Prepared
+from steer.adapters.transformers.serving.turns import FairShare, Stretches
+from steer.core import Cost, Samples, SteerError
+from steer.model import execute
+from steer.serving.engine import Delta, Ended, Finished, Load, Progress, Started, TokenLogprob
+from steer.serving.requests import Emit, choice_events, scored
+
+if TYPE_CHECKING:
+    from steer.adapters.transformers.model import LanguageModel
+
+__all__ = ["Scheduler", "Ticket"]
+
+
+log = logging.getLogger("steer.serving")
+
+
+class Ticket:
+    """One request on its way. `emit` gets its events and is called last with `Finished` or an exception."""
+
+    def __init__(self, prepared: Prepared, emit: Emit) -> None:
+        self.prepared, self.emit = prepared, emit
+        self.cancelled = False
+        self.over = False
+        self.rows: list[Row] = []
+        self.cost = Cost()
+        self.began = time.perf_counter()
+        self._held: dict[int, tuple[list[str], list[TokenLogprob]]] = {}
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.cancelled or self.over
+
+    @property
+    def measures(self) -> bool:
+        """Whether something is to be computed about its texts once they are written."""
+        steering = self.prepared.task.steering
+        return steering is not None and (
+            self.prepared.reward is not None or (steering.kl and bool(self.prepared.hidden))
+        )
+
+    def taken(self, row: Row, text: str, logprobs: Sequence[TokenLogprob]) -> None:
+        """New text of one of its rows, which may be the last."""
+        if row.error is not None:
+            self.fail(row.error)
+            return
+        texts, named = self._held.setdefault(row.choice, ([], []))
+        texts.append(text)
+        named += logprobs
+        shown = "".join(texts)
+        if row.ended or (self.prepared.task.stream and shown):
+            self.emit(Delta(row.choice, shown, tuple(named)))
+            self._held[row.choice] = ([], [])
+        if row.ended and not self.measures:
+            self.emit(Ended(row.choice, row.reason or "stop", len(row.tokens), None, row.kl if row.measured else None))
+
+    def finish(self, candidates: int, cost: Cost) -> None:
+        """Everything has been said but what it took."""
+        if not self.over:
+            self.over = True
+            self.emit(Finished(candidates, replace(cost, seconds=time.perf_counter() - self.began)))
+
+    def fail(self, error: Exception) -> None:
+        """Nothing more will come."""
+        if not self.over:
+            self.over = True
+            self.emit(error)
+
+
+class Scheduler:
+    """Owns the worker thread. `submit` may be called from any thread; all else happens in the worker."""
+
+    def __init__(
+        self, model: LanguageModel, *, max_rows: int, cache_tokens: int, searches: int, search_share: float
+    ) -> None:
+        self.model = model
+        self.max_rows, self.cache_tokens, self.searches = max_rows, cache_tokens, searches
+        self._arrivals: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._waiting: deque[Ticket] = deque()
+        self._shared = Batch(model)
+        self._alone: deque[tuple[Batch, Ticket]] = deque()
+        self._tickets: list[Ticket] = []
+        self._measures: deque[Ticket] = deque()
+        self._asked: deque[Ticket] = deque()
+        self._running: deque[tuple[Stretches, Ticket]] = deque()
+        self._share = FairShare(search_share)
+        self._closed = False
+        self._worker = threading.Thread(target=self._work, daemon=True, name="steer-worker")
+        self._worker.start()
+
+    def submit(self, ticket: Ticket) -> None:
+        """Take a request on."""
+        self._arrivals.put(ticket)
+
+    def wake(self) -> None:
+        """Have the worker look around, for instance because a ticket was cancelled."""
+        self._arrivals.put(None)
+
+    def close(self) -> None:
+        """Stop at the next step; what still runs fails."""
+        self._closed = True
+        self.wake()
+        self._worker.join()
+
+    def load(self) -> Load:
+        """What is going on, from outside: a glance, not a count."""
+        rows = len(self._shared.rows) + sum(len(batch.rows) for batch, _ in list(self._alone))
+        return Load(rows, len(self._running), len(self._waiting) + len(self._asked), self._shared.nbytes)
+
+    # ---- the worker
+
+    def _work(self) -> None:
+        with self.model.hooks.installed(range(len(self.model.blocks))):
+            while not self._closed:
+                self._receive()
+                try:
+                    self._turn()
+                except Exception as error:  # our own mistake; those who wait are told, and others are served
+                    log.error("the worker failed", exc_info=error)
+                    self._abandon(error)
+            self._abandon(SteerError("the server is stopping"))
+
+    def _turn(self) -> None:
+        self._sweep()
+        tokens = bool(self._waiting or self._shared.rows or self._alone)
+        jobs = bool(self._measures or self._running or self._asked)
+        turn = self._share.pick((tokens, jobs))
+        if turn is not None:
+            began = time.perf_counter()
+            (self._tokens if turn == 0 else self._job)()
+            self._share.charge(turn, time.perf_counter() - began)
+
+    def _receive(self) -> None:
+        """Take what has arrived; without work, wait for it."""
+        idle = not (self._tickets or self._measures or self._asked or self._running)
+        while True:
+            try:
+                ticket = self._arrivals.get(block=idle)
+            except queue.Empty:
+                return
+            idle = False
+            if ticket is not None:
+                self._tickets.append(ticket)
+                (self._waiting if ticket.prepared.plan is None else self._asked).append(ticket)
+
+    def _sweep(self) -> None:
+        """Let go of what nobody waits for."""
+        self._tickets = [t for t in self._tickets if not t.gone]
+        for pile in (self._waiting, self._measures, self._asked):
+            if any(t.gone for t in pile):
+                kept = [t for t in pile if not t.gone]
+                pile.clear()
+                pile.extend(kept)
+        alive = {id(row) for ticket in self._tickets for row in ticket.rows}
+        self._shared.drop(lambda row: id(row) not in alive)
+        self._alone = deque((batch, ticket) for batch, ticket in self._alone if not ticket.gone and batch.rows)
+        for stretches, ticket in [pair for pair in self._running if pair[1].cancelled]:
+            stretches.stop()
+            self._running.remove((stretches, ticket))
+
+    def _abandon(self, why: Exception) -> None:
+        """Let everybody go, whatever state things are in."""
+        for ticket in self._tickets:
+            ticket.cancelled = True
+            ticket.fail(why)
+        for stretches, _ in self._running:
+            stretches.stop()
+        for pile in (self._tickets, self._waiting, self._measures, self._asked, self._running, self._alone):
+            pile.clear()
+        self._shared = Batch(self.model)
+
+    # ---- tokens
+
+    def _tokens(self) -> None:
+        """Admit what fits, then one token for every row."""
+        while self._waiting and self._fits(self._waiting[0].prepared):
+            self._admit(self._waiting.popleft())
+        if self._shared.rows:
+            self._stepped(self._shared)
+        for batch, _ in list(self._alone):
+            self._stepped(batch)
+
+    def _fits(self, prepared: Prepared) -> bool:
+        owners = [t for t in self._tickets if t.rows and not t.gone]
+        rows = len(self._shared.rows) + sum(len(batch.rows) for batch, _ in self._alone)
+        columns = max([prepared.columns, *(t.prepared.columns for t in owners)])
+        together = rows + prepared.choices
+        return not rows or (together <= self.max_rows and together * columns <= self.cache_tokens)
+
+    @torch.inference_mode()
+    def _admit(self, ticket: Ticket) -> None:
+        prepared = ticket.prepared
+        try:
+            edits = [(edit, None) for edit in prepared.hidden]
+            track, ticket.cost = tracking.start(self.model, prepared.ids, edits, 1, hidden=bool(prepared.guided))
+            owners = [choice // prepared.task.n for choice in range(prepared.choices)]
+            ticket.rows = [self._row(ticket, choice) for choice in range(prepared.choices)]
+            if prepared.shares:
+                self._shared.join(ticket.rows, track, owners)
+            else:
+                batch = Batch(self.model, tracking.fork(track, torch.tensor(owners)))
+                batch.rows = list(ticket.rows)
+                self._alone.append((batch, ticket))
+        except Exception as error:
+            _report(ticket, error)
+            return
+        ticket.emit(Started(ticket.cost.prompt_tokens))
+
+    def _row(self, ticket: Ticket, choice: int) -> Row:
+        prepared, steering = ticket.prepared, ticket.prepared.task.steering
+        return Row(
+            self.model, prepared.sampling, choice, prepared.seed, edits=prepared.guided,
+            measured=steering is not None and steering.kl, taken=lambda *new: self._taken(ticket, *new),
+        )  # fmt: skip
+
+    def _taken(self, ticket: Ticket, row: Row, text: str, logprobs: Sequence[TokenLogprob]) -> None:
+        if ticket.gone:
+            return
+        ticket.taken(row, text, logprobs)
+        if not ticket.over and all(r.ended for r in ticket.rows):
+            if ticket.measures:
+                self._measures.append(ticket)
+            else:
+                ticket.finish(len(ticket.rows), _spent(ticket))
+
+    def _stepped(self, batch: Batch) -> None:
+        try:
+            batch.step()
+        except Exception as error:
+            # Rows of one batch share its fate, and nobody knows how far the step came.
+            mine = {id(row) for row in batch.rows}
+            for ticket in self._tickets:
+                if any(id(row) in mine for row in ticket.rows):
+                    _report(ticket, error)
+            if batch is self._shared:
+                self._shared = Batch(self.model)
+            batch.rows = []
+
+    # ---- searches and measurements
+
+    def _job(self) -> None:
+        if self._measures:
+            self._measured(self._measures.popleft())
+            return
+        while self._asked and len(self._running) < self.searches:
+            ticket = self._asked.popleft()
+            self._running.append((Stretches(lambda pause, t=ticket: _search(t, pause)), ticket))  # type: ignore[misc]
+        stretches, ticket = self._running.popleft()
+        stretches.resume()
+        if not stretches.over:
+            self._running.append((stretches, ticket))
+
+    def _measured(self, ticket: Ticket) -> None:
+        try:
+            rewards, kls, cost = _measure(ticket)
+        except Exception as error:
+            _report(ticket, error)
+            return
+        for row, reward, kl in zip(ticket.rows, rewards, kls, strict=True):
+            ticket.emit(Ended(row.choice, row.reason or "stop", len(row.tokens), reward, kl))
+        ticket.finish(len(ticket.rows), _spent(ticket) + cost)
+
+
+def _report(ticket: Ticket, error: Exception) -> None:
+    if not isinstance(error, SteerError):
+        log.error("a request failed", exc_info=error)
+    ticket.fail(error)
+
+
+def _spent(ticket: Ticket) -> Cost:
+    drawn = sum(len(row.tokens) for row in ticket.rows)
+    steps = max((len(row.tokens) for row in ticket.rows), default=0)
+    return ticket.cost + Cost(generated_tokens=drawn, nfe=drawn, model_calls=steps)
+
+
+def _measure(ticket: Ticket) -> tuple[list[float | None], list[float | None], Cost]:
+    """Rewards and drifts of a request's finished texts."""
+    prepared, rows = ticket.prepared, ticket.rows
+    steering = prepared.task.steering
+    assert steering is not None
+    group = torch.tensor([row.choice // prepared.task.n for row in rows])
+    tokens = [row.tokens for row in rows]
+    rewards: list[float | None] = [None] * len(rows)
+    kls: list[float | None] = [row.kl for row in rows] if steering.kl else [None] * len(rows)
+    cost = Cost()
+    if prepared.reward is not None:
+        rewards = [*scored(prepared, prepared.process.model, prepared.reward, [row.text for row in rows], tokens)]
+        cost = Cost(reward_calls=len(rows))
+    if steering.kl and prepared.hidden:
+        log_prob = torch.tensor([row.log_prob for row in rows], dtype=torch.float64)
+        kls = [float(x) for x in _drift(prepared, group, tokens, log_prob)]
+        cost = cost + Cost(model_calls=2, nfe=2 * sum(map(len, tokens)))
+    return rewards, kls, cost
+
+
+def _drift(prepared: Prepared, group: torch.Tensor, tokens: list[list[int]], log_prob: torch.Tensor) -> torch.Tensor:
+    process: Any = prepared.process
+    if prepared.penalises:  # what was drawn from is known by the drawn tokens alone
+        return log_prob - process.log_likelihood(prepared.prompts, group, tokens)
+    edited = process.copy(tuple((edit, None) for edit in (*prepared.hidden, *prepared.guided)))
+    return divergence(edited, prepared.prompts, group, tokens, log_prob)
+
+
+def _search(ticket: Ticket, pause: Callable[[], None]) -> None:
+    """Run a sampler to its end, pausing before every token."""
+    prepared = ticket.prepared
+    assert prepared.plan is not None
+    process: Any = prepared.plan.process
+    plan = replace(prepared.plan, process=replace(process, turn=pause))
+    ticket.emit(Started(sum(map(len, prepared.ids))))
+    steps, told = 0, time.perf_counter()
+
+    def step(first: int, state: Any) -> None:
+        nonlocal steps, told
+        steps += 1
+        now = time.perf_counter()
+        if prepared.task.stream and (steps == 1 or now - told > 0.25):
+            told = now
+            ticket.emit(Progress(steps, int(state.drawn)))
+
+    try:
+        samples = execute(plan, step)
+        _emit_samples(ticket, samples)
+    except Exception as error:
+        _report(ticket, error)
+
+
+def _emit_samples(ticket: Ticket, samples: Samples) -> None:
+    """The choices of a search, prompt by prompt."""
+    prepared, steering = ticket.prepared, ticket.prepared.steering
+    for event in choice_events(prepared, prepared.process.model, samples, samples.kl if steering.kl else None):
+        ticket.emit(event)
+    drawn = len(samples) if steering.candidates is None else steering.candidates
+    ticket.finish(drawn, samples.cost)

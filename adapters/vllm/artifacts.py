@@ -1,0 +1,158 @@
+"""Artifacts as bytes, as they go from the front end to the workers: safetensors with a card, never a pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer import artifacts
+from steer.artifacts import Card
+from steer.core import Edit, InputError, ModelInfo, Scope, check
+from steer.edits import KINDS, load_edit
+from steer.methods.controller import Controller
+from steer.methods.operators import Probe
+from steer.methods.value import HeadValue, QHead, ValueGuidance
+from steer.methods.vector import Gate, SteeringVector
+
+__all__ = ["Artifact", "pack", "read_artifact"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Host:
+    """What a value head asks of the model that it is mounted on."""
+
+    info: ModelInfo
+    device: torch.device
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """Tensors with their card, and the digest of the bytes that they came in."""
+
+    digest: str
+    size: int
+    tensors: Mapping[str, Tensor]
+    card: Card
+
+    @classmethod
+    def parse(cls, data: bytes) -> Artifact:
+        """From the bytes of a file saved by steer. Raises `InputError`."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "artifact.safetensors"
+            file.write_bytes(data)
+            try:
+                tensors, card = artifacts.load(file)
+            except InputError as error:
+                allowed = "an artifact saved by steer (safetensors with a card)"
+                raise InputError("artifact", str(error.given).removeprefix(str(file)).strip(" ()"), allowed) from None
+        check(card.kind in KINDS, "artifact", f"kind {card.kind!r}", ", ".join(KINDS))
+        inside = any(card.settings.get(name) for name in ("gate", "tokens"))
+        check(not inside, "artifact", "a card that names a probe's file", "a vector that was loaded with its gate")
+        return cls(hashlib.sha256(data).hexdigest()[:32], len(data), tensors, card)
+
+    def edit(self, info: ModelInfo, options: Mapping[str, Any], device: torch.device | None = None) -> Edit:
+        """The edit with `options` of a request (see `steer.wire.EditRequest`) in place of its card's settings."""
+        rest = dict(options)
+        strength = rest.pop("strength", self.card.recipe.get("strength"))
+        host = _Host(info, device or torch.device("cpu"))
+        made = KINDS[self.card.kind](dict(self.tensors), self.card, strength, rest, host)
+        if isinstance(made, SteeringVector):
+            if self.card.recipe.get("packed"):  # an edit's own directions, of whatever norm
+                made = replace(made, directions={k: self.tensors[f"direction.{k}"] for k in made.directions})
+            gates = _probes(self.tensors, "gate")
+            probes = {k: v for k, v in _probes(self.tensors, "token").items() if k in made.directions}
+            gate = next((Gate(probe, layer) for layer, probe in gates.items()), None)
+            made = replace(made, gate=gate, token_probes=probes)
+        if isinstance(made, ValueGuidance):
+            check(self.card.recipe.get("head", "q") == "q", "value head", self.card.recipe.get("head"),
+                  "a Q-head: a scalar head looks ahead, which vLLM cannot")  # fmt: skip
+        return made
+
+    def for_any_model(self) -> Artifact:
+        """The same without the model's fingerprint."""
+        model = {k: v for k, v in self.card.model.items() if k != "fingerprint"}
+        return replace(self, card=replace(self.card, model=model))
+
+
+def read_artifact(source: str | Path | Edit) -> bytes:
+    """The bytes of a file (also a GGUF control vector), or of an edit. Raises `InputError`."""
+    if isinstance(source, Edit):
+        return pack(source)
+    if str(source).endswith(".gguf"):
+        return pack(load_edit(source))
+    artifacts.read_card(source)
+    return Path(source).read_bytes()
+
+
+def pack(edit: Edit) -> bytes:
+    """A vector, a controller or a guidance by a Q-head as an artifact. Raises `InputError` for other edits."""
+    if isinstance(edit, SteeringVector):
+        tensors, card = _vector(edit)
+    elif isinstance(edit, Controller):
+        tensors, card = _controller(edit)
+    elif isinstance(edit, ValueGuidance):
+        tensors, card = _guidance(edit)
+    else:
+        raise InputError("edit", type(edit).__name__, "a steering vector, a controller, or guidance by a Q-head")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "artifact.safetensors"
+        artifacts.save(file, tensors, replace(card, version="packed"))
+        return file.read_bytes()
+
+
+def _vector(edit: SteeringVector) -> tuple[dict[str, Tensor], Card]:
+    tensors = {f"direction.{layer}": v for layer, v in edit.directions.items()}
+    tensors |= {f"reference.{layer}": v for layer, v in edit.references.items()}
+    probes = {f"token.{layer}": p for layer, p in edit.token_probes.items()}
+    if edit.gate is not None:
+        probes[f"gate.{edit.gate.layer}"] = edit.gate.probe
+    for name, probe in probes.items():
+        tensors[f"{name}.weight"], tensors[f"{name}.bias"] = probe.weight, torch.tensor([float(probe.bias)])
+    settings = {
+        "strength": float(edit.strength), "unit": edit.unit, "operator": edit.operator, "keep_norm": edit.keep_norm,
+        "scope": scope_name(edit.scope),
+    }  # fmt: skip
+    return tensors, Card("vector", dict(edit.model), sorted(edit.directions), settings, {"packed": True})
+
+
+def _controller(edit: Controller) -> tuple[dict[str, Tensor], Card]:
+    tensors = {f"network.{name}": v for name, v in edit.network.state_dict().items()}
+    tensors["directions"] = edit.directions
+    settings = {"strength": float(edit.strength), "unit": edit.unit, "threshold": edit.threshold,
+                "scope": scope_name(edit.scope)}  # fmt: skip
+    layers = list(range(len(edit.directions)))
+    return tensors, Card("controller", dict(edit.model), layers, settings, {"inputs": list(edit.inputs)})
+
+
+def _guidance(edit: ValueGuidance) -> tuple[dict[str, Tensor], Card]:
+    head = getattr(edit.value, "head", None)
+    ours = isinstance(edit.value, HeadValue) and isinstance(head, QHead) and edit.value.source is None
+    check(ours, "value", type(head or edit.value).__name__, "a Q-head on the model itself")
+    assert isinstance(head, QHead)
+    settings = {"beta": edit.beta, "top_k": edit.top_k, "tail": edit.tail}
+    model = {"width": head.norm.normalized_shape[0]}
+    return dict(head.state_dict()), Card("value", model, [], settings, {"head": "q", "strength": edit.strength})
+
+
+def scope_name(scope: Scope) -> str:
+    """The text that parses to `scope`. Raises `InputError` for bounds that have no name."""
+    for name in ("all", "prompt", "last", "generated", "reply", f"from:{max(scope.start, 0)}"):
+        if Scope.parse(name) == scope:
+            return name
+    raise InputError("scope", scope, Scope.NAMES)
+
+
+def _probes(tensors: Mapping[str, Tensor], kind: str) -> dict[int, Probe]:
+    found = {}
+    for name, weight in tensors.items():
+        parts = name.split(".")
+        if parts[0] == kind and parts[-1] == "weight":
+            found[int(parts[1])] = Probe(weight, float(tensors[f"{kind}.{parts[1]}.bias"]))
+    return found

@@ -1,0 +1,198 @@
+"""How the rest of steer talks to a vLLM engine: the same calls to a blocking engine and to an asynchronous one."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing, contextmanager
+from queue import SimpleQueue
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from steer.adapters.vllm.plugin.registry import FrontEnd
+
+__all__ = ["Asynchronous", "Blocking", "Client", "Stopped", "Took", "together"]
+
+
+T = TypeVar("T")
+Took = Callable[[int, Any], None]
+"""Called with the number of a request and its output, as soon as it is complete."""
+
+
+PATIENCE = 20.0
+"""Seconds that an engine's processes get to end by themselves, and to give back what they share."""
+
+
+class Stopped(BaseException):
+    """Raised in work whose client was stopped. No method's own `except Exception` catches it."""
+
+
+class Client(ABC):
+    """A running engine. Calls block until they are answered."""
+
+    def __init__(self, engine: Any) -> None:
+        """`engine` has vLLM's `input_processor` and `output_processor`, which live in this process."""
+        from steer.adapters.vllm.plugin.install import front_end
+
+        self.config: Any = engine.vllm_config
+        self.tokenizer: Any = engine.get_tokenizer()
+        self.front: FrontEnd = front_end(engine.input_processor)
+        self._outputs = engine.output_processor
+
+    def used(self) -> set[str]:
+        """Digests of artifacts that requests on their way need."""
+        from steer.adapters.vllm.plugin.install import used_artifacts
+
+        return used_artifacts(self._outputs)
+
+    @abstractmethod
+    def draw(self, prompts: Sequence[Any], params: Sequence[Any], took: Took | None = None) -> list[Any]:
+        """One `RequestOutput` for each prompt under its `SamplingParams`, in their order. They run together; `took`
+        sees each when it is complete, while others still run. Whatever ends the call aborts what has not finished.
+        """
+
+    @abstractmethod
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        """Call a method on every worker; returns what each of them answers."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Shut the engine down."""
+
+
+class Blocking(Client):
+    """A `vllm.LLM`. One thread may use it at a time."""
+
+    def __init__(self, llm: Any) -> None:
+        super().__init__(llm.llm_engine)
+        self.llm = llm
+
+    def draw(self, prompts: Sequence[Any], params: Sequence[Any], took: Took | None = None) -> list[Any]:
+        engine, run = self.llm.llm_engine, uuid4().hex
+        number = {f"{run}-{i}": i for i in range(len(prompts))}
+        waiting = dict.fromkeys(number)
+        outputs: list[Any] = [None] * len(prompts)
+        try:
+            for id, prompt, mine in zip(number, prompts, params, strict=True):
+                engine.add_request(id, prompt, mine)
+            while waiting:
+                for output in engine.step():
+                    if output.finished and output.request_id in waiting:
+                        i = number[output.request_id]
+                        del waiting[output.request_id]
+                        outputs[i] = output
+                        if took is not None:
+                            took(i, output)
+        finally:
+            if waiting:
+                engine.abort_request(list(waiting))
+        return outputs
+
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        return list(self.llm.collective_rpc(method, args=args))
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+class Asynchronous(Client):
+    """An `AsyncLLM` on the event loop `loop`, for other threads than that loop's own; any number of them at once.
+
+    `branch` gives a client of the same engine that can be stopped on its own.
+    """
+
+    def __init__(self, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(engine)
+        self.engine, self.loop = engine, loop
+        self.drawn = 0
+        """Tokens that its requests have drawn, those of requests that were aborted left out."""
+        self.on_drawn: Callable[[], None] = lambda: None
+        """Called when a request is complete, by the thread that waits for it in `draw`."""
+        self._stopped = False
+        self._calls: set[Future[Any]] = set()
+        self._lock = threading.Lock()
+
+    def branch(self) -> Asynchronous:
+        """Another client of this engine."""
+        return Asynchronous(self.engine, self.loop)
+
+    def stop(self) -> None:
+        """Abort what this client is waiting for; from then on its calls raise `Stopped`. Any thread may call it."""
+        with self._lock:
+            self._stopped = True
+            calls = list(self._calls)
+        for call in calls:
+            call.cancel()
+
+    async def stream(self, prompt: Any, params: Any) -> AsyncGenerator[Any]:
+        """The `RequestOutput`s of one request, on the engine's loop. Closing it aborts the request."""
+        async with aclosing(self.engine.generate(rendered(prompt), params, f"steer-{uuid4().hex}")) as outputs:
+            async for output in outputs:
+                yield output
+
+    def draw(self, prompts: Sequence[Any], params: Sequence[Any], took: Took | None = None) -> list[Any]:
+        arrived: SimpleQueue[tuple[int, Any] | None] = SimpleQueue()
+
+        async def one(i: int) -> Any:
+            output = None
+            async with aclosing(self.stream(prompts[i], params[i])) as outputs:
+                async for output in outputs:  # noqa: B007
+                    pass
+            assert output is not None
+            self.drawn += sum(len(completion.token_ids) for completion in output.outputs)
+            arrived.put((i, output))
+            return output
+
+        with self._calling(together(one(i) for i in range(len(prompts)))) as call:
+            call.add_done_callback(lambda _: arrived.put(None))
+            while (item := arrived.get()) is not None:
+                self.on_drawn()
+                if took is not None:
+                    took(*item)
+            return call.result()
+
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        with self._calling(self.engine.collective_rpc(method, args=args)) as call:
+            return list(call.result())
+
+    @contextmanager
+    def _calling(self, work: Coroutine[Any, Any, T]) -> Iterator[Future[T]]:
+        """Work on the engine's loop, which does not outlive the block."""
+        with self._lock:
+            if self._stopped:
+                work.close()
+                raise Stopped
+            call = asyncio.run_coroutine_threadsafe(work, self.loop)
+            self._calls.add(call)
+        try:
+            yield call
+        except BaseException:
+            call.cancel()
+            if self._stopped:
+                raise Stopped from None
+            raise
+        finally:
+            with self._lock:
+                self._calls.discard(call)
+
+    def close(self) -> None:
+        self.engine.shutdown(timeout=PATIENCE)
+
+
+async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of several coroutines that run at once. Where one fails, or the caller is cancelled, all end."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def rendered(prompt: Any) -> Any:
+    """A prompt of token ids as vLLM's own servers pass it on, so that nothing is left to be done in other threads."""
+    return prompt if "type" in prompt else {"type": "token", **prompt}

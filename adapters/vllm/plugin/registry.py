@@ -1,0 +1,220 @@
+"""The front end's side: names of registered artifacts, and what the engine is told about a request.
+
+A client names artifacts; the engine is given digests, settings and absolute positions. So bad input is refused before
+anything is queued, the scheduler can tell steered blocks of the cache apart, and a name that is registered again with
+other content changes nothing for requests on their way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from steer.adapters.vllm.artifacts import Artifact
+from steer.adapters.vllm.plugin.compiled import Compiled, rows_of, stages_of
+from steer.adapters.vllm.plugin.requests import Inside
+from steer.adapters.vllm.settings import Settings, need
+from steer.core import Edit, HiddenEdit, InputError, ModelInfo, Site, TransitionEdit, UnsupportedError, check
+from steer.methods.value import ValueGuidance
+from steer.serving.wire import NAME, EditRequest, SteerRequest
+
+__all__ = ["FrontEnd"]
+
+
+_LARGEST = 1e6
+"""Weight of a tuned model, either way; beyond it sums of logits could overflow."""
+_SEARCH = ("sampler", "candidates", "reward", "budget")
+
+
+@dataclass(frozen=True, eq=False)
+class _Mounted:
+    """A registered artifact under settings, checked."""
+
+    key: str
+    digest: str
+    options: dict[str, Any]
+    edit: Edit
+    compiled: Compiled | None
+
+
+@dataclass(frozen=True)
+class _Towards(Edit):
+    """Guidance towards a tuned model that the engine runs beside its own, by its number there."""
+
+    site = Site.TRANSITION
+    number: int
+    weight: float
+
+
+@dataclass(eq=False)
+class FrontEnd:
+    """Artifacts by name and by digest, in order of last use."""
+
+    settings: Settings
+    info: ModelInfo
+    names: dict[str, str] = field(default_factory=dict)
+    artifacts: OrderedDict[str, Artifact] = field(default_factory=OrderedDict)
+    measured: bool = False
+    """Whether the residual stream's norms are known."""
+
+    def __post_init__(self) -> None:
+        self._mounted = lru_cache(4096)(self._mount)
+        self._tuned = {name: number for number, (name, _) in enumerate(self.settings.tuned)}
+
+    # ---- artifacts
+
+    def admit(self, name: str, data: bytes, any_model: bool, used: Iterable[str]) -> tuple[Artifact, list[str]]:
+        """The artifact, checked, and the digests that must go to make room. `used` are those that requests need.
+
+        Raises `InputError`: a bad name or artifact, one of another model, or no room.
+        """
+        check(isinstance(name, str) and NAME.fullmatch(name) is not None, "name", name,
+              "letters, digits, dot, dash and underscore, at most 128 of them")  # fmt: skip
+        check(name not in self._tuned, "name", name, "a name that additional_config steer.tuned does not have")
+        artifact = Artifact.parse(data)
+        artifact = artifact.for_any_model() if any_model else artifact
+        made = artifact.edit(self.info, {})
+        if isinstance(made, HiddenEdit):
+            made.terms(self.info)
+            need(self.settings, reads=made.reads)
+        elif isinstance(made, ValueGuidance):
+            if self.settings.speculative:
+                raise UnsupportedError("value heads do not go with speculative decoding in vLLM")
+            check(self.settings.parallel[0] == 1, "value head", f"{self.settings.parallel[0]} tensor parallel ranks",
+                  "tensor_parallel_size 1: it needs the whole output embedding")  # fmt: skip
+        return artifact, self._crowded_out(artifact, set(used))
+
+    def _crowded_out(self, new: Artifact, used: set[str]) -> list[str]:
+        held = list(self.artifacts.items())  # another thread may be noting their use
+        kept = {digest: a.size for digest, a in held if digest != new.digest}
+        number, size = self.settings.artifacts, self.settings.artifact_bytes
+
+        def fits() -> bool:
+            return len(kept) < number and sum(kept.values()) + new.size <= size
+
+        gone = []
+        for digest, _ in held:
+            if fits():
+                break
+            if digest in kept and digest not in used:
+                gone.append(digest)
+                del kept[digest]
+        check(fits(), "artifact", f"{new.size} bytes, with {len(kept)} artifacts in use",
+              f"at most {number} artifacts and {size} bytes in all")  # fmt: skip
+        return gone
+
+    def add(self, name: str, artifact: Artifact, gone: Iterable[str]) -> None:
+        """Enter an artifact that the workers hold under its name, and strike out those that they dropped."""
+        for digest in gone:
+            self.artifacts.pop(digest, None)
+            self.names = {n: d for n, d in self.names.items() if d != digest}
+        self.names[name] = artifact.digest
+        self.artifacts[artifact.digest] = artifact
+        self.artifacts.move_to_end(artifact.digest)
+
+    def remove(self, name: str, used: Iterable[str]) -> list[str]:
+        """Forget a name; returns the digests that nobody needs any more. Raises `InputError`."""
+        digest = self._digest(name)
+        del self.names[name]
+        unneeded = digest not in self.names.values() and digest not in set(used)
+        if unneeded:
+            self.artifacts.pop(digest, None)
+        return [digest] if unneeded else []
+
+    def _digest(self, name: str) -> str:
+        known = ", ".join([*self._tuned, *sorted(self.names)][:20]) or "none is registered"
+        check(name in self.names, "steer.edits.name", name, f"registered artifacts: {known}")
+        return self.names[name]
+
+    # ---- requests
+
+    def parse(self, given: Any) -> Inside:
+        """What a client asked for, checked as far as it can be without the prompt. Raises `InputError`."""
+        if isinstance(given, Inside):
+            asked = given
+        else:
+            request = SteerRequest.parse(given)
+            for name in _SEARCH:
+                check(getattr(request, name) is None, f"steer.{name}", getattr(request, name),
+                      "unset: the engine draws token by token; search runs in front of it")  # fmt: skip
+            check(not request.settings, "steer.settings", request.settings, "unset: there is no sampler to set")
+            asked = Inside(tuple(request.edits), request.beta)
+        need(self.settings, stages=stages_of([m.compiled for m in self._of(asked) if m.compiled is not None]))
+        return asked
+
+    def hidden(self, asked: Inside) -> list[HiddenEdit]:
+        """The edits of hidden states that a request asks for."""
+        return [m.edit for m in self._of(asked) if isinstance(m.edit, HiddenEdit)]
+
+    def _of(self, asked: Inside) -> list[_Mounted]:
+        return [
+            self._towards(edit)
+            if edit.name in self._tuned
+            else self._mounted(self._digest(edit.name), json.dumps(_options(edit), sort_keys=True))
+            for edit in asked.edits
+        ]
+
+    def _towards(self, edit: EditRequest) -> _Mounted:
+        for name, given in edit.options().items():
+            raise InputError(f"steer.edits.{name}", given, f"unset: {edit.name} is a tuned model, with a strength only")
+        weight = 1.0 if edit.strength is None else edit.strength
+        check(abs(weight) <= _LARGEST, "steer.edits.strength", weight, f"at most {_LARGEST:g} (1 is the tuned model)")
+        return _Mounted("", "", {}, _Towards(self._tuned[edit.name], weight), None)
+
+    def _mount(self, digest: str, options: str) -> _Mounted:
+        artifact = self.artifacts[digest]
+        edit = artifact.edit(self.info, json.loads(options))
+        key = hashlib.sha256(f"{digest} {options}".encode()).hexdigest()[:32]
+        if isinstance(edit, TransitionEdit):
+            return _Mounted(key, digest, json.loads(options), edit, None)
+        assert isinstance(edit, HiddenEdit)
+        compiled = Compiled.of(edit, self.info)
+        need(self.settings, reads=edit.reads, layers=tuple({layer for layer, _ in compiled.operators}))
+        return _Mounted(key, digest, json.loads(options), edit, compiled)
+
+    def resolve(self, asked: Inside, length: int) -> dict[str, Any]:
+        """Plain data for the engine, for a prompt of `length` tokens: digests, settings and absolute positions. Raises
+        `InputError` where buffers of a fixed size could overflow.
+        """
+        prompt = asked.prompt_length or length
+        hidden: list[dict[str, Any]] = []
+        values: list[dict[str, Any]] = []
+        tuned: list[tuple[int, float]] = []
+        reads = False
+        for mounted in self._of(asked):
+            if isinstance(mounted.edit, _Towards):
+                tuned.append((mounted.edit.number, mounted.edit.weight))
+                continue
+            self.artifacts.move_to_end(mounted.digest)
+            entry: dict[str, Any] = {"artifact": mounted.digest, "options": mounted.options}
+            if not isinstance(mounted.edit, HiddenEdit):
+                values.append(entry)
+                continue
+            start, stop = mounted.edit.scope.bounds(prompt)
+            entry |= {"key": mounted.key, "start": start, "stop": None if math.isinf(stop) else int(stop)}
+            if mounted.edit.reads:
+                given = asked.weights[len(hidden)] if asked.weights else None
+                entry["weights"] = None if given is None else list(given)
+                entry["key"] += f"@{prompt}"  # what it decides depends on where the prompt ends
+                reads = reads or given is None
+            hidden.append(entry)
+        need(self.settings, rows=rows_of(hidden))
+        acting = [e["start"] for e in hidden if e["stop"] is None or e["stop"] > e["start"]]
+        first = min(acting, default=None)
+        rewind = first if reads and first is not None and first < prompt else None
+        return {
+            "resolved": True, "hidden": hidden, "values": values, "tuned": tuned, "beta": asked.beta, "prompt": prompt,
+            "reads": reads, "rewind": rewind, "private": rewind is not None and rewind < prompt - 1,
+            "measure": asked.measure, "tag": asked.tag,
+        }  # fmt: skip
+
+
+def _options(edit: EditRequest) -> dict[str, Any]:
+    options = edit.options()
+    return options if edit.strength is None else {**options, "strength": edit.strength}

@@ -1,0 +1,391 @@
+"""`VLLMProcess`: a model in vLLM as a `Process` whose step is a block of tokens and whose fork is the prefix cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from steer.adapters.language.decoding import Decoding
+from steer.adapters.language.model import check_lengths
+from steer.adapters.language.packing import pack_texts, pack_tokens, unpack_texts, unpack_tokens
+from steer.adapters.vllm.client import Client, Took
+from steer.adapters.vllm.plugin.registry import FrontEnd
+from steer.adapters.vllm.plugin.requests import Inside
+from steer.core import (
+    Ability,
+    Cost,
+    Edit,
+    HiddenEdit,
+    Mounted,
+    Process,
+    Prompt,
+    PromptEdit,
+    Samples,
+    Site,
+    TransitionEdit,
+    check,
+    check_whole,
+)
+from steer.methods.best_of_n import BestOfN
+from steer.methods.fk import FKSteering
+from steer.model import Plan
+from steer.rewards.early import Early
+from steer.sampling.lookahead import Preview
+from steer.serving.wire import EditRequest
+
+if TYPE_CHECKING:
+    from steer.adapters.vllm.model import VLLMModel
+
+
+_MISSING = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "logits_processor", "stopping_criteria")
+"""Settings of `Decoding` that vLLM has no counterpart of."""
+
+
+_ROWS = ("group", "log_prob", "base_log_prob", "tilt", "kl", "finished")
+"""What a state holds as tensors of rows."""
+
+
+@dataclass(frozen=True)
+class Named(Edit):
+    """An artifact that was registered with the engine, under settings."""
+
+    site: ClassVar[Site] = Site.HIDDEN
+    request: EditRequest
+
+    def check(self, front: FrontEnd) -> None:
+        """Raise `InputError` where the name or a setting is wrong."""
+        front.parse(Inside((self.request,)))
+
+
+@dataclass(frozen=True)
+class VLLMState:
+    """Rows of texts in mid-generation; the engine's prefix cache holds what can be held of them."""
+
+    group: Tensor
+    step: int
+    log_prob: Tensor
+    base_log_prob: Tensor | None
+    tilt: Tensor
+    kl: Tensor | None
+    cost: Cost
+    prompts: list[Prompt] = field(repr=False)
+    ids: list[list[int]] = field(repr=False)
+    """Token ids of every prompt."""
+    tokens: list[list[int]] = field(repr=False)
+    """Generated tokens of every row."""
+    finished: Tensor
+    weights: list[tuple[Any, ...]] = field(repr=False)
+    """What each row's gates and controllers decided."""
+    run: str = ""
+    """Tells its requests from those of other runs."""
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+
+@dataclass(frozen=True)
+class VLLMProcess(Process):
+    """Generation by one engine. A step draws up to `block` tokens for every unfinished row."""
+
+    model: VLLMModel
+    decoding: Decoding
+    edits: Mounted = ()
+    block: int = 64
+    client: Client | None = field(default=None, repr=False, compare=False)
+    """What its requests go through; None for the model's own."""
+    announce: Callable[[Any, str], None] | None = field(default=None, repr=False, compare=False)
+    """Called with the prompt and the text of a row as soon as it is complete, while others are still drawn."""
+    weighs: bool = True
+    """Whether results tell the log-probability of what was drawn. For one row that wants it, vLLM computes the law of
+    all that run with it.
+    """
+    announces_all: bool = False
+    """Whether rows whose text goes on after this step are announced too."""
+
+    sites = frozenset({Site.PROMPT, Site.HIDDEN, Site.TRANSITION})
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "decoding", self.decoding.with_eos(self.model.eos_token_ids))
+        check_whole("block", self.block)
+        for name in _MISSING:
+            value = getattr(self.decoding, name)
+            check(not value, name, value, "unset: vLLM has no such setting")
+
+    @property
+    def _client(self) -> Client:
+        return self.client or self.model.client
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        always = {Ability.FORK, Ability.LOG_PROB, Ability.PREVIEW}
+        return frozenset(always | (set() if self.decoding.greedy else {Ability.BRANCH}))
+
+    def way_out(self, ability: Ability) -> str:
+        return "use a temperature above 0" if ability is Ability.BRANCH else ""
+
+    @property
+    def num_steps(self) -> int:
+        return -(-self.decoding.max_new_tokens // self.block)
+
+    def copy(self, edits: Mounted) -> VLLMProcess:
+        return replace(self, edits=edits)
+
+    def validate(self, edit: Edit) -> None:
+        if isinstance(edit, Named):
+            edit.check(self.model.front)
+        elif isinstance(edit, HiddenEdit | TransitionEdit):
+            Named(self._request(edit)).check(self.model.front)
+
+    def _request(self, edit: Edit) -> EditRequest:
+        return edit.request if isinstance(edit, Named) else EditRequest(name=self.model.name_of(edit))
+
+    def _inside(self, b: int) -> list[EditRequest]:
+        """What the engine is asked to do for prompt `b`."""
+        mine = [edit for edit, wanted in self.edits if wanted is None or b in wanted]
+        return [self._request(edit) for edit in mine if not isinstance(edit, PromptEdit)]
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of every prompt after the prompt edits that it asked for; checks lengths."""
+        ids = [self.model.encode(p) for p in self.rewritten(prompts)]
+        check_lengths(ids, self.decoding.max_new_tokens, self.model.context_length)
+        return ids
+
+    def init(self, prompts: Sequence[Prompt], n: int, generator: torch.Generator) -> VLLMState:
+        check_whole("n", n)
+        check(len(prompts) >= 1, "prompts", prompts, "at least one")
+        ids = self.encode(prompts)
+        rows = len(prompts) * n
+        zero = torch.zeros(rows, dtype=torch.float64)
+        exact = not self.edits and not self._truncates
+        return VLLMState(
+            group=torch.arange(len(prompts)).repeat_interleave(n),
+            step=0,
+            log_prob=zero,
+            base_log_prob=zero if exact else None,
+            tilt=zero,
+            kl=zero if exact else None,
+            cost=Cost(prompt_tokens=sum(map(len, ids)), nfe=sum(map(len, ids))),
+            prompts=list(prompts),
+            ids=ids,
+            tokens=[[] for _ in range(rows)],
+            finished=torch.zeros(rows, dtype=torch.bool),
+            weights=[()] * rows,
+            run=uuid4().hex,
+        )
+
+    @property
+    def _truncates(self) -> bool:
+        return (self.decoding.truncates and not self.decoding.greedy) or self.decoding.repetition_penalty != 1
+
+    def done(self, state: VLLMState) -> bool:
+        return bool(state.finished.all())
+
+    def finished(self, state: VLLMState) -> Tensor:
+        return state.finished
+
+    def propose(self, state: VLLMState, generator: torch.Generator) -> VLLMState:
+        rows = (~state.finished).nonzero().squeeze(1).tolist()
+        seeds = torch.randint(2**31, (len(state),), generator=generator).tolist()
+        outputs = self._run(state, rows, seeds, partial(self._announced, state, rows) if self.announce else None)
+        tokens, finished, log_prob = list(state.tokens), state.finished.clone(), state.log_prob.clone()
+        drawn = 0
+        for i, output in zip(rows, outputs, strict=True):
+            completion = output.outputs[0]
+            drawn += len(completion.token_ids)
+            tokens[i] = [*state.tokens[i], *completion.token_ids]
+            log_prob[i] += float(completion.cumulative_logprob or 0.0)
+            finished[i] = self._ended(tokens[i], completion.finish_reason)
+        moved = replace(
+            state, step=state.step + 1, tokens=tokens, finished=finished, log_prob=log_prob,
+            base_log_prob=None if state.base_log_prob is None else log_prob,
+            cost=state.cost + Cost(generated_tokens=drawn, nfe=drawn, model_calls=1),
+        )  # fmt: skip
+        return moved if self.done(moved) else self._decided(moved, rows)
+
+    def _announced(self, state: VLLMState, rows: Sequence[int], k: int, output: Any) -> None:
+        completion = output.outputs[0]
+        tokens = [*state.tokens[rows[k]], *completion.token_ids]
+        if self.announce is not None and (self.announces_all or self._ended(tokens, completion.finish_reason)):
+            prompt = state.prompts[int(state.group[rows[k]])]
+            self.announce(self.model.show(prompt), self.model.decode(tokens, self.decoding.stop))
+
+    def _run(self, state: VLLMState, rows: Sequence[int], seeds: Sequence[int], took: Took | None) -> list[Any]:
+        asked = {b: self._inside(b) for b in {int(state.group[i]) for i in rows}}
+        prompts, params = [], []
+        for i in rows:
+            b, mine = int(state.group[i]), state.tokens[i]
+            tag = self._tag(state, i) if self._reads(asked[b]) else None
+            inside = Inside(tuple(asked[b]), prompt_length=len(state.ids[b]), weights=state.weights[i], tag=tag)
+            prompts.append(_tokens_prompt([*state.ids[b], *mine]))
+            params.append(self._params(seeds[i], len(mine), inside))
+        return self._client.draw(prompts, params, took)
+
+    def _reads(self, asked: Sequence[EditRequest]) -> bool:
+        return any(edit.reads for edit in self.model.front.hidden(Inside(tuple(asked))))
+
+    def _tag(self, state: VLLMState, row: int) -> str | None:
+        return None if state.weights[row] else f"{state.run}-{row}"
+
+    def request(self, prompt: Prompt | Sequence[int], new: int, seed: int = 0) -> tuple[Any, Any]:
+        """A prompt, or its token ids, and the sampling parameters of a request for `new` tokens under the edits of the
+        first prompt: what `LLM.generate` and `LLMEngine.add_request` take.
+        """
+        given = [token for token in prompt if isinstance(token, int)]
+        ids = given or self.encode([prompt])[0]  # type: ignore[list-item]
+        params = replace(self, block=new)._params(
+            seed, self.decoding.max_new_tokens - new, Inside(tuple(self._inside(0)))
+        )
+        return _tokens_prompt(ids), params
+
+    def _params(self, seed: int, length: int, inside: Inside) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        d = self.decoding
+        left = d.max_new_tokens - length
+        return SamplingParams(
+            max_tokens=min(self.block, left), min_tokens=max(0, min(d.min_new_tokens - length, self.block)),
+            temperature=d.temperature, top_k=d.top_k, top_p=d.top_p, min_p=d.min_p,
+            repetition_penalty=d.repetition_penalty, stop=list(d.stop), include_stop_str_in_output=True,
+            ignore_eos=True, stop_token_ids=list(d.eos_token_id or ()), logprobs=0 if self.weighs else None,
+            seed=None if d.greedy else seed,
+            detokenize=bool(d.stop), output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={"steer": inside} if inside.edits else None,
+        )  # fmt: skip
+
+    def _ended(self, tokens: list[int], reason: str | None) -> bool:
+        if len(tokens) >= self.decoding.max_new_tokens or reason == "stop":
+            return True
+        if not self.decoding.stop:
+            return False
+        text = self.model.tokenizer.decode(tokens)  # a stop string may lie across two blocks
+        return any(stop in text for stop in self.decoding.stop)
+
+    def _decided(self, state: VLLMState, rows: Sequence[int]) -> VLLMState:
+        """Keep what the edits that read the prompt decided, for the blocks to come."""
+        reading = [i for i in rows if not state.weights[i] and self._reads(self._inside(int(state.group[i])))]
+        if not reading:
+            return state
+        tags = [f"{state.run}-{i}" for i in reading]
+        found = self._client.rpc("steer_weights", tags)[0]
+        weights = list(state.weights)
+        for i, mine in zip(reading, found, strict=True):
+            weights[i] = tuple(None if w is None else tuple(w) for w in mine)
+        return replace(state, weights=weights)
+
+    def gather(self, state: VLLMState, index: Tensor) -> VLLMState:
+        at = index.tolist()
+        rows: dict[str, Any] = {name: x[index] for name in _ROWS if (x := getattr(state, name)) is not None}
+        return replace(
+            state, **rows, tokens=[state.tokens[i] for i in at], weights=[state.weights[i] for i in at]
+        )  # fmt: skip
+
+    def stack(self, states: Sequence[VLLMState]) -> VLLMState:
+        check(len({s.step for s in states}) == 1, "states", [s.step for s in states], "rows at one step")
+
+        def joined(name: str) -> Any:
+            columns = [getattr(s, name) for s in states]
+            return None if any(c is None for c in columns) else torch.cat(columns)
+
+        rows: dict[str, Any] = {name: joined(name) for name in _ROWS}
+        return replace(
+            states[0], **rows, run=uuid4().hex, tokens=[row for s in states for row in s.tokens],
+            weights=[row for s in states for row in s.weights], cost=sum((s.cost for s in states), Cost()),
+        )  # fmt: skip
+
+    def pack(self, state: VLLMState) -> dict[str, Tensor]:
+        """Tokens, and what gates and controllers decided as JSON in bytes."""
+        rows = {name: x for name in _ROWS if (x := getattr(state, name)) is not None}
+        tokens, length = pack_tokens(state.tokens)
+        decided, size = pack_texts([json.dumps(row) for row in state.weights])
+        return {**rows, "tokens": tokens, "length": length, "decided": decided, "decided_length": size}
+
+    def unpack(self, prompts: Sequence[Prompt], step: int, packed: dict[str, Tensor]) -> VLLMState:
+        rows: dict[str, Any] = {name: packed.get(name) for name in _ROWS}
+        decided = [json.loads(text) for text in unpack_texts(packed["decided"], packed["decided_length"])]
+        return VLLMState(
+            **rows, step=step, cost=Cost(), prompts=list(prompts), ids=self.encode(prompts), run=uuid4().hex,
+            tokens=unpack_tokens(packed["tokens"], packed["length"]),
+            weights=[tuple(None if w is None else tuple(w) for w in row) for row in decided],
+        )  # fmt: skip
+
+    def settle(self, state: VLLMState) -> tuple[VLLMState, Cost]:
+        return replace(state, cost=Cost()), state.cost
+
+    def identify(self, state: VLLMState) -> list[Any]:
+        return [tuple(tokens) for tokens in state.tokens]
+
+    def preview(self, state: VLLMState) -> Samples:
+        """The partial texts."""
+        return self.decode(state)
+
+    def decode(self, state: VLLMState) -> Samples:
+        known = state.kl is not None
+        later = partial(self._divergence, state.prompts, state.group, state.tokens, state.log_prob)
+        plain = self.decoding.temperature in (0, 1)
+        return Samples(
+            prompts=[self.model.show(p) for p in state.prompts],
+            outputs=[self.model.decode(row, self.decoding.stop) for row in state.tokens],
+            tokens=[list(row) for row in state.tokens],
+            group=state.group,
+            log_weight=torch.zeros(len(state), dtype=torch.float64),
+            log_prob=state.log_prob if self.weighs else None,
+            base_log_prob=state.base_log_prob if self.weighs else None,
+            tilt=state.tilt,
+            kl_estimate=state.kl if known else later if plain else None,
+            cost=state.cost,
+        )
+
+    def _divergence(
+        self, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]], log_prob: Tensor
+    ) -> Tensor:
+        """`log q(y) - log p(y)` of each text `[N]`: a one-sample estimate of its KL to the unedited model."""
+        return log_prob - replace(self, edits=()).log_likelihood(prompts, group, tokens)
+
+    def log_likelihood(self, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Summed log-probability `[N]` of each row's `tokens` after its prompt, under the unedited model at temperature
+        1.
+        """
+        from vllm import SamplingParams
+
+        ids = self.encode(prompts)
+        rows = [i for i, row in enumerate(tokens) if row]
+        whole = [[*ids[int(group[i])], *tokens[i]] for i in rows]
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        outputs = self._client.draw([_tokens_prompt(row) for row in whole], [params] * len(whole))
+        total = torch.zeros(len(tokens), dtype=torch.float64)
+        for i, row, output in zip(rows, whole, outputs, strict=True):
+            start = len(ids[int(group[i])])
+            total[i] = sum(output.prompt_logprobs[t][row[t]].logprob for t in range(start, len(row)))
+        return total
+
+
+@contextmanager
+def scored_early(plan: Plan) -> Iterator[Plan]:
+    """The plan of a `VLLMProcess` with rewards computed as texts are completed, while others are still drawn; itself
+    where the reward does not stand alone (see `Reward.alone`).
+    """
+    process, reward, sampler = plan.process, plan.reward, plan.sampler
+    if reward is None or not reward.alone or not isinstance(process, VLLMProcess):
+        yield plan
+        return
+    each_step = (isinstance(sampler, FKSteering) and isinstance(sampler.lookahead, Preview) and sampler.every == 1) or (
+        isinstance(sampler, BestOfN) and sampler.reject > 0
+    )
+    with Early(reward) as early:
+        announcing = replace(process, announce=early.announce, announces_all=each_step)
+        yield replace(plan, process=announcing, reward=early)
+
+
+def _tokens_prompt(ids: Sequence[int]) -> Any:
+    from vllm.inputs import TokensPrompt
+
+    return TokensPrompt(prompt_token_ids=list(ids))

@@ -1,0 +1,1 @@
+"""vLLM behind `steer serve`, and steer inside `vllm serve`."""

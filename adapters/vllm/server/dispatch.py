@@ -1,0 +1,96 @@
+"""Which of two applications answers a request: steer's, or the server's own that it is part of."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from steer.serving.errors import Refused, answer
+
+__all__ = ["Dispatch"]
+
+
+_OURS = "/v1/steer/"
+_STEERED = ("/v1/chat/completions", "/v1/completions")
+_OTHERS = (
+    "/v1/chat/completions/batch", "/v1/responses", "/v1/messages", "/invocations", "/inference/v1/generate",
+    "/cohere/v2/chat",
+)  # fmt: skip
+"""Routes that generate too, where a `steer` field would be ignored without a word."""
+
+
+class Dispatch:
+    """ASGI middleware. Steer's application answers `/v1/steer/...` and requests for text with a `steer` field; all
+    others reach the server as they came.
+
+    Args:
+        app: the server's own application.
+        ours: steer's, asked for with each request.
+    """
+
+    def __init__(self, app: ASGIApp, ours: Callable[[], ASGIApp]) -> None:
+        self.app, self.ours = app, ours
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        app = self.app
+        if scope["type"] == "http" and path.startswith(_OURS):
+            app = self._at(path)
+        elif scope["type"] == "http" and scope["method"] == "POST" and path in (*_STEERED, *_OTHERS):
+            body, receive = await _read(receive)
+            try:
+                if _is_steered(body, path):
+                    app = self._at(path)
+            except Refused as error:
+                app = answer(error)
+        await app(scope, receive, send)
+
+    def _at(self, path: str) -> ASGIApp:
+        """Steer's application at its own root, whatever the path of the server's is."""
+
+        async def at(scope: Scope, receive: Receive, send: Send) -> None:
+            await self.ours()({**scope, "path": path, "root_path": ""}, receive, send)
+
+        return at
+
+
+async def _read(receive: Receive) -> tuple[bytes, Receive]:
+    """A request's body, and a `receive` that gives it again. An application that reads JSON holds all of it anyway."""
+    messages: deque[Message] = deque()
+    pieces = []
+    more = True
+    while more:
+        message = await receive()
+        messages.append(message)
+        pieces.append(message.get("body", b""))
+        more = message["type"] == "http.request" and message.get("more_body", False)
+
+    async def again() -> Message:
+        return messages.popleft() if messages else await receive()
+
+    return b"".join(pieces), again
+
+
+def _is_steered(body: bytes, path: str) -> bool:
+    """Whether the request asks for steering on top. Raises `Refused` where it would be lost."""
+    if b'"steer"' not in body:
+        return False
+    try:
+        given: Any = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(given, dict):
+        return False
+    if given.get("steer") is not None:
+        if path not in _STEERED:
+            raise Refused(400, f"steer: got a request for {path}; allowed: {', '.join(_STEERED)}", "steer")
+        return True
+    inside = given.get("vllm_xargs")
+    if isinstance(inside, dict) and inside.get("steer") is not None and given.get("use_beam_search"):
+        allowed = "unset with steering, which beam search would lose"
+        raise Refused(400, f"use_beam_search: got {given['use_beam_search']!r}; allowed: {allowed}", "use_beam_search")
+    return False

@@ -1,0 +1,150 @@
+"""Steering in vLLM's own server, `vllm serve`: the entry point `vllm.endpoint_plugins`.
+
+Loaded where `VLLM_PLUGINS=steer,steer_http` names it, for an engine with `additional_config={"steer": {}}`:
+
+| request                                                           | answered by |
+|-------------------------------------------------------------------|-------------|
+| `/v1/chat/completions` and `/v1/completions` with a `steer` field | steer, as `steer serve` answers it |
+| `/v1/steer/...`                                                   | steer: artifacts, rewards, metrics, description |
+| everything else, also with `vllm_xargs={"steer": "<JSON text>"}`  | vLLM |
+
+What is registered over HTTP, or lies in the folder of artifacts, goes by the same name in all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from starlette.types import ASGIApp
+
+from steer.adapters.vllm.server.dispatch import Dispatch
+from steer.adapters.vllm.settings import ServerSettings, settings_of
+from steer.core import InputError, SteerError, UnsupportedError, check
+from steer.serving.artifact_store import Store, UnknownArtifactError
+from steer.serving.wire import is_loopback
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from steer.adapters.vllm.model import VLLMModel
+    from steer.serving.server import Server
+
+__all__ = ["SteerEndpoints"]
+
+
+log = logging.getLogger("vllm.steer")
+
+
+class SteerEndpoints:
+    """Steer's part of one server; vLLM makes it and calls its two methods (see vLLM's `EndpointPlugin`)."""
+
+    name = "steer_http"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self._app: FastAPI | None = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Stand before vLLM's routes, and behind what vLLM puts there afterwards, such as its check of keys."""
+        app.add_middleware(Dispatch, ours=self._ours)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Make steer's application over vLLM's engine. Ends the process with one line where it cannot be."""
+        names = [model.name for model in state.openai_serving_models.base_model_paths]
+        loop = asyncio.get_running_loop()
+        try:
+            # Off the event loop: artifacts that are there are sent to the engine, through that same loop.
+            self._app = await asyncio.to_thread(_application, engine_client, loop, names, args)
+        except SteerError as error:
+            raise SystemExit(f"steer: {error}") from None
+        _drain_before_shutdown(self._app.state.server, engine_client, loop)
+
+    def _ours(self) -> ASGIApp:
+        assert self._app is not None, "the server takes requests once init_state is done"
+        return self._app
+
+
+def _drain_before_shutdown(server: Server, client: Any, loop: asyncio.AbstractEventLoop) -> None:
+    """Have `client.shutdown` first let steer's requests finish, for as long as it was given, and end the others: an
+    engine that shuts down takes no new requests, which searches need, and answers none that it dropped.
+    """
+    shut_down, here = client.shutdown, threading.get_ident()
+
+    def shutdown(timeout: float | None = None) -> None:
+        began = time.monotonic()
+        if threading.get_ident() != here and loop.is_running():
+            asyncio.run_coroutine_threadsafe(server.gate.drain(timeout or 0), loop).result()
+        server.gate.draining = True
+        server.engine.close()
+        shut_down(timeout=None if timeout is None else max(0, timeout - (time.monotonic() - began)))
+
+    client.shutdown = shutdown
+
+
+def _application(client: Any, loop: asyncio.AbstractEventLoop, names: Sequence[str], args: Any) -> FastAPI:
+    """Raises `SteerError`."""
+    from steer.adapters.vllm.server.engine import VLLMEngine
+    from steer.serving.app import create_app
+    from steer.serving.reward_store import Rewards
+
+    settings = _settings(client.vllm_config)
+    rewards = Rewards(settings.allow_reward, settings.artifacts)
+    engine = VLLMEngine(client, loop, name=names[0])
+    app = create_app(
+        engine, artifacts=settings.artifacts, keys=_keys(args), local=_is_local(args), limits=settings.limits,
+        rewards=rewards, names=names, alone=False,
+    )  # fmt: skip
+    store = app.state.server.store
+    for name, why in {**store.refused, **rewards.refused}.items():
+        log.warning("not registered: %s: %s", name, why)
+    store.changed = _Names(store, engine.model)
+    for entry in store.entries():
+        store.changed(entry.name)
+    return app
+
+
+def _settings(config: Any) -> ServerSettings:
+    settings = settings_of(config)
+    if settings is None:
+        raise UnsupportedError("steering is off: start the engine with --additional-config '{\"steer\": {}}'")
+    servers = config.parallel_config._api_process_count
+    check(servers == 1, "api_server_count", servers, "1 with steer_http: registered names live in one process")
+    given = config.additional_config["steer"].get("server", {})
+    return ServerSettings.of(given, settings.artifacts, settings.artifact_bytes)
+
+
+def _keys(args: Any) -> list[str]:
+    """The keys that vLLM checks itself, before requests come here."""
+    return [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
+
+
+def _is_local(args: Any) -> bool:
+    return bool(args.host) and not args.uds and is_loopback(args.host)
+
+
+class _Names:
+    """Keeps the engine's names those of the store. Called with a name that changed, by any thread but the loop's."""
+
+    def __init__(self, store: Store, model: VLLMModel) -> None:
+        self._store, self._model = store, model
+        self._lock = threading.Lock()
+
+    def __call__(self, name: str) -> None:
+        with self._lock:  # the last of several changes finds what is there by then
+            try:
+                path = self._store.get(name).path
+            except UnknownArtifactError:
+                if name in self._model.registered:
+                    self._model.unregister(name)
+                return
+            try:
+                self._model.register(name, path)
+            except (InputError, OSError):
+                if path.exists():
+                    raise

@@ -1,0 +1,166 @@
+"""Edits: what is changed in a model, at which site, on which rows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from steer.core.errors import UnsupportedError, check
+
+Prompt = str | Sequence[dict[str, Any]]
+
+
+class RawText(str):
+    """Text to be continued as it stands, without the chat template."""
+
+
+# ---------------------------------------------------------------------------------------------------------- edits
+
+
+class Site(Enum):
+    """The quantity that an edit changes."""
+
+    PROMPT = "prompt"
+    """The text or messages that go in."""
+    HIDDEN = "hidden"
+    """The residual stream after a block, `[N, D]` at every position."""
+    TRANSITION = "transition"
+    """The law of the next step: next-token logits `[N, V]`, or a denoiser's prediction `[N, ...]`."""
+
+
+class Edit(ABC):
+    """A change at one site. Edits are frozen dataclasses; they hold no state of a run."""
+
+    site: ClassVar[Site]
+
+    def with_beta(self, beta: float) -> Edit:
+        """The edit for a run at KL coefficient `beta`; edits that were given their own, or need none, are unchanged."""
+        return self
+
+
+class PromptEdit(Edit):
+    """Rewrites what goes in."""
+
+    site = Site.PROMPT
+
+    @abstractmethod
+    def rewrite(self, prompt: Prompt) -> Prompt:
+        """The prompt that the process sees in place of `prompt`."""
+
+    def rewrite_all(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The same for several, which an edit that runs a model does together."""
+        return [self.rewrite(prompt) for prompt in prompts]
+
+
+class Operator(ABC):
+    """A pure function on hidden rows `[..., D]`: the unit that every engine knows how to apply.
+
+    An operator used with weight `w` acts as `h + w (operator(h) - h)`, so weight 0 is the identity.
+    """
+
+    @abstractmethod
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Changed rows, same shape as `hidden` `[..., D]`."""
+
+    @property
+    def constant(self) -> Tensor | None:
+        """The vector `[D]` that is added whatever the input, or None when the change depends on the input."""
+        return None
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The token positions at which a hidden edit acts, absolute and without padding: `start <= position < stop`.
+
+    A bound counts from the start of the prompt, or, where `*_at_reply` is set, from the prompt's length.
+    """
+
+    start: int = 0
+    stop: int | None = None
+    start_at_reply: bool = False
+    stop_at_reply: bool = False
+
+    NAMES: ClassVar[str] = "all, prompt, last, generated, reply, from:K"
+
+    @classmethod
+    def parse(cls, text: str | Scope) -> Scope:
+        """`all`; `prompt`; `last` (the last prompt position, which chooses the first token); `generated` (positions
+        of generated tokens, so from the second token on); `reply` (last + generated: every choice of a token);
+        `from:K` (absolute position K and later).
+        """
+        if isinstance(text, Scope):
+            return text
+        named = {
+            "all": cls(),
+            "prompt": cls(stop=0, stop_at_reply=True),
+            "last": cls(start=-1, stop=0, start_at_reply=True, stop_at_reply=True),
+            "generated": cls(start_at_reply=True),
+            "reply": cls(start=-1, start_at_reply=True),
+        }
+        if text in named:
+            return named[text]
+        kind, _, position = str(text).partition(":")
+        check(kind == "from" and position.isdecimal(), "scope", text, cls.NAMES)
+        return cls(start=int(position))
+
+    def bounds(self, prompt_length: int) -> tuple[int, float]:
+        """`(start, stop)` for a prompt of this length; `stop` is infinite where the scope has no end."""
+        start = self.start + (prompt_length if self.start_at_reply else 0)
+        stop = float("inf") if self.stop is None else self.stop + (prompt_length if self.stop_at_reply else 0)
+        return max(start, 0), stop
+
+
+@dataclass(frozen=True)
+class Term:
+    """What a hidden edit does after block `layer` (0 = the first block)."""
+
+    layer: int
+    operator: Operator
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What an edit may know about the model that it is mounted on."""
+
+    name: str
+    fingerprint: str
+    """Hash of architecture and weights' shape and sample; a vector made for one model is refused by another."""
+    num_layers: int
+    width: int
+    model_type: str
+    """The architecture's name in its configuration ("llama")."""
+    residual_norms: Callable[[], Tensor] = field(repr=False, compare=False)
+    """Median norm of the residual stream after each block `[L]`, measured on first use."""
+    unembedding: Callable[[], Tensor] = field(repr=False, compare=False)
+    """Output embedding matrix `[V, D]`."""
+
+    def entry(self) -> dict[str, Any]:
+        """The facts that an artifact's card keeps about its model."""
+        return {name: getattr(self, name) for name in ("name", "fingerprint", "num_layers", "width", "model_type")}
+
+
+class HiddenEdit(Edit):
+    """Changes the residual stream. `terms` says what happens where; an edit with `reads` also decides, once a prompt,
+    how much: the engine reads the prompt without edits, asks for `weights`, and from then on everything is constant.
+    """
+
+    site = Site.HIDDEN
+    scope: Scope
+
+    @abstractmethod
+    def terms(self, model: ModelInfo) -> list[Term]:
+        """Operators by layer, in order. Raises `InputError` where the edit does not fit the model."""
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Layers whose state at the last prompt position `weights` wants to see."""
+        return ()
+
+    def weights(self, hidden: dict[int, Tensor]) -> Tensor:
+        """Weight of every term `[N, len(terms)]` from prompt states `{layer: [N, D]}`; only called with `reads`."""
+        raise UnsupportedError(f"{type(self).__name__} reads no hidden states")

@@ -1,0 +1,206 @@
+"""From artifacts to edits: an artifact's card says what it is, so one loader takes vectors, controllers and values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.artifacts import Card, load
+from steer.core import Edit, InputError, check
+from steer.gguf import load_gguf
+from steer.methods.controller import Controller, ControllerNetwork
+from steer.methods.operators import Probe
+from steer.methods.value import HeadValue, QHead, ValueGuidance, ValueHead
+from steer.methods.vector import Gate, SteeringVector, check_model
+
+__all__ = ["KINDS", "load_edit", "parse_edit"]
+
+
+def parse_edit(text: str, model: Any = None) -> Edit:
+    """`FILE[:strength][:key=value]...`, for example `calm.safetensors:-0.2:layers=10-19:scope=generated`."""
+    path, strength, options = split_spec(text)
+    if "model" in options:
+        options["model_check"] = options.pop("model")
+    return load_edit(path, strength, model=model, **options)
+
+
+def split_spec(text: str) -> tuple[str, float | None, dict[str, str]]:
+    """The parts of an edit's specification; raises `InputError`."""
+    parts = text.split(":")
+    strength: float | None = None
+    options: dict[str, str] = {}
+    while len(parts) > 1:
+        last = parts[-1]
+        key, equals, value = last.partition("=")
+        if equals and key.isidentifier():
+            options[key] = value
+        elif strength is None:
+            try:
+                strength = float(last)
+            except ValueError:
+                break
+        else:
+            break
+        parts.pop()
+    path = ":".join(parts)
+    check(bool(path), "edit", text, "FILE[:strength][:key=value]...")
+    if not Path(path).is_file() and ":" in path:
+        raise InputError("edit", text, f"FILE[:strength][:key=value]...; {path.rpartition(':')[2]!r} is not a number")
+    return path, strength, options
+
+
+def load_edit(path: str | Path, strength: float | None = None, *, model: Any = None, **options: Any) -> Edit:
+    """The edit in an artifact, with settings in place of its card's.
+
+    `model` (a loaded model) is needed by value heads, which use its output embedding. Options of vectors: `layers`,
+    `scope`, `operator`, `unit`, `keep_norm`, `gate` (a probe's file), `gate_layer`, `tokens` (a probe's file); of
+    controllers: `threshold`, `scope`; of value heads: `beta`, `top_k`, `tail`. `model_check="any"` (`model=any` on the
+    command line) takes an artifact of a model with another fingerprint.
+    """
+    if str(path).endswith(".gguf"):
+        directions, hint = load_gguf(path)
+        card = Card("vector", {"width": len(next(iter(directions.values())))}, sorted(directions), {"unit": "raw"},
+                    {"method": "gguf", "hint": hint})  # fmt: skip
+        tensors = {f"direction.{layer}": v for layer, v in directions.items()}
+    else:
+        tensors, card = load(path)
+    check(card.kind in KINDS, f"{path}", f"an artifact of kind {card.kind!r}", ", ".join(KINDS))
+    compared = options.pop("model_check", "same")
+    check(compared in ("same", "any"), "model", compared, "same, any")
+    if compared == "any":
+        card = replace(card, model={k: v for k, v in card.model.items() if k != "fingerprint"})
+    if strength is not None:
+        check(abs(strength) < float("inf"), "strength", strength, "a finite number")
+    return KINDS[card.kind](tensors, card, strength, options, model)
+
+
+def _settings(card: Card, options: dict[str, Any], allowed: tuple[str, ...], kind: str) -> dict[str, Any]:
+    for key in options:
+        check(key in allowed, f"option of a {kind}", key, ", ".join(allowed))
+    return {**{k: v for k, v in card.settings.items() if k in allowed}, **options}
+
+
+def parse_layers(text: Any, available: list[int]) -> list[int]:
+    """Layers from `10-19`, `3,5,8` or `all`; every one must be among `available`."""
+    if isinstance(text, int):
+        text = str(text)
+    if isinstance(text, list | tuple):
+        chosen = [int(layer) for layer in text]
+    elif text == "all":
+        chosen = list(available)
+    else:
+        chosen = []
+        for part in str(text).split(","):
+            low, dash, high = part.strip().partition("-")
+            check(low.isdecimal() and (high.isdecimal() or not dash), "layers", text, "10-19, or 3,5,8, or all")
+            chosen += range(int(low), int(high if dash else low) + 1)
+    missing = [layer for layer in chosen if layer not in available]
+    check(bool(chosen) and not missing, "layers", text, f"layers between {min(available)} and {max(available)}")
+    return chosen
+
+
+def parse_flag(name: str, value: Any) -> bool:
+    """A boolean setting, also as text."""
+    if isinstance(value, bool):
+        return value
+    check(str(value).lower() in ("true", "false", "1", "0", "yes", "no"), name, value, "true, false")
+    return str(value).lower() in ("true", "1", "yes")
+
+
+def parse_number(name: str, value: Any, kind: type = float) -> Any:
+    """A number, also as text."""
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        raise InputError(name, value, "a number") from None
+
+
+def _probe(path: str | Path, layer: Any = None) -> tuple[dict[int, Probe], int]:
+    """Probes by layer of a vector fitted with `method=probe`, and the layer that separated best (or `layer`)."""
+    tensors, card = load(path)
+    probes = {
+        int(name.split(".")[1]): Probe(w, float(tensors[f"bias.{name.split('.')[1]}"]))
+        for name, w in tensors.items()
+        if name.startswith("probe.")
+    }
+    check(bool(probes), "gate", str(path), "a vector fitted with --method probe")
+    best = int(card.metrics.get("best_layer", max(probes))) if layer is None else int(layer)
+    check(best in probes, "gate_layer", best, f"layers of the probe: {sorted(probes)}")
+    return probes, best
+
+
+def _vector(
+    tensors: dict[str, Tensor], card: Card, strength: float | None, options: dict[str, Any], model: Any
+) -> Edit:
+    allowed = ("layers", "scope", "operator", "unit", "keep_norm", "gate", "gate_layer", "tokens")
+    settings = _settings(card, options, allowed, "vector")
+    directions = {int(k.split(".")[1]): v for k, v in tensors.items() if k.startswith("direction.")}
+    references = {int(k.split(".")[1]): v for k, v in tensors.items() if k.startswith("reference.")}
+    depth = card.model.get("num_layers")
+    layers = parse_layers(settings.get("layers", sorted(directions)), sorted(directions))
+    if depth is not None:
+        check(max(layers) < depth, "layers", max(layers), f"0 to {depth - 1}")
+    gate = None
+    if settings.get("gate"):
+        probes, best = _probe(settings["gate"], settings.get("gate_layer"))
+        gate = Gate(probes[best], best)
+    vector = SteeringVector(
+        directions={layer: directions[layer] for layer in layers},
+        strength=float(card.settings.get("strength", 1.0)) if strength is None else strength,
+        unit=str(settings.get("unit", "norm")),
+        operator=str(settings.get("operator", "add")),
+        keep_norm=parse_flag("keep_norm", settings.get("keep_norm", False)),
+        scope=settings.get("scope", "all"),
+        gate=gate,
+        token_probes=_probe(settings["tokens"])[0] if settings.get("tokens") else {},
+        references=references,
+        model=card.model,
+    )
+    return vector.normalised() if vector.unit == "norm" else vector
+
+
+def _controller(
+    tensors: dict[str, Tensor], card: Card, strength: float | None, options: dict[str, Any], model: Any
+) -> Edit:
+    settings = _settings(card, options, ("threshold", "scope", "unit"), "controller")
+    weights = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
+    inputs, layers, hidden = len(weights["mean"]), *weights["weight_outer.weight"].shape
+    network = ControllerNetwork(inputs, layers, hidden)
+    network.load_state_dict(weights)
+    return Controller(
+        network=network.eval().requires_grad_(False),
+        inputs=tuple(card.recipe["inputs"]),
+        directions=tensors["directions"],
+        strength=float(card.settings.get("strength", 1.0)) * (1.0 if strength is None else strength),
+        unit=str(settings.get("unit", "norm")),
+        threshold=parse_number("threshold", settings.get("threshold", 0.5)),
+        scope=settings.get("scope", "reply"),
+        model=card.model,
+    )
+
+
+def _value(tensors: dict[str, Tensor], card: Card, strength: float | None, options: dict[str, Any], model: Any) -> Edit:
+    settings = _settings(card, options, ("beta", "top_k", "tail"), "value head")
+    check(model is not None, "model", None, "the loaded model: a value head uses its output embedding")
+    info = model.info
+    check_model(card.model, info, "value head")
+    hidden = tensors["inner.weight"].shape[0]
+    kind = str(card.recipe.get("head", "q"))
+    head: torch.nn.Module = QHead(info.width, hidden) if kind == "q" else ValueHead(info.width, hidden)
+    head.load_state_dict(tensors)
+    head = head.eval().requires_grad_(False).to(model.device)
+    return ValueGuidance(
+        HeadValue(head, info.unembedding() if kind == "q" else None),
+        beta=None if settings.get("beta") is None else parse_number("beta", settings["beta"]),
+        strength=1.0 if strength is None else strength,
+        top_k=parse_number("top_k", settings.get("top_k", 20), int),
+        tail=str(settings.get("tail", "mean")),
+    )
+
+
+KINDS = {"vector": _vector, "controller": _controller, "value": _value}
+"""How an artifact of each kind becomes an edit."""

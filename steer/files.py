@@ -1,0 +1,76 @@
+"""Files and folders written in one step, so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from steer.core import SteerError, check
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place, all at once, when the block ends well."""
+    final = Path(path)
+    check(not final.is_dir(), "path", str(path), "a file, not a folder")
+    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, final)
+    except OSError as error:
+        raise SteerError(f"cannot write {final}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+# ------------------------------------------------------------------------------------------------------------- JSON
+
+
+def as_json(data: Any) -> str:
+    """One line of JSON, in which NaN and infinity are null."""
+    return json.dumps(_finite(data), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {str(key): _finite(value) for key, value in data.items()}
+    return [_finite(item) for item in data] if isinstance(data, list | tuple) else data
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing_folder(final: Path) -> Iterator[Path]:
+    """A temporary folder beside `final` that takes its place when the block ends well."""
+    mark = secrets.token_hex(4)
+    temporary, before = (final.with_name(f".{final.name}.{mark}.{end}") for end in ("tmp", "old"))
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if final.exists():
+            os.rename(final, before)
+        os.rename(temporary, final)
+    except OSError as error:
+        if before.exists() and not final.exists():
+            os.rename(before, final)
+        raise SteerError(f"cannot write {final}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(before, ignore_errors=True)

@@ -1,0 +1,101 @@
+"""Control vectors in GGUF, the format of llama.cpp and repeng."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from steer.artifacts import check_file, check_finite
+from steer.core import InputError, check
+from steer.files import replacing
+
+_ALLOWED_GGUF = "a control vector in GGUF format"
+
+
+# ------------------------------------------------------------------------------------------------------------- GGUF
+
+
+def save_gguf(path: Path | str, directions: Mapping[int, Tensor], model_hint: str) -> None:
+    """Write steering directions as a control vector that llama.cpp, repeng and others load.
+
+    `directions[l]` `[D]` is added to the residual stream after block `l`, counted from 0, and goes into the file as
+    `direction.l`: all three programs mean the same block by the same number, nothing is shifted. (llama.cpp's loader
+    stores `direction.N` in slot N-1 and its graph takes slot il-1 after the feed-forward of layer il, so N = il;
+    repeng's N is the index into the list of blocks whose output it changes.) llama.cpp keeps no slot for layer 0 and
+    rejects a whole file in which there is one, so a direction after block 0 cannot be saved. `model_hint` is the
+    `model_type` of the model's configuration ("llama", "qwen2"), which no program enforces.
+
+    The file: `general.architecture` = "controlvector", `controlvector.model_hint`, `controlvector.layer_count` (how
+    many directions), and float32 tensors of one dimension. Raises `InputError`.
+    """
+    for layer in directions:
+        allowed = "blocks from 1 on: a GGUF control vector cannot hold a direction after block 0"
+        check(isinstance(layer, int) and layer > 0, "directions", layer, allowed)
+    _check_directions(directions)
+    import gguf
+
+    with replacing(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, "controlvector")
+        writer.add_string("controlvector.model_hint", model_hint)
+        writer.add_uint32("controlvector.layer_count", len(directions))
+        for layer, direction in sorted(directions.items()):
+            writer.add_tensor(f"direction.{layer}", direction.detach().cpu().float().contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def load_gguf(path: Path | str) -> tuple[dict[int, Tensor], str]:
+    """Directions `{block: [D]}` in float32 and the model hint of a GGUF control vector; blocks as in `save_gguf`.
+
+    A `direction.0`, which repeng can write, is taken as it is meant there: after block 0. A file made by llama.cpp's
+    own cvector-generator has in `direction.N` what it measured after block N-1, and is meant for block N all the
+    same, where llama.cpp adds it. Raises `InputError`.
+    """
+    file = check_file(path, _ALLOWED_GGUF)
+    with file.open("rb") as stream:
+        check(stream.read(4) == b"GGUF", "artifact", f"{file} (not GGUF)", _ALLOWED_GGUF)
+    try:
+        architecture, hint, tensors = _read_gguf(file)
+    except Exception as error:
+        # The reader maps the file and indexes into it, so damage surfaces as any kind of error.
+        raise InputError("artifact", f"{file} (truncated or damaged)", _ALLOWED_GGUF) from error
+    check(architecture == "controlvector", "artifact", f"{file} (architecture {architecture!r})", _ALLOWED_GGUF)
+    directions: dict[int, Tensor] = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"direction\.(\d+)", name)
+        if match is None or tensor is None:
+            raise InputError("artifact", f"{file} (tensor {name})", "float tensors named direction.N")
+        directions[int(match[1])] = tensor
+    _check_directions(directions)
+    return directions, hint
+
+
+def _read_gguf(file: Path) -> tuple[str, str, dict[str, Tensor | None]]:
+    """Architecture, model hint and tensors by name; None in place of a tensor that is quantised."""
+    import gguf
+
+    def text(key: str) -> str:
+        entry = reader.get_field(key)
+        return "" if entry is None else str(entry.contents())
+
+    reader = gguf.GGUFReader(file)
+    floats = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F64)
+    tensors = {
+        t.name: torch.from_numpy(t.data.astype("float32")) if t.tensor_type in floats else None for t in reader.tensors
+    }
+    return text("general.architecture"), text("controlvector.model_hint"), tensors
+
+
+def _check_directions(directions: Mapping[int, Tensor]) -> None:
+    check(len(directions) > 0, "directions", {}, "at least one direction")
+    width = next(iter(directions.values())).numel()
+    for layer, direction in directions.items():
+        given = tuple(direction.shape)
+        check(given == (width,) and width > 0, f"directions[{layer}]", given, f"shape ({width},), one width for all")
+        check_finite(f"directions[{layer}]", direction)

@@ -1,0 +1,72 @@
+"""Loading of any model: the only module that knows all engines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from steer.core import check
+from steer.embedded import CARD_NAME, resolve
+
+_ENDPOINT = "openai:"
+
+
+_ENGINES = ("transformers", "vllm")
+
+
+def load(model: str | Path | Any, *, engine: str = "transformers", **options: Any) -> Any:
+    """A model ready to be steered: an embedded name (`smollm2-135m`, `fashion-ddpm`), a Hugging Face id, a local
+    folder, a GGUF file, a network or pipeline in memory, or a model behind an OpenAI-compatible endpoint
+    (`openai:http://host/v1#name`).
+
+    `engine` is what runs a language model: `transformers`, or `vllm` (see `steer.adapters.vllm.load`). `options` go to
+    the adapter: `dtype`, `device`, `device_map`, `trust_remote_code` (off), and the library's own.
+    """
+    check(engine in _ENGINES, "engine", engine, ", ".join(_ENGINES))
+    if engine == "vllm":
+        named = isinstance(model, str | Path) and not is_endpoint(model) and not is_diffusion(resolve(str(model)))
+        check(named, "model", model, "with engine=vllm, a language model's name or folder")
+        from steer.adapters import vllm
+
+        return vllm.load(model, **options)
+    if is_endpoint(model):
+        from steer.adapters import openai
+
+        return openai.load(str(model).removeprefix(_ENDPOINT), **options)
+    held = not isinstance(model, str | Path)
+    where = model if held else resolve(str(model))
+    if not held:
+        options.setdefault("name", str(model))
+    if is_diffusion(where):
+        from steer.adapters import diffusers
+
+        return diffusers.load(where, **options)
+    from steer.adapters import transformers
+
+    return transformers.load(where, **options)
+
+
+def is_endpoint(model: Any) -> bool:
+    """Whether a name stands for a model behind an OpenAI-compatible endpoint."""
+    return isinstance(model, str) and model.startswith(_ENDPOINT)
+
+
+def is_diffusion(where: Any) -> bool:
+    """Whether a path, a Hugging Face id or an object belongs to diffusers. Asks the hub only what no cache knows."""
+    if isinstance(where, Path):
+        card = where / CARD_NAME
+        if card.is_file() and json.loads(card.read_text(encoding="utf-8")).get("kind") == "diffusion":
+            return True
+        return (where / "model_index.json").is_file()
+    if not isinstance(where, str):
+        return any(kind.__module__.split(".")[0] == "diffusers" for kind in type(where).__mro__)
+    from huggingface_hub import file_exists, try_to_load_from_cache
+
+    for name, answer in (("model_index.json", True), ("config.json", False)):
+        if isinstance(try_to_load_from_cache(where, name), str):
+            return answer
+    try:
+        return file_exists(where, "model_index.json")
+    except Exception:  # offline, no such model, no access: loading it says which
+        return False

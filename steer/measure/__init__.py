@@ -1,0 +1,1 @@
+"""Measurements of steering: strength, cost, budgets, guidance, distances."""

@@ -1,0 +1,382 @@
+"""Samplers side by side at equal cost: how close each comes to `p exp(r / beta)`, and how the distance falls with
+budget.
+
+The target is a large pool of the model's *own* samples, weighted by `exp(r / beta)`: against real data the gap between
+model and data would drown every difference between samplers. Distances are taken in the features of a judge that no
+sampler sees.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.core import Cost, Process, Reward, Sampler, Samples, UnsupportedError, check
+from steer.files import replacing
+from steer.measure.distances import Target, frechet_distance, interval, mmd, total_variation, unique_share
+from steer.methods.best_of_n import Ancestral, BestOfN
+from steer.methods.dts import DTS
+from steer.methods.fk import FKSteering
+from steer.methods.svdd import SVDD
+from steer.progress import ticking
+from steer.rewards import parse_reward
+from steer.sampling.lookahead import Preview
+from steer.sampling.weights import resample
+
+__all__ = ["METHODS", "Comparison", "Line", "Task", "compare"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is wanted."""
+
+    name: str
+    reward: str
+    beta: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> Task:
+        """`NAME=REWARD` or `NAME=REWARD@BETA`."""
+        name, found, rest = text.partition("=")
+        check(bool(found and name.strip() and rest.strip()), "task", text, "NAME=REWARD or NAME=REWARD@BETA")
+        reward, at, beta = rest.rpartition("@")
+        if not at:
+            return cls(name.strip(), rest)
+        try:
+            value = float(beta)
+        except ValueError:
+            value = -1.0
+        check(0 < value < float("inf"), f"task {name}: beta", beta, "a number above 0")
+        return cls(name.strip(), reward, value)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Sizes: `outputs` of `particles` chains of `steps` network evaluations each."""
+
+    outputs: int
+    particles: int
+    steps: int
+
+    @property
+    def calls(self) -> int:
+        """Network evaluations for each output."""
+        return self.particles * self.steps
+
+
+LARGEST_POPULATION = 2000
+"""Curves over budgets follow FK up to here, where it is at the floor."""
+
+Make = Callable[[Setting], tuple[Sampler, bool]]
+"""A sampler, and whether it is run once for each output."""
+
+_LOOKING: dict[str, Any] = {"lookahead": Preview(), "trust": 4.0}
+
+
+def _tree(s: Setting, **settings: Any) -> DTS:
+    return DTS(s.outputs, rollouts=None, max_nfe=s.outputs * s.calls, batch=32, **settings)
+
+
+METHODS: dict[str, Make] = {
+    "plain": lambda s: (Ancestral(s.outputs), False),
+    "best of K": lambda s: (BestOfN(s.particles), True),
+    "importance resampling": lambda s: (
+        FKSteering(s.particles, n=s.outputs, start=s.steps),
+        False,
+    ),
+    "SVDD, soft": lambda s: (SVDD(s.outputs, s.particles), False),
+    "SVDD, argmax": lambda s: (SVDD(s.outputs, s.particles, "argmax"), False),
+    "FK, per output": lambda s: (FKSteering(s.particles, n=s.outputs, per_output=True), False),
+    "FK, one population": lambda s: (FKSteering(s.particles, n=s.outputs), False),
+    "FK, tempered": lambda s: (FKSteering(s.particles, n=s.outputs, tempering=2.1 ** (1 / s.steps) - 1), False),
+    "DTS, published": lambda s: (_tree(s, estimator="published"), False),
+    "DTS": lambda s: (_tree(s), False),
+    "DTS, x0-hat": lambda s: (_tree(s, **_LOOKING), False),
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method, once."""
+
+    task: str
+    method: str
+    seed: int
+    calls: float
+    """Network evaluations for each output."""
+    reward: float
+    frechet: float
+    mmd: float
+    variation: float
+    unique: float
+    seconds: float
+    """Of the processor."""
+    rollouts: int = 0
+    """Size of the population or tree, for curves over budgets; 0 in the main table."""
+
+
+_COLUMNS = (
+    ("calls", "calls/output", "{:.0f}"),
+    ("reward", "reward", "{:.3f}"),
+    ("frechet", "Frechet", "{:.1f}"),
+    ("mmd", "MMD x1000", "{:.1f}"),
+    ("variation", "TV", "{:.3f}"),
+    ("unique", "unique", "{:.2f}"),
+    ("seconds", "CPU s", "{:.0f}"),
+)
+
+
+@dataclass
+class Comparison:
+    """Everything that was measured; `write` keeps it, `tables` shows it."""
+
+    settings: dict[str, Any]
+    lines: list[Line] = field(default_factory=list)
+    targets: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def has(self, task: str, method: str, seed: int, rollouts: int = 0) -> bool:
+        """Whether this was measured before."""
+        return any((x.task, x.method, x.seed, x.rollouts) == (task, method, seed, rollouts) for x in self.lines)
+
+    def write(self, path: Path) -> None:
+        """As JSON, in one step."""
+        with replacing(path) as temporary:
+            found = {"settings": self.settings, "targets": self.targets, "lines": [asdict(x) for x in self.lines]}
+            temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path, settings: dict[str, Any]) -> Comparison:
+        """What is left of an earlier run with the same settings; empty otherwise."""
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found.get("settings") == settings:
+                return cls(settings, [Line(**x) for x in found["lines"]], found["targets"])
+        return cls(settings)
+
+    def rows(self, task: str, rollouts: int = 0) -> Iterator[tuple[str, dict[str, tuple[float, float]]]]:
+        """Methods with mean and half width of the 95% interval of every column, over seeds."""
+        mine = [x for x in self.lines if x.task == task and x.rollouts == rollouts]
+        for method in dict.fromkeys(x.method for x in mine):
+            seeds = [x for x in mine if x.method == method]
+            yield method, {name: interval([getattr(x, name) for x in seeds]) for name, _, _ in _COLUMNS}
+
+    def tables(self) -> str:
+        """Plain text: one table for each task and budget."""
+        parts = []
+        for task in dict.fromkeys(x.task for x in self.lines):
+            for size in sorted({x.rollouts for x in self.lines if x.task == task}):
+                about = f", {size} rollouts in all" if size else ""
+                facts = self.targets[task]
+                head = f"{task}{about} (target: reward {facts['reward']:.3f}, effective points {facts['ess']:.0f})"
+                parts.append(_table(head, list(self.rows(task, size))))
+        return "\n\n".join(parts)
+
+
+def _table(head: str, rows: list[tuple[str, dict[str, tuple[float, float]]]]) -> str:
+    cells = [["", *(title for _, title, _ in _COLUMNS)]]
+    for method, columns in rows:
+        line = [method]
+        for name, _, shape in _COLUMNS:
+            mean, half = columns[name]
+            exact = name in ("calls", "seconds") or half != half
+            line.append(shape.format(mean) if exact else f"{shape.format(mean)} ±{shape.format(half)}")
+        cells.append(line)
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = []
+    for row in cells:
+        columns_ = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *columns_]))
+    return "\n".join([head, *lines])
+
+
+@dataclass
+class _Judged:
+    """A pool of base samples as a judge sees them."""
+
+    outputs: Tensor
+    features: Tensor
+    labels: Tensor
+
+
+def _judge(model: Any, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    judge = model.judge
+    if judge is None:
+        raise UnsupportedError(f"{model.name} brings no judge by whose features populations could be compared")
+    with torch.no_grad():
+        features = torch.cat([judge.features(x) for x in outputs.split(256)]).double().cpu()
+        labels = torch.cat([judge(x).argmax(-1) for x in outputs.split(256)]).cpu()
+    return features, labels
+
+
+def _pool(model: Any, process: Process, prompt: str, size: int, seed: int, path: Path, progress: bool) -> _Judged:
+    """Base samples, drawn once and kept in half precision."""
+    from safetensors.torch import load_file, save
+
+    # Seeds of pools are far from those of samplers.
+    if path.is_file() and len(load_file(path)["outputs"]) == size:
+        outputs = load_file(path)["outputs"].float()
+    else:
+        parts: list[Tensor] = []
+        with ticking(progress, "pool of base samples", -(-size // 512)) as tick:
+            while sum(map(len, parts)) < size:
+                generator = torch.Generator().manual_seed(900_000 + 1000 * seed + len(parts))
+                n = min(512, size - sum(map(len, parts)))
+                parts.append(Ancestral(n).run(process, [prompt], generator=generator).outputs.half())
+                tick(1)
+        outputs = torch.cat(parts).float()
+        with replacing(path) as temporary:
+            temporary.write_bytes(save({"outputs": outputs.half()}))
+    return _Judged(outputs, *_judge(model, outputs))
+
+
+def compare(
+    model: Any,
+    tasks: list[Task],
+    out: Path,
+    *,
+    prompt: str = "",
+    methods: list[str] | None = None,
+    outputs: int = 128,
+    particles: int = 4,
+    steps: int = 25,
+    seeds: int = 3,
+    pool: int = 6144,
+    budgets: list[int] | None = None,
+    curves: list[str] | None = None,
+    progress: bool = False,
+) -> Comparison:
+    """Run every method on every task, `seeds` times; what was measured before in `out` is kept.
+
+    Args:
+        model: a diffusion model with a judge.
+        tasks: rewards and their KL coefficients.
+        out: folder for results.json, pool.safetensors and pictures.
+        prompt: what the base law is asked for.
+        methods: of `METHODS`; all by default.
+        outputs, particles, steps: `outputs` images at `particles * steps` network evaluations each.
+        pool: base samples that stand for the target.
+        budgets: sizes of one population or tree at which to draw distance against budget, with `outputs` drawn from
+        each.
+
+    Raises `InputError` for a method that is not known and `UnsupportedError` for a model without a judge.
+    """
+    chosen = list(METHODS) if methods is None else methods
+    for name in chosen:
+        check(name in METHODS, "methods", name, ", ".join(METHODS))
+    names = [task.name for task in tasks]
+    for name in curves or []:
+        check(name in names, "curves", name, ", ".join(names))
+    setting = Setting(outputs, particles, steps)
+    process = model.process(steps=steps, max_batch=256)
+    settings = {
+        "model": model.name, "prompt": prompt, "outputs": outputs, "particles": particles, "steps": steps, "pool": pool,
+        "tasks": [asdict(t) for t in tasks],
+    }  # fmt: skip
+    found = Comparison.read(out / "results.json", settings)
+    out.mkdir(parents=True, exist_ok=True)
+    points = _pool(model, process, prompt, pool, 0, out / "pool.safetensors", progress)
+    jobs = [(t, m, s) for s in range(seeds) for t in tasks for m in chosen]
+    with ticking(progress, "comparing", len(jobs)) as tick:
+        for task, method, seed in jobs:
+            reward, target = _target(model, task, points, found)
+            if not found.has(task.name, method, seed):
+                samples = _once(METHODS[method](setting), process, prompt, reward, task.beta, seed, outputs)
+                found.lines.append(_line(model, task, method, seed, samples, target))
+                found.write(out / "results.json")
+            tick(1)
+    for seed in range(seeds if budgets else 0):
+        assert budgets is not None
+        # Importance resampling needs base samples alone, which all tasks can share.
+        base = _pool(model, process, prompt, max(budgets), seed + 1, out / f"base-{seed}.safetensors", progress)
+        for task in (t for t in tasks if curves is None or t.name in curves):
+            reward, target = _target(model, task, points, found)
+            for line in _curve(model, process, prompt, task, reward, target, seed, outputs, budgets, found, base):
+                found.lines.append(line)
+                found.write(out / "results.json")
+    return found
+
+
+def _target(model: Any, task: Task, points: _Judged, found: Comparison) -> tuple[Reward, Target]:
+    reward = parse_reward(task.reward).bind(model)
+    scores = reward(_as_samples(points))
+    target = Target.tilted(points.features, points.labels, scores / task.beta)
+    found.targets[task.name] = {"reward": target.mean(scores), "base": float(scores.mean()), "ess": target.ess}
+    return reward, target
+
+
+def _as_samples(points: _Judged) -> Samples:
+    zero = torch.zeros(len(points.outputs))
+    return Samples([""], points.outputs, zero.long(), zero)
+
+
+def _once(
+    made: tuple[Sampler, bool], process: Process, prompt: str, reward: Reward, beta: float, seed: int, outputs: int
+) -> Samples:
+    sampler, apart = made
+    began = time.process_time()
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [prompt] * outputs if apart else [prompt]
+    samples = sampler.run(process, prompts, generator=generator, reward=reward, beta=beta)
+    return replace(samples, cost=replace(samples.cost, seconds=time.process_time() - began))
+
+
+def _line(model: Any, task: Task, method: str, seed: int, samples: Samples, target: Target, rollouts: int = 0) -> Line:
+    features, labels = _judge(model, samples.outputs)
+    assert samples.reward is not None
+    return Line(
+        task.name, method, seed, samples.cost.nfe / len(samples), float(samples.reward.mean()),
+        frechet_distance(features, target), 1000 * mmd(features, target),
+        total_variation(labels, target, len(model.judge.classes)), unique_share(samples.outputs),
+        samples.cost.seconds, rollouts,
+    )  # fmt: skip
+
+
+def _curve(
+    model: Any, process: Process, prompt: str, task: Task, reward: Reward, target: Target, seed: int, outputs: int,
+    budgets: list[int], found: Comparison, base: _Judged,
+) -> Iterator[Line]:  # fmt: skip
+    """Distance against budget: one tree that grows, read by both estimators; populations of the same size."""
+
+    def line(method: str, samples: Samples, size: int, seconds: float) -> Line:
+        samples = replace(samples, cost=replace(samples.cost, seconds=seconds))
+        return _line(model, task, method, seed, samples, target, size)
+
+    for names, looking in ((("DTS", "DTS, published"), {}), (("DTS, x0-hat",), _LOOKING)):
+        if all(found.has(task.name, name, seed, size) for name in names for size in budgets):
+            continue
+        began = time.process_time()
+        generator = torch.Generator().manual_seed(50_000 + seed)
+        sampler = DTS(rollouts=max(budgets), batch=32, **looking)
+        forest = sampler.plant(process, [prompt], generator=generator, reward=reward, beta=task.beta)
+        for size in sorted(budgets):
+            forest.grow(rollouts=size)
+            spent = time.process_time() - began
+            for name in names:
+                forest.sampler = replace(sampler, estimator="published" if "published" in name else "weighted")
+                if not found.has(task.name, name, seed, size):
+                    yield line(name, forest.samples(outputs), size, spent)
+    for size in (b for b in sorted(budgets) if b <= LARGEST_POPULATION):
+        if not found.has(task.name, "FK, one population", seed, size):
+            began = time.process_time()
+            generator = torch.Generator().manual_seed(70_000 + seed)
+            particles = FKSteering(size).run(process, [prompt], generator=generator, reward=reward, beta=task.beta)
+            drawn = particles.select(resample(particles.log_weight, generator, "ssp", outputs))
+            yield line("FK, one population", drawn, size, time.process_time() - began)
+    scores = reward(_as_samples(base))
+    for size in sorted(budgets):
+        generator = torch.Generator().manual_seed(80_000 + seed)
+        index = resample(scores[:size] / task.beta, generator, "ssp", outputs)
+        zero = torch.zeros(outputs)
+        drawn = Samples(
+            [prompt], base.outputs[index], zero.long(), zero, scores[index],
+            cost=Cost(nfe=size * process.num_steps, model_calls=process.num_steps),
+        )  # fmt: skip
+        if not found.has(task.name, "importance resampling", seed, size):
+            yield line("importance resampling", drawn, size, 0.0)

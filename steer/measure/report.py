@@ -1,0 +1,291 @@
+"""What steering buys and costs: reward, drift, fluency and diversity as the strength grows, and where it breaks.
+
+Letters: `B` prompts, `N` texts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.core import Edit, Reward, Samples, check
+from steer.files import as_json, replacing, write_text
+from steer.methods.prompt import SystemPrompt
+from steer.methods.vector import SteeringVector
+from steer.progress import ticking
+from steer.rewards import as_reward, distinct_n
+
+__all__ = ["Break", "Report", "Row", "default_strengths", "evaluate"]
+
+
+PERPLEXITY_LIMIT = 1.5
+"""Steering breaks where perplexity is this many times the unsteered one ..."""
+DIVERSITY_LIMIT = 0.5
+"""... or distinct-2 falls below this share of the unsteered one."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one setting did. `kind` is "unsteered", "steered", "random" or "system"."""
+
+    kind: str
+    strength: float | None
+    reward: float
+    reward_low: float
+    reward_high: float
+    """95% interval of the mean reward, by bootstrap over prompts."""
+    kl: float | None
+    """Mean KL to the unsteered model, nats a text."""
+    kl_per_token: float | None
+    perplexity: float
+    """Of the texts under the unsteered model."""
+    perplexity_ratio: float
+    distinct_1: float
+    distinct_2: float
+    distinct_3: float
+    tokens: float
+    """Mean length."""
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Break:
+    """The first strength on one side at which the texts fall apart."""
+
+    strength: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """A sweep over strengths."""
+
+    model: str
+    artifact: str
+    reward: str
+    settings: dict[str, Any]
+    rows: list[Row]
+    breaks: list[Break]
+
+    def of(self, kind: str) -> list[Row]:
+        """Rows of one kind in order of strength; the unsteered row belongs to both sweeps."""
+        kinds = (kind, "unsteered") if kind in ("steered", "random") else (kind,)
+        found = [row for row in self.rows if row.kind in kinds]
+        return sorted(found, key=lambda row: row.strength or 0.0) if any(r.kind == kind for r in found) else []
+
+    @property
+    def verdict(self) -> str:
+        """Where steering breaks, in words."""
+        if not self.breaks:
+            return "no strength in this sweep breaks the texts"
+        return "; ".join(f"breaks at {b.strength:+g}: {b.reason}" for b in self.breaks)
+
+    def table(self) -> str:
+        """Plain text for a terminal."""
+        head = (
+            f"{'':10}{'strength':>9}{'reward':>9}{'95% interval':>18}{'KL/text':>9}{'KL/token':>10}{'perplexity':>12}"
+        )
+        lines = [f"{self.artifact} on {self.model}, reward {self.reward}", "", f"{head}{'distinct-2':>12}{'tokens':>8}"]
+        broken = {b.strength for b in self.breaks}
+        for row in [*self.of("steered"), *(r for r in self.of("random") if r.kind == "random"), *self.of("system")]:
+            strength = "" if row.strength is None else f"{row.strength:+g}"
+            mark = "  < breaks" if row.kind == "steered" and row.strength in broken else ""
+            interval = f"{row.reward_low:.3f} .. {row.reward_high:.3f}"
+            lines.append(
+                f"{row.kind:10}{strength:>9}{row.reward:>9.3f}{interval:>18}{_cell(row.kl, 9)}"
+                f"{_cell(row.kl_per_token, 10)}{row.perplexity:>12.2f}{row.distinct_2:>12.3f}{row.tokens:>8.1f}{mark}"
+            )
+        return "\n".join([*lines, "", self.verdict])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "verdict": self.verdict}
+
+    def write(self, folder: Path | str) -> None:
+        """Write report.json and report.png into `folder`, each in one step."""
+        from steer.pictures.charts import draw
+
+        write_text(Path(folder) / "report.json", as_json(self.to_dict()) + "\n")
+        with replacing(Path(folder) / "report.png") as temporary:
+            draw(self, temporary)
+
+
+def _cell(value: float | None, width: int) -> str:
+    return f"{'-' if value is None else f'{value:.3f}':>{width}}"
+
+
+# ------------------------------------------------------------------------------------------------------------ sweep
+
+
+def default_strengths(edit: Edit) -> list[float]:
+    """Strengths worth looking at for this kind of edit."""
+    if not isinstance(edit, SteeringVector):
+        return [0.0, 0.5, 1.0, 1.5, 2.0]
+    if edit.operator == "rotate":
+        return [-90.0, -45.0, 0.0, 45.0, 90.0]
+    if edit.operator == "ablate":
+        return [0.0, 0.5, 1.0]
+    top = 0.3 if edit.unit == "norm" else 3.0
+    return [round(top * x / 3, 4) for x in (-3, -2, -1, 0, 1, 2, 3)]
+
+
+def evaluate(
+    model: Any,
+    prompts: Sequence[Any],
+    edit: Edit,
+    *,
+    strengths: Sequence[float] | None = None,
+    reward: Reward | str = "sentiment",
+    seed: int = 0,
+    max_new_tokens: int = 48,
+    temperature: float = 1.0,
+    beta: float = 1.0,
+    n: int = 1,
+    system: str | None = None,
+    control: bool = True,
+    progress: bool = False,
+) -> Report:
+    """Generate at every strength and measure.
+
+    Args:
+        model: a language model from `steer.load`.
+        prompts: texts or chats.
+        edit: a steering vector, controller or value guidance; its own strength is replaced.
+        strengths: default: by kind of edit. 0, the unsteered model, is always included.
+        reward: what is measured.
+        beta: KL coefficient, for value guidance that has none of its own.
+        n: texts for each prompt.
+        system: also measure this system message in place of the edit.
+        control: for steering vectors, also sweep random directions of the same norm: one on every other prompt, a
+            second one on the rest.
+        progress: show a bar on standard error.
+
+    Raises:
+        InputError: an edit without a strength, or no prompts.
+    """
+    check(len(prompts) > 0, "prompts", prompts, "at least one prompt")
+    has_strength = is_dataclass(edit) and any(f.name == "strength" for f in fields(edit))
+    check(has_strength, "edit", type(edit).__name__, "an edit with a strength")
+    scored = as_reward(reward)
+    assert scored is not None
+    decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    sweep = _Sweep(model, list(prompts), scored.bind(model), {**decoding, "seed": seed, "beta": beta, "n": n})
+    chosen = sorted({float(s) for s in (default_strengths(edit) if strengths is None else strengths)} - {0.0})
+    settings = _settings(edit, chosen, system, control, len(prompts))
+    for _, _, edits in settings:
+        sweep.validate(edits)
+    base = sweep.row("unsteered", 0.0, None)
+    rows = [base]
+    with ticking(progress, "evaluating", len(settings)) as tick:
+        for kind, strength, edits in settings:
+            rows.append(sweep.row(kind, strength, edits, base))
+            tick(1)
+    facts = {**sweep.settings, "prompts": len(prompts), "system": system, "unit": _unit(edit)}
+    return Report(model.name, type(edit).__name__, str(scored), facts, rows, _breaks(rows))
+
+
+def _unit(edit: Any) -> str:
+    """What strength 1 means, where that is not just one times the artifact."""
+    operator = getattr(edit, "operator", "add")
+    if operator == "rotate":
+        return "degrees"
+    normed = getattr(edit, "unit", "") == "norm" and operator in ("add", "clamp") and isinstance(edit, SteeringVector)
+    return "residual norms" if normed else ""
+
+
+def _settings(
+    edit: Any, strengths: list[float], system: str | None, control: bool, count: int
+) -> list[tuple[str, float | None, Any]]:
+    made: list[tuple[str, float | None, Any]] = [("steered", s, [replace(edit, strength=s)]) for s in strengths]
+    if control and isinstance(edit, SteeringVector):
+        chance = [edit.random(seed) for seed in (1, 2)]
+        for s in strengths:
+            pair = [replace(vector, strength=s) for vector in chance]
+            made.append(("random", s, [pair[b % 2] for b in range(count)] if count > 1 else pair[:1]))
+    if system is not None:
+        made.append(("system", None, [SystemPrompt(system)]))
+    return made
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    model: Any
+    prompts: list[Any]
+    reward: Reward
+    settings: dict[str, Any]
+
+    def validate(self, edits: list[Edit]) -> None:
+        """Refuse what does not fit the model before anything is generated."""
+        process = self.model.process()
+        for edit in {id(e): e for e in edits}.values():
+            process.edited(edit)
+
+    def row(self, kind: str, strength: float | None, edits: Any, base: Row | None = None) -> Row:
+        """Generate under `edits` and measure."""
+        # One edit for each prompt is told from edits for all of them by being wrapped.
+        each = [[e] for e in edits] if edits and len(edits) == len(self.prompts) else edits or ()
+        samples = self.model.generate(self.prompts, edits=each, reward=self.reward, **self.settings)
+        total, tokens = self.model.log_likelihood(replace(samples, prompts=self.prompts))
+        perplexity = math.exp(min(-float(total.sum()) / max(float(tokens.sum()), 1.0), 700.0))
+        low, high = _interval(_by_prompt(samples))
+        texts, kl = samples.texts, None if kind == "unsteered" else samples.kl
+        return Row(
+            kind=kind, strength=strength, reward=float(samples.reward.mean()), reward_low=low, reward_high=high,
+            kl=0.0 if kind == "unsteered" else None if kl is None else float(kl.mean()),
+            kl_per_token=0.0 if kind == "unsteered" else None if kl is None else float(kl.sum() / tokens.sum()),
+            perplexity=perplexity, perplexity_ratio=perplexity / base.perplexity if base else 1.0,
+            distinct_1=distinct_n(texts, 1), distinct_2=distinct_n(texts, 2), distinct_3=distinct_n(texts, 3),
+            tokens=float(tokens.mean()), examples=_examples(samples),
+        )  # fmt: skip
+
+
+def _by_prompt(samples: Samples) -> Tensor:
+    """Mean reward of every prompt `[B]`."""
+    assert samples.reward is not None
+    return torch.stack([samples.reward[samples.group == b].mean() for b in range(len(samples.prompts))])
+
+
+def _interval(values: Tensor, draws: int = 2000) -> tuple[float, float]:
+    """95% bootstrap interval of the mean of `[B]`."""
+    index = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(0))
+    low, high = torch.quantile(values[index].mean(1), torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high
+
+
+def _examples(samples: Samples, count: int = 2) -> list[dict[str, Any]]:
+    first = [int((samples.group == b).nonzero()[0]) for b in range(min(count, len(samples.prompts)))]
+    assert samples.reward is not None
+    return [
+        {"prompt": samples.prompts[b], "text": samples.texts[i], "reward": float(samples.reward[i])}
+        for b, i in enumerate(first)
+    ]
+
+
+def _breaks(rows: list[Row]) -> list[Break]:
+    """The first strength on each side that is too much."""
+    base = rows[0]
+    steered = sorted((r for r in rows if r.kind == "steered" and r.strength), key=lambda r: abs(r.strength or 0.0))
+    found = []
+    for side in (-1, 1):
+        for row in steered:
+            assert row.strength is not None
+            reason = _broken(row, base)
+            if row.strength * side > 0 and reason:
+                found.append(Break(row.strength, reason))
+                break
+    return found
+
+
+def _broken(row: Row, base: Row) -> str | None:
+    ratio = row.perplexity_ratio
+    if ratio > PERPLEXITY_LIMIT:
+        return f"perplexity {ratio:,.{1 if ratio < 10 else 0}f} x unsteered"
+    if row.distinct_2 < DIVERSITY_LIMIT * base.distinct_2:
+        return f"distinct-2 {row.distinct_2:.2f}, unsteered {base.distinct_2:.2f}"
+    return None

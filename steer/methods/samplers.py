@@ -1,0 +1,42 @@
+"""The table of samplers by name, and how one is made from a name and settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from steer.core import Sampler, check
+from steer.methods.best_of_n import Ancestral, BestOfN
+from steer.methods.dts import DTS, SearchDTS
+from steer.methods.fk import FKSteering
+from steer.methods.svdd import SVDD
+
+SAMPLERS: dict[str, type[Sampler]] = {
+    "ancestral": Ancestral,
+    "best-of-n": BestOfN,
+    "fk": FKSteering,
+    "svdd": SVDD,
+    "dts": DTS,
+    "dts-star": SearchDTS,
+}
+
+
+def make_sampler(sampler: Sampler | str | None, n: int | None = None, **settings: Any) -> Sampler:
+    """A sampler from its name and settings. `n` is its population: outputs, candidates or particles for each prompt."""
+    if isinstance(sampler, Sampler):
+        check(n is None and not settings, "n", n, "unset: the sampler that was given has its own")
+        return sampler
+    name = sampler or "ancestral"
+    check(name in SAMPLERS, "sampler", name, ", ".join(SAMPLERS))
+    kind = SAMPLERS[name]
+    known = list(kind.__dataclass_fields__)  # type: ignore[attr-defined]
+    for key in settings:
+        check(key in known, f"sampler {name}", key, ", ".join(known))
+    if n is not None:
+        population = next((name for name in ("n", "num_particles") if name in known), None)
+        check(population is not None, "n", n, f"unset: {name} has no population")
+        settings[str(population)] = n
+    return kind(**settings)
+
+
+def sampler_name(sampler: Sampler) -> str:
+    return next((name for name, kind in SAMPLERS.items() if kind is type(sampler)), type(sampler).__name__)

@@ -1,0 +1,1 @@
+"""Results drawn as pictures; only commands import them."""

@@ -1,0 +1,229 @@
+"""Figures: reports against strength, RL guidance against w, races and comparisons against budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steer.pictures.style import FAINT, GRID, STYLE
+
+if TYPE_CHECKING:
+    from steer.measure.compare import Comparison
+    from steer.measure.guide import Sweep
+    from steer.measure.race import Race
+    from steer.measure.report import Report, Row
+
+__all__ = ["draw", "draw_curves", "draw_guide", "draw_race"]
+
+
+_COLOURS = {"steered": "#0f62a8", "random": "#9aa4ae", "system": "#c2571a"}
+_LABELS = {"steered": "steered", "random": "random direction, same norm", "system": "system prompt"}
+_PANELS: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
+    ("Reward", "mean, 95% interval", lambda row: row.reward),
+    ("Drift", "KL to the unsteered model, nats a token", lambda row: row.kl_per_token),
+    ("Fluency", "perplexity, times unsteered", lambda row: row.perplexity_ratio),
+    ("Diversity", "distinct-2", lambda row: row.distinct_2),
+)
+
+
+def draw(report: Report, path: Path) -> None:
+    """Write the figure as PNG to `path`, whatever its suffix."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 7.4), dpi=160, facecolor="white")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(2, 2, sharex=True, gridspec_kw={"hspace": 0.3, "wspace": 0.22})
+        figure.subplots_adjust(left=0.075, right=0.975, top=0.795, bottom=0.115)
+        for axis, (title, unit, value) in zip(axes.flat, _PANELS, strict=True):
+            _panel(axis, report, title, unit, value)
+        for axis in axes[1]:
+            axis.set_xlabel(_unit(report))
+        _head(figure, report)
+        _legend(figure, axes[0][0])
+        figure.savefig(path, format="png")
+
+
+def _panel(axis: Any, report: Report, title: str, unit: str, value: Callable[[Row], float | None]) -> None:
+    axis.set_title(title, pad=8)
+    axis.annotate(unit, (1, 1), xycoords="axes fraction", xytext=(0, 8), textcoords="offset points", ha="right",
+                  color=FAINT, fontsize=9)  # fmt: skip
+    for kind in ("random", "steered"):
+        rows = [row for row in report.of(kind) if value(row) is not None]
+        x, y = [row.strength for row in rows], [value(row) for row in rows]
+        front = (
+            {"zorder": 4, "linewidth": 2.2} if kind == "steered" else {"zorder": 3, "linewidth": 1.5, "linestyle": "--"}
+        )
+        if title == "Reward" and rows:
+            low, high = [row.reward_low for row in rows], [row.reward_high for row in rows]
+            axis.fill_between(
+                x, low, high, color=_COLOURS[kind], alpha=0.16 if kind == "steered" else 0.13, linewidth=0
+            )
+        axis.plot(x, y, color=_COLOURS[kind], marker="o", markersize=5, clip_on=False, label=_LABELS[kind], **front)
+    for row in report.of("system"):
+        axis.axhline(
+            value(row), color=_COLOURS["system"], linewidth=1.6, linestyle=(0, (5, 2)), label=_LABELS["system"]
+        )
+    if title == "Fluency":
+        axis.axhline(1, color=FAINT, linewidth=0.8)
+        _zoom(axis, report, value)
+    elif title != "Reward":
+        axis.set_ylim(bottom=0, top=1.05 if title == "Diversity" else None)
+    _shade(axis, report)
+
+
+def _zoom(axis: Any, report: Report, value: Callable[[Row], float | None]) -> None:
+    """A broken text can be a thousand times as surprising: then the scale is logarithmic."""
+    values = [v for row in report.rows if (v := value(row))]
+    if max(values) / min(values) > 8:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=8))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
+
+
+def _shade(axis: Any, report: Report) -> None:
+    """Grey out the strengths from the first broken one outwards."""
+    strengths = [row.strength for row in report.of("steered") if row.strength is not None]
+    if not strengths:
+        return
+    margin = 0.04 * (max(strengths) - min(strengths) or 1.0)
+    low, high = min(strengths) - margin, max(strengths) + margin
+    axis.set_xlim(low, high)
+    for b in report.breaks:
+        start, stop = (b.strength, high) if b.strength > 0 else (low, b.strength)
+        axis.axvspan(start, stop, color="#d1242f", alpha=0.08, linewidth=0, zorder=0, label="texts break")
+
+
+def _unit(report: Report) -> str:
+    return f"strength ({report.settings['unit']})" if report.settings.get("unit") else "strength"
+
+
+def _head(figure: Any, report: Report) -> None:
+    figure.text(0.075, 0.965, f"{report.artifact}  on  {report.model}", fontsize=15, fontweight="bold", va="top")
+    facts = f"{report.settings.get('prompts', '?')} prompts, reward {report.reward}"
+    facts = facts if len(facts) <= 110 else f"{facts[:107]}..."
+    figure.text(0.075, 0.92, f"{facts}\n{report.verdict}", fontsize=10, color=FAINT, va="top", linespacing=1.5)
+
+
+def _legend(figure: Any, axis: Any) -> None:
+    entries = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    order = [label for label in (*reversed(_LABELS.values()), "texts break") if label in entries]
+    order.sort(key=lambda label: label != _LABELS["steered"])
+    figure.legend([entries[label] for label in order], order, loc="lower center", ncols=len(order), handlelength=2.4,
+                  bbox_to_anchor=(0.525, 0.005))  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- races, sweeps, comparisons
+
+_LINES = ("#0f62a8", "#c2571a", "#2e7d4f", "#7a4fa3", "#8c6d1f", "#9aa4ae")
+_MARKS = "os^DvX"
+
+
+def draw_guide(found: Sweep, path: Path) -> None:
+    """Reward and KL against w, plain and corrected."""
+    with _canvas(path, (10, 4.6), "RL guidance between a base model and its tuned policy") as figure:
+        axes = figure.subplots(1, 2, gridspec_kw={"wspace": 0.22})
+        figure.subplots_adjust(left=0.075, right=0.975, top=0.82, bottom=0.135)
+        for axis, name, title in zip(axes, ("reward", "kl"), ("Reward", "KL to the base, nats an output"), strict=True):
+            for i, kind in enumerate(("plain", "corrected")):
+                points = [p for p in found.points if p.kind == kind]
+                ys, halves = ([getattr(p, n) for p in points] for n in (name, f"{name}_half"))
+                _line(axis, i, [p.w for p in points], ys, halves, kind)
+            axis.set_title(title)
+            axis.set_xlabel("w: 0 is the base, 1 the policy")
+            for w in (0, 1):
+                axis.axvline(w, color=GRID, linewidth=1.5, zorder=0)
+        _key(figure, axes[0])
+
+
+def draw_race(found: Race, path: Path) -> None:
+    """Best reward against what the network evaluated."""
+    with _canvas(path, (8, 5), "Reward of the best output against the budget") as figure:
+        axis = figure.subplots()
+        figure.subplots_adjust(left=0.09, right=0.97, top=0.86, bottom=0.13)
+        for i, method in enumerate(dict.fromkeys(h.method for h in found.heats)):
+            mine = sorted((h for h in found.heats if h.method == method), key=lambda h: h.nfe)
+            _line(axis, i, [h.nfe for h in mine], [h.mean for h in mine], [h.half for h in mine], method, bars=True)
+        _budgets(axis, {h.budget for h in found.heats})
+        axis.set_xlabel("network evaluations for each prompt")
+        axis.set_ylabel("mean reward of the best output, 95% interval")
+        _key(figure, axis)
+
+
+def draw_curves(found: Comparison, path: Path) -> None:
+    """Frechet distance against budget, one panel a task."""
+    lines = [x for x in found.lines if x.rollouts]
+    tasks = list(dict.fromkeys(x.task for x in lines))
+    if not tasks:
+        return
+    with _canvas(path, (5.2 * len(tasks) + 1, 4.8), "Distance to the target against budget") as figure:
+        axes = figure.subplots(1, len(tasks), squeeze=False)[0]
+        figure.subplots_adjust(left=0.1 if len(tasks) == 1 else 0.06, right=0.98, top=0.77, bottom=0.13)
+        for axis, task in zip(axes, tasks, strict=True):
+            mine = [x for x in lines if x.task == task]
+            for i, method in enumerate(dict.fromkeys(x.method for x in mine)):
+                sizes = sorted({x.rollouts for x in mine if x.method == method})
+                table = [dict(found.rows(task, size))[method]["frechet"] for size in sizes]
+                shifted = [size * 1.03 ** (i - 2) for size in sizes]
+                _line(axis, i, shifted, [t[0] for t in table], [t[1] for t in table], method, bars=True)
+            _budgets(axis, {x.rollouts for x in mine})
+            axis.set_ylim(bottom=0)
+            axis.set_title(task)
+            axis.set_xlabel("rollouts, or particles, in all")
+        axes[0].set_ylabel("Frechet distance, 95% interval")
+        _key(figure, axes[0])
+
+
+def _line(
+    axis: Any, i: int, xs: Sequence[float], ys: Sequence[float], halves: Sequence[float], label: str, bars: bool = False
+) -> None:
+    """A line with its intervals: a band, or bars where many lines would cover each other."""
+    colour = _LINES[i % len(_LINES)]
+    axis.plot(xs, ys, color=colour, marker=_MARKS[i % len(_MARKS)], markersize=5, linewidth=1.8, label=label)
+    known = [0.0 if h != h else h for h in halves]
+    if bars:
+        axis.errorbar(xs, ys, known, fmt="none", ecolor=colour, alpha=0.55, elinewidth=1.2, capsize=2.5)
+        return
+    low, high = ([y + sign * h for y, h in zip(ys, known, strict=True)] for sign in (-1, 1))
+    axis.fill_between(xs, low, high, color=colour, alpha=0.13, linewidth=0)
+
+
+def _budgets(axis: Any, values: set[int]) -> None:
+    """A logarithmic axis that is marked where something was measured."""
+    axis.set_xscale("log")
+    axis.set_xticks(sorted(values), [f"{value:,}" for value in sorted(values)])
+    axis.set_xticks([], minor=True)
+
+
+def _key(figure: Any, axis: Any) -> None:
+    """What the lines are, in rows between the title and the panels."""
+    handles, labels = axis.get_legend_handles_labels()
+    room = figure.get_figwidth() * (1 - figure.subplotpars.left) / 1.4
+    figure.legend(handles, labels, loc="upper left", ncols=max(1, int(room)), fontsize=9, handlelength=1.8,
+                  columnspacing=1.4, borderpad=0, bbox_to_anchor=(figure.subplotpars.left, 0.93))  # fmt: skip
+
+
+@contextmanager
+def _canvas(path: Path, size: tuple[float, float], title: str) -> Iterator[Any]:
+    """A figure with the house's style; written as PNG in one step when the block ends."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from steer.files import replacing
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, dpi=160, facecolor="white")
+        FigureCanvasAgg(figure)
+        yield figure
+        left = figure.subplotpars.left
+        figure.text(left, 0.985, title, fontsize=13, fontweight="bold", va="top")
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")

@@ -1,0 +1,1 @@
+"""What samplers are built from: weights, lookaheads, trees."""

@@ -1,0 +1,278 @@
+"""Registered vectors, controllers and value heads: files in one folder, known by name.
+
+    FOLDER/calm.safetensors               put there by a person: registered at start, never evicted or deleted
+    FOLDER/registered/bright.safetensors  sent by a client: evicted when there is no room, least recently used first
+
+A file takes its place all at once, so that a server that is killed in the middle of an upload loses nothing and keeps
+no half of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from steer.artifacts import Card, load
+from steer.core import InputError, SteerError, check
+from steer.edits import KINDS
+from steer.files import replacing
+from steer.serving.engine import TooLargeError
+from steer.serving.wire import NAME
+
+__all__ = ["Entry", "Store", "UnknownArtifactError"]
+
+
+_SUFFIX = ".safetensors"
+_NAMES = "letters, digits, dot, dash and underscore, a letter or digit first, at most 128 of them"
+
+
+class UnknownArtifactError(SteerError):
+    """No artifact is registered under this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"artifact {name!r} is not registered")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered artifact."""
+
+    name: str
+    path: Path
+    digest: str
+    """sha256 of the file."""
+    size: int
+    created: int
+    card: Card
+    fixed: bool
+
+
+class Store:
+    """The artifacts of one server. Safe to call from several threads.
+
+    Args:
+        folder: where they live; None takes no registrations.
+        accept: raises where a file does not fit the model.
+        files: artifacts elsewhere, registered as they lie there.
+        limit: artifacts at most.
+        limit_bytes: of all of them together.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        accept: Callable[[Path], None],
+        *,
+        files: Sequence[Path] = (),
+        limit: int = 256,
+        limit_bytes: int = 1 << 30,
+    ) -> None:
+        self.folder, self._accept = folder, accept
+        self.limit, self.limit_bytes = limit, limit_bytes
+        self.refused: dict[str, str] = {}
+        """Files that were found at start and could not be registered, with the reason."""
+        self.changed: Callable[[str], None] = lambda name: None
+        """Told each name that now stands for something else, or for nothing; called in the thread of the change, once
+        it is done and others may change the store again.
+        """
+        self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self._used: Counter[str] = Counter()
+        self._lock = threading.RLock()
+        for path in files:
+            self._entries[path.stem] = self._checked(path.stem, path, fixed=True)
+        if folder is not None:
+            check(folder.is_dir() or not folder.exists(), "artifacts", str(folder), "a folder")
+            self._own.mkdir(parents=True, exist_ok=True)
+            self._found()
+
+    @property
+    def _own(self) -> Path:
+        assert self.folder is not None
+        return self.folder / "registered"
+
+    def _found(self) -> None:
+        """Register what is there; remove what a killed server left half written."""
+        assert self.folder is not None
+        for left in self._own.glob(".*.tmp"):
+            left.unlink(missing_ok=True)
+        sent = sorted(self._own.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime)
+        for path, fixed in [*((p, True) for p in sorted(self.folder.glob(f"*{_SUFFIX}"))), *((p, False) for p in sent)]:
+            try:
+                entry = self._checked(path.stem, path, fixed)
+            except SteerError as error:
+                self.refused[path.name] = str(error)
+                continue
+            if entry.name not in self._entries:
+                self._entries[entry.name] = entry
+
+    # ---- reading
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all files together."""
+        with self._lock:
+            return sum(entry.size for entry in self._entries.values())
+
+    def entries(self) -> list[Entry]:
+        """All of them, the least recently used first."""
+        with self._lock:
+            return list(self._entries.values())
+
+    def get(self, name: str) -> Entry:
+        """The artifact of this name. Raises `UnknownArtifactError`."""
+        with self._lock:
+            if name not in self._entries:
+                raise UnknownArtifactError(name)
+            return self._entries[name]
+
+    @contextmanager
+    def using(self, names: Sequence[str]) -> Iterator[None]:
+        """Keep these from being evicted meanwhile, and note that they were used."""
+        with self._lock:
+            for name in names:
+                if name in self._entries:
+                    self._entries.move_to_end(name)
+            self._used.update(names)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._used.subtract(names)
+                self._used += Counter()
+
+    # ---- changing
+
+    def add(self, name: str, source: Path) -> Entry:
+        """Register a copy of the file `source` under `name`, in place of a sent one of that name.
+
+        Raises `InputError` for what is no artifact of this model, `TooLargeError` where there is no room.
+        """
+        check_name(name)
+        if self.folder is None:
+            raise InputError("name", name, "nothing: the server was started without --artifacts")
+        size = source.stat().st_size
+        if size > self.limit_bytes:
+            raise TooLargeError("file", f"{size} bytes", f"at most {self.limit_bytes}")
+        entry = self._checked(name, source, fixed=False)
+        final = self._own / f"{name}{_SUFFIX}"
+        with self._changing() as names:
+            before = self._entries.get(name)
+            check(before is None or not before.fixed, "name", name, "a name that no file of the folder has")
+            names += self._make_room(size, 0 if before is None else before.size, name)
+            with replacing(final) as temporary:
+                shutil.copyfile(source, temporary)
+            _sync_folder(self._own)
+            entry = replace(entry, path=final, created=int(final.stat().st_mtime))
+            self._entries[name] = entry
+            self._entries.move_to_end(name)
+            names.append(name)
+        return entry
+
+    def adopt(self, file: str, name: str | None = None) -> Entry:
+        """Register a file of the folder by its name, which is no path: under its own name as it lies there, under
+        another a copy of it. Raises as `add` does.
+        """
+        if self.folder is None:
+            raise InputError("file", file, "nothing: the server was started without --artifacts")
+        stem = file.removesuffix(_SUFFIX)
+        plain = bool(NAME.fullmatch(stem)) and file.endswith(_SUFFIX)
+        check(plain, "file", file, f"the name of a {_SUFFIX} file in the folder of artifacts, not a path")
+        path = self.folder / file
+        check(path.is_file() and not path.is_symlink(), "file", file, "a file in the folder of artifacts")
+        if name not in (None, stem):
+            return self.add(str(name), path)
+        entry = self._checked(stem, path, fixed=True)
+        with self._changing() as names:
+            before = self._entries.get(stem)
+            names += self._make_room(entry.size, 0 if before is None else before.size, stem)
+            self._entries[stem] = entry
+            names.append(stem)
+        return entry
+
+    def remove(self, name: str) -> None:
+        """Forget an artifact; the file of a sent one is deleted. Raises `UnknownArtifactError`."""
+        with self._changing() as names:
+            self._forget(self.get(name))
+            names.append(name)
+
+    def _forget(self, entry: Entry) -> None:
+        del self._entries[entry.name]
+        if not entry.fixed:
+            with suppress(FileNotFoundError):
+                entry.path.unlink()
+
+    @contextmanager
+    def _changing(self) -> Iterator[list[str]]:
+        """Hold the lock, and afterwards tell of the names that were put into the list."""
+        names: list[str] = []
+        try:
+            with self._lock:
+                yield names
+        finally:
+            for name in names:
+                self.changed(name)
+
+    def incoming(self) -> Path:
+        """A fresh path for a file on its way in. Left-overs are removed at the next start."""
+        check(self.folder is not None, "name", None, "nothing: the server was started without --artifacts")
+        return self._own / f".incoming.{os.urandom(8).hex()}.tmp"
+
+    def _checked(self, name: str, path: Path, fixed: bool) -> Entry:
+        check_name(name)
+        try:
+            _, card = load(path)
+            check(card.kind in KINDS, "kind", card.kind, ", ".join(KINDS))
+            self._accept(path)
+        except InputError as error:  # clients need not know where a file lies
+            given = str(error.given).replace(str(path), name).replace(path.stem, name)
+            raise InputError(error.field.replace(str(path), name), given, error.allowed) from error
+        status = path.stat()
+        return Entry(name, path, _digest(path), status.st_size, int(status.st_mtime), card, fixed)
+
+    def _make_room(self, size: int, freed: int, name: str) -> list[str]:
+        """Evict the least recently used of those that no request is using; returns their names."""
+        count = len(self._entries) + (0 if name in self._entries else 1)
+        total = self.nbytes - freed + size
+        idle = [e for e in self._entries.values() if not e.fixed and not self._used[e.name] and e.name != name]
+        leaving = []
+        while count > self.limit or total > self.limit_bytes:
+            if not idle:
+                raise TooLargeError(
+                    "file", f"{count} artifacts of {total} bytes in all",
+                    f"{self.limit} artifacts, {self.limit_bytes} bytes; those that are there are in use or fixed",
+                )  # fmt: skip
+            leaving.append(idle.pop(0))
+            count, total = count - 1, total - leaving[-1].size
+        for entry in leaving:
+            self._forget(entry)
+        return [entry.name for entry in leaving]
+
+
+def check_name(name: str) -> None:
+    """Refuse what is no name, such as a path."""
+    check(bool(NAME.fullmatch(name)), "name", name, _NAMES)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the folder's new entry survive a loss of power too."""
+    with suppress(OSError):  # some systems cannot open a folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,206 @@
+"""Which rewards a request may name: shipped ones that load nothing, those that the server's owner allowed, and those
+that were registered: an expression of the others, or a reward model in the folder of artifacts, under a name.
+
+Registered rewards are remembered in `FOLDER/registered/rewards.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from steer.core import InputError, Reward, SteerError, check
+from steer.files import replacing
+from steer.rewards import parse_reward, shipped
+from steer.rewards.kinds import check_reward
+from steer.serving.engine import TooLargeError
+from steer.serving.wire import NAME
+
+__all__ = ["Registered", "Rewards", "UnknownRewardError"]
+
+
+_LIMIT = 256
+
+
+class UnknownRewardError(SteerError):
+    """No reward is registered under this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"reward {name!r} is not registered")
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A reward with a name of its own: an expression, or a folder in that of the artifacts and its label."""
+
+    name: str
+    reward: str | None = None
+    folder: str | None = None
+    label: str | None = None
+    fixed: bool = False
+    """Whether the server's owner put it there."""
+    scorer: Reward = field(default=None, repr=False, compare=False)  # type: ignore[assignment]
+
+    @property
+    def usage(self) -> str:
+        label = "" if self.label is None else f":{self.label}"
+        return self.reward or f"{self.folder}{label}"
+
+
+class Rewards:
+    """Reads the `reward` of requests. Safe to call from several threads.
+
+    Args:
+        allowed: further rewards, as `NAME=REWARD` (from then on part of expressions) or as a whole text that a request
+            must repeat letter by letter.
+        folder: that of the artifacts, where registered ones are remembered; None takes no registrations.
+    """
+
+    def __init__(self, allowed: Sequence[str] = (), folder: Path | None = None) -> None:
+        self.folder = folder
+        self.refused: dict[str, str] = {}
+        """Remembered rewards that could not be read at start, with the reason."""
+        self._whole: dict[str, Reward] = {}
+        self._named: dict[str, Registered] = {}
+        self._lock = threading.RLock()
+        for text in allowed:
+            name, equals, given = text.partition("=")
+            if equals and name.isidentifier():
+                check(name not in shipped(), "allow_reward", text, "a name that is not taken")
+                self._named[name] = Registered(name, given, fixed=True, scorer=parse_reward(given))
+            else:
+                self._whole[text] = parse_reward(text)
+        self._recall()
+
+    # ---- reading
+
+    def parse(self, text: str) -> Reward:
+        """The reward that a request asks for. Raises `InputError` that names `steer.reward`."""
+        if text in self._whole:
+            return self._whole[text]
+        return self._read(text, "steer.reward")
+
+    def _read(self, text: str, where: str) -> Reward:
+        names = {name: entry.scorer for name, entry in self._named.items()}
+        try:
+            reward = parse_reward(text, trusted=False, names=names)
+            check_reward(reward, images=False)
+        except InputError as error:
+            raise InputError(where, error.given, error.allowed) from error
+        except (OSError, ValueError) as error:  # what is too long to be the name of anything
+            raise InputError(where, text, "an expression of named rewards") from error
+        return reward
+
+    def usages(self) -> dict[str, str]:
+        """Names that requests may use, and how each is written or what it stands for."""
+        usages = {}
+        for name, usage in shipped().items():
+            example = usage.split("[")[0].replace("WORD,WORD", "word").replace("LABEL,LABEL", "label")
+            try:
+                check_reward(parse_reward(example, trusted=False), images=False)
+            except InputError:
+                continue
+            usages[name] = usage
+        return {**usages, **{text: text for text in self._whole}, **{e.name: e.usage for e in self.registered()}}
+
+    def registered(self) -> list[Registered]:
+        """Rewards with names of their own."""
+        with self._lock:
+            return list(self._named.values())
+
+    # ---- changing
+
+    def add(
+        self, name: str, reward: str | None = None, folder: str | None = None, label: str | None = None
+    ) -> Registered:
+        """Register an expression, or a reward model in the folder of artifacts, in place of what was sent under the
+        name before. Raises `InputError`, and `TooLargeError` where there are too many.
+        """
+        check(self.folder is not None, "name", name, "nothing: the server was started without --artifacts")
+        check((reward is None) != (folder is None), "reward", reward, "one of reward and folder")
+        check(label is None or folder is not None, "label", label, "unset without folder")
+        check(name.isidentifier() and name.isascii() and len(name) <= 64, "name", name,
+              "letters, digits and _, a letter first, at most 64 of them")  # fmt: skip
+        check(name not in shipped(), "name", name, "a name that no shipped reward has")
+        made = self._made(name, reward, folder, label)
+        with self._lock:
+            before = self._named.get(name)
+            check(before is None or not before.fixed, "name", name, "a name that the server's owner did not give")
+            if before is None and len(self._named) >= _LIMIT:
+                raise TooLargeError("name", f"{len(self._named) + 1} rewards", f"at most {_LIMIT}")
+            self._remember({**self._named, name: made})
+        return made
+
+    def remove(self, name: str) -> None:
+        """Forget a reward. Raises `UnknownRewardError`, and `InputError` where the owner gave it or others need it."""
+        with self._lock:
+            if name not in self._named:
+                raise UnknownRewardError(name)
+            check(not self._named[name].fixed, "name", name, "a reward that was registered here")
+            word = re.compile(rf"\b{re.escape(name)}\b")
+            others = [e.name for e in self._named.values() if e.name != name and word.search(e.reward or "")]
+            check(not others, "name", name, f"a reward that no other is made of; here: {', '.join(others)}")
+            self._remember({n: entry for n, entry in self._named.items() if n != name})
+
+    def _made(self, name: str, reward: str | None, folder: str | None, label: str | None) -> Registered:
+        if reward is not None:
+            others = re.search(rf"\b{re.escape(name)}\b", reward) is None
+            check(others, "reward", reward, "an expression of other rewards than itself")
+            scorer = self._read(reward, "reward")
+        else:
+            scorer = self._model(str(folder), label)
+        return Registered(name, reward, folder, label, scorer=scorer)
+
+    def _model(self, folder: str, label: str | None) -> Reward:
+        assert self.folder is not None
+        path = self.folder / folder
+        plain = NAME.fullmatch(folder) is not None and path.is_dir() and not path.is_symlink()
+        check(plain and (path / "config.json").is_file() and any(path.glob("*.safetensors")), "folder", folder,
+              "the name of a folder among the artifacts, with config.json and safetensors")  # fmt: skip
+        text = f'"{path}"' if label is None else f'"{path}":"{label}"'
+        try:
+            return parse_reward(text)
+        except InputError as error:  # clients need not know where a folder lies
+            given = str(error.given).replace(str(path), folder)
+            raise InputError("label" if label else "folder", given, error.allowed) from error
+
+    # ---- remembering
+
+    @property
+    def _file(self) -> Path:
+        assert self.folder is not None
+        return self.folder / "registered" / "rewards.json"
+
+    def _remember(self, named: dict[str, Registered]) -> None:
+        facts = {
+            e.name: {k: v for k in ("reward", "folder", "label") if (v := getattr(e, k)) is not None}
+            for e in named.values()
+            if not e.fixed
+        }
+        with replacing(self._file) as temporary:
+            temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        self._named = named
+
+    def _recall(self) -> None:
+        """Register what was remembered, in its order: what an expression is made of came before it."""
+        if self.folder is None or not self._file.is_file():
+            return
+        try:
+            facts = json.loads(self._file.read_text(encoding="utf-8"))
+            entries = [(str(name), {k: str(v) for k, v in given.items()}) for name, given in facts.items()]
+        except (ValueError, AttributeError) as error:
+            self.refused[self._file.name] = str(error)
+            return
+        for name, given in entries:
+            if name in self._named:
+                continue
+            try:
+                made = self._made(name, given.get("reward"), given.get("folder"), given.get("label"))
+            except SteerError as error:
+                self.refused[name] = str(error)
+                continue
+            self._named[name] = made

@@ -1,0 +1,1 @@
+"""Routes of the server, one router a file."""

@@ -1,0 +1,71 @@
+"""Routes about the server itself: models, health, counters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, PlainTextResponse
+
+from steer.serving.errors import Refused
+from steer.serving.protocol import ErrorAnswer, Health, Model, ModelList
+from steer.serving.server import Server
+
+_DENIED: dict[int | str, dict[str, Any]] = {
+    401: {"model": ErrorAnswer, "description": "The API key is wrong or missing."},
+    403: {"model": ErrorAnswer, "description": "A server without a key was asked from elsewhere."},
+}
+
+
+def add_small_routes(app: FastAPI, server: Server) -> None:
+    """What every server of OpenAI's kind has."""
+    engine = server.engine
+
+    def model() -> Model:
+        return Model(id=engine.name, created=server.created, max_model_len=engine.context_length)
+
+    @app.get("/v1/models", response_model=ModelList, responses=_DENIED, tags=["openai"])
+    async def models() -> ModelList:
+        """The one model that is served."""
+        return ModelList(data=[model()])
+
+    @app.get(
+        "/v1/models/{name:path}", response_model=Model, tags=["openai"],
+        responses={**_DENIED, 404: {"model": ErrorAnswer, "description": "No such model."}},
+    )  # fmt: skip
+    async def one_model(name: str) -> Model:
+        """One model."""
+        if name != engine.name:
+            raise Refused(404, f"model: got {name!r}; allowed: {engine.name}", "model", "model_not_found")
+        return model()
+
+    @app.get(
+        "/health", response_model=Health, tags=["server"],
+        responses={503: {"model": Health, "description": "The server is shutting down."}},
+    )  # fmt: skip
+    async def health() -> JSONResponse:
+        """Whether requests are taken."""
+        draining = server.gate.draining
+        return JSONResponse({"status": "draining" if draining else "ok"}, 503 if draining else 200)
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses=_DENIED, tags=["server"])
+    async def metrics() -> PlainTextResponse:
+        """Counters in Prometheus's text format."""
+        return _counters(server)
+
+
+def add_own_routes(app: FastAPI, server: Server) -> None:
+    """The same under steer's own path, where it is not the server's only application."""
+
+    @app.get("/v1/steer/metrics", response_class=PlainTextResponse, responses=_DENIED, tags=["steer"])
+    async def metrics() -> PlainTextResponse:
+        """Counters of steering in Prometheus's text format."""
+        return _counters(server)
+
+    @app.get("/v1/steer/openapi.json", include_in_schema=False)
+    async def description() -> JSONResponse:
+        return JSONResponse(app.openapi())
+
+
+def _counters(server: Server) -> PlainTextResponse:
+    return PlainTextResponse(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,0 +1,1 @@
+"""Training of diffusion policies: losses, rounds, saved states; no engine."""

@@ -1,0 +1,135 @@
+"""Tune a diffusion model as a policy: Diffusion-DPO, SePPO and policy gradients, on any `DiffusionProcess`.
+
+No engine is needed: a `Tunable` is a torch module and the chains that run it.
+
+- dpo (Wallace et al. 2023): of an image that is preferred and one that is not, the noise in the first is to be
+  predicted better than the base does it, and that in the second worse.
+- seppo (Zhang et al. 2024): the second image is a sample of the reference, an earlier state of the policy; it is
+  learnt from, in place of unlearnt, where that state predicts the first image better than the policy does.
+- pg: the stochastic chain is a Markov decision process (DDPO, Black et al. 2023; for flows Flow-GRPO, Liu et al. 2025).
+  Its objective is `E[r] - beta KL(policy || base)` over chains, whose optimum has `p(x) exp(r(x) / beta)` as its law of
+  finished rows, up to what the last steps without noise add.
+
+The ratio of the densities of a step is that of all its dimensions together: log-densities are *summed*. The released
+codes of DDPO and Flow-GRPO take their mean, which shrinks ratio, clipping range and KL by the number of dimensions;
+only with the sum is the gradient that of the objective, and `beta` what it is everywhere else in `steer`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from steer.core import Ability, Prompt, Reward, SteerError, check
+from steer.progress import ticking
+from steer.train.diffusion_policy.inputs import Pair, PolicySettings, Tunable
+from steer.train.diffusion_policy.offline import Offline
+from steer.train.diffusion_policy.online import Online
+from steer.train.diffusion_policy.state import State
+
+__all__ = ["tune"]
+
+
+def tune(
+    policy: Tunable,
+    base: Tunable,
+    settings: PolicySettings,
+    *,
+    prompts: Sequence[Prompt] = (),
+    pairs: Sequence[Pair] = (),
+    reward: Reward | None = None,
+    earlier: Tunable | None = None,
+    rows: int = 64,
+    work: Path | None = None,
+    run: dict[str, Any] | None = None,
+    every: int = 10,
+    progress: bool = False,
+) -> dict[str, list[float]]:
+    """Tune `policy.module` in place; `base` is only read. Returns what was seen at each update, by name.
+
+    All randomness depends on the seed and the number of the update. The state is written to `work` every `every`
+    updates, for pg after every round, atomically: a run that was stopped and started again ends at the same weights,
+    bit for bit.
+
+    Args:
+        policy: the module, with the weights of the base.
+        base: the reference of dpo, and where pg's KL goes to.
+        prompts, reward: of pg.
+        pairs: of dpo and seppo.
+        earlier: of seppo, a third copy, which takes the weights of earlier states of the policy.
+        rows: put through the network at once.
+        work: folder; `run` is what a state that lies there must have been made with.
+        every: updates between two writes to it.
+
+    Raises:
+        InputError: settings, data and method do not fit, or `work` holds the state of another run.
+        RewardError: rewards that are not finite numbers, one for each sample.
+        UnsupportedError: pg on a chain without noise; a network that keeps no gradient.
+        SteerError: the loss is no longer finite.
+    """
+    _check_fit(policy, settings, prompts, pairs, reward, earlier)
+    weights = policy.weights()
+    check(bool(weights), "policy", type(policy.module).__name__, "a module with parameters that require a gradient")
+    optimizer = torch.optim.AdamW(weights.values(), lr=settings.learning_rate, weight_decay=0.0)
+    state = State(weights, optimizer, settings, run or settings.recipe(), work)
+    state.resume()
+    tuner: Online | Offline
+    if settings.method == "pg":
+        assert reward is not None
+        tuner = Online(policy, base, settings, list(prompts), reward, rows)
+    else:
+        tuner = Offline(policy, earlier if settings.method == "seppo" else base, settings, list(pairs), state, rows)
+    policy.module.eval()
+    span = settings.steps if settings.method == "pg" else every
+    with ticking(progress, f"tuning by {settings.method}", settings.total) as tick:
+        tick(state.step)
+        while state.step < settings.total:
+            state.advance(_update(tuner, state))
+            tick(1)
+            if state.step % span == 0 or state.step == settings.total:
+                state.save()
+    if state.average:
+        policy.put(state.average)
+    return state.history
+
+
+def _update(tuner: Online | Offline, state: State) -> dict[str, float]:
+    """One step of the optimizer. Raises `SteerError` for a loss that is not finite, before any weight changes."""
+    state.optimizer.zero_grad(set_to_none=True)
+    seen = tuner.backward(state.step)
+    norm = nn.utils.clip_grad_norm_(state.weights.values(), 1.0)
+    if not (math.isfinite(seen["loss"]) and bool(norm.isfinite())):
+        raise SteerError(f"train policy: the loss at update {state.step} is not finite; lower learning_rate")
+    state.optimizer.step()
+    return seen
+
+
+def _check_fit(
+    policy: Tunable,
+    settings: PolicySettings,
+    prompts: Sequence[Prompt],
+    pairs: Sequence[Pair],
+    reward: Reward | None,
+    earlier: Tunable | None,
+) -> None:
+    who = f"train policy by {settings.method}"
+    policy.chain.require(Ability.GRADIENT, who)
+    if settings.method == "pg":
+        policy.chain.require(Ability.BRANCH, who)
+        check(reward is not None, "reward", None, "one, for pg")
+        check(len(prompts) > 0, "prompts", list(prompts), "at least one")
+        policy.chain.denoiser.encode(prompts)
+        return
+    check(len(pairs) > 0, "pairs", list(pairs), "at least one")
+    policy.levels.denoiser.encode([pair.prompt for pair in pairs])
+    shape = pairs[0].chosen.shape
+    for i, pair in enumerate(pairs):
+        rows = [pair.chosen, *([pair.rejected] if settings.method == "dpo" else [])]
+        for row in rows:
+            check(row is not None and row.shape == shape, f"pairs[{i}]", getattr(row, "shape", None), f"{tuple(shape)}")
+    check(settings.method == "dpo" or earlier is not None, "earlier", None, "a third copy of the model, for seppo")

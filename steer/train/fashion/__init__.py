@@ -1,0 +1,1 @@
+"""The embedded image model and its judge: how they are trained."""
