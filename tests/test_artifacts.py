@@ -261,5 +261,5 @@ def test_gguf_refuses_other_files(tmp_path: Path) -> None:
 
 
 def test_no_engine_is_imported() -> None:
-    code = "import sys, steer.artifacts, steer.models; assert not {'transformers', 'gguf', 'vllm'} & set(sys.modules)"
+    code = "import sys, steer.artifacts, steer.embedded; assert not {'transformers', 'gguf', 'vllm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -648,7 +648,8 @@ def test_ids_on_the_hub_are_told_apart_without_loading(monkeypatch: pytest.Monke
 
 
 def test_without_diffusers_what_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "steer.adapters.diffusers")
+    for name in [name for name in sys.modules if name.startswith("steer.adapters.diffusers")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("steer.adapters.diffusers")
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(SteerError, match="pip install diffusers"):

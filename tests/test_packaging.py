@@ -12,22 +12,47 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+def _name(path: Path) -> str:
+    """The dotted name of a module of the project."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    parts = parts if parts[0] == "steer" else ["steer", *parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(name: str, path: Path) -> set[str]:
+    """Modules of the project that a module imports anywhere in its text."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, (name, "imports are absolute")
+            found |= {node.module} if node.module else set()
+            found |= {f"{node.module}.{a.name}" for a in node.names}
+            found -= {node.module} if all(f"{node.module}.{a.name}" in MODULES for a in node.names) else set()
+    return (found & MODULES.keys()) - {name}
+
+
 MAPPED = {"steer": "steer", "steer.adapters": "adapters", "steer.recipes": "recipes"}
+MODULES = {_name(path): path for folder in MAPPED.values() for path in (ROOT / folder).rglob("*.py")}
+IMPORTS = {name: _imports(name, path) for name, path in MODULES.items()}
 
 
 def test_every_package_is_listed() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert settings["package-dir"] == MAPPED
-    found = {"steer.adapters", "steer.recipes"}
-    for init in (ROOT / "steer").rglob("__init__.py"):
-        found.add(".".join(init.parent.relative_to(ROOT).parts))
-    assert set(settings["packages"]) == found
+    assert set(settings["packages"]) == {name for name, path in MODULES.items() if path.name == "__init__.py"}
     for folder in MAPPED.values():
         assert (ROOT / folder / "__init__.py").is_file()
 
 
 def test_importing_steer_imports_no_engine() -> None:
-    modules = "steer, steer.core, steer.toy, steer.rewards, steer.mount, steer.recipe, steer.report, steer.train.value"
+    modules = (
+        "steer, steer.core, steer.toy, steer.rewards, steer.edits, steer.cli.recipe, steer.measure.report, "
+        "steer.train.value"
+    )
     engines = "{'transformers', 'vllm', 'diffusers', 'gradio', 'peft', 'trl'}"
     code = f"import sys, {modules}; print(sorted(set(sys.modules) & {engines}))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -52,5 +77,13 @@ def test_methods_import_no_method_of_another_family() -> None:
     """A method stands alone: it may use the operators and the model check, nothing else of its neighbours."""
     shared = {"operators", "vector"}
     for path in (ROOT / "steer" / "methods").glob("*.py"):
+        if path.name == "samplers.py":  # the table of all samplers
+            continue
         for name in re.findall(r"from steer\.methods\.(\w+) import", path.read_text()):
             assert name in shared, (path, name)
+
+
+def test_no_module_begins_with_an_underscore() -> None:
+    """What is public in a package is what its `__init__` lists."""
+    for name in MODULES:
+        assert name.endswith("__main__") or not any(part.startswith("_") for part in name.split(".")), name

@@ -21,7 +21,7 @@ from steer.rewards.algebra import Composable
 trl = pytest.importorskip("trl")
 pytest.importorskip("peft")
 
-from steer.adapters.transformers.policy import data, tuning  # noqa: E402
+from steer.adapters.transformers.policy import data, raft, tuning  # noqa: E402
 from steer.adapters.transformers.policy import trl as trainers  # noqa: E402
 from steer.adapters.transformers.policy.folder import load_policy, save_network  # noqa: E402
 from steer.adapters.transformers.policy.tuning import train_policy  # noqa: E402
@@ -333,7 +333,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(
 ) -> None:
     straight = tune(tiny_lm, method, tmp_path / "straight", **more)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(tuning, "ticking", _stopping(7))
+        patch.setattr(raft if method == "raft" else tuning, "ticking", _stopping(7))
         tune(tiny_lm, method, tmp_path / "resumed", work=tmp_path / "work", **more)
     assert not (tmp_path / "resumed").exists()
     torch.manual_seed(12345)  # the run's own state comes back, not what is left in the process

@@ -15,6 +15,7 @@ from steer.core import InputError
 from steer.measure.report import Report, Row, _breaks, _interval, default_strengths, evaluate
 from steer.methods.prompt import SystemPrompt
 from steer.methods.vector import SteeringVector
+from steer.pictures.charts import draw_report
 from steer.rewards import distinct_n
 
 PROMPTS = ["a cat", "hello world", "the sun is", "why"]
@@ -125,6 +126,7 @@ def test_breaks_are_the_first_on_each_side() -> None:
 
 def test_writing(report: Report, tmp_path: Path) -> None:
     report.write(tmp_path / "new" / "folder")
+    draw_report(report, tmp_path / "new" / "folder" / "report.png")
     files = {p.name: p for p in (tmp_path / "new" / "folder").iterdir()}
     assert set(files) == {"report.json", "report.png"}
     found = json.loads(files["report.json"].read_text())
@@ -134,7 +136,9 @@ def test_writing(report: Report, tmp_path: Path) -> None:
 
 def test_a_report_without_numbers_is_still_json_and_a_picture(tmp_path: Path) -> None:
     rows = [_row("unsteered", 0.0), replace(_row("steered", 1.0, 1e5), reward=math.nan, kl=None, kl_per_token=None)]
-    Report("tiny", "calm", "sentiment", {}, rows, _breaks(rows)).write(tmp_path)
+    report = Report("tiny", "calm", "sentiment", {}, rows, _breaks(rows))
+    report.write(tmp_path)
+    draw_report(report, tmp_path / "report.png")
     assert json.loads((tmp_path / "report.json").read_text())["rows"][1]["reward"] is None
 
 

@@ -52,7 +52,7 @@ def test_what_fails_at_rest_stays_there() -> None:
 
 FREES = """
 from pathlib import Path
-from steer.memory import give_back_memory
+from steer.serving.idle import give_back_memory
 
 def resident():
     return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from torch import nn
 
@@ -20,11 +21,6 @@ from steer.embedded import CARD_NAME
 
 __all__ = ["load"]
 
-
-try:
-    import diffusers
-except ImportError as error:
-    raise SteerError("diffusion models need diffusers: pip install diffusers") from error
 
 _DTYPE = "dtype" if tuple(int(n) for n in diffusers.__version__.split(".")[:2]) >= (0, 42) else "torch_dtype"
 

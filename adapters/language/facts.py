@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+from collections.abc import Sequence
 
-import torch
-from torch import nn
+from torch import Tensor
 
 # Ordinary sentences on which the residual stream's norm is measured.
 CALIBRATION = (
@@ -20,20 +20,15 @@ CALIBRATION = (
 )
 
 
-def embedding_sample(model: nn.Module, config: Any) -> dict[str, Any]:
-    """Shape of the input embedding and, of about 256 of its numbers taken at equal distances, those that this rank has:
-    `{"shape", "index", "value"}`, values in bfloat16's precision; empty lists on a rank without it.
+def fingerprint(model_type: str, num_layers: int, width: int, shape: Sequence[int], sample: Tensor | None) -> str:
+    """What tells whether an artifact was made for this model: the same for all engines and precisions.
+
+    Args:
+        shape: of the input embedding.
+        sample: about 256 numbers of the embedding, each `max(1, numel // 256)` after the last, rounded to bfloat16, in
+            float32 on the CPU; None where the weights are not there to be read.
     """
-    text = config.model_config.hf_text_config
-    rows, width = int(text.vocab_size), int(text.hidden_size)
-    step = max(1, rows * width // 256)
-    table: Any = next((m for m in model.modules() if hasattr(m, "org_vocab_size") and hasattr(m, "shard_indices")
-                  and type(m).__name__ == "VocabParallelEmbedding"), None)  # fmt: skip
-    if table is None:
-        return {"shape": [rows, width], "index": [], "value": []}
-    low, high = table.shard_indices.org_vocab_start_index, table.shard_indices.org_vocab_end_index
-    flat = torch.arange(0, rows * width, step)
-    mine = flat[(flat // width >= low) & (flat // width < high)]
-    weight = table.weight.detach()
-    value = weight[(mine // width - low).to(weight.device), (mine % width).to(weight.device)]
-    return {"shape": [rows, width], "index": mine.tolist(), "value": value.to(torch.bfloat16).float().cpu().tolist()}
+    digest = hashlib.sha256(repr([model_type, num_layers, width, *shape]).encode())
+    if sample is not None:
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]

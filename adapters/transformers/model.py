@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from steer.adapters.language.blocks import decoder_blocks
 from steer.adapters.language.decoding import Decoding
-from steer.adapters.language.facts import CALIBRATION
+from steer.adapters.language.facts import CALIBRATION, fingerprint
 from steer.adapters.language.model import TextModel
 from steer.adapters.transformers.hidden import Place
 from steer.adapters.transformers.hooks import Hooks, recording
@@ -130,14 +129,12 @@ class LanguageModel(TextModel):
 
     def _fingerprint(self) -> str:
         weight = self.network.get_input_embeddings().weight
-        facts = [self.config.model_type, len(self.blocks), self.config.hidden_size, *weight.shape]
-        digest = hashlib.sha256(repr(facts).encode())
+        sample = None
         if weight.device.type != "meta":
             # bf16 first, so that one checkpoint loaded in two precisions is one model.
             flat = weight.detach().flatten()
             sample = flat[:: max(1, flat.numel() // 256)].to(torch.bfloat16).float().cpu()
-            digest.update(sample.numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(self.config.model_type, len(self.blocks), self.config.hidden_size, weight.shape, sample)
 
     def residual_norms(self) -> Tensor:
         """Median norm of the residual stream after each block `[L]`, on a few ordinary sentences. The first token, an

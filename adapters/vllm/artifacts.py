@@ -55,7 +55,7 @@ class Artifact:
         check(card.kind in KINDS, "artifact", f"kind {card.kind!r}", ", ".join(KINDS))
         inside = any(card.settings.get(name) for name in ("gate", "tokens"))
         check(not inside, "artifact", "a card that names a probe's file", "a vector that was loaded with its gate")
-        return cls(hashlib.sha256(data).hexdigest()[:32], len(data), tensors, card)
+        return cls(digest_of(data), len(data), tensors, card)
 
     def edit(self, info: ModelInfo, options: Mapping[str, Any], device: torch.device | None = None) -> Edit:
         """The edit with `options` of a request (see `steer.wire.EditRequest`) in place of its card's settings."""
@@ -156,3 +156,8 @@ def _probes(tensors: Mapping[str, Tensor], kind: str) -> dict[int, Probe]:
         if parts[0] == kind and parts[-1] == "weight":
             found[int(parts[1])] = Probe(weight, float(tensors[f"{kind}.{parts[1]}.bias"]))
     return found
+
+
+def digest_of(data: bytes) -> str:
+    """Digest of an artifact's content."""
+    return hashlib.sha256(data).hexdigest()[:32]

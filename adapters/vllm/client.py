@@ -12,7 +12,14 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 from uuid import uuid4
 
+import torch
+
+from steer.adapters.language.facts import CALIBRATION, fingerprint
+from steer.adapters.vllm.artifacts import Artifact
 from steer.adapters.vllm.plugin.registry import FrontEnd
+from steer.adapters.vllm.plugin.requests import Inside
+from steer.adapters.vllm.settings import model_info
+from steer.core import ModelInfo
 
 __all__ = ["Asynchronous", "Blocking", "Client", "Stopped", "Took", "together"]
 
@@ -47,6 +54,42 @@ class Client(ABC):
         from steer.adapters.vllm.plugin.install import used_artifacts
 
         return used_artifacts(self._outputs)
+
+    # ---- artifacts; whoever calls these sees to it that one thread does at a time
+
+    def introduce(self, norms: bool) -> None:
+        """Find the model's fingerprint and, with `norms`, the residual stream's norms; then `front.info` has them."""
+        front = self.front
+        if not front.info.fingerprint:
+            front.info = model_info(self.config, _fingerprint(front.info, self.rpc("steer_facts")), None)
+            self.rpc("steer_introduce", front.info.fingerprint, None)
+        if norms and not front.measured:
+            front.measured = True
+            self.rpc("steer_measure", True)
+            self.draw(*_calibration(self.tokenizer))
+            values = _norms(self.rpc("steer_measure", False), front.info.num_layers)
+            known = None if values is None else torch.tensor(values)
+            front.info = model_info(self.config, front.info.fingerprint, known)
+            self.rpc("steer_introduce", front.info.fingerprint, values)
+
+    def register(self, name: str, data: bytes, any_model: bool, used: set[str]) -> str:
+        """Register `data` (see `Artifact.parse`) under `name`; returns its digest. Digests in `used` make no room for
+        it. Raises `InputError`.
+        """
+        self.introduce(norms=Artifact.parse(data).card.kind != "value")
+        artifact, gone = self.front.admit(name, data, any_model, used)
+        if artifact.digest not in self.front.artifacts:
+            self.rpc("steer_register", artifact.digest, data, any_model)
+        if gone:
+            self.rpc("steer_evict", gone)
+        self.front.add(name, artifact, gone)
+        return artifact.digest
+
+    def remove(self, name: str, used: set[str]) -> None:
+        """Forget a name. Raises `InputError`."""
+        gone = self.front.remove(name, used)
+        if gone:
+            self.rpc("steer_evict", gone)
 
     @abstractmethod
     def draw(self, prompts: Sequence[Any], params: Sequence[Any], took: Took | None = None) -> list[Any]:
@@ -196,3 +239,31 @@ async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 def rendered(prompt: Any) -> Any:
     """A prompt of token ids as vLLM's own servers pass it on, so that nothing is left to be done in other threads."""
     return prompt if "type" in prompt else {"type": "token", **prompt}
+
+
+def _fingerprint(info: ModelInfo, parts: Sequence[dict[str, Any]]) -> str:
+    sample = dict(sorted({i: v for part in parts for i, v in zip(part["index"], part["value"], strict=True)}.items()))
+    numbers = torch.tensor(list(sample.values()))
+    return fingerprint(info.model_type, info.num_layers, info.width, parts[0]["shape"], numbers)
+
+
+def _norms(parts: Sequence[dict[Any, list[float]]], depth: int) -> list[float] | None:
+    """The median norm of each block `[L]`, or None where a rank saw nothing."""
+    seen: dict[int, list[float]] = {}
+    for part in parts:
+        seen |= {int(layer): values for layer, values in part.items()}
+    if any(not seen.get(layer) for layer in range(depth)):
+        return None
+    return [float(torch.tensor(seen[layer]).median()) for layer in range(depth)]
+
+
+def _calibration(tokenizer: Any) -> tuple[list[Any], list[Any]]:
+    """Requests that read the sentences on which norms are measured."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    prompts = [TokensPrompt(prompt_token_ids=list(tokenizer(text)["input_ids"])) for text in CALIBRATION]
+    params = SamplingParams(
+        max_tokens=1, temperature=0.0, skip_reading_prefix_cache=True, extra_args={"steer": Inside(measure=True)}
+    )
+    return prompts, [params] * len(prompts)

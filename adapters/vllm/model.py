@@ -12,8 +12,7 @@ from typing import Any
 
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.model import TextModel
-from steer.adapters.vllm import admin
-from steer.adapters.vllm.artifacts import Artifact, read_artifact
+from steer.adapters.vllm.artifacts import Artifact, digest_of, read_artifact
 from steer.adapters.vllm.client import Blocking, Client
 from steer.adapters.vllm.plugin.compiled import Compiled
 from steer.adapters.vllm.process import Named, VLLMProcess, scored_early
@@ -78,7 +77,7 @@ class VLLMModel(TextModel):
         self._registering = threading.RLock()
         self._held: Counter[str] = Counter()
         self._holding = threading.Lock()
-        self._carry_out(admin.introducing(self.front, self.config, norms=False))
+        self.client.introduce(norms=False)
 
     @property
     def llm(self) -> Any:
@@ -92,10 +91,6 @@ class VLLMModel(TextModel):
         other = copy(self)
         other.client = client
         return other
-
-    def _carry_out(self, steps: admin.Steps) -> Any:
-        with self._registering:
-            return admin.run(steps, self.client)
 
     @property
     def info(self) -> ModelInfo:
@@ -126,11 +121,13 @@ class VLLMModel(TextModel):
         return self._register(name, data, model_check == "any")
 
     def _register(self, name: str, data: bytes, any_model: bool) -> str:
-        return str(self._carry_out(admin.registering(self.front, self.config, name, data, any_model, self._used)))
+        with self._registering:
+            return self.client.register(name, data, any_model, self._used())
 
     def unregister(self, name: str) -> None:
         """Forget a name. Raises `InputError`."""
-        self._carry_out(admin.removing(self.front, name, self._used))
+        with self._registering:
+            self.client.remove(name, self._used())
 
     def inspect(self, artifact: str | Path | Edit) -> Edit:
         """The edit that an artifact would be under its own settings; nothing is registered. Raises `InputError` where
@@ -138,8 +135,8 @@ class VLLMModel(TextModel):
         """
         data = read_artifact(artifact)
         kind = Artifact.parse(data).card.kind
-        self._carry_out(admin.introducing(self.front, self.config, norms=kind != "value"))
         with self._registering:
+            self.client.introduce(norms=kind != "value")
             admitted, _ = self.front.admit("inspected", data, False, self._used())
         edit = admitted.edit(self.info, {})
         if isinstance(edit, HiddenEdit):
@@ -206,7 +203,7 @@ class VLLMModel(TextModel):
         if held is not None and held[0] is edit and held[1] in self.front.names:
             return held[1]
         data = read_artifact(edit)
-        name = f"edit-{admin.digest(data)}"
+        name = f"edit-{digest_of(data)}"
         if name not in self.front.names:
             self._register(name, data, False)
         if len(self._packed) > 1024:

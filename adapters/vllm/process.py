@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 from uuid import uuid4
 
 import torch
@@ -40,10 +40,6 @@ from steer.model import Plan
 from steer.rewards.early import Early
 from steer.sampling.lookahead import Preview
 from steer.serving.wire import EditRequest
-
-if TYPE_CHECKING:
-    from steer.adapters.vllm.model import VLLMModel
-
 
 _MISSING = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "logits_processor", "stopping_criteria")
 """Settings of `Decoding` that vLLM has no counterpart of."""
@@ -91,11 +87,30 @@ class VLLMState:
         return len(self.group)
 
 
+class EngineModel(Protocol):
+    """What a process needs of its model."""
+
+    tokenizer: Any
+    client: Client
+    front: FrontEnd
+
+    @property
+    def context_length(self) -> int: ...
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+    def name_of(self, edit: Edit) -> str: ...
+    def encode(self, prompt: Prompt) -> list[int]: ...
+    def show(self, prompt: Prompt) -> str: ...
+    @property
+    def vocabulary(self) -> int: ...
+    def decode(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str: ...
+
+
 @dataclass(frozen=True)
 class VLLMProcess(Process):
     """Generation by one engine. A step draws up to `block` tokens for every unfinished row."""
 
-    model: VLLMModel
+    model: EngineModel
     decoding: Decoding
     edits: Mounted = ()
     block: int = 64

@@ -128,7 +128,8 @@ def run(
     """Run a recipe: everything in it is checked before anything starts."""
     results = sys.stdout
     with redirect_stdout(sys.stderr):
+        from steer.cli.jobs import run_recipe
         from steer.cli.recipe import load_recipe
         from steer.cli.session import Session
 
-        load_recipe(recipe, overrides or []).run(Session(results))
+        run_recipe(load_recipe(recipe, overrides or []), Session(results))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from steer.cli import generating, measuring, serving, training
-from steer.cli.session import Run
+from steer.cli.recipe import Recipe
+from steer.cli.session import Run, Session
+from steer.core import SteerError
 
-__all__ = ["JOBS"]
+__all__ = ["JOBS", "run_recipe"]
 
 
 JOBS: dict[str, Callable[..., Run]] = {
@@ -24,3 +28,19 @@ JOBS: dict[str, Callable[..., Run]] = {
     "serve": serving.serve,
 }
 """By the names in `steer.cli.options.COMMANDS`."""
+
+
+def run_recipe(recipe: Recipe, session: Session) -> None:
+    """Check every step, then run them in order. Steps that name one model share it."""
+    coming: set[Path] = set()
+    jobs = []
+    for step in recipe.steps:
+        try:
+            jobs.append(JOBS[step.command](step.options, frozenset(coming)))
+        except SteerError as error:
+            raise SteerError(f"recipe {recipe.name}, step {step.name} ({step.command}): {error}") from error
+        if step.output is not None:
+            coming.add(step.output.absolute())
+    for number, (step, job) in enumerate(zip(recipe.steps, jobs, strict=True), 1):
+        print(f"[{number}/{len(jobs)}] {step.name}: {step.command}", file=sys.stderr)
+        job(session)

@@ -41,6 +41,8 @@ def _sizes(field: str, text: str) -> list[int]:
 
 def evaluation(options: EvalOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to evaluate an edit."""
+    from steer.pictures.charts import draw_report
+
     checks.check_model(options)
     check(not checks.draws_images(options), "model", options.model, "a language model")
     prompts = checks.read_prompts(options.prompts)
@@ -63,6 +65,7 @@ def evaluation(options: EvalOptions, coming: Coming = frozenset()) -> Run:
         )  # fmt: skip
         report = replace(report, artifact=Path(options.edit).name)
         report.write(options.out)
+        draw_report(report, options.out / "report.png")
         session.say(f"{report.table()}\nwrote {options.out / 'report.json'} and {options.out / 'report.png'}")
 
     return run
@@ -161,7 +164,8 @@ def _by_method(options: RaceOptions) -> dict[str, dict[str, Any]]:
 
 def guide(options: GuideOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to sweep RL guidance."""
-    from steer.measure.guide import sweep
+    from steer.measure.guide import Sweep, sweep
+    from steer.pictures.charts import draw_guide
 
     images, prompts = _prompts(options, options.prompts)
     reward = parse_reward(options.reward)
@@ -176,11 +180,16 @@ def guide(options: GuideOptions, coming: Coming = frozenset()) -> Run:
         model = session.load(options)
         tuned = tuned_model(model, options.tuned, images)
         options.out.mkdir(parents=True, exist_ok=True)
+
+        def keep(found: Sweep) -> None:
+            found.write(options.out)
+            draw_guide(found, options.out / "guide.png")
+
         found = sweep(
             _process(model, options, images), _process(tuned, options, images), prompts, reward.bind(model), ws=ws,
             outputs=options.outputs, particles=options.particles, seeds=options.seeds, progress=session.progress,
             about={"model": options.model, "tuned": options.tuned.name, "reward": options.reward},
-            on_point=lambda found: found.write(options.out),
+            on_point=keep,
         )  # fmt: skip
         session.say(f"{found.table()}\nwrote {options.out / 'guide.json'} and {options.out / 'guide.png'}")
 

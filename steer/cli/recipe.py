@@ -16,7 +16,6 @@ command, with underscores. `${out}` is ./out/NAME unless `out` is given, `${reci
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -25,11 +24,9 @@ from typing import Any
 
 import yaml
 
-from steer.cli.jobs import JOBS
 from steer.cli.options import COMMANDS, Options
-from steer.cli.session import Session
 from steer.cli.values import build, check_known, pairs, spelled
-from steer.core import InputError, SteerError, check
+from steer.core import InputError, check
 
 __all__ = ["Recipe", "Step", "load_recipe", "shipped"]
 
@@ -61,21 +58,6 @@ class Recipe:
     steps: list[Step]
     description: str = ""
     variables: dict[str, Any] = field(default_factory=dict)
-
-    def run(self, session: Session) -> None:
-        """Check every step, then run them in order. Steps that name one model share it."""
-        coming: set[Path] = set()
-        jobs = []
-        for step in self.steps:
-            try:
-                jobs.append(JOBS[step.command](step.options, frozenset(coming)))
-            except SteerError as error:
-                raise SteerError(f"recipe {self.name}, step {step.name} ({step.command}): {error}") from error
-            if step.output is not None:
-                coming.add(step.output.absolute())
-        for number, (step, job) in enumerate(zip(self.steps, jobs, strict=True), 1):
-            print(f"[{number}/{len(jobs)}] {step.name}: {step.command}", file=sys.stderr)
-            job(session)
 
 
 def shipped() -> dict[str, Path]:

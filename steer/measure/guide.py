@@ -63,13 +63,10 @@ class Sweep:
         return "\n".join(lines)
 
     def write(self, folder: Path) -> None:
-        """guide.json and guide.png."""
+        """Write guide.json in one step; `steer.pictures.charts.draw_guide` makes the picture beside it."""
         with replacing(folder / "guide.json") as temporary:
             found = {"settings": self.settings, "points": [asdict(p) for p in self.points]}
             temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        from steer.pictures.charts import draw_guide
-
-        draw_guide(self, folder / "guide.png")
 
 
 def sweep(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from steer.core import Edit, Reward, Samples, check
-from steer.files import as_json, replacing, write_text
+from steer.files import as_json, write_text
 from steer.methods.prompt import SystemPrompt
 from steer.methods.vector import SteeringVector
 from steer.progress import ticking
@@ -108,12 +108,8 @@ class Report:
         return {**asdict(self), "verdict": self.verdict}
 
     def write(self, folder: Path | str) -> None:
-        """Write report.json and report.png into `folder`, each in one step."""
-        from steer.pictures.charts import draw
-
+        """Write report.json into `folder` in one step; `steer.pictures.charts.draw` makes the picture beside it."""
         write_text(Path(folder) / "report.json", as_json(self.to_dict()) + "\n")
-        with replacing(Path(folder) / "report.png") as temporary:
-            draw(self, temporary)
 
 
 def _cell(value: float | None, width: int) -> str:

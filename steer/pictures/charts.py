@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steer.files import replacing
 from steer.pictures.style import FAINT, GRID, STYLE
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from steer.measure.race import Race
     from steer.measure.report import Report, Row
 
-__all__ = ["draw", "draw_curves", "draw_guide", "draw_race"]
+__all__ = ["draw_curves", "draw_guide", "draw_race", "draw_report"]
 
 
 _COLOURS = {"steered": "#0f62a8", "random": "#9aa4ae", "system": "#c2571a"}
@@ -28,8 +29,8 @@ _PANELS: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
 )
 
 
-def draw(report: Report, path: Path) -> None:
-    """Write the figure as PNG to `path`, whatever its suffix."""
+def draw_report(report: Report, path: Path) -> None:
+    """Write the figure as PNG to `path` in one step, whatever its suffix."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -45,7 +46,8 @@ def draw(report: Report, path: Path) -> None:
             axis.set_xlabel(_unit(report))
         _head(figure, report)
         _legend(figure, axes[0][0])
-        figure.savefig(path, format="png")
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")
 
 
 def _panel(axis: Any, report: Report, title: str, unit: str, value: Callable[[Row], float | None]) -> None:
@@ -216,8 +218,6 @@ def _canvas(path: Path, size: tuple[float, float], title: str) -> Iterator[Any]:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-
-    from steer.files import replacing
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, dpi=160, facecolor="white")

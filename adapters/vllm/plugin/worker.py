@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from steer.adapters.language.blocks import blocks_of
-from steer.adapters.language.facts import embedding_sample
 from steer.adapters.vllm.artifacts import Artifact
 from steer.adapters.vllm.plugin.blocks import BlockSteering, Host, Live, eager_hook, graph_hook, measuring_hook
 from steer.adapters.vllm.plugin.compiled import NEVER, Compiled, Row, Spans
@@ -351,3 +350,22 @@ def _uncompiled(model: nn.Module, live: Live) -> list[Callable[[], None]]:
     for layer, block in blocks_of(model, len(live.added)).items():
         undo.append(block.register_forward_hook(measuring_hook(layer, live)).remove)
     return undo
+
+
+def embedding_sample(model: nn.Module, config: Any) -> dict[str, Any]:
+    """Shape of the input embedding and, of about 256 of its numbers taken at equal distances, those that this rank has:
+    `{"shape", "index", "value"}`, values in bfloat16's precision; empty lists on a rank without it.
+    """
+    text = config.model_config.hf_text_config
+    rows, width = int(text.vocab_size), int(text.hidden_size)
+    step = max(1, rows * width // 256)
+    table: Any = next((m for m in model.modules() if hasattr(m, "org_vocab_size") and hasattr(m, "shard_indices")
+                  and type(m).__name__ == "VocabParallelEmbedding"), None)  # fmt: skip
+    if table is None:
+        return {"shape": [rows, width], "index": [], "value": []}
+    low, high = table.shard_indices.org_vocab_start_index, table.shard_indices.org_vocab_end_index
+    flat = torch.arange(0, rows * width, step)
+    mine = flat[(flat // width >= low) & (flat // width < high)]
+    weight = table.weight.detach()
+    value = weight[(mine // width - low).to(weight.device), (mine % width).to(weight.device)]
+    return {"shape": [rows, width], "index": mine.tolist(), "value": value.to(torch.bfloat16).float().cpu().tolist()}
