@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from steer.core import check
+from steer.core import SteerError, check
 from steer.embedded import CARD_NAME, resolve
 
 _ENDPOINT = "openai:"
@@ -19,6 +19,9 @@ def load(model: str | Path | Any, *, engine: str = "transformers", **options: An
     """A model ready to be steered: an embedded name (`smollm2-135m`, `fashion-ddpm`), a Hugging Face id, a local
     folder, a GGUF file, a network or pipeline in memory, or a model behind an OpenAI-compatible endpoint
     (`openai:http://host/v1#name`).
+
+    Folders and ids of masked language models (BERT's kin and masked diffusion models) open as denoisers of text; see
+    `steer.adapters.transformers.masked`.
 
     `engine` is what runs a language model: `transformers`, or `vllm` (see `steer.adapters.vllm.load`). `options` go to
     the adapter: `dtype`, `device`, `device_map`, `trust_remote_code` (off), and the library's own.
@@ -42,6 +45,10 @@ def load(model: str | Path | Any, *, engine: str = "transformers", **options: An
         from steer.adapters import diffusers
 
         return diffusers.load(where, **options)
+    if is_masked(where):
+        from steer.adapters.transformers import masked
+
+        return masked.load(where, **options)
     from steer.adapters import transformers
 
     return transformers.load(where, **options)
@@ -70,3 +77,35 @@ def is_diffusion(where: Any) -> bool:
         return file_exists(where, "model_index.json")
     except Exception:  # offline, no such model, no access: loading it says which
         return False
+
+
+def is_masked(where: Any) -> bool:
+    """Whether a path, a Hugging Face id or a network is a masked language model, by its class or its configuration.
+    Raises `SteerError` for kinds that would run as something else than they are.
+    """
+    if not isinstance(where, str | Path):
+        return type(where).__name__.endswith("ForMaskedLM")
+    config = _config(where)
+    kind = str(config.get("model_type", ""))
+    if kind.lower() in _FOREIGN:
+        raise SteerError(f"model {where}: {kind} models denoise text in a way of their own, which steer does not run")
+    named = [*(config.get("architectures") or []), *(config.get("auto_map") or {})]
+    return any("MaskedLM" in name for name in named) and not any("CausalLM" in name for name in named)
+
+
+_FOREIGN = ("dream", "llada", "llada_moe")
+"""Masked diffusion models whose checkpoints open as causal models, which they are not."""
+
+
+def _config(where: str | Path) -> dict[str, Any]:
+    """The configuration in a folder or on the hub; empty where there is none, and loading says why."""
+    path = Path(where) / "config.json"
+    try:
+        if not path.is_file() and isinstance(where, str):
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(where, "config.json"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except Exception:  # offline, no such model, no access
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,4 +1,4 @@
-"""`load()`, `generate()` and `Model`: pick the adapter, mount edits, run the sampler."""
+"""Models and generation: edits are mounted, and a sampler is run in batches of prompts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,6 @@ from steer.progress import ticking
 from steer.rewards import as_reward
 
 __all__ = ["Model", "Plan", "execute", "generate", "prepare"]
-
-
-"""Samplers by their name on the command line."""
-"""What runs a language model."""
 
 
 @dataclass(frozen=True)

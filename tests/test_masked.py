@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from steer.core import Ability, Context, InputError, RawText, Samples, SteerError, TransitionEdit, UnsupportedError
+import steer
+from steer.cli import main
+from steer.core import (
+    Ability,
+    Context,
+    InputError,
+    PromptEdit,
+    RawText,
+    Samples,
+    SteerError,
+    TransitionEdit,
+    UnsupportedError,
+)
 from steer.masked import MarginalDraws, MaskedProcess, MaskedState
 from steer.methods.best_of_n import Ancestral, BestOfN
 from steer.methods.fk import FKSteering
@@ -436,6 +449,76 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Any:
     )  # fmt: skip
     BertForMaskedLM(config).save_pretrained(folder)
     return load(folder, dtype="float32", device="cpu")
+
+
+def test_a_masked_model_is_recognised_and_runs_everywhere(
+    bert: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its folder, and by its class in memory; in Python, on the command line, in a recipe."""
+    monkeypatch.chdir(tmp_path)
+    folder = bert.name
+    opened = steer.load(folder, dtype="float32")
+    assert type(opened) is type(bert) is type(steer.load(bert.network, tokenizer=bert.tokenizer))
+    how: dict[str, Any] = {"seed": 1, "length": 5, "steps": 5}
+    assert opened.generate("the sun", **how).texts == bert.generate("the sun", **how).texts
+    for sampler in ("best-of-n", "fk", "svdd", "dts", "dts-star"):
+        found = steer.load(folder).generate("the sun", sampler=sampler, reward="keywords:happy,good", **how)
+        assert len(found.texts) >= 1 and len(found.texts[0].split()) <= 5
+    line = ["generate", "--model", folder, "--prompt", "the sun", "--max-new-tokens", "5", "--steps", "4", "--json"]
+    more = ["--sampler", "fk", "-n", "4", "--reward", "keywords:happy,good", "--seed", "3"]
+    assert main([*line, *more]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert all(len(o["text"].split()) <= 5 for p in shown["prompts"] for o in p["samples"])
+    recipe = ["run", "masked", f"model={folder}", "length=5", "steps=4", "budgets=20,40", "seeds=1"]
+    assert main([*recipe, "reward=keywords:happy,good"]) == 0
+    assert "dts-star" in capsys.readouterr().out and Path("out/masked/race/race.png").is_file()
+
+
+def test_options_of_other_models_are_refused_for_a_masked_one(bert: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["generate", "--model", bert.name, "--prompt", "the sun"]
+    for option, value in (
+        ("--edit", "a.safetensors"),
+        ("--repetition-penalty", "1.2"),
+        ("--until", "."),
+        ("--eta", "0"),
+    ):
+        assert main([*line, option, value]) == 2
+        assert option.strip("-").replace("-", "_") in capsys.readouterr().err
+    for command in (["serve"], ["train", "vector", "--pairs", "x", "--out", "y.safetensors"]):
+        assert main([*command, "--model", bert.name]) == 2
+        assert "from left to right" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["Dream", "llada"])
+def test_models_that_only_seem_causal_are_refused(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "auto_map": {"AutoModelForCausalLM": "x.Y"}}))
+    with pytest.raises(SteerError, match="a way of their own"):
+        steer.load(tmp_path)
+
+
+def test_pseudo_likelihood_is_the_sum_of_conditionals(bert: Any) -> None:
+    drawn = bert.generate(["the sun", ""], n=2, seed=0, length=4, steps=4)
+    total, count = bert.log_likelihood(drawn)
+    assert count.tolist() == [4] * 4
+    for i, tokens in enumerate(drawn.tokens):
+        before = [2, 5, 7] if int(drawn.group[i]) == 0 else [2]
+        want = 0.0
+        for j, token in enumerate(tokens):
+            row = [*tokens[:j], 4, *tokens[j + 1 :]]
+            logits = bert.network(input_ids=torch.tensor([[*before, *row, 3]])).logits[0, len(before) + j].double()
+            logits[4] = -torch.inf
+            want += float(logits.log_softmax(-1)[token])
+        assert abs(float(total[i]) - want) < 1e-4  # float32 passes
+
+
+def test_a_prompt_edit_rewrites_what_a_masked_model_reads(bert: Any) -> None:
+    @dataclass(frozen=True)
+    class Before(PromptEdit):
+        def rewrite(self, prompt: Any) -> Any:
+            return f"a good {prompt}"
+
+    edited = bert.generate("dog", edits=Before(), seed=2, length=4, steps=4)
+    assert edited.tokens == bert.generate("a good dog", seed=2, length=4, steps=4).tokens and edited.prompts == ["dog"]
 
 
 def test_rows_are_framed_and_masks_excluded(bert: Any) -> None:

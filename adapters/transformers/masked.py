@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from steer.adapters.language.model import chats, prompt_tokens, shown, tokenising
-from steer.core import Prompt, RawText, SteerError, UnsupportedError, check
+from steer.core import Prompt, RawText, Samples, SteerError, UnsupportedError, check
 from steer.core.errors import first_line
 from steer.masked import MaskedProcess
 from steer.model import Model
@@ -207,12 +207,37 @@ class MaskedLanguageModel(Model):
             )
         return logits
 
+    @torch.no_grad()
+    def log_likelihood(self, samples: Samples, max_batch: int = 64) -> tuple[Tensor, Tensor]:
+        """Pseudo-log-likelihood `[N]` of each output after its prompt, and the number of its tokens `[N]`.
+
+        The sum over positions of `log p(token | all others)`, one row of the network for each (Salazar et al. 2020,
+        "Masked Language Model Scoring", eq. 1). It is no log-probability of the text: conditionals of a masked model
+        need not belong to one joint law, and no order of revealing has them.
+        """
+        total = torch.zeros(len(samples.group), dtype=torch.float64)
+        for i, tokens in enumerate(samples.tokens or []):
+            row = torch.tensor([tokens], device=self.device)
+            encoded = self.encode([samples.prompts[int(samples.group[i])]], len(tokens))
+            for first in range(0, len(tokens), max_batch):
+                at = torch.arange(first, min(first + max_batch, len(tokens)), device=self.device)
+                rows = row.repeat(len(at), 1)
+                rows[torch.arange(len(at), device=self.device), at] = self.mask_id
+                law = self.predict(rows, torch.zeros(len(at), dtype=torch.long), encoded).double().log_softmax(-1)
+                total[i] += float(law[torch.arange(len(at), device=self.device), at, row[0, at]].sum())
+        return total, torch.tensor([len(t) for t in samples.tokens or []], dtype=torch.float64)
+
     # ---- generation
 
-    def process(self, *, length: int = 64, steps: int = 64, **settings: Any) -> MaskedProcess:
+    def process(
+        self, *, length: int | None = None, steps: int = 64, max_new_tokens: int | None = None, **settings: Any
+    ) -> MaskedProcess:
         """The model as a `Process`; `settings` are those of `MaskedProcess` (`temperature`, `top_k`, `top_p`,
-        `suppress`, `order`, `shown`, `max_batch`).
+        `suppress`, `order`, `shown`, `max_batch`). `length` (default 64) is the tokens of a text, all of which are
+        drawn; `max_new_tokens` is another name for it.
         """
+        check(length is None or max_new_tokens is None, "length", length, "one of length and max_new_tokens")
+        length = (64 if max_new_tokens is None else max_new_tokens) if length is None else length
         known = set(MaskedProcess.__dataclass_fields__) - {"network", "edits", "length", "steps"}
         for setting in settings:
             check(setting in known, "process()", setting, ", ".join(sorted(known)))

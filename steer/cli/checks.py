@@ -19,15 +19,17 @@ from steer.cli.values import spelled
 from steer.core import Edit, InputError, check
 from steer.edits import load_edit, split_spec
 from steer.embedded import CARD_NAME, resolve
-from steer.loading import is_diffusion, is_endpoint
+from steer.loading import is_diffusion, is_endpoint, is_masked
 
 __all__ = [
     "check_beta",
+    "check_causal",
     "check_decoding",
     "check_folder",
     "check_kind",
     "check_model",
     "check_output",
+    "denoises_text",
     "draws_images",
     "edit_maker",
     "image_prompts",
@@ -70,10 +72,28 @@ def draws_images(options: ModelOptions) -> bool:
     return not is_endpoint(options.model) and is_diffusion(resolve(options.model))
 
 
-def check_kind(options: ModelOptions, images: bool) -> None:
+def denoises_text(options: ModelOptions) -> bool:
+    """Whether the model is a masked language model, by its folder or its files on the hub."""
+    return not is_endpoint(options.model) and is_masked(resolve(options.model))
+
+
+def check_causal(options: ModelOptions) -> None:
+    """Refuse models that draw images or denoise text."""
+    check(not draws_images(options), "model", options.model, "a language model")
+    check(not denoises_text(options), "model", options.model, "a language model that writes from left to right")
+
+
+_CAUSAL = ("edit", "repetition_penalty", "block", "until", "stream", "tuned", "w")
+"""Options of models that write from left to right."""
+
+
+def check_kind(options: ModelOptions, images: bool, masked: bool = False) -> None:
     """Refuse options of language models for a diffusion model, and the other way round."""
     others, what = (TextOptions, "draws images") if images else (ImageOptions, "writes text")
-    for option in fields(others):
+    unfit = [(option, what) for option in fields(others) if not (masked and option.name == "steps")]
+    if masked:
+        unfit += [(option, "denoises masked text") for option in fields(options) if option.name in _CAUSAL]
+    for option, what in unfit:
         given = getattr(options, option.name, None)
         default = option.default if option.default_factory is MISSING else option.default_factory()
         unset = not hasattr(options, option.name) or given == default

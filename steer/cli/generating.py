@@ -49,7 +49,7 @@ def generate(options: GenerateOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to generate."""
     checks.check_model(options)
     images = checks.draws_images(options)
-    checks.check_kind(options, images)
+    checks.check_kind(options, images, masked=not images and checks.denoises_text(options))
     return _images(options, coming) if images else _texts(options, coming)
 
 
@@ -162,14 +162,15 @@ def _texts(options: GenerateOptions, coming: Coming) -> Run:
     check(
         not options.stream or (single and not options.json), "stream", True, "one prompt, n=1, ancestral, without json"
     )
-    remote = is_endpoint(options.model)
+    remote, masked = is_endpoint(options.model), checks.denoises_text(options)
+    check(options.steps >= 1, "steps", options.steps, "an integer of 1 or more")
     for name in ("stream", "edit", "until", "tuned") if remote else ():
         check(not getattr(options, name), spelled(name), getattr(options, name), "unset: the model is an endpoint's")
     edits = [checks.edit_maker(text, coming) for text in options.edit]
 
     def run(session: Session) -> None:
         model = session.load(options)
-        settings = _endpoint_settings(options) if remote else _text_settings(options)
+        settings = (_endpoint_settings if remote else _masked_settings if masked else _text_settings)(options)
         mounted = [make(model) for make in edits] + asked.guidance(model, settings)
         if options.system is not None:
             from steer.methods.prompt import SystemPrompt
@@ -189,6 +190,12 @@ def _texts(options: GenerateOptions, coming: Coming) -> Run:
 def _text_settings(options: GenerateOptions) -> dict[str, Any]:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "block", "until")
     return {name: getattr(options, name) for name in names}
+
+
+def _masked_settings(options: GenerateOptions) -> dict[str, Any]:
+    """Settings of a masked diffusion process: all of `max_new_tokens` positions, revealed in `steps`."""
+    names = ("steps", "temperature", "top_k", "top_p")
+    return {"length": options.max_new_tokens, **{name: getattr(options, name) for name in names}}
 
 
 def _endpoint_settings(options: GenerateOptions) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def evaluation(options: EvalOptions, coming: Coming = frozenset()) -> Run:
     from steer.pictures.charts import draw_report
 
     checks.check_model(options)
-    check(not checks.draws_images(options), "model", options.model, "a language model")
+    checks.check_causal(options)
     prompts = checks.read_prompts(options.prompts)
     strengths = checks.read_strengths(options.strengths)
     reward = parse_reward(options.reward)
@@ -207,4 +207,6 @@ def _prompts(options: ModelOptions, path: Path | None) -> tuple[bool, list[Any]]
 def _process(model: Any, options: Any, images: bool, **text: Any) -> Any:
     if images:
         return model.process(steps=options.steps, max_batch=256)
+    if checks.denoises_text(options):
+        return model.process(length=options.max_new_tokens, steps=options.steps)
     return model.process(max_new_tokens=options.max_new_tokens, **text)

@@ -117,7 +117,7 @@ class ImageOptions(Options):
     class_: Annotated[
         list[str], typer.Option("--class", metavar="NAME", help="A class of a class-conditional model; repeatable.")
     ] = field(default_factory=list)
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25
+    steps: Annotated[int, typer.Option(help="Denoising steps, of masked language models too.")] = 25
     eta: Annotated[float, typer.Option(help="Noise in each step: 0 is deterministic, 1 as much as fits.")] = 1.0
     guidance_scale: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; default: none, or the pipeline's own.")
@@ -283,7 +283,7 @@ class RaceOptions(ModelOptions):
     ] = field(default_factory=list)
     beta: Annotated[float, typer.Option(help="KL coefficient of FK and of guidance.")] = 0.1
     seeds: Annotated[int, typer.Option(help="Repetitions, from which intervals come.")] = 3
-    steps: Annotated[int, typer.Option(help="Denoising steps (diffusion models).")] = 25
+    steps: Annotated[int, typer.Option(help="Denoising steps (diffusion models, masked language models).")] = 25
     max_new_tokens: Annotated[int, typer.Option(help="The longest output (language models).")] = 48
     block: Annotated[int, typer.Option(help="Tokens in a step (language models).")] = 6
 
@@ -300,7 +300,7 @@ class GuideOptions(ModelOptions):
     outputs: Annotated[int, typer.Option(help="For each prompt and seed.")] = 64
     particles: Annotated[int, typer.Option(help="Of corrected guidance, for each output.")] = 4
     seeds: Annotated[int, typer.Option(help="Repetitions, from which intervals come.")] = 3
-    steps: Annotated[int, typer.Option(help="Denoising steps (diffusion models).")] = 25
+    steps: Annotated[int, typer.Option(help="Denoising steps (diffusion models, masked language models).")] = 25
     max_new_tokens: Annotated[int, typer.Option(help="The longest output (language models).")] = 32
 
 

@@ -53,7 +53,7 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
     check(bool(named), "model", "", "a model, or a --recipe that names one")
     options = replace(options, model=named)
     checks.check_model(options)
-    check(not checks.draws_images(options), "model", options.model, "a language model")
+    checks.check_causal(options)
     rewards = Rewards(options.allow_reward, options.artifacts)
     if default is not None and default.request.reward is not None:
         rewards.parse(default.request.reward)

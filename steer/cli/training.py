@@ -72,7 +72,7 @@ def train_value(options: TrainValueOptions, coming: Coming = frozenset()) -> Run
 
 def _check_training(options: TrainOptions) -> None:
     checks.check_model(options)
-    check(not checks.draws_images(options), "model", options.model, "a language model")
+    checks.check_causal(options)
     checks.check_output(options.out)
 
 
@@ -114,6 +114,8 @@ def train_policy(options: TrainPolicyOptions, coming: Coming = frozenset()) -> R
     """Check a request to tune a policy: a language model or a diffusion model, by the kind of the model."""
     checks.check_model(options)
     images = checks.draws_images(options)
+    if not images:
+        checks.check_causal(options)
     checks.check_folder(options.out)
     free = not options.out.exists() or (options.out / "steer.json").is_file() or not any(options.out.iterdir())
     check(free, "out", f"{options.out} (a folder with other things in it)", "a new folder, or a policy's")

@@ -13,6 +13,7 @@ from torch import Tensor
 from steer.core.errors import UnsupportedError, check
 
 Prompt = str | Sequence[dict[str, Any]]
+"""Text, or a chat: `[{"role": "user", "content": "..."}]`."""
 
 
 class RawText(str):

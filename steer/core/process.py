@@ -18,9 +18,6 @@ from steer.core.samples import Cost, Samples
 __all__ = ["Ability", "Context", "Mounted", "Process", "State", "TransitionEdit"]
 
 
-"""Text, or a chat: `[{"role": "user", "content": "..."}]`."""
-
-
 @runtime_checkable
 class Context(Protocol):
     """What a transition edit may look at: the rows as they stand before the step is drawn."""

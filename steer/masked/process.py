@@ -1,4 +1,4 @@
-"""What one step of a masked diffusion chain reveals, and what that adds to the account of its rows."""
+"""Masked diffusion of text as a process: steps that reveal positions, and the account of its rows."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class MaskedProcess(Process):
     max_batch: int = 0
     edits: Mounted = ()
 
-    sites = frozenset({Site.TRANSITION})
+    sites = frozenset({Site.PROMPT, Site.TRANSITION})
 
     def __post_init__(self) -> None:
         for name, least in (("length", 1), ("steps", 1), ("top_k", 0), ("max_batch", 0)):
@@ -157,8 +157,8 @@ class MaskedProcess(Process):
                       "length {}, vocabulary {}, mask {}".format(*ours))  # fmt: skip
 
     def encode(self, prompts: Sequence[Prompt]) -> Any:
-        """Checks the prompts."""
-        return self.network.encode(prompts, self.length)
+        """What the network needs to know of the prompts, after the prompt edits that each of them asked for."""
+        return self.network.encode(self.rewritten(prompts), self.length)
 
     # ---- state
 
@@ -255,17 +255,18 @@ class MaskedProcess(Process):
         state = self.read(state)
         check(state.base is not None, "state", f"step {state.step}", "rows that are not finished")
         assert state.base is not None
-        return MaskedContext(self, state.tokens, state.step, state.base, state.group, state.prompts)
+        return MaskedContext(self, state.tokens, state.step, state.base, state.group, self.rewritten(state.prompts))
 
     def _shifted(self, state: MaskedState, base: Tensor, masked: Tensor) -> tuple[Tensor, Cost]:
         """The log-law under every edit, each for the rows that asked for it, and what companions cost; other rows keep
         their bits.
         """
-        if not self.edits:
+        edits = tuple((edit, wanted) for edit, wanted in self.edits if isinstance(edit, TransitionEdit))
+        if not edits:
             return base, Cost()
-        context = MaskedContext(self, state.tokens, state.step, base, state.group, state.prompts)
-        law = self._laws.normalised(shifted(self.edits, context, state.group))
-        asked = touched(self.edits, state.group).to(base.device).view(-1, 1, 1)
+        context = MaskedContext(self, state.tokens, state.step, base, state.group, self.rewritten(state.prompts))
+        law = self._laws.normalised(shifted(edits, context, state.group))
+        asked = touched(edits, state.group).to(base.device).view(-1, 1, 1)
         return torch.where(asked & masked.unsqueeze(-1), law, base), context.spent
 
     # ---- steps
