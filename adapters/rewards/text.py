@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -71,6 +71,7 @@ class ModelReward(Composable):
     take) loses its beginning. `dtype` None is the dtype that the weights were saved in.
     """
 
+    modality: ClassVar[Literal["text", "image"] | None] = "text"
     alone = True
 
     def __init__(

@@ -121,7 +121,7 @@ def need(
 ) -> None:
     """Raise where an edit needs what the engine was not armed for.
 
-    `rows` are those that a request can need in one step (`_vllm_rows.rows_of`). Buffers of a fixed size have `slots`
+    `rows` are those that a request can need in one step (`Resolved.rows`). Buffers of a fixed size have `slots`
     for `requests` requests, and `rows <= slots // requests` for every one that is admitted; a step holds at most
     `requests` of them, so it needs at most `slots`, whatever came, went or was preempted before.
     """

@@ -24,7 +24,7 @@ from steer.methods.samplers import SAMPLERS, make_sampler
 from steer.methods.svdd import SVDD
 from steer.model import Plan, execute, prepare
 from steer.rewards import parse_reward
-from steer.rewards.kinds import check_reward
+from steer.rewards.algebra import check_reward
 from steer.sampling.lookahead import Lookahead, Preview, Rollouts
 
 __all__ = ["Request", "generate", "request"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -196,6 +196,9 @@ class Samples:
 
 class Reward(ABC):
     """Scores samples, higher is better. Rewards close under `+ - *`; see `steer.rewards`."""
+
+    modality: ClassVar[Literal["text", "image"] | None] = None
+    """What it can score alone; None where it takes both, or where nobody said."""
 
     @property
     def alone(self) -> bool:

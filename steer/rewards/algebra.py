@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import math
 import operator
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from numbers import Real
 from typing import Any
@@ -28,6 +28,7 @@ __all__ = [
     "Constant",
     "Standardised",
     "Wrapped",
+    "check_reward",
     "lift",
     "members_of",
     "scores_of",
@@ -97,6 +98,21 @@ def members_of(reward: Reward) -> list[Reward]:
     values = [getattr(reward, name) for name in names]
     held = [x for value in values for x in (value if isinstance(value, list | tuple) else (value,))]
     return [x for x in held if isinstance(x, Reward)]
+
+
+def check_reward(reward: Reward, images: bool) -> None:
+    """Refuse a reward of texts for images, and the other way round, as far as the reward says what it is of."""
+    for part in _parts(reward):
+        wrong = part.modality == ("text" if images else "image")
+        what = ("images such as brightness or class:LABEL" if images else "texts such as sentiment") if wrong else ""
+        check(not wrong, "reward", str(part), f"rewards of {what}")
+
+
+def _parts(reward: Reward) -> Iterator[Reward]:
+    """A reward and those that it is made of."""
+    yield reward
+    for member in members_of(reward):
+        yield from _parts(member)
 
 
 def _bound(x: Any, model: Any) -> Any:

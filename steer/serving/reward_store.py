@@ -16,7 +16,7 @@ from pathlib import Path
 from steer.core import InputError, Reward, SteerError, check
 from steer.files import replacing
 from steer.rewards import parse_reward, shipped
-from steer.rewards.kinds import check_reward
+from steer.rewards.algebra import check_reward
 from steer.serving.engine import TooLargeError
 from steer.serving.wire import NAME
 
