@@ -20,6 +20,7 @@ from steer.adapters.openai.dialect import Answer, Choice
 from steer.adapters.openai.results import Results
 from steer.adapters.openai.state import EndpointContext, EndpointState
 from steer.core import Cost
+from steer.sampling.laws import divergence
 
 if TYPE_CHECKING:
     from steer.adapters.openai.process import EndpointProcess
@@ -218,7 +219,7 @@ class _Block:
         base = decoding.tempered(torch.tensor(padded, dtype=torch.float64))
         law = self._guided(base, [rows[0] for rows, _ in laws], [tuple(t for t, _ in row) for _, row in laws])
         law = decoding.truncated(law)
-        gap = torch.where(law.isneginf(), 0.0, law.exp() * (law - base)).sum(-1)
+        gap = divergence(law, base)
         for u, (rows, candidates) in enumerate(laws):
             uniform = self.noise[list(rows), number]
             columns = [int(law[u].argmax())] * len(rows) if decoding.greedy else _invert(law[u], uniform)

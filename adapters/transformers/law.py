@@ -13,6 +13,7 @@ from steer.adapters.transformers import tracking
 from steer.adapters.transformers.state import TextState
 from steer.adapters.transformers.tracking import Track
 from steer.core import Context, Process, Samples, TransitionEdit, UnsupportedError
+from steer.sampling.laws import divergence
 
 if TYPE_CHECKING:
     from steer.adapters.transformers.process import TextProcess
@@ -96,15 +97,10 @@ def counted(
             base_log_prob = base_log_prob + (log_prob - state.log_prob)
         else:
             base_log_prob = base_log_prob + taken(base)
-            kl = kl + torch.where(alive, divergences(law, base), 0.0).to(kl.dtype)
+            kl = kl + torch.where(alive, divergence(law, base), 0.0).to(kl.dtype)
     tilt = state.tilt
     for edit, _ in process.mounted(TransitionEdit):
         if edit.power is not None:
             other = context_of(process, state, base).companion(edit.power[0]).base
             tilt = tilt + edit.power[1] * (taken(other) - taken(base))
     return replace(state, log_prob=log_prob, base_log_prob=base_log_prob, tilt=tilt, kl=kl)
-
-
-def divergences(law: Tensor, base: Tensor) -> Tensor:
-    """KL `[...]` of log-laws `[..., V]` to others; a token that `law` rules out adds nothing."""
-    return torch.where(law.isneginf(), 0.0, law.exp() * (law - base)).sum(-1)

@@ -93,7 +93,9 @@ class VLLMState:
 
 @dataclass(frozen=True)
 class VLLMProcess(Process):
-    """Generation by one engine. A step draws up to `block` tokens for every unfinished row."""
+    """Generation by one engine. A step draws up to `block` tokens for every unfinished row. vLLM truncates by min-p
+    before top-k and top-p (`steer.sampling.laws` has the order of the others).
+    """
 
     model: VLLMModel
     decoding: Decoding

@@ -20,6 +20,7 @@ from steer.adapters.transformers.serving import rowwise
 from steer.adapters.transformers.serving.slots import SlotRows, TrackRows
 from steer.adapters.transformers.tracking import Track
 from steer.core import Context, InputError, Process, Samples, SteerError, TransitionEdit, UnsupportedError
+from steer.sampling.laws import divergence
 from steer.serving.engine import Sampling, TokenLogprob
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ class Batch:
         at = torch.tensor(rows, device=law.device)
         mine, before = law[at], base[at]
         taken = mine.gather(1, token[at].unsqueeze(1)).squeeze(1).tolist()
-        gaps = torch.where(mine.isneginf(), 0.0, mine.exp() * (mine - before)).sum(-1).tolist()
+        gaps = divergence(mine, before).tolist()
         for i, log_prob, gap in zip(rows, taken, gaps, strict=True):
             self.rows[i].log_prob += log_prob
             self.rows[i].kl += gap
