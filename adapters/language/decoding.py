@@ -42,6 +42,9 @@ _OTHER_ALGORITHMS = ("num_beams", "num_beam_groups", "penalty_alpha", "dola_laye
                      "assistant_model", "guidance_scale", "watermarking_config", "typical_p", "epsilon_cutoff",
                      "eta_cutoff", "sequence_bias", "forced_eos_token_id", "forced_bos_token_id")  # fmt: skip
 
+_OF_LAWS = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size",
+                      "min_new_tokens", "bad_words_ids", "suppress_tokens", "logits_processor"})  # fmt: skip
+
 
 def _finite(x: object) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and x == x and abs(x) != float("inf")
@@ -103,7 +106,16 @@ class Decoding:
 
     @property
     def truncates(self) -> bool:
-        return self.greedy or self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return self.greedy or self.cuts
+
+    @property
+    def cuts(self) -> bool:
+        """Whether top-k, top-p or min-p is set."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    def of_laws(self) -> list[str]:
+        """Names of the settings of a token's law that are not at their defaults."""
+        return [f.name for f in fields(self) if f.name in _OF_LAWS and getattr(self, f.name) != f.default]
 
     def processors(self, prompt_length: int, eos: Sequence[int], device: torch.device) -> list[LogitsProcessor]:
         """The processors to run on `(ids [N, T], logits [N, V])` before temperature."""

@@ -49,15 +49,27 @@ class Laws:
 
     def truncated(self, law: Tensor, masked: Tensor) -> Tensor:
         """Log-marginals `[N, L, V]` with their masked positions truncated."""
-        if not (0 < self.top_k < self.network.vocabulary or self.top_p < 1):
+        if not self.truncates:
             return law
         cut = law.clone()
         for i, j in places(masked, law.shape[-1]):
-            cut[i, j] = self._cut(law[i, j])
+            cut[i, j] = self.cut(law[i, j])
         return cut
 
-    def _cut(self, law: Tensor) -> Tensor:
+    @property
+    def truncates(self) -> bool:
+        return 0 < self.top_k < self.network.vocabulary or self.top_p < 1
+
+    def cut(self, law: Tensor) -> Tensor:
+        """Truncated log-laws `[P, V]` of positions."""
         return laws.truncate(law, self.top_k, self.top_p)
+
+    def restricted(self, law: Tensor, other: Tensor, masked: Tensor) -> Tensor:
+        """Log-marginals `[N, L, V]`, at masked positions on the tokens that another law does not exclude."""
+        kept = law.clone()
+        for i, j in places(masked, law.shape[-1]):
+            kept[i, j] = laws.restrict(law[i, j], other[i, j])
+        return kept
 
     def drawn(self, law: Tensor, at: Tensor) -> Tensor:
         """Tokens `[P, m]` of log-laws `[P, V]` at uniform numbers `[P, m]`."""
@@ -75,7 +87,7 @@ class Laws:
             if at is None:
                 rows[i, 0, j] = law.argmax(-1)
             else:
-                rows[i, :, j] = self.drawn(self._cut(law), at[i.cpu(), :, j.cpu()])
+                rows[i, :, j] = self.drawn(self.cut(law), at[i.cpu(), :, j.cpu()])
         return rows
 
 

@@ -11,10 +11,12 @@ Letters: `N` rows, `V` vocabulary, `m` draws.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-__all__ = ["Setting", "divergence", "draw", "temper", "truncate"]
+__all__ = ["Setting", "divergence", "draw", "proposal", "restrict", "temper", "truncate"]
 
 Setting = float | Tensor
 
@@ -88,6 +90,25 @@ def _nucleus(law: Tensor, top_p: Tensor, width: int) -> Tensor:
 def _beside(setting: Tensor, law: Tensor) -> Tensor:
     """A setting in the law's type; a column is moved to its device, a number need not be."""
     return setting.to(law) if setting.dim() else setting.to(law.dtype)
+
+
+def restrict(law: Tensor, *others: Tensor) -> Tensor:
+    """The log-law `[..., V]` on the tokens that any of the `others` `[..., V]` does not exclude, normalised again."""
+    keep = torch.stack([~other.isneginf() for other in others]).any(0)
+    return torch.where(keep, law, -torch.inf).log_softmax(-1)
+
+
+def proposal(
+    base: Tensor, edited: Tensor, cut: Callable[[Tensor], Tensor], reach: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The base law after truncation by `cut`, and an edited law as a proposal for it: on the tokens that truncation
+    keeps of the base, since weights cannot bring back what is never drawn, and with `reach` also on those that it keeps
+    of the edited law. The same tensor where `edited` is `base`.
+    """
+    kept = cut(base)
+    if edited is base:
+        return kept, kept
+    return kept, restrict(edited, kept, cut(edited)) if reach else restrict(edited, kept)
 
 
 def draw(law: Tensor, at: Tensor) -> Tensor:
