@@ -1,7 +1,7 @@
 """How a language model's tokens are drawn: temperature, truncation, what ends a text.
 
-Order at every step: the user's `LogitsProcessor`s and penalties, temperature, transition edits, truncation (top-k,
-top-p, min-p). So `beta` means what it says whatever the temperature, and the tilted law is what gets truncated.
+Order at every step: the user's `LogitsProcessor`s and penalties, temperature, transition edits, truncation (top-k, then
+top-p, then min-p). So `beta` means what it says whatever the temperature, and the tilted law is what gets truncated.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import StoppingCriteria
 
 from steer.core import InputError, check
+from steer.sampling import laws
 
 _BOUNDS = {
     "max_new_tokens": (lambda x: isinstance(x, int) and x >= 1, "an integer of 1 or more"),
@@ -40,6 +41,9 @@ _BOUNDS = {
 _OTHER_ALGORITHMS = ("num_beams", "num_beam_groups", "penalty_alpha", "dola_layers", "constraints", "force_words_ids",
                      "assistant_model", "guidance_scale", "watermarking_config", "typical_p", "epsilon_cutoff",
                      "eta_cutoff", "sequence_bias", "forced_eos_token_id", "forced_bos_token_id")  # fmt: skip
+
+_OF_LAWS = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size",
+                      "min_new_tokens", "bad_words_ids", "suppress_tokens", "logits_processor"})  # fmt: skip
 
 
 def _finite(x: object) -> bool:
@@ -102,7 +106,16 @@ class Decoding:
 
     @property
     def truncates(self) -> bool:
-        return self.greedy or self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return self.greedy or self.cuts
+
+    @property
+    def cuts(self) -> bool:
+        """Whether top-k, top-p or min-p is set."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    def of_laws(self) -> list[str]:
+        """Names of the settings of a token's law that are not at their defaults."""
+        return [f.name for f in fields(self) if f.name in _OF_LAWS and getattr(self, f.name) != f.default]
 
     def processors(self, prompt_length: int, eos: Sequence[int], device: torch.device) -> list[LogitsProcessor]:
         """The processors to run on `(ids [N, T], logits [N, V])` before temperature."""
@@ -120,40 +133,20 @@ class Decoding:
         return made
 
     def tempered(self, logits: Tensor) -> Tensor:
-        """Log-law `[..., V]` after temperature, in float32 or better. Greedy decoding keeps temperature 1 here: its
-        KL and log-probabilities are those of the laws whose mode is taken.
-        """
-        x = logits if logits.dtype == torch.float64 else logits.float()
-        return torch.log_softmax(x if self.greedy or self.temperature == 1 else x / self.temperature, -1)
+        """Log-law `[..., V]` after temperature; greedy decoding keeps that of temperature 1."""
+        return laws.temper(logits, self.temperature)
 
     def truncated(self, log_law: Tensor) -> Tensor:
-        """The log-law `[..., V]` cut by top-k, top-p and min-p, normalised again."""
-        if not (self.top_k or self.top_p < 1 or self.min_p):
-            return log_law
-        keep = torch.ones_like(log_law, dtype=torch.bool)
-        if self.top_k and self.top_k < log_law.shape[-1]:
-            keep &= log_law >= log_law.topk(self.top_k, -1).values[..., -1:]
-        if self.min_p:
-            keep &= log_law >= log_law.amax(-1, keepdim=True) + torch.log(torch.tensor(self.min_p))
-        if self.top_p < 1:
-            ordered, order = torch.where(keep, log_law, -torch.inf).log_softmax(-1).sort(-1, descending=True)
-            mass_before = ordered.exp().cumsum(-1) - ordered.exp()
-            keep &= (mass_before < self.top_p).gather(-1, order.argsort(-1))
-        return torch.where(keep, log_law, -torch.inf).log_softmax(-1)
+        """The log-law `[..., V]` cut by top-k, top-p and min-p, in this order, normalised again."""
+        return laws.truncate(log_law, self.top_k, self.top_p, self.min_p)
 
     def draw(self, log_law: Tensor, generator: torch.Generator) -> Tensor:
-        """One token for each row `[N]` of `[N, V]`: the mode when greedy, otherwise by inverting the CDF at one uniform
-        number a row, so that two runs with the same seed and nearly the same laws mostly agree.
-        """
+        """One token for each row `[N]` of `[N, V]`: the mode when greedy, otherwise at one uniform number a row."""
         if self.greedy:
             return log_law.argmax(-1)
-        cdf = log_law.exp().cumsum(-1)
-        uniform = torch.rand(len(log_law), 1, dtype=cdf.dtype, generator=generator, device=generator.device)
-        point = uniform.to(cdf.device) * cdf[:, -1:]
-        token = torch.searchsorted(cdf, point, right=True)
-        # Rounding can put the point at the very end, where the tokens may have no mass.
-        last = torch.searchsorted(cdf, cdf[:, -1:].contiguous(), right=False)
-        return torch.minimum(token, last).squeeze(1)
+        shape, kind = (len(log_law), 1), log_law.dtype
+        uniform = torch.rand(shape, dtype=kind, generator=generator, device=generator.device)
+        return laws.draw(log_law, uniform).squeeze(1)
 
     def with_eos(self, eos: Sequence[int]) -> Decoding:
         """The same settings, ending at `eos` where no other token was asked for."""

@@ -15,6 +15,7 @@ from steer.adapters.language.blocks import decoder_blocks
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.facts import CALIBRATION, fingerprint
 from steer.adapters.language.model import TextModel
+from steer.adapters.transformers import tracking
 from steer.adapters.transformers.hidden import Place
 from steer.adapters.transformers.hooks import Hooks, recording
 from steer.adapters.transformers.process import TextProcess
@@ -168,6 +169,15 @@ class LanguageModel(TextModel):
         return TextStream(self, plan) if how is True else feed_streamer(self, plan, how)
 
     # ---- reading
+
+    @torch.inference_mode()
+    def features(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """Final hidden states `[N, D]` after the last token of each row of token ids, on which the output head and
+        value heads work; in one pass.
+        """
+        track, _ = tracking.start(self, ids, (), 1, hidden=True)
+        assert track.hidden is not None
+        return track.hidden
 
     @torch.inference_mode()
     def hidden_states(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from steer.adapters.transformers import tracking
-from steer.adapters.transformers.law import divergences
 from steer.core import HiddenEdit, Prompt, TransitionEdit
+from steer.sampling import laws
 
 if TYPE_CHECKING:
     from steer.adapters.transformers.process import TextProcess
@@ -92,7 +92,7 @@ def divergence(
         law = process.decoding.truncated(process.decoding.tempered(logits))
         track, _ = tracking.start(base.model, [base_ids[owner[i]] for i in rows], (), 1, hidden=False)
         reference = process.decoding.tempered(tracking.continuation_logits(track, target))
-        total[rows] = torch.where(real, divergences(law, reference), 0.0).sum(1).double().cpu()
+        total[rows] = torch.where(real, laws.divergence(law, reference), 0.0).sum(1).double().cpu()
     return total
 
 

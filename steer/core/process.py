@@ -104,8 +104,8 @@ class State(Protocol):
     """Log-probability of each row so far under the law that was really sampled from, `[N]`."""
     base_log_prob: Tensor | None
     """The same rows under the process without edits `[N]`; None where only a second pass can tell."""
-    tilt: Tensor
-    """Log of the law that weights aim at over the base law so far `[N]`: 0 unless an edit has a `power`."""
+    aim_log_prob: Tensor | None
+    """The same rows under the law that weights aim at `[N]`: the base law unless an edit has a `power`."""
     kl: Tensor | None
     """Sum over steps of the exact KL between the step's law and the base law `[N]`, where it is known."""
     cost: Cost

@@ -238,7 +238,7 @@ class _Particles:
         step = self._factor(value * (scale / self.beta), last)
         self.total = self.total + step
         if self.sampler.correct:
-            ratio = (state.base_log_prob + state.tilt - state.log_prob).double().cpu()
+            ratio = (state.aim_log_prob - state.log_prob).double().cpu()
             step, self.ratio = step + (ratio - self.ratio), ratio
         self.log_weight = self.log_weight + step.reshape(self.log_weight.shape)
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from vllm_tools import PROMPTS, WIDTH, greedy, guide, vector
 
-from steer.adapters.transformers.law import laws
 from steer.core import InputError
 from steer.methods.value import HeadValue, ValueGuidance, ValueHead
 
@@ -44,7 +43,7 @@ def test_the_tilt_acts_after_temperature(engine: Any, reference: Any) -> None:
         state, total = process.init([PROMPTS[b]], 1, torch.Generator()), 0.0
         for token in tokens:
             state = process.read(state)
-            _, law = laws(process, state)
+            _, law = process.laws(state)
             total += float(law[0, token])
             state = taken(state, token)
         assert abs(total - float(samples.log_prob[b])) < 5e-3

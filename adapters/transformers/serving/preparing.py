@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.model import check_lengths
@@ -49,9 +48,9 @@ class ServedProcess(TextProcess):
         check_lengths(ids, self.decoding.max_new_tokens, self.model.context_length)
         return ids
 
-    def _token(self, state: TextState, generator: torch.Generator, waiting: Tensor | None) -> TextState:
+    def _token(self, state: TextState, generator: torch.Generator) -> TextState:
         self.turn()
-        return super()._token(state, generator, waiting)
+        return super()._token(state, generator)
 
 
 @dataclass(frozen=True)
