@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -53,6 +53,17 @@ class Shadow(Tensor):
         raise TypeError(f"can't convert {self.device} device type tensor to numpy. Copy it to host memory first")
 
     __array__ = numpy
+
+    def untyped_storage(self) -> Any:
+        return self.held.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = memo[id(self)] = self.detach().clone().requires_grad_(self.requires_grad)
+        made.__dict__.update({name: value for name, value in self.__dict__.items() if name != "held"})  # a Parameter
+        return made
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -108,7 +119,9 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     given.pop("non_blocking", None)
     out = func(*bare, **given)
     if _writes(func) or "out" in kwargs:
-        return kwargs.get("out", args[0])
+        written = kwargs.get("out", args[0])
+        assert not isinstance(written, Shadow) or written.shape == written.held.shape, f"{func} resized its result"
+        return written
     if place.type == "cpu":
         return out.clone() if func is aten._to_copy.default else out
     if func is aten._to_copy.default:
@@ -162,6 +175,12 @@ class _Backend(_DummyBackendModule):
     def device_count(self) -> int:
         return COUNT
 
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
 
 def _created(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Operations without a tensor of the device: those that make one."""
@@ -183,4 +202,9 @@ _ATEN = torch.library.Library("aten", "IMPL")
 # `torch.tensor` calls these with the dispatch to subclasses switched off, where the fallback is not reached.
 _ATEN.impl("_to_copy", lambda *args, **kwargs: _run(aten._to_copy.default, args, kwargs), "PrivateUse1")
 _ATEN.impl("_local_scalar_dense", lambda x: _run(aten._local_scalar_dense.default, (x,), {}), "PrivateUse1")
+# These would grow an empty tensor, whose size on the outside stays.
+for _name in ("arange.start_step", "arange.start", "arange", "linspace", "eye", "eye.m", "randperm.generator"):
+    _packet, _, _overload = _name.partition(".")
+    _func = getattr(getattr(aten, _packet), _overload or "default")
+    _ATEN.impl(_name, partial(_created, _func), "PrivateUse1")
 _ATEN.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")

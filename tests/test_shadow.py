@@ -9,32 +9,47 @@ import asyncio
 import copy
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_pipelines import PIPELINES, ddim, network
 from torch import Tensor, nn
 from transformers.generation.logits_process import TemperatureLogitsWarper
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 import steer
 from shadow_device import Shadow, waits
-from steer.adapters.transformers import LanguageModel
-from steer.core import Samples
-from steer.lookahead import Rollouts
+from steer import artifacts
+from steer.adapters import diffusers
+from steer.adapters.diffusers.policy.tuning import load_diffusion_policy, train_diffusion_policy
+from steer.adapters.transformers import LanguageModel, masked, tracking
+from steer.adapters.transformers.serving.batch import Batch, Row
+from steer.adapters.transformers.serving.engine import TransformersEngine
+from steer.core import Context, Samples, TransitionEdit
+from steer.edits import load_edit
+from steer.masked import MarginalDraws
 from steer.methods.best_of_n import Ancestral, BestOfN
 from steer.methods.controller import Controller, ControllerNetwork
 from steer.methods.dts import DTS, SearchDTS
 from steer.methods.fk import FKSteering
+from steer.methods.gradient import GradientGuidance
 from steer.methods.operators import Probe
 from steer.methods.prompt import SystemPrompt
 from steer.methods.rlg import RLGuidance
 from steer.methods.svdd import SVDD
 from steer.methods.value import HeadValue, LogitValue, QHead, ValueGuidance, ValueHead
 from steer.methods.vector import Gate, SteeringVector
+from steer.rewards import Brightness
+from steer.sampling.lookahead import Rollouts
+from steer.serving.engine import Delta, NamedEdit, Sampling, Steering, Task
+from steer.serving.wire import EditRequest
+from steer.train.controller import train_controller
+from steer.train.value import train_value
+from steer.train.vector import train_vector
 
 DEVICE = os.environ.get("STEER_TEST_DEVICE", "shadow")
 PROMPTS = ["the sun", "a very good dog runs and sings"]
@@ -212,3 +227,226 @@ def test_samplers(sampler: str, proposal: str, pair: Pair) -> None:
 
     here, there = map(run, pair)
     assert_equal(here, there)
+
+
+# ------------------------------------------------------------------------------------------------------------- serving
+
+
+SAMPLING = [
+    Sampling(temperature=0), Sampling(top_k=5), Sampling(top_p=0.7, min_p=0.02), Sampling(logit_bias=((5, 4.0),)),
+    Sampling(frequency_penalty=1.0, presence_penalty=0.5), Sampling(temperature=1.5),
+]  # fmt: skip
+
+
+def served(model: LanguageModel, path: Path) -> list[dict[int, str]]:
+    """Texts of requests of all kinds, answered at once, with what was drawn of each."""
+    engine = TransformersEngine(model)
+    edit = NamedEdit(path, "digest", EditRequest(name="v", strength=1.0))
+    steered = Steering(edits=(edit,))
+
+    async def one(task: Task) -> dict[int, str]:
+        texts: dict[int, str] = {}
+        async for event in engine.run(engine.prepare(task)):
+            if isinstance(event, Delta):
+                texts[event.choice] = texts.get(event.choice, "") + event.text
+        return texts
+
+    async def all_of_them() -> list[dict[int, str]]:
+        tasks = []
+        for i, sampling in enumerate(SAMPLING):
+            settings = replace(sampling, max_tokens=5 + i, seed=i, logprobs=2 if i % 2 else None)
+            tasks.append(Task((PROMPTS[i % 2],), 2, settings, steered if i % 3 else None))
+        return await asyncio.gather(*(one(task) for task in tasks))
+
+    try:
+        return asyncio.run(all_of_them())
+    finally:
+        engine.close()
+
+
+def test_rows_of_a_server(pair: Pair, tmp_path: Path) -> None:
+    """In the engine's own thread. Each request has its seed, so that the company it is in does not matter."""
+    path = tmp_path / "v.safetensors"
+    tensors = {f"direction.{layer}": v for layer, v in vector(pair[0], 1).directions.items()}
+    artifacts.save(path, tensors, train_vector(pair[0], PAIRS, pool="last")[1])
+    here, there = (served(model, path) for model in pair)
+    assert here == there and all(texts[0] for texts in here)
+
+
+def test_rows_that_come_and_go(pair: Pair) -> None:
+    """Of a running batch, under edits of all kinds."""
+    kinds = ["vector", "generated", "from:12", "ablate", "keep norm", "gate", "Q-head", "clamp"]
+
+    def run(model: LanguageModel) -> list[list[int]]:
+        batch, rows = Batch(model), []
+        for i, kind in enumerate(kinds):
+            made = EDITS[kind](model)
+            edits = made if isinstance(made, list) else [made]
+            guided = tuple(e for e in edits if isinstance(e, ValueGuidance))
+            hidden = [(e, None) for e in edits if e not in guided]
+            track, _ = tracking.start(model, [model.encode(PROMPTS[i % 2])], hidden, 1, hidden=bool(guided))
+            settings = Sampling(max_tokens=3 + i % 4)
+            rows.append(Row(model, settings, i, i, edits=guided, measured=True, taken=lambda *new: None))
+            with torch.inference_mode():
+                batch.join([rows[-1]], track, [0])
+            batch.drop(lambda row, i=i: row.choice == 3 and i > 4)
+            batch.step()
+        while batch.rows:
+            batch.step()
+        return [row.tokens for row in rows]
+
+    here, there = map(run, pair)
+    assert here == there
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+PAIRS = [
+    {"positive": f"the {thing} is {up} .", "negative": f"the {thing} is {down} ."}
+    for thing in ("sun", "rain", "day", "dog")
+    for up, down in (("good", "bad"), ("happy", "sad"))
+]
+
+
+def assert_alike(here: Any, there: Any) -> None:
+    """Trained tensors of both devices, which are saved on the CPU."""
+    assert here.keys() == there.keys() and all(x.device.type == "cpu" for x in there.values())
+    for name, x in here.items():
+        torch.testing.assert_close(there[name], x, atol=1e-3, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("method", ["mean", "pca", "probe"])
+def test_vectors_are_trained(method: str, pair: Pair) -> None:
+    here, there = (train_vector(m, PAIRS, method=method, pool="last") for m in pair)
+    assert_alike(here[0], there[0])
+    assert here[1].model == there[1].model  # the fingerprint too
+
+
+@pytest.mark.parametrize("head", ["q", "v"])
+def test_values_are_trained(head: str, pair: Pair, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"samples": 4, "max_new_tokens": 4, "hidden": 8, "epochs": 2, "seed": 0}
+    here, there = (train_value(m, PROMPTS, good, head=head, **settings) for m in pair)
+    assert_alike(here.tensors, there.tensors)
+    artifacts.save(tmp_path / "q.safetensors", *there)
+    drawn = [m.generate(PROMPTS, edits=load_edit(tmp_path / "q.safetensors", model=m), seed=0, max_new_tokens=4) for m in pair]
+    assert_equal(*drawn)
+
+
+def test_controllers_are_trained(pair: Pair, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"openings": ["I love it ."], "answers": ["it is sad ."], "seed": 0, "epochs": 2}
+    positive, negative = [r["negative"] for r in PAIRS], [r["positive"] for r in PAIRS]
+    here, there = (train_controller(m, positive, negative, batch_size=4, **settings) for m in pair)
+    assert_alike(here.tensors, there.tensors)
+    artifacts.save(tmp_path / "c.safetensors", *there)
+    drawn = [m.generate(PROMPTS, edits=load_edit(tmp_path / "c.safetensors"), seed=0, max_new_tokens=4) for m in pair]
+    assert_equal(*drawn)
+
+
+# -------------------------------------------------------------------------------------------------------------- masked
+
+
+@dataclass(frozen=True)
+class Pull(TransitionEdit):
+    """Moves the quantity along a fixed slope."""
+
+    by: float
+
+    def shift(self, x: Tensor, context: Context) -> Tensor:
+        return x + self.by * torch.arange(x.shape[-1], dtype=x.dtype, device=x.device) / x.shape[-1]
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "fk", "fk, marginal", "svdd", "dts", "dts*"])
+def test_masked_models(sampler: str, tiny_bert_dir: Path) -> None:
+    made = {**SAMPLERS, "fk, marginal": FKSteering(num_particles=4, lookahead=MarginalDraws(2))}[sampler]
+    settings: dict[str, Any] = {"length": 6, "steps": 4, "reward": good, "beta": 0.5, "seed": 3, "edits": Pull(0.3)}
+    if sampler == "svdd":
+        settings |= {"temperature": 0.8, "top_k": 8, "suppress": (0, 1), "order": "confidence"}
+    models = [masked.load(tiny_bert_dir, dtype="float32", device=d, attn_implementation="eager") for d in ("cpu", DEVICE)]
+    assert_equal(*(m.generate(["the sun", "a dog"], sampler=made, **settings) for m in models))
+
+
+# ----------------------------------------------------------------------------------------------------------- diffusion
+
+
+@cache
+def fashion(device: str) -> Any:
+    return steer.load("fashion-ddpm", device=device)
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "best-of-n", "fk", "fk, outputs", "svdd", "dts", "dts*"])
+@pytest.mark.parametrize("edit", ["plain", "gradient", "rlg"])
+def test_the_fashion_model(sampler: str, edit: str) -> None:
+    def run(device: str) -> Samples:
+        model = fashion(device)
+        edits: Any = {"plain": (), "gradient": GradientGuidance(Brightness(), strength=0.02)}.get(edit)
+        if edit == "rlg":
+            other = copy.deepcopy(model.source.network)
+            with torch.no_grad():
+                for weight in other.parameters():
+                    weight.mul_(1.01)
+            edits = RLGuidance(model.tuned(other).process(steps=4), 1.5)
+        reward = "class:bag" if edit == "plain" else "brightness"
+        made = SAMPLERS[sampler]
+        return model.generate(["bag", ""], sampler=made, edits=edits, reward=reward, beta=0.5, steps=4, seed=4)
+
+    assert_equal(*map(run, ("cpu", DEVICE)), atol=1e-3)
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "sd15": {}, "sdxl": {"height": 16, "width": 16},
+    "sd3": {"height": 16, "width": 16, "max_sequence_length": 12},
+    "flux": {"height": 16, "width": 16, "max_sequence_length": 12},
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+@pytest.mark.parametrize("name", SIZES)
+def test_pipelines(name: str) -> None:
+    models = [steer.load(PIPELINES[name](), device=device) for device in ("cpu", DEVICE)]
+    for sampler in (Ancestral(2), FKSteering(num_particles=3, n=1), DTS(n=1, rollouts=4, batch=2)):
+        noise = {} if name == "sd15" else {"eta": 1.0}
+        if isinstance(sampler, DTS) and name != "sd15":
+            continue
+        settings = {**SIZES[name], **noise, "steps": 3, "reward": "brightness", "beta": 0.1, "seed": 5}
+        assert_equal(*(m.generate(["a cat", "the sun"], sampler=sampler, **settings) for m in models), atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------ policies
+
+
+def test_text_policies(pair: Pair, tmp_path: Path) -> None:
+    """A LoRA adapter by PEFT, merged and beside the base's weights, alone and under RL guidance."""
+    pytest.importorskip("peft")
+    pytest.importorskip("trl")
+    from steer.adapters.transformers.policy.folder import load_policy
+    from steer.adapters.transformers.policy.tuning import train_policy
+
+    rows = [{"prompt": p, "completion": "you love it ."} for p in PROMPTS]
+    train_policy(pair[0], rows, method="sft", out=tmp_path / "p", steps=3, learning_rate=1e-2, lora_rank=4)
+    for merge in (True, False):
+        drawn = []
+        for model in pair:
+            policy = load_policy(model, tmp_path / "p", merge=merge)
+            edits = [None, [RLGuidance(policy.process(max_new_tokens=5), 2.0)]]
+            drawn.append(policy.generate(PROMPTS, n=2, seed=0, max_new_tokens=5))
+            drawn.append(model.generate(PROMPTS, edits=edits, n=2, seed=0, max_new_tokens=5))
+        assert_equal(drawn[0], drawn[2])
+        assert_equal(drawn[1], drawn[3])
+
+
+@pytest.mark.parametrize("method", ["pg", "dpo", "seppo"])
+def test_diffusion_policies_are_trained(method: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"num_steps": 3, "measured": 8, "group_size": 4, "steps": 2, "reward": "brightness"}
+    settings |= {"rounds": 2, "lora_rank": 2} if method == "pg" else {}
+    weights, drawn = [], []
+    for device in ("cpu", DEVICE):
+        made = network(num_class_embeds=4, in_channels=1, out_channels=1).to(device).requires_grad_(False)
+        model = diffusers.load(made, scheduler=ddim(num_train_timesteps=20), classes=["a", "b", "c"])
+        out = train_diffusion_policy(model, ["a", "b"], method=method, out=tmp_path / device, seed=0, **settings)
+        policy = load_diffusion_policy(model, out)
+        weights.append({k: v.cpu() for k, v in policy.source.network.state_dict().items()})
+        guided = RLGuidance(policy.process(steps=3), 1.5)
+        drawn.append(model.generate(["a", "b"], edits=guided, n=2, seed=0, steps=3))
+    assert_alike(*weights)
+    assert_equal(*drawn, atol=1e-2)

@@ -14,7 +14,7 @@ LENGTH = 12
 
 def seeded(build: Callable[[], Any], seed: int = 0) -> Any:
     """What `build()` makes with this seed; the caller's random state is left alone."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
 
