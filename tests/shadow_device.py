@@ -42,7 +42,9 @@ class Shadow(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, held: Tensor, device: torch.device) -> Shadow:
+    def __new__(cls, held: Tensor, device: torch.device | None = None, requires_grad: bool = False) -> Shadow:
+        if isinstance(held, Shadow):
+            return held.detach().requires_grad_(requires_grad)
         made = torch.Tensor._make_wrapper_subclass(
             cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=device
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from tiny_pipelines import PIPELINES, ddim, network
 from torch import Tensor, nn
 from transformers.generation.logits_process import TemperatureLogitsWarper
@@ -29,7 +31,7 @@ from steer.adapters.diffusers.policy.tuning import load_diffusion_policy, train_
 from steer.adapters.transformers import LanguageModel, masked, tracking
 from steer.adapters.transformers.serving.batch import Batch, Row
 from steer.adapters.transformers.serving.engine import TransformersEngine
-from steer.core import Context, Samples, TransitionEdit
+from steer.core import Context, RewardError, Samples, TransitionEdit
 from steer.edits import load_edit
 from steer.masked import MarginalDraws
 from steer.methods.best_of_n import Ancestral, BestOfN
@@ -270,7 +272,7 @@ def test_rows_of_a_server(pair: Pair, tmp_path: Path) -> None:
     tensors = {f"direction.{layer}": v for layer, v in vector(pair[0], 1).directions.items()}
     artifacts.save(path, tensors, train_vector(pair[0], PAIRS, pool="last")[1])
     here, there = (served(model, path) for model in pair)
-    assert here == there and all(texts[0] for texts in here)
+    assert here == there and len({text for texts in here for text in texts.values()}) > 6
 
 
 def test_rows_that_come_and_go(pair: Pair) -> None:
@@ -450,3 +452,116 @@ def test_diffusion_policies_are_trained(method: str, tmp_path: Path) -> None:
         drawn.append(model.generate(["a", "b"], edits=guided, n=2, seed=0, steps=3))
     assert_alike(*weights)
     assert_equal(*drawn, atol=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------- where the weights are
+
+
+def test_blocks_on_two_devices(tiny_lm_dir: Path, pair: Pair, tmp_path: Path) -> None:
+    second = {"shadow": "shadow:1", "cuda": "cuda:1"}[DEVICE]
+    if DEVICE == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    first = f"{DEVICE}:0"
+    where = {"model.embed_tokens": first, "model.rotary_emb": first, "model.layers.0": first, "model.layers.1": second,
+             "model.norm": second, "lm_head": second}  # fmt: skip
+    network = dispatch_model(copy.deepcopy(pair[0].network), where, main_device=first)
+    split = LanguageModel(network, pair[0].tokenizer, pair[0].name)
+    assert split.info.fingerprint == pair[0].info.fingerprint
+    assert [str(next(block.parameters()).device) for block in split.blocks] == [first, second]
+    for edit in ("vector", "ablate", "gate", "controller", "Q-head, top 5", "value head", "of one prompt"):
+        here, there = (m.generate(PROMPTS, edits=EDITS[edit](m), n=2, max_new_tokens=5, seed=0) for m in (pair[0], split))
+        assert_equal(here, there)
+    settings = {"reward": good, "beta": 0.5, "max_new_tokens": 5, "seed": 2}
+    for sampler in ("fk", "dts"):
+        assert_equal(*(m.generate(PROMPTS, sampler=SAMPLERS[sampler], **settings) for m in (pair[0], split)))
+    assert_alike(*(train_vector(m, PAIRS, pool="last")[0] for m in (pair[0], split)))
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloaded_weights(place: str, pair: Pair, tmp_path: Path) -> None:
+    """Weights are on the device only while their block runs; between passes they are on `meta`."""
+    network = copy.deepcopy(pair[0].network)
+    network.tie_weights()
+    if place == "cpu":
+        cpu_offload(network, execution_device=torch.device(DEVICE, 0))
+    else:
+        disk_offload(network, str(tmp_path / "weights"), execution_device=torch.device(DEVICE, 0))
+    away = LanguageModel(network, pair[0].tokenizer, pair[0].name)
+    assert next(away.blocks[0].parameters()).device.type == "meta" and away.device.type == DEVICE
+    assert away.info.fingerprint == pair[0].info.fingerprint
+    for edit in ("vector", "ablate", "keep norm", "gate", "Q-head", "of each prompt"):
+        here, there = (m.generate(PROMPTS, edits=EDITS[edit](m), n=2, max_new_tokens=4, seed=0) for m in (pair[0], away))
+        assert_equal(here, there)
+    assert_equal(*(m.generate(PROMPTS, sampler=SAMPLERS["fk"], reward=good, max_new_tokens=4, seed=2) for m in (pair[0], away)))
+    assert_alike(*(train_vector(m, PAIRS, pool="last")[0] for m in (pair[0], away)))
+
+
+# ------------------------------------------------------------------------------------------------------- half precision
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("edit", ["vector", "ablate", "gate", "Q-head", "rlg", "controller"])
+def test_half_precision(dtype: str, edit: str, tiny_lm_dir: Path) -> None:
+    """The same on both devices, and of the same law as in float32."""
+    models = [steer.load(tiny_lm_dir, dtype=dtype, device=d, attn_implementation="eager") for d in ("cpu", DEVICE)]
+    here, there = (m.generate(PROMPTS, edits=EDITS[edit](m), n=2, max_new_tokens=4, seed=0) for m in models)
+    if DEVICE == "shadow":
+        assert_equal(here, there)
+    assert there.log_prob.dtype == torch.float64 and bool(torch.isfinite(there.log_prob).all())
+    assert bool(torch.isfinite(there.kl).all())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("size", [60.0, 7e4, 1e30])
+@pytest.mark.parametrize("sampler", ["best-of-n", "fk", "fk, sum", "fk, outputs", "svdd", "dts", "dts*"])
+def test_rewards_beyond_half_precision(dtype: str, size: float, sampler: str, pair: Pair) -> None:
+    """A reward model in half precision returns its own numbers, which differ by more than exp can take, and weights
+    become neither NaN nor all zero; rewards that overflowed in the reward itself are refused by name.
+    """
+
+    def score(texts: list[str]) -> Tensor:
+        words = torch.tensor([len(set(text.split())) for text in texts], dtype=torch.float32, device=DEVICE)
+        return (words * size).to(getattr(torch, dtype))
+
+    def run() -> Samples:
+        return pair[1].generate(PROMPTS, sampler=SAMPLERS[sampler], reward=score, beta=0.01, max_new_tokens=4, seed=0)
+
+    if dtype == "float16" and size > 1e4:
+        with pytest.raises(RewardError, match="returned inf"):
+            run()
+        return
+    samples = run()
+    for name in ("reward", "log_weight", "log_z"):
+        value = getattr(samples, name)
+        assert value is None or (value.dtype == torch.float64 and not bool(value.isnan().any())), name
+    assert bool(torch.isfinite(samples.reward).all()) and float(samples.reward.max()) >= size
+    weights = (samples if samples.pool is None else samples.pool).log_weight
+    assert bool(torch.isfinite(weights.max())) and not bool(weights.isnan().any())
+
+
+# ---------------------------------------------------------------------------------------------------------------- waits
+
+PER_TOKEN: dict[str, dict[str, int]] = {
+    "plain": {}, "greedy": {}, "top-p": {}, "repetition": {}, "vector": {}, "ablate": {}, "gate": {}, "controller": {},
+    "Q-head, top 5": {}, "rlg": {},
+}
+"""The settings and edits under which waits are counted."""
+WAITS, UPLOADS = 3, 1
+
+
+@pytest.mark.parametrize("case", PER_TOKEN)
+def test_waits_of_a_token(case: str, pair: Pair) -> None:
+    """The slope of waits in the number of tokens: what a token costs, without what a run costs."""
+    model = pair[1]
+    settings = DECODING[case](model) if case in DECODING else {}
+    edits = EDITS[case](model) if case in EDITS else ()
+
+    def count(tokens: int) -> Counter[str]:
+        with waits() as seen:
+            model.generate(PROMPTS, edits=edits, n=2, max_new_tokens=tokens, eos_token_id=[], seed=0, **settings)
+        return seen
+
+    few, many = count(6), count(16)
+    grown = {name: (many[name] - few[name]) / 10 for name in many}
+    uploads = grown.pop("upload", 0)
+    assert sum(grown.values()) <= WAITS and uploads <= UPLOADS, (grown, uploads)
