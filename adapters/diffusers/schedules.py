@@ -213,7 +213,8 @@ def _roots(bars: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def _euler(scheduler: Any, eta: float, kind: str | None) -> Grid:
-    sigma = tuple(scheduler.sigmas.double().tolist())
+    # With interpolation_type="log_linear" there is a level more than steps, which no step reaches.
+    sigma = tuple(scheduler.sigmas.double().tolist()[: len(scheduler.timesteps) + 1])
     levels = sigma[:-1]
     scale = [1 / math.sqrt(s * s + 1) for s in levels]
     prediction = scheduler.config.prediction_type
