@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -16,7 +17,6 @@ from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.facts import CALIBRATION, fingerprint
 from steer.adapters.language.model import TextModel
 from steer.adapters.transformers import tracking
-from steer.adapters.transformers.hidden import Place
 from steer.adapters.transformers.hooks import Hooks, recording
 from steer.adapters.transformers.process import TextProcess
 from steer.adapters.transformers.reading import Opening, means_of, same_lengths
@@ -86,13 +86,10 @@ class LanguageModel(TextModel):
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return self.network.get_input_embeddings().weight.device
-
-    @cached_property
-    def places(self) -> list[Place]:
-        """Device and dtype of each block's output."""
-        where = [next(block.parameters()) for block in self.blocks]
-        return [(p.device, self.network.dtype) for p in where]
+        embedding = self.network.get_input_embeddings()
+        hook = getattr(embedding, "_hf_hook", None)
+        places = [getattr(h, "execution_device", None) for h in getattr(hook, "hooks", (hook,))]
+        return next((torch.device(p) for p in places if p is not None), embedding.weight.device)
 
     @property
     def vocabulary(self) -> int:
@@ -125,11 +122,11 @@ class LanguageModel(TextModel):
             width=width,
             model_type=str(self.config.model_type),
             residual_norms=self.residual_norms,
-            unembedding=lambda: self.network.get_output_embeddings().weight,
+            unembedding=lambda: _weight(self.network.get_output_embeddings()),
         )
 
     def _fingerprint(self) -> str:
-        weight = self.network.get_input_embeddings().weight
+        weight = _weight(self.network.get_input_embeddings())
         sample = None
         if weight.device.type != "meta":
             # bf16 first, so that one checkpoint loaded in two precisions is one model.
@@ -212,3 +209,9 @@ class LanguageModel(TextModel):
             if on_batch is not None:
                 on_batch(len(rows))
         return out
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """A module's weight, brought back where accelerate had offloaded it."""
+    with align_module_device(module):
+        return module.weight

@@ -132,12 +132,13 @@ def _parsed(field: str, path: Path, text: str, allowed: str) -> Any:
         raise InputError(field, f"{path} (not JSON: {error})", allowed) from error
 
 
-def read_prompts(path: Path, field: str = "prompts") -> list[Any]:
-    """A JSON list of prompts."""
+def read_prompts(path: Path, field: str = "prompts", empty: bool = False) -> list[Any]:
+    """A JSON list of prompts; `empty` where a text may be "", which leaves an image model free."""
     found = _parsed(field, path, _read(field, path, _PROMPTS), _PROMPTS)
     check(isinstance(found, list) and bool(found), field, f"{path} ({type(found).__name__})", _PROMPTS)
     for i, prompt in enumerate(found):
-        check_prompt(f"{field}[{i}]", prompt)
+        if not (empty and prompt == ""):
+            check_prompt(f"{field}[{i}]", prompt)
     return found
 
 
@@ -166,12 +167,12 @@ def image_prompts(options: ModelOptions, classes: Sequence[str], prompt: str | N
         return [""]
     check(not (classes and needs_text), "class", list(classes), "unset: this model takes texts (--prompt)")
     field = "class" if classes else named[0]
-    wanted: list[Any] = list(classes) or ([prompt] if prompts is None else read_prompts(prompts))
+    wanted: list[Any] = list(classes) or ([prompt] if prompts is None else read_prompts(prompts, empty=True))
     for text in wanted:
         check(isinstance(text, str), field, text, "texts, not messages: this model draws images")
         if classes or prompt is not None:
             check_prompt(field, text)
-        if known:
+        if known and text:
             _check_class(field, text, known)
     return wanted
 

@@ -216,7 +216,9 @@ class Reward(ABC):
         return self
 
     def __call__(self, samples: Samples) -> Tensor:
-        """Checked scores `[N]` in float64; raises `RewardError` for NaN, a wrong length, or a reward that raised."""
+        """Checked scores `[N]` in float64; raises `RewardError` for NaN, +infinity (`exp(r / beta)` has no
+        law then; half precision gets there at 65520), a wrong length, or a reward that raised.
+        """
         try:
             scores = torch.as_tensor(self.score(samples)).detach().cpu().double()
         except SteerError:
@@ -225,7 +227,8 @@ class Reward(ABC):
             raise RewardError(f"reward {self}: raised {type(error).__name__}: {error}") from error
         if scores.shape != (len(samples),):
             raise RewardError(f"reward {self}: returned shape {tuple(scores.shape)}; allowed: ({len(samples)},)")
-        if scores.isnan().any():
-            bad = int(scores.isnan().nonzero()[0])
-            raise RewardError(f"reward {self}: returned NaN for sample {bad}; allowed: numbers")
+        if (wrong := scores.isnan() | scores.isposinf()).any():
+            bad = int(wrong.nonzero()[0])
+            given = "NaN" if scores[bad].isnan() else "inf"
+            raise RewardError(f"reward {self}: returned {given} for sample {bad}; allowed: numbers")
         return scores
