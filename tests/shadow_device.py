@@ -46,7 +46,12 @@ class Shadow(Tensor):
         if isinstance(held, Shadow):
             return held.detach().requires_grad_(requires_grad)
         made = torch.Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=device
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=device,
         )
         made.held = held
         return made

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from shadow_device import Shadow, waits
 from tiny_pipelines import PIPELINES, ddim, network
 from torch import Tensor, nn
 from transformers.generation.logits_process import TemperatureLogitsWarper
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 import steer
-from shadow_device import Shadow, waits
 from steer import artifacts
 from steer.adapters import diffusers
 from steer.adapters.diffusers.policy.tuning import load_diffusion_policy, train_diffusion_policy
@@ -74,13 +74,17 @@ def assert_equal(here: Samples, there: Samples, atol: float = 1e-4) -> None:
         ours, theirs = getattr(here, name), getattr(there, name)
         assert (ours is None) == (theirs is None), name
         if ours is not None:
-            torch.testing.assert_close(theirs.cpu(), ours, atol=atol, rtol=atol, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                theirs.cpu(), ours, atol=atol, rtol=atol, msg=lambda m, name=name: f"{name}: {m}"
+            )
     assert there.cost.nfe == here.cost.nfe
 
 
 @pytest.fixture(scope="module")
 def pair(tiny_lm_dir: Path) -> Pair:
-    return tuple(steer.load(tiny_lm_dir, dtype="float32", device=d, attn_implementation="eager") for d in ("cpu", DEVICE))
+    return tuple(
+        steer.load(tiny_lm_dir, dtype="float32", device=d, attn_implementation="eager") for d in ("cpu", DEVICE)
+    )
 
 
 def test_the_device_makes_mistakes_visible() -> None:
@@ -99,7 +103,15 @@ def test_the_device_makes_mistakes_visible() -> None:
     assert (x + torch.tensor(1.0)).tolist() == [[1, 2, 3], [4, 5, 6]]  # a number, as on CUDA
     assert x[torch.tensor([1])].tolist() == x[row].tolist() == [[3, 4, 5]] and isinstance(x[0], Shadow)
     with waits() as seen:
-        _ = float(x.sum()), x.tolist(), bool(x.any()), x.cpu(), x[x > 3], x.to("shadow:1"), torch.tensor([1], device=DEVICE)
+        _ = (
+            float(x.sum()),
+            x.tolist(),
+            bool(x.any()),
+            x.cpu(),
+            x[x > 3],
+            x.to("shadow:1"),
+            torch.tensor([1], device=DEVICE),
+        )
         x[x > 3] = 0.0
         torch.ones(2).to("shadow", non_blocking=True)
     assert seen == {"_local_scalar_dense": 2, "to the CPU": 2, "index by a mask": 1, "upload": 1}
@@ -331,7 +343,10 @@ def test_values_are_trained(head: str, pair: Pair, tmp_path: Path) -> None:
     here, there = (train_value(m, PROMPTS, good, head=head, **settings) for m in pair)
     assert_alike(here.tensors, there.tensors)
     artifacts.save(tmp_path / "q.safetensors", *there)
-    drawn = [m.generate(PROMPTS, edits=load_edit(tmp_path / "q.safetensors", model=m), seed=0, max_new_tokens=4) for m in pair]
+    drawn = [
+        m.generate(PROMPTS, edits=load_edit(tmp_path / "q.safetensors", model=m), seed=0, max_new_tokens=4)
+        for m in pair
+    ]
     assert_equal(*drawn)
 
 
@@ -364,7 +379,9 @@ def test_masked_models(sampler: str, tiny_bert_dir: Path) -> None:
     settings: dict[str, Any] = {"length": 6, "steps": 4, "reward": good, "beta": 0.5, "seed": 3, "edits": Pull(0.3)}
     if sampler == "svdd":
         settings |= {"temperature": 0.8, "top_k": 8, "suppress": (0, 1), "order": "confidence"}
-    models = [masked.load(tiny_bert_dir, dtype="float32", device=d, attn_implementation="eager") for d in ("cpu", DEVICE)]
+    models = [
+        masked.load(tiny_bert_dir, dtype="float32", device=d, attn_implementation="eager") for d in ("cpu", DEVICE)
+    ]
     assert_equal(*(m.generate(["the sun", "a dog"], sampler=made, **settings) for m in models))
 
 
@@ -469,7 +486,9 @@ def test_blocks_on_two_devices(tiny_lm_dir: Path, pair: Pair, tmp_path: Path) ->
     assert split.info.fingerprint == pair[0].info.fingerprint
     assert [str(next(block.parameters()).device) for block in split.blocks] == [first, second]
     for edit in ("vector", "ablate", "gate", "controller", "Q-head, top 5", "value head", "of one prompt"):
-        here, there = (m.generate(PROMPTS, edits=EDITS[edit](m), n=2, max_new_tokens=5, seed=0) for m in (pair[0], split))
+        here, there = (
+            m.generate(PROMPTS, edits=EDITS[edit](m), n=2, max_new_tokens=5, seed=0) for m in (pair[0], split)
+        )
         assert_equal(here, there)
     settings = {"reward": good, "beta": 0.5, "max_new_tokens": 5, "seed": 2}
     for sampler in ("fk", "dts"):
@@ -490,9 +509,13 @@ def test_offloaded_weights(place: str, pair: Pair, tmp_path: Path) -> None:
     assert next(away.blocks[0].parameters()).device.type == "meta" and away.device.type == DEVICE
     assert away.info.fingerprint == pair[0].info.fingerprint
     for edit in ("vector", "ablate", "keep norm", "gate", "Q-head", "of each prompt"):
-        here, there = (m.generate(PROMPTS, edits=EDITS[edit](m), n=2, max_new_tokens=4, seed=0) for m in (pair[0], away))
+        here, there = (
+            m.generate(PROMPTS, edits=EDITS[edit](m), n=2, max_new_tokens=4, seed=0) for m in (pair[0], away)
+        )
         assert_equal(here, there)
-    assert_equal(*(m.generate(PROMPTS, sampler=SAMPLERS["fk"], reward=good, max_new_tokens=4, seed=2) for m in (pair[0], away)))
+    assert_equal(
+        *(m.generate(PROMPTS, sampler=SAMPLERS["fk"], reward=good, max_new_tokens=4, seed=2) for m in (pair[0], away))
+    )
     assert_alike(*(train_vector(m, PAIRS, pool="last")[0] for m in (pair[0], away)))
 
 
@@ -542,8 +565,16 @@ def test_rewards_beyond_half_precision(dtype: str, size: float, sampler: str, pa
 # ---------------------------------------------------------------------------------------------------------------- waits
 
 PER_TOKEN: dict[str, dict[str, int]] = {
-    "plain": {}, "greedy": {}, "top-p": {}, "repetition": {}, "vector": {}, "ablate": {}, "gate": {}, "controller": {},
-    "Q-head, top 5": {}, "rlg": {},
+    "plain": {},
+    "greedy": {},
+    "top-p": {},
+    "repetition": {},
+    "vector": {},
+    "ablate": {},
+    "gate": {},
+    "controller": {},
+    "Q-head, top 5": {},
+    "rlg": {},
 }
 """The settings and edits under which waits are counted."""
 WAITS, UPLOADS = 3, 1

@@ -159,7 +159,7 @@ def _sampling(given: Decoding) -> dict[str, Any]:
     }
 
 
-def _take(block: _Block, alike: Sequence[int], answer: Answer | EndpointError) -> Sequence[int]:
+def _take(block: _Block, alike: list[int], answer: Answer | EndpointError) -> list[int]:
     """Give rows that are alike a choice each; returns those that are left over."""
     wanting = block.how.logprobs
     if isinstance(answer, EndpointError) or not answer.choices or (wanting and any(map(_unweighed, answer.choices))):

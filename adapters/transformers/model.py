@@ -211,7 +211,7 @@ class LanguageModel(TextModel):
         return out
 
 
-def _weight(module: nn.Module) -> Tensor:
+def _weight(module: Any) -> Tensor:
     """A module's weight, brought back where accelerate had offloaded it."""
     with align_module_device(module):
         return module.weight
