@@ -567,7 +567,7 @@ def test_what_does_not_fit_is_refused(bert: Any, tmp_path: Path) -> None:
         bert.generate("the [MASK]", length=4)
     with pytest.raises(InputError, match="no chat template"):
         bert.generate([{"role": "user", "content": "the sun"}], length=4)
-    with pytest.raises(InputError, match="allowed: max_batch, order"):
+    with pytest.raises(InputError, match="allowed: base, max_batch, order"):
         bert.process(lenght=4)
     with pytest.raises(SteerError, match="could not load"):
         load(tmp_path)

@@ -238,7 +238,7 @@ class MaskedLanguageModel(Model):
         """
         check(length is None or max_new_tokens is None, "length", length, "one of length and max_new_tokens")
         length = (64 if max_new_tokens is None else max_new_tokens) if length is None else length
-        known = set(MaskedProcess.__dataclass_fields__) - {"network", "edits", "length", "steps"}
+        known = set(MaskedProcess.__dataclass_fields__) - {"network", "edits", "length", "steps", "proposal"}
         for setting in settings:
             check(setting in known, "process()", setting, ", ".join(sorted(known)))
         return MaskedProcess(self, length, steps, **settings)
