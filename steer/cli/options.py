@@ -369,3 +369,26 @@ COMMANDS: dict[str, type[Options]] = {
     "serve": ServeOptions,
 }
 """Commands that a recipe can hold."""
+
+PANELS = {
+    "ModelOptions": "Model", "SampleOptions": "Prompts and sampling", "TextOptions": "Language models",
+    "ImageOptions": "Diffusion models", "TrainOptions": "Training",
+}  # fmt: skip
+"""Titles in the help, by the class that declares an option."""
+
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "generate": (
+        'steer generate --model smollm2-135m --prompt "Tell me of your day" --edit calm.safetensors:0.15',
+        'steer generate --model smollm2-135m --prompt "Hi" --sampler fk -n 8 --reward sentiment --beta 0.1',
+        "steer generate --model fashion-ddpm --class boot --sampler best-of-n -n 8 --reward brightness",
+    ),
+    "train vector": ("steer train vector --model smollm2-135m --pairs pairs.jsonl --out calm.safetensors",),
+    "train value": (
+        "steer train value --model smollm2-135m --prompts prompts.json --reward sentiment --out value.safetensors",
+    ),
+    "train policy": ("steer train policy --model smollm2-135m --method dpo --data pairs.jsonl --out bright",),
+    "eval": ("steer eval --model smollm2-135m --edit calm.safetensors --prompts prompts.json --out report",),
+    "race": ("steer race --model smollm2-135m --prompts prompts.json --reward sentiment --budgets 100,400 --out race",),
+    "serve": ("steer serve --model smollm2-135m --artifacts vectors --port 8000",),
+}
+"""Command lines at the end of a command's help."""

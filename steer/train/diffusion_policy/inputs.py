@@ -41,9 +41,9 @@ class PolicySettings:
     group_size: int = 8
     """Samples for each prompt."""
     advantage: str = "leave-one-out"
-    """pg: what a sample's reward is compared with. "leave-one-out": the mean of the other samples of its group, in units
-    that do not depend on the sample, so that the optimum is that of `E[r] - beta KL` at every group size; "grpo": mean
-    and standard deviation of the whole group, the sample included.
+    """pg: what a sample's reward is compared with. "leave-one-out": the mean of the other samples of its group, in
+    units that do not depend on the sample, so that the optimum is that of `E[r] - beta KL` at every group size; "grpo":
+    mean and standard deviation of the whole group, the sample included.
     """
     clip_range: float = 0.2
     """pg: ratios beyond 1 +- this bring no more (PPO)."""
