@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from steer.core import Edit, Process, Prompt, Reward, Sampler, Samples, UnsupportedError, check, check_whole
+from steer.core.errors import check_unicode
 from steer.methods.samplers import make_sampler, sampler_name
 from steer.progress import ticking
 from steer.rewards import as_reward
@@ -176,8 +177,10 @@ def generate(process: Process, prompts: Prompt | Sequence[Prompt], **settings: A
 
 def _as_prompts(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, str):
+        check_unicode("prompt", prompts)
         return [prompts]
     check(isinstance(prompts, Sequence) and len(prompts) > 0, "prompts", prompts, "a prompt or a list of prompts")
+    check_unicode("prompts", list(prompts))
     if all(isinstance(m, dict) for m in prompts):
         return [prompts]
     return list(prompts)

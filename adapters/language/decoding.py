@@ -24,6 +24,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import StoppingCriteria
 
 from steer.core import InputError, check
+from steer.core.errors import check_unicode
 from steer.sampling import laws
 
 _BOUNDS = {
@@ -80,6 +81,7 @@ class Decoding:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         check(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "non-empty strings")
+        check_unicode("stop", self.stop)
 
     @classmethod
     def create(cls, config: GenerationConfig | None = None, **settings: Any) -> Decoding:

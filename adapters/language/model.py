@@ -2,59 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from steer.core import InputError, Prompt, RawText, Samples, check
+from steer.adapters.language.prompts import PromptReader
+from steer.core import InputError, Prompt, Samples, check
 from steer.model import Model
 
-__all__ = ["TextModel", "chats", "prompt_tokens", "shown", "tokenising"]
-
-
-Tokenise = Callable[[str, bool], tuple[int, ...]]
-
-
-def tokenising(tokenizer: Any, kept: int = 4096) -> Tokenise:
-    """`(text, with special tokens)` to token ids. A prompt is checked, run and scored: its text is tokenised once, and
-    the last `kept` are remembered.
-    """
-
-    def tokenised(text: str, special: bool) -> tuple[int, ...]:
-        return tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
-
-    return lru_cache(kept)(tokenised)
-
-
-def chats(tokenizer: Any) -> bool:
-    """Whether plain prompts are wrapped as a user's message."""
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
-def prompt_tokens(prompt: Prompt, tokenizer: Any, tokenise: Tokenise, name: str, special: bool) -> list[int]:
-    """Token ids of a prompt of the model `name`. Text becomes a user's message where there is a chat template, and is
-    continued as it stands where there is none, with the tokenizer's special tokens if `special`; a `RawText` is always
-    continued, and so is a chat that ends with the assistant's own words.
-    """
-    if isinstance(prompt, str):
-        if not prompt or isinstance(prompt, RawText) or not chats(tokenizer):
-            return list(tokenise(str(prompt), special))
-        prompt = [{"role": "user", "content": str(prompt)}]
-    messages = isinstance(prompt, Sequence) and all(
-        isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt
-    )
-    check(messages and len(prompt) > 0, "prompt", prompt, "text, or messages with role and content")
-    check(chats(tokenizer), "prompt", "messages", f"text: {name} has no chat template")
-    resumed = prompt[-1]["role"] == "assistant"
-    text = tokenizer.apply_chat_template(
-        list(prompt), tokenize=False, add_generation_prompt=not resumed, continue_final_message=resumed
-    )
-    return list(tokenise(text, False))
-
+__all__ = ["TextModel", "shown"]
 
 def shown(prompt: Prompt) -> Any:
     """The prompt as it appears in results."""
@@ -66,16 +25,27 @@ class TextModel(Model):
 
     def __init__(self, tokenizer: Any, name: str) -> None:
         self.tokenizer, self.name = tokenizer, name
-        self._tokenise = tokenising(tokenizer)
+        self.reader = PromptReader(tokenizer, name)
+
+    @property
+    def split_special_tokens(self) -> bool:
+        """Whether control tokens that messages spell, such as `<|im_end|>`, are read as text; else they are what they
+        are to the tokenizer. Off until set; servers set it. A `RawText` always holds control tokens.
+        """
+        return self.reader.split_special_tokens
+
+    @split_special_tokens.setter
+    def split_special_tokens(self, whether: bool) -> None:
+        self.reader.split_special_tokens = bool(whether)
 
     def forget_prompts(self) -> None:
         """Remember no prompt's tokens from here on: those of strangers seldom come again."""
-        self._tokenise = tokenising(self.tokenizer, kept=0)
+        self.reader.forget()
 
     @property
     def chats(self) -> bool:
         """Whether plain prompts are wrapped as a user's message."""
-        return chats(self.tokenizer)
+        return self.reader.chats
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. Text becomes a user's message where the model has a chat template, and is continued as
@@ -83,7 +53,7 @@ class TextModel(Model):
         """
         if isinstance(prompt, str):
             check(bool(prompt.strip()), "prompt", prompt, "text that is not empty")
-        return prompt_tokens(prompt, self.tokenizer, self._tokenise, self.name, special=True)
+        return self.reader.encode(prompt)
 
     def show(self, prompt: Prompt) -> Any:
         """The prompt as it appears in results."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["InputError", "RewardError", "SteerError", "UnsupportedError", "check", "check_whole", "first_line"]
+__all__ = ["InputError", "RewardError", "SteerError", "UnsupportedError", "check", "check_unicode", "check_whole",
+           "first_line"]  # fmt: skip
 
 
 class SteerError(Exception):
@@ -40,6 +42,25 @@ def check_whole(field: str, given: Any, least: int = 1, allowed: str | None = No
     """Raise `InputError` for what is not an integer of `least` or more."""
     fits = isinstance(given, int) and not isinstance(given, bool) and given >= least
     check(fits, field, given, allowed or f"an integer of {least} or more")
+
+
+def check_unicode(field: str, given: Any) -> None:
+    """Raise `InputError` for text with half a surrogate pair, such as a cut emoji, which no tokenizer takes: for a text
+    itself, or named by its place in lists and dictionaries.
+    """
+    if isinstance(given, str):
+        try:
+            given.encode()
+        except UnicodeEncodeError as error:
+            allowed = f"whole characters: the one at {error.start} is half a surrogate pair, perhaps of a cut emoji"
+            raise InputError(field, str(given), allowed) from None
+    elif isinstance(given, Mapping):
+        for key, value in given.items():
+            check_unicode(field, key)
+            check_unicode(f"{field}.{key}", value)
+    elif isinstance(given, list | tuple):
+        for i, value in enumerate(given):
+            check_unicode(f"{field}[{i}]", value)
 
 
 def first_line(error: Exception) -> str:
