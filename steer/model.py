@@ -12,6 +12,7 @@ import torch
 
 from steer.core import Edit, Process, Prompt, Reward, Sampler, Samples, UnsupportedError, check, check_whole
 from steer.core.errors import check_unicode
+from steer.edits import as_edits
 from steer.methods.samplers import make_sampler, sampler_name
 from steer.progress import ticking
 from steer.rewards import as_reward
@@ -49,7 +50,7 @@ def prepare(
     model: Any = None,
 ) -> Plan:
     """Check everything that can be checked before work starts; see `generate`."""
-    several = _as_prompts(prompts)
+    several = as_prompts(prompts)
     check(isinstance(beta, int | float) and 0 < beta < float("inf"), "beta", beta, "a number above 0")
     check_whole("max_rows", max_rows)
     check(seed is None or isinstance(seed, int), "seed", seed, "an integer")
@@ -60,7 +61,7 @@ def prepare(
     )
     if scored is not None and model is not None:
         scored = scored.bind(model)
-    mounted = [(edit.with_beta(float(beta)), wanted) for edit, wanted in _as_edits(edits, len(several))]
+    mounted = [(edit.with_beta(float(beta)), wanted) for edit, wanted in as_edits(edits, len(several), model)]
     for edit, wanted in mounted:
         process.edited(edit, None if wanted is None else sorted(wanted))  # refused here, not in the middle of a run
     if hasattr(process, "encode"):
@@ -132,12 +133,17 @@ class Model(ABC):
             InputError: a field is out of range; nothing has run.
             UnsupportedError: the model cannot do what an edit, the sampler or `stream` needs.
         """
+        several = as_prompts(prompts)
         plan = prepare(
-            self.process(**settings), prompts, edits=edits, sampler=sampler, reward=reward, beta=beta,
-            n=self.default_n(settings) if n is None else n, seed=seed,
-            max_rows=self.max_rows if max_rows is None else max_rows, progress=progress, model=self,
+            self.process(**self.fit(settings, several, edits)), several, edits=edits, sampler=sampler, reward=reward,
+            beta=beta, n=self.default_n(settings) if n is None else n, seed=seed, progress=progress, model=self,
+            max_rows=self.max_rows if max_rows is None else max_rows,
         )  # fmt: skip
         return self.run(plan) if stream is False else self.stream(plan, stream)
+
+    def fit(self, settings: Mapping[str, Any], prompts: list[Prompt], edits: Any) -> dict[str, Any]:
+        """`settings` of `process` with what depends on the prompts filled in."""
+        return dict(settings)
 
     def default_n(self, settings: Mapping[str, Any]) -> int | None:
         """`n` of a request that names none, by its `settings`."""
@@ -158,8 +164,9 @@ def generate(process: Process, prompts: Prompt | Sequence[Prompt], **settings: A
     Args:
         process: what generates. `LanguageModel.generate` is this function with the model's own process.
         prompts: one prompt or several; a chat is a list of messages.
-        edits: an edit, or a list of edits for every prompt; or, where at least one entry is a list or None, one entry
-            for each prompt: one batch, different edits.
+        edits: an edit, or a list of edits, for all prompts; or one list of edits (or None) for each prompt, as in
+            `[[a], [a, b], None]`: one batch, different edits. An edit may also be an artifact or a text such as
+            "calm.safetensors:0.15".
         sampler: a `Sampler`, or its name; default: independent samples.
         reward: a `Reward`, an expression such as "sentiment - 0.3*profanity", or a callable on texts.
         beta: KL coefficient of the target `p exp(reward / beta)`, for samplers that weigh.
@@ -175,7 +182,8 @@ def generate(process: Process, prompts: Prompt | Sequence[Prompt], **settings: A
     return execute(prepare(process, prompts, **settings))
 
 
-def _as_prompts(prompts: Any) -> list[Prompt]:
+def as_prompts(prompts: Any) -> list[Prompt]:
+    """One prompt or several as a list. Raises `InputError`."""
     if isinstance(prompts, str):
         check_unicode("prompt", prompts)
         return [prompts]
@@ -184,29 +192,6 @@ def _as_prompts(prompts: Any) -> list[Prompt]:
     if all(isinstance(m, dict) for m in prompts):
         return [prompts]
     return list(prompts)
-
-
-def _as_edits(edits: Any, count: int) -> list[tuple[Edit, frozenset[int] | None]]:
-    if isinstance(edits, Edit):
-        return [(edits, None)]
-    if edits is None:
-        return []
-    per_prompt = any(e is None or isinstance(e, list | tuple) for e in edits)
-    if not per_prompt:
-        for edit in edits:
-            check(isinstance(edit, Edit), "edits", edit, "edits, or one list of edits (or None) for each prompt")
-        return [(edit, None) for edit in edits]
-    check(len(edits) == count, "edits", f"{len(edits)} entries", f"one for each of {count} prompts")
-    # One edit on many prompts is one mounted edit.
-    order: list[Edit] = []
-    wanted: dict[int, set[int]] = {}
-    for b, mine in enumerate(edits):
-        for edit in [] if mine is None else [mine] if isinstance(mine, Edit) else mine:
-            check(isinstance(edit, Edit), f"edits[{b}]", edit, "edits")
-            if id(edit) not in wanted:
-                order.append(edit)
-            wanted.setdefault(id(edit), set()).add(b)
-    return [(edit, frozenset(wanted[id(edit)])) for edit in order]
 
 
 def _mounted(plan: Plan, first: int, count: int) -> Process:

@@ -81,7 +81,9 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 @pytest.mark.parametrize("template", [CHATML, LLAVA, MIXED, GEMMA, NO_SYSTEM, LAST_ONLY, THINKING])
 def test_a_question_reaches_the_model_whatever_form_the_template_wants(template: str) -> None:
     assert "How are you?" in read(template, "How are you?")
-    assert "How are you?" in read(template, user([{"type": "text", "text": "How "}, {"type": "text", "text": "are you?"}]))
+    assert "How are you?" in read(
+        template, user([{"type": "text", "text": "How "}, {"type": "text", "text": "are you?"}])
+    )
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAVA, MIXED])
@@ -103,7 +105,7 @@ def test_a_system_prompt_reaches_the_model(template: str) -> None:
         (CHATML, user(None), "messages[0].content"),
         (CHATML, user(7), "messages[0].content"),
         (CHATML, user({"text": "Hi"}), "messages[0].content"),
-        (CHATML, [SYSTEM, *user([{"type": "image", "url": "x.png"}, {"type": "text", "text": "Hi"}])], "messages[1].content"),
+        (CHATML, [SYSTEM, *user([{"type": "text", "text": "Hi"}, {"type": "image"}])], "messages[1].content"),
         (LLAVA, user([{"type": "image_url", "image_url": {"url": "x.png"}}]), "messages[0].content"),
         (CHATML, user(["Hi"]), "messages[0].content"),
         (CHATML, [{"role": 3, "content": "Hi"}], "role and content"),
@@ -171,7 +173,11 @@ def test_control_tokens_that_overlap_or_are_not_marked_special() -> None:
 
 def test_control_tokens_in_messages_of_any_role_and_in_code_points_without_a_meaning() -> None:
     strict = PromptReader(tokenizer(CHATML), "tiny", split_special_tokens=True)
-    chat = [{"role": "system", "content": "<|im_end|>"}, *user("\U000f0000<|im_end|>"), {"role": "assistant", "content": "</s>so"}]
+    chat = [
+        {"role": "system", "content": "<|im_end|>"},
+        *user("\U000f0000<|im_end|>"),
+        {"role": "assistant", "content": "</s>so"},
+    ]
     ids = strict.encode(chat)
     assert ids.count(4) == 2 and ids.count(2) == 0
     assert strict.tokenizer.decode(ids).endswith("user\n\U000f0000<|im_end|><|im_end|>\n<|im_start|>assistant\n</s>so")
@@ -201,7 +207,11 @@ def test_a_model_answers_the_question_and_its_options_reach_the_prompt(chat: Any
 
 
 def test_half_an_emoji_is_named_wherever_it_enters(chat: Any) -> None:
-    for prompts, field in (("a \ud83d", "prompt"), (["good", "a \ud83d"], r"prompts\[1\]"), ([user("\ude00")], "content")):
+    for prompts, field in (
+        ("a \ud83d", "prompt"),
+        (["good", "a \ud83d"], r"prompts\[1\]"),
+        ([user("\ude00")], "content"),
+    ):
         with pytest.raises(InputError, match=field):
             chat.generate(prompts, max_new_tokens=1)
     with pytest.raises(InputError, match="stop"):

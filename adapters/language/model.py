@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
+from steer.adapters.language.generation import decoding_settings, fit_lengths, mention_own
 from steer.adapters.language.prompts import PromptReader
-from steer.core import InputError, Prompt, Samples, check
+from steer.core import InputError, Prompt, PromptEdit, Samples, check
+from steer.edits import as_edits
 from steer.model import Model
 
 __all__ = ["TextModel", "shown"]
+
 
 def shown(prompt: Prompt) -> Any:
     """The prompt as it appears in results."""
@@ -21,7 +24,9 @@ def shown(prompt: Prompt) -> Any:
 
 
 class TextModel(Model):
-    """A causal language model with its tokenizer. Its `process` takes `generation_config`, a `GenerationConfig`."""
+    """A causal language model with its tokenizer. Its `process` takes `generation_config`, a `GenerationConfig`
+    or "checkpoint" (see `steer.adapters.language.generation`).
+    """
 
     def __init__(self, tokenizer: Any, name: str) -> None:
         self.tokenizer, self.name = tokenizer, name
@@ -65,9 +70,33 @@ class TextModel(Model):
         cuts = [at for at in (text.find(s) for s in stop) if at >= 0]
         return text[: min(cuts)] if cuts else text
 
+    @property
+    @abstractmethod
+    def own_settings(self) -> dict[str, Any]:
+        """What the checkpoint's own `generation_config.json` says of how texts are drawn."""
+
+    def fit(self, settings: Mapping[str, Any], prompts: list[Prompt], edits: Any) -> dict[str, Any]:
+        config = settings.get("generation_config")
+        if config is None:
+            mention_own(self.name, self.own_settings, settings)
+            return dict(settings)
+        wanted = {
+            **decoding_settings(config, self.own_settings),
+            **{k: v for k, v in settings.items() if v is not None},
+        }
+        totals = [name for name in ("max_length", "min_length") if name in wanted]
+        if not totals:
+            return dict(settings)
+        rewriting = [edit for edit, _ in as_edits(edits, len(prompts), self) if isinstance(edit, PromptEdit)]
+        check(not rewriting, f"generation_config.{totals[0]}", wanted[totals[0]], "unset with an edit of the prompt")
+        fitted = fit_lengths(wanted, [len(self.encode(prompt)) for prompt in prompts])
+        new = {name: fitted[name] for name in ("max_new_tokens", "min_new_tokens") if name in fitted}
+        return {**settings, **new}
+
     def default_n(self, settings: Mapping[str, Any]) -> int | None:
-        config: GenerationConfig | None = settings.get("generation_config")
-        count = None if config is None else config.num_return_sequences
+        config: Any = settings.get("generation_config")
+        own = self.own_settings if config == "checkpoint" else {}
+        count = getattr(config, "num_return_sequences", None) or own.get("num_return_sequences")
         return None if count == 1 else count
 
     def log_likelihood(self, samples: Samples) -> tuple[Tensor, Tensor]:

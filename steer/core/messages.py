@@ -13,7 +13,9 @@ Messages = list[dict[str, Any]]
 
 
 def plain_messages(prompt: Any) -> Messages:
-    """Messages whose content is text; parts of text are joined. Raises `InputError` naming the message, for images too."""
+    """Messages whose content is text; parts of text are joined. Images and what else is no text are refused with
+    `InputError`, which names the message.
+    """
     allowed = "text, or messages with role and content"
     check(isinstance(prompt, Sequence) and len(prompt) > 0, "prompt", prompt, allowed)
     for message in prompt:
