@@ -102,7 +102,7 @@ class Artifact(NamedTuple):
         return self() + (other() if isinstance(other, Artifact) else other) * -1.0
 
     def __repr__(self) -> str:
-        name, depth = self.card.model.get("name", "?"), self.card.model.get("num_layers", "?")
+        name, depth = Path(str(self.card.model.get("name", "?"))).name, self.card.model.get("num_layers", "?")
         layers = f", layers {ranges(self.card.layers)} of {depth}" if self.card.layers else ""
         return f"Artifact({self.card.kind} for {name}{layers})"
 

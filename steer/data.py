@@ -76,7 +76,7 @@ def _whole(field: str, path: Path, text: str, allowed: str) -> list[Any] | None:
     try:
         json.loads(first)
         several = sum(bool(line.strip()) for line in text.split("\n")) > 1
-    except ValueError:
+    except (ValueError, RecursionError):
         several = False
     return None if several else list(read_json(field, path, text, allowed))
 

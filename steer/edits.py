@@ -17,7 +17,7 @@ from steer.methods.operators import Probe
 from steer.methods.value import HeadValue, QHead, ValueGuidance, ValueHead
 from steer.methods.vector import Gate, SteeringVector, check_model
 
-__all__ = ["KINDS", "as_edit", "as_edits", "edit_of", "load_edit", "parse_edit"]
+__all__ = ["KINDS", "as_edit", "as_edits", "edit_of", "load_artifact", "load_edit", "parse_edit"]
 
 
 def as_edit(given: Any, model: Any = None, field: str = "edits") -> Edit:
@@ -94,6 +94,20 @@ def split_spec(text: str) -> tuple[str, float | None, dict[str, str]]:
     return path, strength, options
 
 
+def load_artifact(path: str | Path) -> Artifact:
+    """What a file holds, to be used as an edit: `load_artifact("calm.safetensors")(0.15)`. Raises `InputError`."""
+    return Artifact(*_read(path))
+
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], Card]:
+    if not str(path).endswith(".gguf"):
+        return load(path)
+    directions, hint = load_gguf(path)
+    card = Card("vector", {"width": len(next(iter(directions.values())))}, sorted(directions), {"unit": "raw"},
+                {"method": "gguf", "hint": hint})  # fmt: skip
+    return {f"direction.{layer}": v for layer, v in directions.items()}, card
+
+
 def load_edit(path: str | Path, strength: float | None = None, *, model: Any = None, **options: Any) -> Edit:
     """The edit in an artifact, with settings in place of its card's.
 
@@ -102,14 +116,7 @@ def load_edit(path: str | Path, strength: float | None = None, *, model: Any = N
     controllers: `threshold`, `scope`; of value heads: `beta`, `top_k`, `tail`. `model_check="any"` (`model=any` on the
     command line) takes an artifact of a model with another fingerprint.
     """
-    if str(path).endswith(".gguf"):
-        directions, hint = load_gguf(path)
-        card = Card("vector", {"width": len(next(iter(directions.values())))}, sorted(directions), {"unit": "raw"},
-                    {"method": "gguf", "hint": hint})  # fmt: skip
-        tensors = {f"direction.{layer}": v for layer, v in directions.items()}
-    else:
-        tensors, card = load(path)
-    return edit_of(tensors, card, strength, model=model, **options)
+    return edit_of(*_read(path), strength, model=model, **options)
 
 
 def edit_of(

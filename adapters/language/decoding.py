@@ -26,6 +26,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from steer.adapters.language.generation import decoding_settings
 from steer.core import check
 from steer.core.errors import check_unicode
+from steer.core.names import check_known
 from steer.sampling import laws
 
 _BOUNDS = {
@@ -89,7 +90,7 @@ class Decoding:
         """
         known = {f.name for f in fields(cls)}
         for name in settings:
-            check(name in known, "generate()", name, ", ".join(sorted(known)))
+            check_known("generate()", name, known)
         values = {} if config is None else decoding_settings(config, own or {})
         values.update({k: v for k, v in settings.items() if v is not None})
         for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):

@@ -3,24 +3,66 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.logits_process import LogitsProcessor
+from transformers.generation.stopping_criteria import StoppingCriteria
 
+from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.generation import decoding_settings, fit_lengths, mention_own
 from steer.adapters.language.prompts import PromptReader
-from steer.core import InputError, Prompt, PromptEdit, Samples, check
+from steer.core import InputError, ModelInfo, Prompt, PromptEdit, Reward, Sampler, Samples, check
 from steer.edits import as_edits
 from steer.model import Model
 
-__all__ = ["TextModel", "shown"]
+__all__ = ["TextModel", "TextSettings", "shown"]
 
 
 def shown(prompt: Prompt) -> Any:
     """The prompt as it appears in results."""
     return prompt if isinstance(prompt, str) else list(prompt)
+
+
+class TextSettings(TypedDict, total=False):
+    """What `TextModel.generate` takes beside the prompts, for type checkers; its docstring says what each is."""
+
+    edits: Any
+    sampler: Sampler | str | None
+    reward: Reward | str | Callable[..., Any] | None
+    beta: float
+    n: int | None
+    seed: int | None
+    system: str | None
+    max_rows: int | None
+    progress: bool
+    generation_config: GenerationConfig | str | None
+    max_new_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
+    min_new_tokens: int | None
+    bad_words_ids: Sequence[Sequence[int]] | None
+    suppress_tokens: Sequence[int] | None
+    stop: str | Sequence[str] | None
+    eos_token_id: int | Sequence[int] | None
+    logits_processor: Sequence[LogitsProcessor] | None
+    stopping_criteria: Sequence[StoppingCriteria] | None
+    block: int | None
+    until: Sequence[str] | None
+    max_tokens: int | None
+    num_return_sequences: int | None
+    do_sample: bool | None
+    num_particles: int
+    num_candidates: int
 
 
 class TextModel(Model):
@@ -31,6 +73,108 @@ class TextModel(Model):
     def __init__(self, tokenizer: Any, name: str) -> None:
         self.tokenizer, self.name = tokenizer, name
         self.reader = PromptReader(tokenizer, name)
+
+    @overload
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt] = ...,
+        *,
+        stream: Literal[False] = ...,
+        **given: Unpack[TextSettings],
+    ) -> Samples: ...
+    @overload
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt] = ..., *, stream: Any, **given: Unpack[TextSettings]
+    ) -> Any: ...
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt] = "",
+        *,
+        edits: Any = (),
+        sampler: Sampler | str | None = None,
+        reward: Reward | str | Callable[..., Any] | None = None,
+        beta: float = 1.0,
+        n: int | None = None,
+        seed: int | None = None,
+        system: str | None = None,
+        max_rows: int | None = None,
+        progress: bool = False,
+        stream: Any = False,
+        generation_config: GenerationConfig | str | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        no_repeat_ngram_size: int | None = None,
+        min_new_tokens: int | None = None,
+        bad_words_ids: Sequence[Sequence[int]] | None = None,
+        suppress_tokens: Sequence[int] | None = None,
+        stop: str | Sequence[str] | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        logits_processor: Sequence[LogitsProcessor] | None = None,
+        stopping_criteria: Sequence[StoppingCriteria] | None = None,
+        block: int | None = None,
+        until: Sequence[str] | None = None,
+        **more: Any,
+    ) -> Any:
+        """Write for every prompt.
+
+        Args:
+            prompts: one text or chat, or several. Text is a user's message where the model has a chat template.
+            edits: an edit or a list of edits for all prompts, or one list for each (see `steer.generate`).
+            sampler: a `Sampler`, or its name with its settings beside it: `sampler="fk", num_particles=16`. Default:
+                independent samples.
+            reward: a `Reward`, an expression such as "sentiment - 0.3*profanity", or a function of the texts.
+            beta: KL coefficient of the target `p exp(reward / beta)`, for samplers that weigh.
+            n: texts, best-of-n's candidates or particles for each prompt.
+            seed: same seed, same texts on the same machine; None draws one.
+            system: a system prompt for every chat.
+            max_rows: texts generated at once.
+            progress: show a bar on standard error.
+            stream: True returns an iterator of pieces of text, whose `samples` are there when it has ended; a
+                transformers streamer is fed with tokens.
+            generation_config: of transformers, or "checkpoint" for the checkpoint's own `generation_config.json`; what
+                is named here goes before it. None: the model's whole law at temperature 1.
+            max_new_tokens: of each text; 64 unless given.
+            temperature: 0 is greedy; 1 unless given.
+            top_k, top_p, min_p: truncation, as in transformers; off unless given.
+            repetition_penalty, no_repeat_ngram_size, min_new_tokens, bad_words_ids, suppress_tokens, logits_processor,
+            stopping_criteria: as in transformers; off unless given.
+            stop: texts before which a text ends.
+            eos_token_id: tokens that end a text; the model's own unless given, none for [].
+            block: tokens of one step, for samplers that choose on the way.
+            until: strings at which a step ends early, such as ".".
+            more: the settings of a sampler that is named, and `max_tokens`, `num_return_sequences` and `do_sample`,
+                which mean the same as `max_new_tokens`, `n` and `temperature` (0 or not).
+
+        Returns:
+            `Samples`, or for a stream its iterator.
+
+        Raises:
+            InputError: a field is out of range; nothing has run.
+            UnsupportedError: the model cannot do what an edit, the sampler or `stream` needs.
+        """
+        given = dict(
+            generation_config=generation_config, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, min_new_tokens=min_new_tokens,
+            no_repeat_ngram_size=no_repeat_ngram_size, bad_words_ids=bad_words_ids, suppress_tokens=suppress_tokens,
+            stop=stop, eos_token_id=eos_token_id, logits_processor=logits_processor, block=block, until=until,
+            stopping_criteria=stopping_criteria, system=system, **more,
+        )  # fmt: skip
+        return super().generate(
+            prompts, edits=edits, sampler=sampler, reward=reward, beta=beta, n=n, seed=seed, max_rows=max_rows,
+            progress=progress, stream=stream, **given,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        info = self.info
+        return f"{type(self).__name__}({Path(self.name).name!r}, {info.model_type}, {info.num_layers} blocks of width {info.width})"
+
+    @property
+    def settings(self) -> frozenset[str]:
+        return super().settings | {f.name for f in fields(Decoding)}
 
     @property
     def split_special_tokens(self) -> bool:
@@ -69,6 +213,11 @@ class TextModel(Model):
         text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         cuts = [at for at in (text.find(s) for s in stop) if at >= 0]
         return text[: min(cuts)] if cuts else text
+
+    @property
+    @abstractmethod
+    def info(self) -> ModelInfo:
+        """What edits may know of the model."""
 
     @property
     @abstractmethod

@@ -48,19 +48,23 @@ def check_unicode(field: str, given: Any) -> None:
     """Raise `InputError` for text with half a surrogate pair, such as a cut emoji, which no tokenizer takes: for a text
     itself, or named by its place in lists and dictionaries.
     """
-    if isinstance(given, str):
-        try:
-            given.encode()
-        except UnicodeEncodeError as error:
-            allowed = f"whole characters: the one at {error.start} is half a surrogate pair, perhaps of a cut emoji"
-            raise InputError(field, str(given), allowed) from None
-    elif isinstance(given, Mapping):
-        for key, value in given.items():
-            check_unicode(field, key)
-            check_unicode(f"{field}.{key}", value)
-    elif isinstance(given, list | tuple):
-        for i, value in enumerate(given):
-            check_unicode(f"{field}[{i}]", value)
+    waiting = [(field, given)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, str):
+            _check_characters(place, value)
+        elif isinstance(value, Mapping):
+            waiting += [(place, key) for key in value] + [(f"{place}.{key}", x) for key, x in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(f"{place}[{i}]", x) for i, x in enumerate(value)]
+
+
+def _check_characters(field: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        allowed = f"whole characters: the one at {error.start} is half a surrogate pair, perhaps of a cut emoji"
+        raise InputError(field, str(text), allowed) from None
 
 
 def first_line(error: Exception) -> str:
