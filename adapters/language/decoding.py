@@ -44,7 +44,6 @@ _OF_LAWS = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_pena
                       "min_new_tokens", "bad_words_ids", "suppress_tokens", "logits_processor"})  # fmt: skip
 
 
-
 def _finite(x: object) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and x == x and abs(x) != float("inf")
 

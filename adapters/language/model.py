@@ -170,7 +170,8 @@ class TextModel(Model):
 
     def __repr__(self) -> str:
         info = self.info
-        return f"{type(self).__name__}({Path(self.name).name!r}, {info.model_type}, {info.num_layers} blocks of width {info.width})"
+        name, blocks = Path(self.name).name, f"{info.num_layers} blocks of width {info.width}"
+        return f"{type(self).__name__}({name!r}, {info.model_type}, {blocks})"
 
     @property
     def settings(self) -> frozenset[str]:

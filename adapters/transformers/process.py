@@ -389,14 +389,18 @@ class TextProcess(Process):
 
     def decode(self, state: TextState) -> Samples:
         tokens = tokens_of(state)
-        group, log_prob = state.group, state.log_prob.double().cpu()
+        prompts, group, log_prob = (
+            state.prompts,
+            state.group,
+            state.log_prob.double().cpu(),
+        )  # and not the state's cache
 
         def later() -> Tensor:
-            return divergence(self, state.prompts, group, tokens, log_prob)
+            return divergence(self, prompts, group, tokens, log_prob)
 
         def drift() -> TokenDrift:
             texts = [pieces_of(row, self.model.decode, self.decoding.stop) for row in tokens]
-            return TokenDrift(token_divergences(self, state.prompts, group, tokens), texts)
+            return TokenDrift(token_divergences(self, prompts, group, tokens), texts)
 
         return Samples(
             prompts=[self.model.show(p) for p in state.prompts],
