@@ -68,10 +68,43 @@ class Card:
 
 
 class Artifact(NamedTuple):
-    """What training returns: `save(path, *artifact)` writes it."""
+    """What training returns, and what a file holds: tensors and a card.
+
+    It is used wherever an edit is: `edits=calm` takes the card's settings, `calm(0.15, layers=range(10, 15))` others;
+    `calm * 0.5` and `calm + other` are edits too. `save` writes it; `tensors, card = artifact` takes it apart.
+    """
 
     tensors: dict[str, Tensor]
     card: Card
+
+    def __call__(self, strength: float | None = None, *, model: Any = None, **options: Any) -> Any:
+        """The edit at `strength`, with the options of `steer.load_edit`. Raises `InputError`."""
+        from steer.edits import edit_of  # edits are made of artifacts; nothing else here knows what one does
+
+        return edit_of(self.tensors, self.card, strength, model=model, **options)
+
+    def save(self, path: Path | str) -> None:
+        """Write it to one file; see `save`."""
+        save(path, self.tensors, self.card)
+
+    def __mul__(self, factor: Any) -> Any:
+        return self() * factor
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Any:
+        return self() * -1.0
+
+    def __add__(self, other: Any) -> Any:
+        return self() + (other() if isinstance(other, Artifact) else other)
+
+    def __sub__(self, other: Any) -> Any:
+        return self() + (other() if isinstance(other, Artifact) else other) * -1.0
+
+    def __repr__(self) -> str:
+        name, depth = Path(str(self.card.model.get("name", "?"))).name, self.card.model.get("num_layers", "?")
+        layers = f", layers {ranges(self.card.layers)} of {depth}" if self.card.layers else ""
+        return f"Artifact({self.card.kind} for {name}{layers})"
 
 
 def ranges(numbers: Iterable[int]) -> str:

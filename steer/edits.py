@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.artifacts import Card, load
+from steer.artifacts import Artifact, Card, load
 from steer.core import Edit, InputError, check
 from steer.gguf import load_gguf
 from steer.methods.controller import Controller, ControllerNetwork
@@ -17,7 +17,46 @@ from steer.methods.operators import Probe
 from steer.methods.value import HeadValue, QHead, ValueGuidance, ValueHead
 from steer.methods.vector import Gate, SteeringVector, check_model
 
-__all__ = ["KINDS", "load_edit", "parse_edit"]
+__all__ = ["KINDS", "as_edit", "as_edits", "edit_of", "load_artifact", "load_edit", "parse_edit"]
+
+
+def as_edit(given: Any, model: Any = None, field: str = "edits") -> Edit:
+    """An edit from itself, an artifact, or a text such as "calm.safetensors:0.15". Raises `InputError`."""
+    if isinstance(given, Artifact):
+        return edit_of(*given, model=model)
+    if isinstance(given, str | Path):
+        return parse_edit(str(given), model)
+    check(isinstance(given, Edit), field, given, 'an edit, an artifact, or "FILE[:strength][:key=value]..."')
+    edit: Edit = given
+    return edit
+
+
+def as_edits(given: Any, count: int, model: Any = None) -> list[tuple[Edit, frozenset[int] | None]]:
+    """Edits in order, each with the prompts out of `count` that it is for (None: all), from an edit or a list of edits
+    for all prompts, or one list (or None) for each. Raises `InputError`.
+    """
+    if given is None:
+        return []
+    if not isinstance(given, list | tuple) or isinstance(given, Artifact):
+        return [(as_edit(given, model), None)]
+    lists = [entry is None or (isinstance(entry, list | tuple) and not isinstance(entry, Artifact)) for entry in given]
+    if not any(lists):
+        allowed = "for one edit each [[a], [b]], for both on both [[a, b], [a, b]]: one list for each prompt"
+        check(count == 1 or len(given) != count, "edits", f"{count} edits for {count} prompts", allowed)
+        return [(as_edit(entry, model), None) for entry in given]
+    allowed = "one list of edits (or None) for each prompt, as in [[a], [a, b], None]"
+    check(all(lists), "edits", given, allowed)
+    check(len(given) == count, "edits", f"{len(given)} entries", f"one for each of {count} prompts")
+    # One edit on many prompts is one mounted edit.
+    made: dict[Any, Edit] = {}
+    wanted: dict[Any, set[int]] = {}
+    for b, mine in enumerate(given):
+        for entry in mine or ():
+            key = entry if isinstance(entry, str) else id(entry)
+            if key not in made:
+                made[key] = as_edit(entry, model, f"edits[{b}]")
+            wanted.setdefault(key, set()).add(b)
+    return [(edit, None if len(wanted[key]) == count else frozenset(wanted[key])) for key, edit in made.items()]
 
 
 def parse_edit(text: str, model: Any = None) -> Edit:
@@ -35,6 +74,8 @@ def split_spec(text: str) -> tuple[str, float | None, dict[str, str]]:
     options: dict[str, str] = {}
     while len(parts) > 1:
         last = parts[-1]
+        if len(parts) > 2 and parts[-2].endswith("=from"):  # the one value that holds a colon: scope=from:K
+            last = f"{parts.pop(-2)}:{last}"
         key, equals, value = last.partition("=")
         if equals and key.isidentifier():
             options[key] = value
@@ -53,6 +94,20 @@ def split_spec(text: str) -> tuple[str, float | None, dict[str, str]]:
     return path, strength, options
 
 
+def load_artifact(path: str | Path) -> Artifact:
+    """What a file holds, to be used as an edit: `load_artifact("calm.safetensors")(0.15)`. Raises `InputError`."""
+    return Artifact(*_read(path))
+
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], Card]:
+    if not str(path).endswith(".gguf"):
+        return load(path)
+    directions, hint = load_gguf(path)
+    card = Card("vector", {"width": len(next(iter(directions.values())))}, sorted(directions), {"unit": "raw"},
+                {"method": "gguf", "hint": hint})  # fmt: skip
+    return {f"direction.{layer}": v for layer, v in directions.items()}, card
+
+
 def load_edit(path: str | Path, strength: float | None = None, *, model: Any = None, **options: Any) -> Edit:
     """The edit in an artifact, with settings in place of its card's.
 
@@ -61,14 +116,14 @@ def load_edit(path: str | Path, strength: float | None = None, *, model: Any = N
     controllers: `threshold`, `scope`; of value heads: `beta`, `top_k`, `tail`. `model_check="any"` (`model=any` on the
     command line) takes an artifact of a model with another fingerprint.
     """
-    if str(path).endswith(".gguf"):
-        directions, hint = load_gguf(path)
-        card = Card("vector", {"width": len(next(iter(directions.values())))}, sorted(directions), {"unit": "raw"},
-                    {"method": "gguf", "hint": hint})  # fmt: skip
-        tensors = {f"direction.{layer}": v for layer, v in directions.items()}
-    else:
-        tensors, card = load(path)
-    check(card.kind in KINDS, f"{path}", f"an artifact of kind {card.kind!r}", ", ".join(KINDS))
+    return edit_of(*_read(path), strength, model=model, **options)
+
+
+def edit_of(
+    tensors: dict[str, Tensor], card: Card, strength: float | None = None, *, model: Any = None, **options: Any
+) -> Edit:
+    """The edit in an artifact that is in memory; see `load_edit`."""
+    check(card.kind in KINDS, "artifact", f"one of kind {card.kind!r}", ", ".join(KINDS))
     compared = options.pop("model_check", "same")
     check(compared in ("same", "any"), "model", compared, "same, any")
     if compared == "any":
@@ -88,8 +143,8 @@ def parse_layers(text: Any, available: list[int]) -> list[int]:
     """Layers from `10-19`, `3,5,8` or `all`; every one must be among `available`."""
     if isinstance(text, int):
         text = str(text)
-    if isinstance(text, list | tuple):
-        chosen = [int(layer) for layer in text]
+    if isinstance(text, list | tuple | range):
+        chosen = [parse_number("layers", layer, int) for layer in text]
     elif text == "all":
         chosen = list(available)
     else:

@@ -210,7 +210,7 @@ def test_a_local_value_guides_an_endpoint_as_it_guides_its_own_model(words: Serv
 
 
 def test_a_system_prompt_reaches_the_endpoint_for_the_prompts_that_asked(words: Server, tiny_lm: Any) -> None:
-    edits = [SystemPrompt("you are sad"), None]
+    edits = [[SystemPrompt("you are sad")], None]
     settings: dict[str, Any] = {"temperature": 0, "max_new_tokens": 6}
     samples = connect(words, chat=None).generate(PROMPTS, edits=edits, **settings)
     assert words_of(samples) == spoken(tiny_lm, tiny_lm.generate(PROMPTS, edits=edits, **settings))
@@ -256,7 +256,7 @@ def test_an_edit_for_one_prompt_leaves_the_requests_of_the_other(server: Server)
     plain = model.generate(["hello", "the sun"], n=2, seed=3, max_new_tokens=3)
     before = len(server.calls)
     guide = ValueGuidance(TextValue(score), beta=0.1)
-    mixed = model.generate(["hello", "the sun"], n=2, seed=3, max_new_tokens=3, edits=[None, guide])
+    mixed = model.generate(["hello", "the sun"], n=2, seed=3, max_new_tokens=3, edits=[None, [guide]])
     assert plain.texts[:2] == mixed.texts[:2]
     assert [c for c in server.calls[before:] if c["prompt"].startswith("hello")] == [
         c for c in server.calls[:before] if c["prompt"].startswith("hello")

@@ -6,7 +6,7 @@ top-p, then min-p). So `beta` means what it says whatever the temperature, and t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -23,7 +23,10 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.stopping_criteria import StoppingCriteria
 
-from steer.core import InputError, check
+from steer.adapters.language.generation import decoding_settings
+from steer.core import check
+from steer.core.errors import check_unicode
+from steer.core.names import check_known
 from steer.sampling import laws
 
 _BOUNDS = {
@@ -36,11 +39,6 @@ _BOUNDS = {
     "no_repeat_ngram_size": (lambda x: isinstance(x, int) and x >= 0, "an integer of 0 (off) or more"),
     "min_new_tokens": (lambda x: isinstance(x, int) and x >= 0, "an integer of 0 or more"),
 }
-
-# Fields of a GenerationConfig that choose another algorithm than sampling token by token.
-_OTHER_ALGORITHMS = ("num_beams", "num_beam_groups", "penalty_alpha", "dola_layers", "constraints", "force_words_ids",
-                     "assistant_model", "guidance_scale", "watermarking_config", "typical_p", "epsilon_cutoff",
-                     "eta_cutoff", "sequence_bias", "forced_eos_token_id", "forced_bos_token_id")  # fmt: skip
 
 _OF_LAWS = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size",
                       "min_new_tokens", "bad_words_ids", "suppress_tokens", "logits_processor"})  # fmt: skip
@@ -80,15 +78,25 @@ class Decoding:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         check(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "non-empty strings")
+        check_unicode("stop", self.stop)
 
     @classmethod
-    def create(cls, config: GenerationConfig | None = None, **settings: Any) -> Decoding:
-        """From a `GenerationConfig` and settings that override it. Fields that steer does not honour are refused."""
+    def create(
+        cls, config: GenerationConfig | str | None = None, own: Mapping[str, Any] | None = None, **settings: Any
+    ) -> Decoding:
+        """From a `GenerationConfig`, or "checkpoint" for the model's `own`, and settings that override it. Fields that
+        steer does not honour are refused; see `steer.adapters.language.generation`.
+        """
         known = {f.name for f in fields(cls)}
         for name in settings:
-            check(name in known, "generate()", name, ", ".join(sorted(known)))
-        values = {} if config is None else _from_generation_config(config)
+            check_known("generate()", name, known)
+        values = {} if config is None else decoding_settings(config, own or {})
         values.update({k: v for k, v in settings.items() if v is not None})
+        for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            total = values.pop(name, None)
+            check(
+                total is None or new in values, f"generation_config.{name}", total, f"{new}: prompts differ in length"
+            )
         for name in ("logits_processor", "stopping_criteria", "stop", "suppress_tokens"):
             if name in values and not isinstance(values[name], str | tuple):
                 values[name] = tuple(values[name])
@@ -151,22 +159,3 @@ class Decoding:
     def with_eos(self, eos: Sequence[int]) -> Decoding:
         """The same settings, ending at `eos` where no other token was asked for."""
         return self if self.eos_token_id is not None else replace(self, eos_token_id=tuple(eos))
-
-
-def _from_generation_config(config: GenerationConfig) -> dict[str, Any]:
-    given = {k: v for k, v in config.to_diff_dict().items() if v is not None}
-    for name in _OTHER_ALGORITHMS:
-        value = given.get(name)
-        if value is not None and value not in (1, 1.0, 0.0, False):
-            raise InputError(
-                f"generation_config.{name}", value, "unset: steer samples token by token (its samplers search)"
-            )
-    names = {"max_new_tokens", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size",
-             "min_new_tokens", "bad_words_ids", "suppress_tokens", "eos_token_id"}  # fmt: skip
-    values: dict[str, Any] = {k: v for k, v in given.items() if k in names}
-    if "stop_strings" in given:
-        stop = given["stop_strings"]
-        values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    # A GenerationConfig is greedy unless it says do_sample.
-    values["temperature"] = float(given.get("temperature") or 1.0) if given.get("do_sample") else 0.0
-    return values

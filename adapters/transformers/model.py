@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from steer.adapters.language.blocks import decoder_blocks
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.facts import CALIBRATION, fingerprint
+from steer.adapters.language.generation import own_settings
 from steer.adapters.language.model import TextModel
 from steer.adapters.transformers import tracking
 from steer.adapters.transformers.hooks import Hooks, recording
@@ -112,6 +113,10 @@ class LanguageModel(TextModel):
         given = self.tokenizer.eos_token_id if given is None else given
         return () if given is None else tuple(given) if isinstance(given, list | tuple) else (int(given),)
 
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        return own_settings(self.network.generation_config)
+
     @cached_property
     def info(self) -> ModelInfo:
         width = int(self.config.hidden_size)
@@ -152,13 +157,14 @@ class LanguageModel(TextModel):
     # ---- generation
 
     def process(
-        self, *, generation_config: GenerationConfig | None = None, block: int = 1, until: Sequence[str] = (),
+        self, *, generation_config: GenerationConfig | str | None = None, block: int = 1, until: Sequence[str] = (),
         **settings: Any,
     ) -> TextProcess:  # fmt: skip
         """The model as a `Process`, with decoding settings as for `generate`. A step draws `block` tokens, or fewer
         where a token holds one of the strings in `until`, such as sentence ends ".", "!", "?" and line breaks.
         """
-        return TextProcess(self, Decoding.create(generation_config, **settings), block=block, until=tuple(until))
+        decoding = Decoding.create(generation_config, self.own_settings, **settings)
+        return TextProcess(self, decoding, block=block, until=tuple(until))
 
     def stream(self, plan: Plan, how: Any) -> Any:
         from steer.adapters.transformers.streaming import TextStream, feed_streamer

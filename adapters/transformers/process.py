@@ -12,8 +12,9 @@ from torch import Tensor
 
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.model import check_lengths
+from steer.adapters.language.texts import pieces_of
 from steer.adapters.transformers import tracking
-from steer.adapters.transformers.scoring import divergence, log_likelihood
+from steer.adapters.transformers.scoring import divergence, log_likelihood, steps_are_exact, token_divergences
 from steer.adapters.transformers.state import TextContext, TextState, begin, reread, tokens_of, without_rows
 from steer.adapters.transformers.tracking import Track
 from steer.core import (
@@ -33,6 +34,7 @@ from steer.core import (
     check_whole,
 )
 from steer.core.context import aimed, among
+from steer.core.samples import TokenDrift
 from steer.sampling import laws
 
 if TYPE_CHECKING:
@@ -370,6 +372,11 @@ class TextProcess(Process):
         state = replace(start, **rows, step=step, over=None)
         return replace(state, filled=self.columns) if over else reread(state)
 
+    @property
+    def kl_kind(self) -> str:
+        recorded = not (self.mounted(HiddenEdit) or self.mounted(PromptEdit))
+        return "exact" if recorded or steps_are_exact(self) else "one-sample"
+
     def log_likelihood(self, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Summed log-probability `[N]` of each row's `tokens` after its prompt, at this process's temperature, under
         its hidden and prompt edits (transition edits and truncation are left out).
@@ -382,10 +389,18 @@ class TextProcess(Process):
 
     def decode(self, state: TextState) -> Samples:
         tokens = tokens_of(state)
-        group, log_prob = state.group, state.log_prob.double().cpu()
+        prompts, group, log_prob = (
+            state.prompts,
+            state.group,
+            state.log_prob.double().cpu(),
+        )  # and not the state's cache
 
         def later() -> Tensor:
-            return divergence(self, state.prompts, group, tokens, log_prob)
+            return divergence(self, prompts, group, tokens, log_prob)
+
+        def drift() -> TokenDrift:
+            texts = [pieces_of(row, self.model.decode, self.decoding.stop) for row in tokens]
+            return TokenDrift(token_divergences(self, prompts, group, tokens), texts)
 
         return Samples(
             prompts=[self.model.show(p) for p in state.prompts],
@@ -397,5 +412,6 @@ class TextProcess(Process):
             base_log_prob=None if state.base_log_prob is None else state.base_log_prob.double().cpu(),
             tilt=state.tilt.double().cpu(),
             kl_estimate=later if state.kl is None else state.kl.double().cpu(),
+            token_drift=drift if steps_are_exact(self) else None,
             cost=self._spent(state),
         )

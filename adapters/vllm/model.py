@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from steer.adapters.language.decoding import Decoding
+from steer.adapters.language.generation import own_settings
 from steer.adapters.language.model import TextModel
 from steer.adapters.vllm.artifacts import Artifact, digest_of, read_artifact
 from steer.adapters.vllm.client import Blocking, Client
@@ -109,6 +110,10 @@ class VLLMModel(TextModel):
         given = self.config.model_config.try_get_generation_config().get("eos_token_id")
         given = self.tokenizer.eos_token_id if given is None else given
         return () if given is None else tuple(given) if isinstance(given, list | tuple) else (int(given),)
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        return own_settings(self.config.model_config.try_get_generation_config())
 
     # ---- artifacts
 
@@ -215,7 +220,7 @@ class VLLMModel(TextModel):
 
     def process(self, *, generation_config: Any = None, block: int | None = None, **settings: Any) -> VLLMProcess:
         """The model as a `Process` whose step is `block` tokens (default: the whole text)."""
-        decoding = Decoding.create(generation_config, **settings)
+        decoding = Decoding.create(generation_config, self.own_settings, **settings)
         return VLLMProcess(self, decoding, block=block or decoding.max_new_tokens)
 
     def run(self, plan: Plan) -> Samples:

@@ -299,6 +299,10 @@ class VLLMProcess(Process):
             weights=[tuple(None if w is None else tuple(w) for w in row) for row in decided],
         )  # fmt: skip
 
+    @property
+    def kl_kind(self) -> str:
+        return "one-sample"  # of texts without edits and truncation, 0
+
     def settle(self, state: VLLMState) -> tuple[VLLMState, Cost]:
         return replace(state, cost=Cost()), state.cost
 

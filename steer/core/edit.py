@@ -109,6 +109,10 @@ class Scope:
         check(kind == "from" and position.isdecimal(), "scope", text, cls.NAMES)
         return cls(start=int(position))
 
+    def __str__(self) -> str:
+        named = (name for name in ("all", "prompt", "last", "generated", "reply") if self == Scope.parse(name))
+        return next(named, f"from:{self.start}" if self == Scope(start=self.start) else repr(self))
+
     def bounds(self, prompt_length: int) -> tuple[int, float]:
         """`(start, stop)` for a prompt of this length; `stop` is infinite where the scope has no end."""
         start = self.start + (prompt_length if self.start_at_reply else 0)

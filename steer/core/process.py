@@ -161,6 +161,11 @@ class Process(ABC):
         """What a reward may look at before the end: partial text, x0-hat."""
         raise UnsupportedError(f"{type(self).__name__} has no preview of unfinished rows")
 
+    @property
+    def kl_kind(self) -> str:
+        """What the KL of its own samples is; see `Samples.kl_kind`."""
+        return "exact"
+
     # What samplers use that go beyond propose, gather and decode.
 
     random_start: ClassVar[bool] = False

@@ -19,6 +19,9 @@ class Sampler(ABC):
     needs_reward: ClassVar[bool] = False
     """Whether it draws by a reward, rather than having one score what it drew."""
 
+    kl_kind: ClassVar[str | None] = None
+    """What the KL of its samples is (see `Samples.kl_kind`); None: what the process says."""
+
     @property
     def rows(self) -> int:
         """Rows that it keeps going for each prompt."""

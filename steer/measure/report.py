@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steer.artifacts import Artifact
 from steer.core import Edit, Reward, Samples, check
+from steer.edits import as_edit
 from steer.files import as_json, write_text
 from steer.measure.tables import aligned
 from steer.methods.prompt import SystemPrompt
@@ -143,7 +145,7 @@ def default_strengths(edit: Edit) -> list[float]:
 def evaluate(
     model: Any,
     prompts: Sequence[Any],
-    edit: Edit,
+    edit: Edit | Artifact | str,
     *,
     strengths: Sequence[float] | None = None,
     reward: Reward | str = "sentiment",
@@ -161,7 +163,7 @@ def evaluate(
     Args:
         model: a language model from `steer.load`.
         prompts: texts or chats.
-        edit: a steering vector, controller or value guidance; its own strength is replaced.
+        edit: a steering vector, controller or value guidance, an artifact or a file; its own strength is replaced.
         strengths: default: by kind of edit. 0, the unsteered model, is always included.
         reward: what is measured.
         beta: KL coefficient, for value guidance that has none of its own.
@@ -175,6 +177,7 @@ def evaluate(
         InputError: an edit without a strength, or no prompts.
     """
     check(len(prompts) > 0, "prompts", prompts, "at least one prompt")
+    edit = as_edit(edit, model, "edit")
     has_strength = is_dataclass(edit) and any(f.name == "strength" for f in fields(edit))
     check(has_strength, "edit", type(edit).__name__, "an edit with a strength")
     scored = as_reward(reward)

@@ -84,6 +84,7 @@ class BestOfN(Sampler):
     n: int = 8
     reject: float = 0.0
     needs_reward = True
+    kl_kind = "bound"
 
     @property
     def rows(self) -> int:

@@ -74,6 +74,7 @@ class DTS(Sampler):
     correct: bool = True
     max_bytes: int = 1 << 30
     needs_reward = True
+    kl_kind = "none: the law of a tree's leaves is not known"
 
     @property
     def rows(self) -> int:

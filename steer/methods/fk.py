@@ -104,6 +104,7 @@ class FKSteering(Sampler):
     floor: float | None = None
     keep_previews: bool = False
     needs_reward = True
+    kl_kind = "population"
 
     @property
     def rows(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from steer.core import Sampler, check
+from steer.core.names import check_known
 from steer.methods.best_of_n import Ancestral, BestOfN
 from steer.methods.dts import DTS, SearchDTS
 from steer.methods.fk import FKSteering
@@ -26,16 +27,21 @@ def make_sampler(sampler: Sampler | str | None, n: int | None = None, **settings
         check(n is None and not settings, "n", n, "unset: the sampler that was given has its own")
         return sampler
     name = sampler or "ancestral"
-    check(name in SAMPLERS, "sampler", name, ", ".join(SAMPLERS))
-    kind = SAMPLERS[name]
-    known = list(kind.__dataclass_fields__)  # type: ignore[attr-defined]
+    check_known("sampler", name, SAMPLERS)
+    kind, known = SAMPLERS[name], sampler_fields(name)
     for key in settings:
-        check(key in known, f"sampler {name}", key, ", ".join(known))
+        check_known(f"sampler {name}", key, known)
     if n is not None:
         population = next((name for name in ("n", "num_particles") if name in known), None)
         check(population is not None, "n", n, f"unset: {name} has no population")
         settings[str(population)] = n
     return kind(**settings)
+
+
+def sampler_fields(name: str | None) -> list[str]:
+    """Settings of a sampler by its name."""
+    kind: Any = SAMPLERS.get(name or "ancestral")
+    return [] if kind is None else list(kind.__dataclass_fields__)
 
 
 def sampler_name(sampler: Sampler) -> str:

@@ -37,6 +37,7 @@ class SVDD(Sampler):
     choose: str = "soft"
     lookahead: Lookahead = field(default_factory=Preview)
     needs_reward = True
+    kl_kind = "none: the law of what is chosen among candidates at every step is not known"
 
     @property
     def rows(self) -> int:

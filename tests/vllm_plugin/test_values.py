@@ -17,7 +17,7 @@ from steer.methods.value import HeadValue, ValueGuidance, ValueHead
 def test_greedy(more: dict[str, Any], engine: Any, reference: Any) -> None:
     """Guided and unguided requests in one batch, some steered as well, some under two heads."""
     one, two = guide(reference.info.unembedding(), **more), guide(reference.info.unembedding(), 1)
-    edits = [one, None, [two, vector(0.2)], [one, two]]
+    edits = [[one], None, [two, vector(0.2)], [one, two]]
     ours, theirs = greedy(engine, edits=edits, new=16), greedy(reference, edits=edits, new=16)
     assert ours.tokens == theirs.tokens
     plain = greedy(reference, new=16).tokens

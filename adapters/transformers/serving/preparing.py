@@ -109,8 +109,9 @@ class Preparer:
         block = min(steering.block or 8, prepared.sampling.max_tokens)
         prompts = [p for p in prepared.prompts for _ in range(steering.repeats)]
         return prepare(
-            replace(prepared.process, block=block), prompts, edits=edits, sampler=steering.sampler,
-            reward=prepared.reward, beta=steering.beta, seed=prepared.seed, max_rows=self.max_rows, model=self.model,
+            replace(prepared.process, block=block), prompts, edits=[list(edits)] * len(prompts),
+            sampler=steering.sampler, reward=prepared.reward, beta=steering.beta, seed=prepared.seed,
+            max_rows=self.max_rows, model=self.model,
         )  # fmt: skip
 
     # ---- artifacts

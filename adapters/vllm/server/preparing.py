@@ -100,8 +100,9 @@ class Preparer:
         steering = prepared.steering
         prompts = [p for p in prepared.prompts for _ in range(steering.repeats)]
         return prepare(
-            prepared.process, prompts, edits=list(prepared.edits), sampler=steering.sampler, reward=prepared.reward,
-            beta=steering.beta, seed=seed_of(prepared.sampling), max_rows=self.max_rows, model=self.model,
+            prepared.process, prompts, edits=[list(prepared.edits)] * len(prompts), sampler=steering.sampler,
+            reward=prepared.reward, beta=steering.beta, seed=seed_of(prepared.sampling), max_rows=self.max_rows,
+            model=self.model,
         )  # fmt: skip
 
     def _check_logprobs(self, sampling: Sampling) -> None:
