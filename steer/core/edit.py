@@ -105,7 +105,7 @@ class Scope:
         if text in named:
             return named[text]
         kind, _, position = str(text).partition(":")
-        check(kind == "from" and position.isdecimal(), "scope", text, cls.NAMES)
+        check(kind == "from" and position.isdecimal() and len(position) <= 9, "scope", text, cls.NAMES)
         return cls(start=int(position))
 
     def bounds(self, prompt_length: int) -> tuple[int, float]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from steer.serving import errors
 from steer.serving.artifact_store import Store
@@ -36,6 +37,7 @@ def create_app(
     files: Sequence[Path] = (),
     keys: Sequence[str] = (),
     local: bool = True,
+    origins: Sequence[str] = (),
     limits: Limits | None = None,
     rewards: Rewards | None = None,
     default: SteerRequest | None = None,
@@ -50,6 +52,7 @@ def create_app(
         files: artifacts elsewhere, registered under their names.
         keys: API keys, any of which opens; without one everybody may ask.
         local: without keys, answer only requests that name this machine as localhost.
+        origins: web pages of other sites that may ask, such as `https://chat.example`; `*` for all.
         limits: see `Limits`.
         rewards: those that requests may name; default: the shipped ones that load nothing.
         default: steering of requests that ask for none.
@@ -82,8 +85,11 @@ def create_app(
         add_small_routes(app, server)
     add_own_routes(app, server)
     app.add_middleware(Guard, keys=tuple(keys), local=local and not keys, body_bytes=limits.body_bytes,
-                       artifact_bytes=limits.artifact_bytes)  # fmt: skip
+                       artifact_bytes=limits.artifact_bytes, origins=tuple(origins))  # fmt: skip
     app.add_middleware(CountedRequests, metrics=metrics)
+    if origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST", "DELETE"],
+                           allow_headers=["*"], expose_headers=["Retry-After"])  # fmt: skip
     _describe(app, server.names, bool(keys))
     return app
 

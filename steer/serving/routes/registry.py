@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from steer.core import InputError
 from steer.serving.artifact_store import Entry, UnknownArtifactError, check_name
 from steer.serving.errors import Refused
+from steer.serving.guard import json_body
 from steer.serving.protocol import (
     Artifact,
     ArtifactList,
@@ -41,7 +42,7 @@ _MISSING: dict[int | str, dict[str, Any]] = {404: {"model": ErrorAnswer, "descri
 _REFUSED: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "No artifact of this model, no reward, or a name that cannot be."},
     413: {"model": ErrorAnswer, "description": "The file is too large, or there is no room for another."},
-    415: {"model": ErrorAnswer, "description": "Neither JSON, multipart nor bytes."},
+    415: {"model": ErrorAnswer, "description": "The content type is not one of these."},
     429: {"model": ErrorAnswer, "description": "Too many requests."},
     503: {"model": ErrorAnswer, "description": "The server is shutting down."},
 }
@@ -114,7 +115,10 @@ def _add_rewards(routes: APIRouter, server: Server) -> None:
         own = {entry.name for entry in known.registered() if not entry.fixed}
         return RewardList(data=[Reward(id=n, usage=u, fixed=n not in own) for n, u in known.usages().items()])
 
-    @routes.post("/rewards", response_model=Reward, status_code=201, responses={**_DENIED, **_REFUSED})
+    @routes.post(
+        "/rewards", response_model=Reward, status_code=201, responses={**_DENIED, **_REFUSED},
+        dependencies=[Depends(json_body)],
+    )  # fmt: skip
     async def register_reward(body: RegisterReward) -> Reward:
         """Give a reward a name: an expression of others, or a reward model in the folder of artifacts."""
         since = server.gate.enter()
