@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,16 @@ def create_app(
     gate = Gate(limits.requests, Idle(engine.give_back_memory))
     metrics = Metrics(engine, gate, store)
     tasks = Tasks(store, rewards or Rewards(folder=artifacts), limits, default, engine.own_edits)
-    server = Server(engine, store, tasks, gate, metrics, int(time.time()), tuple(dict.fromkeys((engine.name, *names))))
+    reading = ThreadPoolExecutor(1, "steer-files")
+    server = Server(
+        engine, store, tasks, gate, metrics, reading, int(time.time()), tuple(dict.fromkeys((engine.name, *names)))
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         gate.draining = True
+        reading.shutdown(wait=False, cancel_futures=True)
         engine.close()
 
     app = FastAPI(title="steer", summary="OpenAI-compatible generation with steering.", lifespan=lifespan,

@@ -181,20 +181,23 @@ class CompletionRequest(_Common):
     best_of: Literal[1] | None = Field(default=None, description="Use steer.sampler best-of-n.")
 
 
+Name = Annotated[Text, Field(max_length=256)]
+
+
 class RegisterRequest(_Request):
     """Register a file that lies in the configured folder."""
 
-    file: Text
-    name: Text | None = None
+    file: Name
+    name: Name | None = None
 
 
 class RegisterReward(_Request):
     """Give a reward a name: an expression of others, or a reward model's folder in the configured folder."""
 
-    name: Text
-    reward: Text | None = None
-    folder: Text | None = None
-    label: Text | None = None
+    name: Name
+    reward: Annotated[Text, Field(max_length=4096)] | None = None
+    folder: Name | None = None
+    label: Name | None = None
     """Of the model's classes, where it has several: the reward is its log-probability."""
 
 

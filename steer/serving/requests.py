@@ -14,7 +14,19 @@ import torch
 
 from steer import artifacts
 from steer.core import InputError, Prompt, RawText, Reward, Samples, SteerError, check
-from steer.serving.engine import Delta, Ended, Event, Finished, Sampling, Steering, Task, TokenPrompt, TooLargeError
+from steer.serving.artifact_store import digest
+from steer.serving.engine import (
+    Delta,
+    Ended,
+    Event,
+    Finished,
+    NamedEdit,
+    Sampling,
+    Steering,
+    Task,
+    TokenPrompt,
+    TooLargeError,
+)
 
 __all__ = [
     "Emit",
@@ -31,6 +43,7 @@ __all__ = [
     "scored",
     "seed_of",
     "token_ids",
+    "unchanged",
 ]
 
 
@@ -206,6 +219,26 @@ def check_card(path: Path) -> None:
 
 
 @contextmanager
+def unchanged(named: NamedEdit) -> Iterator[None]:
+    """Reads an artifact's file meanwhile. Raises `InputError` where it is not, before and after, what was registered."""
+    _check_unchanged(named)
+    yield
+    _check_unchanged(named)
+
+
+def _check_unchanged(named: NamedEdit) -> None:
+    assert named.path is not None
+    again = "register it again, or restart the server"
+    try:
+        same = digest(named.path) == named.digest
+    except OSError as error:
+        given = f"{named.request.name} (its file cannot be read: {error.strerror})"
+        raise InputError("steer.edits.name", given, f"an artifact whose file is there; {again}") from None
+    given = f"{named.request.name} (its file was replaced)"
+    check(same, "steer.edits.name", given, f"an artifact whose file is the one that was registered; {again}")
+
+
+@contextmanager
 def edit_errors(path: Path, options: Any) -> Iterator[None]:
     """Whatever is wrong with an artifact under a request's `options` becomes an `InputError` of `steer.edits`."""
     try:
@@ -214,7 +247,7 @@ def edit_errors(path: Path, options: Any) -> Iterator[None]:
         given, allowed = (error.given, error.allowed) if isinstance(error, InputError) else (path.stem, str(error))
         where = f"steer.edits.{error.field}" if isinstance(error, InputError) and options else "steer.edits"
         raise InputError(where, given, allowed) from error
-    except (KeyError, ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
+    except Exception as error:  # whatever somebody's file is made to lead to
         why = f"{path.stem} (cannot be used: {type(error).__name__}: {error})"
         raise InputError("steer.edits", why, "an artifact as steer writes it") from error
 

@@ -65,8 +65,8 @@ def _say(text: str) -> None:
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets on every address of `host`, before anything that takes long: those who ask meanwhile wait. `port` 0 is any
-    that is free, the same for all. Raises `InputError` where the address is not to be had.
+    """Sockets on every address of `host`, made before anything that takes long: those who ask meanwhile wait. `port` 0
+    is any that is free, the same for all. Raises `InputError` where the address is not to be had.
     """
     made: list[socket.socket] = []
     failed: OSError | None = None
@@ -98,9 +98,9 @@ def _urls(sockets: Sequence[socket.socket]) -> list[str]:
 
 
 def run(app: FastAPI, sockets: list[socket.socket], patience: float) -> None:
-    """Serve until SIGTERM or SIGINT, which mean the same: who was let in, and who had sent a request by then, has
-    `patience` seconds to finish; others are refused with 503. Who is still there afterwards is ended, and so is everybody
-    at the second signal.
+    """Serve until SIGTERM or SIGINT, which mean the same: who was let in, or had sent a request by then, has `patience`
+    seconds to finish; others are refused with 503. Who is still there afterwards is ended, and so is everybody at the
+    second signal.
     """
     # Its one warning here is that a client left while something was being sent, which is theirs to do.
     logging.getLogger("asyncio").setLevel(logging.ERROR)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from steer.core import InputError
+from steer.core import InputError, SteerError
 from steer.serving.artifact_store import Entry, UnknownArtifactError, check_name
 from steer.serving.errors import Refused
+from steer.serving.gate import Gone, while_wanted
 from steer.serving.guard import json_body
 from steer.serving.protocol import (
     Artifact,
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
     from steer.serving.server import Server
 
 __all__ = ["router"]
+
+
+T = TypeVar("T")
 
 
 _DENIED: dict[int | str, dict[str, Any]] = {
@@ -82,6 +88,8 @@ def router(server: Server) -> APIRouter:
         since = server.gate.enter()
         try:
             return _shown(await _registered(server, request))
+        except (Gone, ClientDisconnect):
+            raise Refused(499, "the client has left") from None
         finally:
             server.gate.leave(since)
 
@@ -97,7 +105,7 @@ def router(server: Server) -> APIRouter:
     async def delete(name: str) -> Deleted:
         """Forget an artifact; the file of one that was sent is deleted. Requests that use it run to their end."""
         try:
-            await asyncio.to_thread(store.remove, name)
+            await _in_turn(server, store.remove, name)
         except UnknownArtifactError as error:
             raise Refused(404, str(error), "name", "artifact_not_found") from None
         return Deleted(id=name)
@@ -123,7 +131,7 @@ def _add_rewards(routes: APIRouter, server: Server) -> None:
         """Give a reward a name: an expression of others, or a reward model in the folder of artifacts."""
         since = server.gate.enter()
         try:
-            entry = await asyncio.to_thread(known.add, body.name, body.reward, body.folder, body.label)
+            entry = await _in_turn(server, known.add, body.name, body.reward, body.folder, body.label)
         finally:
             server.gate.leave(since)
         return Reward(id=entry.name, usage=entry.usage, fixed=False)
@@ -134,7 +142,7 @@ def _add_rewards(routes: APIRouter, server: Server) -> None:
     async def delete_reward(name: str) -> Deleted:
         """Forget a registered reward. Requests that use it run to their end."""
         try:
-            await asyncio.to_thread(known.remove, name)
+            await _in_turn(server, known.remove, name)
         except UnknownRewardError as error:
             raise Refused(404, str(error), "name", "reward_not_found") from None
         return Deleted(id=name, object="steer.reward")
@@ -157,7 +165,7 @@ async def _registered(server: Server, request: Request) -> Entry:
     if kind == "application/octet-stream":
         name = request.query_params.get("name", "")
         check_name(name)
-        return await _stored(server, name, request.stream())
+        return await _stored(server, request, name, request.stream())
     raise HTTPException(415, "Content-Type: application/json, multipart/form-data or application/octet-stream")
 
 
@@ -168,7 +176,7 @@ async def _named(server: Server, request: Request) -> Entry:
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(".".join(map(str, first["loc"])) or "body", first.get("input"), first["msg"]) from None
-    return await asyncio.to_thread(server.store.adopt, asked.file, asked.name)
+    return await _in_turn(server, server.store.adopt, asked.file, asked.name)
 
 
 async def _sent_form(server: Server, request: Request) -> Entry:
@@ -184,7 +192,7 @@ async def _sent_form(server: Server, request: Request) -> Entry:
             raise InputError("file", None, "the artifact's file")
         name = name if isinstance(name, str) and name else Path(file.filename or "").stem
         check_name(name)
-        return await _stored(server, name, _pieces(file))
+        return await _stored(server, request, name, _pieces(file))
     finally:
         await form.close()
 
@@ -194,13 +202,27 @@ async def _pieces(file: UploadFile) -> Any:
         yield piece
 
 
-async def _stored(server: Server, name: str, pieces: Any) -> Entry:
-    """Write what comes beside the registered files, and register it once it is complete."""
-    path = server.store.incoming()
+async def _stored(server: Server, request: Request, name: str, pieces: Any) -> Entry:
+    """Write what comes beside the registered files, and register it once it is complete and while its client waits."""
+    path, waiting = server.store.incoming(), True
+    try:
+        await _write(path, pieces)
+        adding = _in_turn(server, server.store.add, name, path, lambda: waiting)
+        return await while_wanted(adding, request.receive)
+    finally:
+        waiting = False
+        path.unlink(missing_ok=True)
+
+
+async def _write(path: Path, pieces: Any) -> None:
     try:
         with path.open("wb") as out:
             async for piece in pieces:
                 await asyncio.to_thread(out.write, piece)
-        return await asyncio.to_thread(server.store.add, name, path)
-    finally:
-        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise SteerError(f"the folder of artifacts cannot be written ({error.strerror or error})") from error
+
+
+async def _in_turn(server: Server, work: Callable[..., T], *given: Any) -> T:
+    """Work in the thread for files; where its turn has not come when nobody waits any more, it is not done."""
+    return await asyncio.get_running_loop().run_in_executor(server.files, work, *given)
