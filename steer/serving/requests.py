@@ -29,6 +29,7 @@ from steer.serving.engine import (
 )
 
 __all__ = [
+    "AGAIN",
     "Emit",
     "Encoded",
     "Request",
@@ -218,6 +219,9 @@ def check_card(path: Path) -> None:
         check(not card.settings.get(name), "artifact", f"a card that names a file ({name})", "a card without")
 
 
+AGAIN = "register it again, or restart the server"
+
+
 @contextmanager
 def unchanged(named: NamedEdit) -> Iterator[None]:
     """Reads an artifact's file meanwhile. Raises `InputError` where it is not, before and after, what was registered."""
@@ -228,14 +232,14 @@ def unchanged(named: NamedEdit) -> Iterator[None]:
 
 def _check_unchanged(named: NamedEdit) -> None:
     assert named.path is not None
-    again = "register it again, or restart the server"
+    name = named.request.name
     try:
         same = digest(named.path) == named.digest
-    except OSError as error:
-        given = f"{named.request.name} (its file cannot be read: {error.strerror})"
-        raise InputError("steer.edits.name", given, f"an artifact whose file is there; {again}") from None
-    given = f"{named.request.name} (its file was replaced)"
-    check(same, "steer.edits.name", given, f"an artifact whose file is the one that was registered; {again}")
+    except OSError:
+        given = f"{name} (its file is gone)"
+        raise InputError("steer.edits.name", given, f"an artifact whose file is there; {AGAIN}") from None
+    allowed = f"an artifact whose file is the one registered; {AGAIN}"
+    check(same, "steer.edits.name", f"{name} (its file was replaced)", allowed)
 
 
 @contextmanager
@@ -244,6 +248,8 @@ def edit_errors(path: Path, options: Any) -> Iterator[None]:
     try:
         yield
     except SteerError as error:
+        if isinstance(error, InputError) and error.field.startswith("steer."):
+            raise
         given, allowed = (error.given, error.allowed) if isinstance(error, InputError) else (path.stem, str(error))
         where = f"steer.edits.{error.field}" if isinstance(error, InputError) and options else "steer.edits"
         raise InputError(where, given, allowed) from error

@@ -5,6 +5,7 @@ its edits in `SamplingParams.extra_args["steer"]` (see `steer.wire.SteerRequest`
 
 | process    | method                                | why |
 |------------|---------------------------------------|-----|
+| front end  | `EngineArgs.create_engine_config`     | several API processes are refused before they start |
 | front end  | `InputProcessor.__init__`             | settings are checked before a model is loaded |
 | front end  | `InputProcessor.process_inputs`       | a request is checked, and names become digests and positions |
 | engine     | `generate_block_hash_extra_keys`      | steered blocks of the prefix cache have keys of their own |
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 from steer.adapters.vllm.lifetime import watch_parent
@@ -25,7 +27,7 @@ from steer.adapters.vllm.plugin.requests import block_key, digests, resolved_of
 from steer.adapters.vllm.plugin.runner_v1 import install_runner_v1
 from steer.adapters.vllm.plugin.tuned import check_engine
 from steer.adapters.vllm.plugin.wrapping import optional, worker_of, wrap
-from steer.adapters.vllm.settings import check_version, model_info, settings_of
+from steer.adapters.vllm.settings import SERVER_PLUGIN, check_processes, check_version, model_info, settings_of
 from steer.core import InputError, SteerError, UnsupportedError
 
 __all__ = ["front_end", "register"]
@@ -62,6 +64,7 @@ def front_end(input_processor: Any) -> FrontEnd:
 
 
 def _front() -> None:
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import OutputProcessor
@@ -71,11 +74,12 @@ def _front() -> None:
 
     def process(original: Callable[..., Any]) -> Callable[..., Any]:
         def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **more: Any) -> Any:
-            extra = getattr(params, "extra_args", None)
-            given = extra.get("steer") if extra else None
+            given = _asked(params)
             if given is None:
                 return original(self, request_id, prompt, params, *args, **more)
+            bound = signature(original).bind(self, request_id, prompt, params, *args, **more).arguments
             try:
+                _check_plain(params, bound.get("lora_request"))
                 front = front_end(self)
                 asked = front.parse(given)
                 reads = any(edit.reads for edit in front.hidden(asked))
@@ -98,6 +102,8 @@ def _front() -> None:
     def init(original: Callable[..., Any]) -> Callable[..., Any]:
         def init_processor(self: Any, vllm_config: Any, *args: Any, **more: Any) -> None:
             settings = settings_of(vllm_config)  # wrong ones are refused before any process loads a model
+            if settings is not None and vllm_config.model_config.runner_type == "pooling":
+                raise UnsupportedError("steering is for models that generate text: turn it off for a pooling model")
             if settings is not None and settings.tuned:
                 check_engine(vllm_config, dict(settings.tuned))
             original(self, vllm_config, *args, **more)
@@ -114,9 +120,47 @@ def _front() -> None:
 
         return add_request
 
+    def create(original: Callable[..., Any]) -> Callable[..., Any]:
+        def create_engine_config(self: Any, *args: Any, **more: Any) -> Any:
+            config = original(self, *args, **more)
+            _check_processes(config)
+            return config
+
+        return create_engine_config
+
+    wrap(EngineArgs, "create_engine_config", create)
     wrap(InputProcessor, "__init__", init)
     wrap(InputProcessor, "process_inputs", process)
     wrap(OutputProcessor, "add_request", add)
+
+
+def _check_processes(config: Any) -> None:
+    """End a server of several API processes with one line, in the process that would start them."""
+    from vllm import envs
+
+    named = SERVER_PLUGIN in (envs.VLLM_PLUGINS or ())
+    if named and config.parallel_config._api_process_count > 1 and settings_of(config) is not None:
+        try:
+            check_processes(config)
+        except InputError as error:
+            raise SystemExit(f"steer: {error}") from None
+
+
+def _asked(params: Any) -> Any:
+    """What a request says of steering, also one for embeddings, where it would be lost."""
+    extra = getattr(params, "extra_args", None) or getattr(params, "extra_kwargs", None)
+    return extra.get("steer") if extra else None
+
+
+def _check_plain(params: Any, lora: Any) -> None:
+    """Raise `UnsupportedError` for requests whose steering would not be what it is elsewhere."""
+    if not hasattr(params, "extra_args"):
+        raise UnsupportedError("steering is for requests that generate text: embeddings and scores are not steered")
+    if lora is not None:
+        raise UnsupportedError(
+            f"steering does not go with vLLM's own LoRA adapter {lora.lora_name!r}: vectors are measured on the base "
+            "model; serve the merged model, or name the adapter in additional_config steer.tuned"
+        )
 
 
 def used_artifacts(output_processor: Any) -> set[str]:
