@@ -29,6 +29,9 @@ _VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """A cache of 1 GB, and whatever processor is free: by default every engine of a machine takes the same one."""
 
 
+CHAT = [{"role": "user", "content": "tell me about the sun"}]
+
+
 @dataclass
 class Running:
     """A server that runs."""
@@ -171,3 +174,39 @@ def write_vector(
     entry = {"width": width} if info is None else info.entry()
     artifacts.save(path, tensors, Card("vector", entry, list(layers), {"strength": 1.0}))
     return path
+
+
+# ------------------------------------------------------------------------------------------------- in one process
+
+
+class Idle:
+    """An engine that stays open when an application of these tests ends."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return (lambda: None) if name == "close" else getattr(self._engine, name)
+
+
+def http(engine: Any, folder: Path | None, **settings: Any) -> Any:
+    from fastapi.testclient import TestClient
+
+    from steer.serving.app import create_app
+
+    app = create_app(Idle(engine), artifacts=folder, local=False, **settings)
+    return TestClient(app, raise_server_exceptions=False)
+
+
+def steered(client: Any, name: str, **settings: Any) -> Any:
+    body = {"model": "tiny", "messages": CHAT, "max_tokens": 8, "temperature": 0,
+            "steer": {"edits": [{"name": name, **settings}]}}  # fmt: skip
+    return client.post("/v1/chat/completions", json=body)
+
+
+def wrong(answer: Any, status: int, field: str | None, *words: str) -> None:
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == field, error
+    for word in words:
+        assert word in error["message"]
