@@ -70,14 +70,23 @@ class Running:
 
     def hang_up(self, path: str, body: dict[str, Any]) -> None:
         """Begin a request, and close the connection once the server is at it."""
-        content = json.dumps(body).encode()
-        host, port = self.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as wire:
-            head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-            head += f"Authorization: Bearer {self.key}\r\nContent-Length: {len(content)}\r\n\r\n"
-            wire.sendall(head.encode() + content)
+        with self._asked(path, json.dumps(body).encode(), "application/json"):
             assert self.settles("steer_inside", 1)
             time.sleep(0.05)
+
+    def abandon(self, path: str, content: bytes, kind: str) -> None:
+        """Send a request, and close the connection without an answer."""
+        with self._asked(path, content, kind):
+            pass
+
+    @contextmanager
+    def _asked(self, path: str, content: bytes, kind: str) -> Iterator[None]:
+        host, port = self.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as wire:
+            head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: {kind}\r\n"
+            head += f"Authorization: Bearer {self.key}\r\nContent-Length: {len(content)}\r\n\r\n"
+            wire.sendall(head.encode() + content)
+            yield
 
     def stop(self, how: int = signal.SIGTERM) -> int:
         self.process.send_signal(how)

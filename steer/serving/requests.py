@@ -224,7 +224,7 @@ AGAIN = "register it again, or restart the server"
 
 @contextmanager
 def unchanged(named: NamedEdit) -> Iterator[None]:
-    """Reads an artifact's file meanwhile. Raises `InputError` where it is not, before and after, what was registered."""
+    """Have an artifact's file read. Raises `InputError` where it is not what was registered, before and after."""
     _check_unchanged(named)
     yield
     _check_unchanged(named)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -211,7 +212,8 @@ async def _stored(server: Server, request: Request, name: str, pieces: Any) -> E
         return await while_wanted(adding, request.receive)
     finally:
         waiting = False
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 async def _write(path: Path, pieces: Any) -> None:
