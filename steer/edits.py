@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.artifacts import Artifact, Card, load
+from steer.artifacts import MAX_STRENGTH, Artifact, Card, load
 from steer.core import Edit, InputError, check
 from steer.gguf import load_gguf
 from steer.methods.controller import Controller, ControllerNetwork
@@ -129,7 +130,7 @@ def edit_of(
     if compared == "any":
         card = replace(card, model={k: v for k, v in card.model.items() if k != "fingerprint"})
     if strength is not None:
-        check(abs(strength) < float("inf"), "strength", strength, "a finite number")
+        check(abs(strength) <= MAX_STRENGTH, "strength", strength, f"a number of at most {MAX_STRENGTH:g} either way")
     return KINDS[card.kind](tensors, card, strength, options, model)
 
 
@@ -151,8 +152,10 @@ def parse_layers(text: Any, available: list[int]) -> list[int]:
         chosen = []
         for part in str(text).split(","):
             low, dash, high = part.strip().partition("-")
-            check(low.isdecimal() and (high.isdecimal() or not dash), "layers", text, "10-19, or 3,5,8, or all")
-            chosen += range(int(low), int(high if dash else low) + 1)
+            ends = (low, high) if dash else (low, low)
+            short = all(end.isdecimal() and len(end) <= 5 for end in ends)
+            check(short, "layers", text, "10-19, or 3,5,8, or all")
+            chosen += range(int(ends[0]), min(int(ends[1]), max(available) + 1) + 1)
     missing = [layer for layer in chosen if layer not in available]
     check(bool(chosen) and not missing, "layers", text, f"layers between {min(available)} and {max(available)}")
     return chosen
@@ -188,13 +191,24 @@ def _probe(path: str | Path, layer: Any = None) -> tuple[dict[int, Probe], int]:
     return probes, best
 
 
+def _by_layer(tensors: dict[str, Tensor], kind: str) -> dict[int, Tensor]:
+    """Tensors named `kind.N` by their layer N."""
+    found = {}
+    for name, tensor in tensors.items():
+        if name.startswith(f"{kind}."):
+            layer = name.partition(".")[2]
+            check(layer.isascii() and layer.isdecimal() and len(layer) <= 5, "artifact", f"tensor {name}", f"{kind}.N")
+            found[int(layer)] = tensor
+    return found
+
+
 def _vector(
     tensors: dict[str, Tensor], card: Card, strength: float | None, options: dict[str, Any], model: Any
 ) -> Edit:
     allowed = ("layers", "scope", "operator", "unit", "keep_norm", "gate", "gate_layer", "tokens")
     settings = _settings(card, options, allowed, "vector")
-    directions = {int(k.split(".")[1]): v for k, v in tensors.items() if k.startswith("direction.")}
-    references = {int(k.split(".")[1]): v for k, v in tensors.items() if k.startswith("reference.")}
+    directions, references = _by_layer(tensors, "direction"), _by_layer(tensors, "reference")
+    check(bool(directions), "artifact", f"tensors {list(tensors)[:5]}", "a vector with tensors direction.N")
     depth = card.model.get("num_layers")
     layers = parse_layers(settings.get("layers", sorted(directions)), sorted(directions))
     if depth is not None:
@@ -224,10 +238,9 @@ def _controller(
     settings = _settings(card, options, ("threshold", "scope", "unit"), "controller")
     weights = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
     inputs, layers, hidden = len(weights["mean"]), *weights["weight_outer.weight"].shape
-    network = ControllerNetwork(inputs, layers, hidden)
-    network.load_state_dict(weights)
+    network = _filled(lambda: ControllerNetwork(inputs, layers, hidden), weights)
     return Controller(
-        network=network.eval().requires_grad_(False),
+        network=network,
         inputs=tuple(card.recipe["inputs"]),
         directions=tensors["directions"],
         strength=float(card.settings.get("strength", 1.0)) * (1.0 if strength is None else strength),
@@ -245,9 +258,8 @@ def _value(tensors: dict[str, Tensor], card: Card, strength: float | None, optio
     check_model(card.model, info, "value head")
     hidden = tensors["inner.weight"].shape[0]
     kind = str(card.recipe.get("head", "q"))
-    head: torch.nn.Module = QHead(info.width, hidden) if kind == "q" else ValueHead(info.width, hidden)
-    head.load_state_dict(tensors)
-    head = head.eval().requires_grad_(False).to(model.device)
+    made = QHead if kind == "q" else ValueHead
+    head = _filled(lambda: made(info.width, hidden), tensors).to(model.device)
     return ValueGuidance(
         HeadValue(head, info.unembedding() if kind == "q" else None),
         beta=None if settings.get("beta") is None else parse_number("beta", settings["beta"]),
@@ -255,6 +267,14 @@ def _value(tensors: dict[str, Tensor], card: Card, strength: float | None, optio
         top_k=parse_number("top_k", settings.get("top_k", 20), int),
         tail=str(settings.get("tail", "mean")),
     )
+
+
+def _filled(made: Callable[[], torch.nn.Module], weights: dict[str, Tensor]) -> Any:
+    """A network with these weights, in float32. Nothing of its size is made before the weights are seen to fit it."""
+    with torch.device("meta"):
+        network = made()
+    network.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
+    return network.eval().requires_grad_(False)
 
 
 KINDS = {"vector": _vector, "controller": _controller, "value": _value}

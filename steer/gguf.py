@@ -14,6 +14,7 @@ from torch import Tensor
 from steer.artifacts import check_file, check_finite
 from steer.core import InputError, check
 from steer.files import replacing
+from steer.headers import check_gguf
 
 log = logging.getLogger("steer")
 
@@ -65,6 +66,7 @@ def load_gguf(path: Path | str) -> tuple[dict[int, Tensor], str]:
     with file.open("rb") as stream:
         check(stream.read(4) == b"GGUF", "artifact", f"{file} (not GGUF)", _ALLOWED_GGUF)
     try:
+        check_gguf(file)
         architecture, hint, tensors = _read_gguf(file)
     except Exception as error:
         # The reader maps the file and indexes into it, so damage surfaces as any kind of error.

@@ -198,7 +198,7 @@ class VLLMModel(TextModel):
 
     def edit(self, name: str, strength: float | None = None, **settings: Any) -> Named:
         """A registered artifact as an edit, with `settings` of `steer.wire.EditRequest`."""
-        named = Named(EditRequest(name=name, strength=strength, **settings))
+        named = Named(EditRequest.parse({"name": name, "strength": strength, **settings}))
         named.check(self.front)
         return named
 

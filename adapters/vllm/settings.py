@@ -20,6 +20,10 @@ SUPPORTED = ("0.31", "0.32")
 """Versions of vLLM whose extension points are known."""
 
 
+SERVER_PLUGIN = "steer_http"
+"""The entry point of the server's part: its name in `VLLM_PLUGINS`."""
+
+
 def check_version() -> None:
     """Raise `SteerError` unless a supported vLLM is installed."""
     try:
@@ -90,6 +94,12 @@ def settings_of(config: Any) -> Settings | None:
         speculative=config.speculative_config is not None,
         tuned=_tuned(given.get("tuned", {})),
     )
+
+
+def check_processes(config: Any) -> None:
+    """Raise `InputError` where a server would have several API processes."""
+    servers = config.parallel_config._api_process_count
+    check(servers == 1, "api_server_count", servers, f"1 with {SERVER_PLUGIN}: registered names live in one process")
 
 
 def _tuned(given: Any) -> tuple[tuple[str, str], ...]:

@@ -327,6 +327,9 @@ class ServeOptions(ModelOptions):
         str | None, typer.Option(metavar="NAME", help="Environment variable that holds the API key, or several.")
     ] = None
     no_key: Annotated[bool, typer.Option("--no-key", help="Serve other machines without a key.")] = False
+    allow_origin: Annotated[
+        list[str], typer.Option(metavar="ORIGIN", help="A web page's origin that may ask, or *; repeatable.")
+    ] = field(default_factory=list)
     artifacts: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of vectors, controllers and value heads; clients' too.")
     ] = None

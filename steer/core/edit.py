@@ -106,7 +106,7 @@ class Scope:
         if text in named:
             return named[text]
         kind, _, position = str(text).partition(":")
-        check(kind == "from" and position.isdecimal(), "scope", text, cls.NAMES)
+        check(kind == "from" and position.isdecimal() and len(position) <= 9, "scope", text, cls.NAMES)
         return cls(start=int(position))
 
     def __str__(self) -> str:

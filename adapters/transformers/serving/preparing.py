@@ -22,7 +22,16 @@ from steer.methods.value import HeadValue, ValueGuidance
 from steer.model import Plan, prepare
 from steer.serving import requests
 from steer.serving.engine import NamedEdit, Steering, Task
-from steer.serving.requests import Request, check_card, check_rows, check_search, edit_errors, seed_of, token_ids
+from steer.serving.requests import (
+    Request,
+    check_card,
+    check_rows,
+    check_search,
+    edit_errors,
+    seed_of,
+    token_ids,
+    unchanged,
+)
 
 if TYPE_CHECKING:
     from steer.adapters.transformers.model import LanguageModel
@@ -131,7 +140,8 @@ class Preparer:
                 self._edits.move_to_end(key)
                 return self._edits[key]
         assert named.path is not None, "a language model has no edits of its own"
-        made = self._loaded(named.path, asked.strength, asked.options()).with_beta(beta)
+        with unchanged(named):
+            made = self._loaded(named.path, asked.strength, asked.options()).with_beta(beta)
         with self._lock:
             made = self._edits.setdefault(key, made)
             while len(self._edits) > _KEPT_EDITS:

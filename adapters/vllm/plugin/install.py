@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 from steer.adapters.vllm.lifetime import watch_parent
@@ -27,7 +28,14 @@ from steer.adapters.vllm.plugin.registry import FrontEnd
 from steer.adapters.vllm.plugin.requests import Resolved
 from steer.adapters.vllm.plugin.tuned import check_engine
 from steer.adapters.vllm.plugin.wrapping import optional, wrap
-from steer.adapters.vllm.settings import Settings, check_version, model_info, settings_of
+from steer.adapters.vllm.settings import (
+    SERVER_PLUGIN,
+    Settings,
+    check_processes,
+    check_version,
+    model_info,
+    settings_of,
+)
 from steer.core import InputError, SteerError, UnsupportedError
 
 __all__ = ["front_end", "register"]
@@ -64,16 +72,34 @@ def front_end(input_processor: Any) -> FrontEnd:
 
 
 def _front() -> None:
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import OutputProcessor
 
+    wrap(EngineArgs, "create_engine_config", _create_engine_config)
     wrap(InputProcessor, "__init__", _init_processor)
     wrap(InputProcessor, "process_inputs", _process_inputs)
     wrap(OutputProcessor, "add_request", _add_output)
 
 
+def _create_engine_config(original: Callable[..., Any], arguments: Any, *args: Any, **more: Any) -> Any:
+    """End a server of several API processes with one line, in the process that would start them."""
+    from vllm import envs
+
+    config = original(arguments, *args, **more)
+    named = SERVER_PLUGIN in (envs.VLLM_PLUGINS or ())
+    if named and config.parallel_config._api_process_count > 1 and settings_of(config) is not None:
+        try:
+            check_processes(config)
+        except InputError as error:
+            raise SystemExit(f"steer: {error}") from None
+    return config
+
+
 def _init_processor(original: Callable[..., Any], processor: Any, vllm_config: Any, *args: Any, **more: Any) -> None:
     settings = settings_of(vllm_config)  # wrong ones are refused before any process loads a model
+    if settings is not None and vllm_config.model_config.runner_type == "pooling":
+        raise UnsupportedError("steering is for models that generate text: turn it off for a pooling model")
     if settings is not None and settings.tuned:
         check_engine(vllm_config, dict(settings.tuned))
     original(processor, vllm_config, *args, **more)
@@ -82,11 +108,12 @@ def _init_processor(original: Callable[..., Any], processor: Any, vllm_config: A
 def _process_inputs(
     original: Callable[..., Any], processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **more: Any
 ) -> Any:
-    extra = getattr(params, "extra_args", None)
-    given = extra.get("steer") if extra else None
+    given = _asked(params)
     if given is None:
         return original(processor, request_id, prompt, params, *args, **more)
+    bound = signature(original).bind(processor, request_id, prompt, params, *args, **more).arguments
     with _refusing():
+        _check_plain(params, bound.get("lora_request"))
         front = front_end(processor)
         asked = front.parse(given)
         reads = any(edit.reads for edit in front.hidden(asked))
@@ -98,6 +125,23 @@ def _process_inputs(
         resolved = front.resolve(asked, len(request.prompt_token_ids or request.prompt_embeds))
     own.extra_args = {**own.extra_args, "steer": resolved.pack()}
     return request
+
+
+def _asked(params: Any) -> Any:
+    """What a request says of steering, also one for embeddings, where it would be lost."""
+    extra = getattr(params, "extra_args", None) or getattr(params, "extra_kwargs", None)
+    return extra.get("steer") if extra else None
+
+
+def _check_plain(params: Any, lora: Any) -> None:
+    """Raise `UnsupportedError` for requests whose steering would not be what it is elsewhere."""
+    if not hasattr(params, "extra_args"):
+        raise UnsupportedError("steering is for requests that generate text: embeddings and scores are not steered")
+    if lora is not None:
+        raise UnsupportedError(
+            f"steering does not go with vLLM's own LoRA adapter {lora.lora_name!r}: vectors are measured on the base "
+            "model; serve the merged model, or name the adapter in additional_config steer.tuned"
+        )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from steer.adapters.vllm.client import Asynchronous, Stopped
 from steer.adapters.vllm.model import VLLMModel
-from steer.adapters.vllm.server.preparing import Prepared, Preparer
+from steer.adapters.vllm.server.preparing import Prepared, Preparer, hold
 from steer.adapters.vllm.server.writing import measured, search, spent, written
 from steer.core import Cost, InputError, SteerError, check_whole
 from steer.serving.engine import Event, Finished, Load, Task
@@ -179,7 +179,7 @@ class VLLMEngine:
     async def _holding(self, files: Mapping[str, Path]) -> AsyncIterator[None]:
         """Keep artifacts registered meanwhile; those that are gone are registered again, which takes a thread."""
         if not self.model.hold_now(files):
-            held = asyncio.get_running_loop().run_in_executor(None, self.model.hold, files)
+            held = asyncio.get_running_loop().run_in_executor(None, hold, self.model, files)
             try:
                 await asyncio.shield(held)
             except asyncio.CancelledError:
