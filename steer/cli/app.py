@@ -93,7 +93,7 @@ _DRY = inspect.Parameter(
 
 def _panels(options: type) -> dict[str, str]:
     """The title under which each option stands in the help: that of the class that declares it."""
-    found = {}
+    found: dict[str, str] = {}
     for kind in reversed(options.__mro__):
         title = PANELS.get(kind.__name__, "Options")
         found |= dict.fromkeys(vars(kind).get("__annotations__", {}), title)
