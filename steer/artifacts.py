@@ -92,7 +92,8 @@ class Artifact(NamedTuple):
     def __mul__(self, factor: Any) -> Any:
         return self() * factor
 
-    __rmul__ = __mul__
+    def __rmul__(self, factor: Any) -> Any:
+        return self() * factor
 
     def __neg__(self) -> Any:
         return self() * -1.0

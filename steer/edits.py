@@ -12,6 +12,7 @@ from torch import Tensor
 
 from steer.artifacts import MAX_STRENGTH, Artifact, Card, load
 from steer.core import Edit, InputError, check
+from steer.core.names import check_known
 from steer.gguf import load_gguf
 from steer.methods.controller import Controller, ControllerNetwork
 from steer.methods.operators import Probe
@@ -136,7 +137,7 @@ def edit_of(
 
 def _settings(card: Card, options: dict[str, Any], allowed: tuple[str, ...], kind: str) -> dict[str, Any]:
     for key in options:
-        check(key in allowed, f"option of a {kind}", key, ", ".join(allowed))
+        check_known(f"option of a {kind}", key, allowed)
     return {**{k: v for k, v in card.settings.items() if k in allowed}, **options}
 
 

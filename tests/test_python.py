@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -210,10 +212,11 @@ def test_the_signature_has_every_setting(tiny_lm: Any) -> None:
 
     from steer.adapters.language.decoding import Decoding
     from steer.adapters.language.model import TextModel, TextSettings
+    from steer.methods.samplers import SAMPLERS, sampler_fields
 
     names = set(inspect.signature(tiny_lm.generate).parameters)
     assert {f.name for f in fields(Decoding)} <= names
-    ours = names - {"prompts", "stream", "more"}
+    ours = names - {"prompts", "stream", "more"} | {f for name in SAMPLERS for f in sampler_fields(name)}
     assert ours <= set(typing.get_type_hints(TextSettings)) and TextModel.generate.__doc__
     assert all(name in TextModel.generate.__doc__ for name in names)
 
@@ -299,3 +302,57 @@ def test_a_network_of_ones_own_needs_its_tokenizer() -> None:
         steer.load(nn.Linear(2, 2), kind="text")
     with pytest.raises(InputError, match="kind"):
         steer.load(nn.Linear(2, 2), kind="images")
+
+
+@pytest.mark.slow
+def test_a_strict_type_checker_finds_nothing(tmp_path: Path) -> None:
+    """mypy --strict on `public_api.py` against the package as it is installed, and one mistake that it finds."""
+    pytest.importorskip("mypy")
+    package = Path(steer.__file__).parent
+    shutil.copytree(package, tmp_path / "steer", ignore=shutil.ignore_patterns("__pycache__"))
+    from steer import adapters
+
+    shutil.copytree(Path(adapters.__path__[0]), tmp_path / "steer" / "adapters", dirs_exist_ok=True)
+    shutil.copy(Path(__file__).parent / "public_api.py", tmp_path / "good.py")
+    (tmp_path / "bad.py").write_text(
+        'import steer\n\nsteer.load("smollm2-135m").generate("a", max_new_tokens="b").text\n'
+    )
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\nignore_missing_imports = True\n[mypy-steer.*]\nfollow_imports = silent\n"
+    )
+
+    def checked(name: str) -> str:
+        command = [sys.executable, "-m", "mypy", "--strict", "--config-file", "mypy.ini", name]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False).stdout
+
+    assert checked("good.py").startswith("Success"), checked("good.py")
+    found = checked("bad.py")
+    assert "[call-overload]" in found or "[arg-type]" in found or "[typeddict-item]" in found, found
+
+
+def test_a_classifier_as_reward(tmp_path: Path, tiny_lm: Any) -> None:
+    """A pipeline of transformers, by its label, scores as its own network does."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification, TextClassificationPipeline
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_lm.tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, pad_token_id=1, id2label={0: "NEG", 1: "POS"}, label2id={"NEG": 0, "POS": 1},
+    )  # fmt: skip
+    classifier = TextClassificationPipeline(
+        model=LlamaForSequenceClassification(config).eval(), tokenizer=tiny_lm.tokenizer, device="cpu"
+    )
+    reward = steer.as_reward(classifier, "POS")
+    plain = copy.copy(tiny_lm.tokenizer)
+    plain.chat_template = None
+    bare = TextClassificationPipeline(model=classifier.model, tokenizer=plain, device="cpu")
+    texts = ["good dog", "bad cat"]
+    theirs = [next(x["score"] for x in row if x["label"] == "POS") for row in bare(texts, top_k=None)]
+    ours = steer.score(texts, steer.as_reward(bare, "POS"))
+    assert ours.exp().tolist() == pytest.approx(theirs, abs=1e-5)  # float32
+    assert len(tiny_lm.generate("the sun", sampler="best-of-n", n=2, reward=reward, seed=0)) == 1
+    with pytest.raises(InputError, match="POS"):
+        tiny_lm.generate("the sun", reward=classifier)
+    for wrong in (lambda texts: 3.0, lambda texts: [{"score": 1}] * len(texts), lambda texts: None):
+        with pytest.raises(steer.SteerError, match="one number for each"):
+            steer.score(texts, wrong)

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from steer.adapters.language.generation import decoding_settings, fit_lengths, m
 from steer.adapters.language.prompts import PromptReader
 from steer.core import InputError, ModelInfo, Prompt, PromptEdit, Reward, Sampler, Samples, check
 from steer.edits import as_edits
+from steer.methods.samplers import SamplerSettings
 from steer.model import Model
 
 __all__ = ["TextModel", "TextSettings", "shown"]
@@ -29,7 +30,7 @@ def shown(prompt: Prompt) -> Any:
     return prompt if isinstance(prompt, str) else list(prompt)
 
 
-class TextSettings(TypedDict, total=False):
+class TextSettings(SamplerSettings, total=False):
     """What `TextModel.generate` takes beside the prompts, for type checkers; its docstring says what each is."""
 
     edits: Any
@@ -61,8 +62,6 @@ class TextSettings(TypedDict, total=False):
     max_tokens: int | None
     num_return_sequences: int | None
     do_sample: bool | None
-    num_particles: int
-    num_candidates: int
 
 
 class TextModel(Model):
@@ -74,7 +73,7 @@ class TextModel(Model):
         self.tokenizer, self.name = tokenizer, name
         self.reader = PromptReader(tokenizer, name)
 
-    @overload
+    @overload  # type: ignore[override]  # names are checked, where the base class takes any
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt] = ...,
@@ -240,8 +239,8 @@ class TextModel(Model):
         rewriting = [edit for edit, _ in as_edits(edits, len(prompts), self) if isinstance(edit, PromptEdit)]
         check(not rewriting, f"generation_config.{totals[0]}", wanted[totals[0]], "unset with an edit of the prompt")
         fitted = fit_lengths(wanted, [len(self.encode(prompt)) for prompt in prompts])
-        new = {name: fitted[name] for name in ("max_new_tokens", "min_new_tokens") if name in fitted}
-        return {**settings, **new}
+        new: dict[str, Any] = {name: fitted[name] for name in ("max_new_tokens", "min_new_tokens") if name in fitted}
+        return dict(settings) | new
 
     def default_n(self, settings: Mapping[str, Any]) -> int | None:
         config: Any = settings.get("generation_config")

@@ -327,7 +327,7 @@ class Samples:
         except ImportError:
             raise SteerError("to_pandas needs pandas: pip install pandas") from None
         images = isinstance(self.outputs, Tensor)
-        columns = {
+        columns: dict[str, Any] = {
             "prompt": [s.prompt for s in self], "text": None if images else self.texts, "reward": self.reward,
             "weight": self.weights, "kl": self.kl, "num_tokens": self.tokens and [len(t) for t in self.tokens],
         }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 from steer.core import Sampler, check
 from steer.core.names import check_known
@@ -10,6 +10,7 @@ from steer.methods.best_of_n import Ancestral, BestOfN
 from steer.methods.dts import DTS, SearchDTS
 from steer.methods.fk import FKSteering
 from steer.methods.svdd import SVDD
+from steer.sampling.lookahead import Lookahead
 
 SAMPLERS: dict[str, type[Sampler]] = {
     "ancestral": Ancestral,
@@ -19,6 +20,44 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "dts": DTS,
     "dts-star": SearchDTS,
 }
+
+
+class SamplerSettings(TypedDict, total=False):
+    """Settings of samplers that `generate` takes beside a sampler's name, for type checkers; the sampler's docstring
+    says what each is.
+    """
+
+    reject: float
+    num_particles: int
+    per_output: bool
+    potential: str
+    terminal: str
+    start: int
+    every: int
+    ess_threshold: float | None
+    resampler: str
+    tempering: float | None
+    lookahead: Lookahead | None
+    select: str | None
+    correct: bool
+    floor: float | None
+    keep_previews: bool
+    num_candidates: int
+    choose: str
+    rollouts: int | None
+    max_nfe: int | None
+    seconds: float | None
+    batch: int
+    levels: int | None
+    widening: float
+    exponent: float
+    explore: float
+    estimator: str
+    trust: float
+    merge: bool
+    max_bytes: int
+    bonus: float
+    backup: str
 
 
 def make_sampler(sampler: Sampler | str | None, n: int | None = None, **settings: Any) -> Sampler:

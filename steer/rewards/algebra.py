@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.core import InputError, Reward, Samples, UnsupportedError, check
+from steer.core import InputError, Reward, RewardError, Samples, UnsupportedError, check
 
 __all__ = [
     "Cached",
@@ -231,7 +231,15 @@ class CallableReward(Composable):
     def score(self, samples: Samples) -> Tensor:
         given = {"outputs": samples.outputs, "prompts": [samples.prompts[b] for b in samples.group.tolist()]}
         scores = self.fn(*(given[name] for name in self._order()))
-        return scores if isinstance(scores, Tensor) else torch.as_tensor(scores, dtype=torch.float64)
+        try:
+            made = scores if isinstance(scores, Tensor) else torch.as_tensor(scores, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            made = None
+        if made is None or made.shape != (len(samples),):
+            told = type(scores).__name__ if made is None else f"shape {tuple(made.shape)}"
+            expected = f"one number for each of the {len(samples)} outputs, which it gets all at once"
+            raise RewardError(f"reward {self}: returned {told}; allowed: {expected}: shape ({len(samples)},)")
+        return made
 
     def __repr__(self) -> str:
         return self.name or getattr(self.fn, "__name__", type(self.fn).__name__)
