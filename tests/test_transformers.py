@@ -159,8 +159,8 @@ def test_one_batch_different_edits(tiny_lm: LanguageModel) -> None:
 def test_logits_of_unsteered_rows_keep_their_bits(tiny_lm: LanguageModel) -> None:
     ids = [tiny_lm.encode("the sun"), tiny_lm.encode("hello cat")]
     steering = vector(tiny_lm, (0, 1), strength=5.0)
-    plain, _ = tracking.start(tiny_lm, ids, (), 1, hidden=False)
-    mixed, _ = tracking.start(tiny_lm, ids, [(steering, frozenset({0}))], 1, hidden=False)
+    plain, _ = tracking.start(tiny_lm.body, ids, (), 1, hidden=False)
+    mixed, _ = tracking.start(tiny_lm.body, ids, [(steering, frozenset({0}))], 1, hidden=False)
     assert torch.equal(plain.logits[1], mixed.logits[1]) and not torch.equal(plain.logits[0], mixed.logits[0])
     token = torch.tensor([5, 6])
     plain, _ = tracking.advance(plain, token)
@@ -170,7 +170,7 @@ def test_logits_of_unsteered_rows_keep_their_bits(tiny_lm: LanguageModel) -> Non
 
 def test_constants_are_merged_into_one_addition(tiny_lm: LanguageModel) -> None:
     edits = [(vector(tiny_lm, (0, 1), strength=s), None) for s in (1.0, -0.5, 2.0)]
-    track, _ = tracking.start(tiny_lm, [tiny_lm.encode("the sun")], edits, 2, hidden=False)
+    track, _ = tracking.start(tiny_lm.body, [tiny_lm.encode("the sun")], edits, 2, hidden=False)
     program = track.plan.decode(track.position)
     hidden = torch.randn(2, 1, 32)
     want = hidden + 2.5 * edits[0][0].directions[1]

@@ -18,7 +18,7 @@ from steer.adapters.language.texts import GrowingText, token_text
 from steer.adapters.transformers.serving import rowwise
 from steer.adapters.transformers.serving.slots import SlotRows, TrackRows
 from steer.adapters.transformers.state import TextContext
-from steer.adapters.transformers.tracking import Track
+from steer.adapters.transformers.tracking import AnyTrack, Track
 from steer.core import Context, InputError, Process, Samples, SteerError, TransitionEdit, UnsupportedError
 from steer.sampling.laws import divergence
 from steer.serving.engine import Sampling, TokenLogprob
@@ -113,11 +113,11 @@ class _RowsContext:
 class Batch:
     """Rows that decode together. Of a `shared` batch rows join and leave between steps; others are read once."""
 
-    def __init__(self, model: LanguageModel, track: Track | None = None) -> None:
+    def __init__(self, model: LanguageModel, track: AnyTrack | None = None) -> None:
         self.model = model
         self.rows: list[Row] = []
         self.shared = track is None
-        self._view: SlotRows | TrackRows = SlotRows(model) if track is None else TrackRows(track)
+        self._view: SlotRows | TrackRows = SlotRows(model.body) if track is None else TrackRows(track)
 
     @property
     def nbytes(self) -> int:
