@@ -207,13 +207,14 @@ class LanguageModel(TextModel):
 
     def process(
         self, *, generation_config: GenerationConfig | str | None = None, block: int = 1, until: Sequence[str] = (),
-        **settings: Any,
+        base: str = "truncated", **settings: Any,
     ) -> TextProcess:  # fmt: skip
         """The model as a `Process`, with decoding settings as for `generate`. A step draws `block` tokens, or fewer
-        where a token holds one of the strings in `until`, such as sentence ends ".", "!", "?" and line breaks.
+        where a token holds one of the strings in `until`, such as sentence ends ".", "!", "?" and line breaks. `base`
+        says what the weights of samplers refer to under truncation: "truncated" or "full" (see `TextProcess`).
         """
         decoding = Decoding.create(generation_config, self.own_settings, **settings)
-        return TextProcess(self, decoding, block=block, until=tuple(until))
+        return TextProcess(self, decoding, block=block, until=tuple(until), base=base)
 
     def stream(self, plan: Plan, how: Any) -> Any:
         from steer.adapters.transformers.streaming import TextStream, feed_streamer
