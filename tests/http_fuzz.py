@@ -7,6 +7,7 @@ each gets as far as it can.
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import socket
@@ -62,6 +63,8 @@ class Fuzz:
     seed: int = 0
     plain: float = 2.0
     """Seconds in which a plain request is answered."""
+    always: bool = False
+    """Whether every request asks for steering: others are not this server's own."""
     statuses: Counter[int] = field(default_factory=Counter)
     failed: list[str] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
@@ -90,7 +93,7 @@ class Fuzz:
             body["prompt"] = r.choice(["the sun", ["the sun", "a dog"], [5, 6, 7], [[5, 6], [7]]])
         else:
             body["messages"] = [{"role": "user", "content": "tell me about the sun"}]
-        if r.random() < 0.8:
+        if self.always or r.random() < 0.8:
             body["steer"] = self.steering()
         if r.random() < 0.2:
             body["stream"] = True
@@ -127,7 +130,8 @@ class Fuzz:
         places: list[tuple[dict[str, Any], list[str]]] = [(body, [*fields, "unknown"])]
         if isinstance(steer, dict):
             places.append((steer, [*SteerRequest.model_fields, "unknown"]))
-            places += [(e, list(EditRequest.model_fields)) for e in steer.get("edits", ()) if isinstance(e, dict)] * 2
+            edits = steer["edits"] if isinstance(steer.get("edits"), list) else []
+            places += [(e, list(EditRequest.model_fields)) for e in edits if isinstance(e, dict)] * 2
             if isinstance(steer.get("settings"), dict):
                 names = [
                     "floor",
@@ -142,10 +146,12 @@ class Fuzz:
                     "tempering",
                 ]
                 places.append((steer["settings"], names))
-        if isinstance(body.get("messages"), list) and isinstance(body["messages"][0], dict):
+        if isinstance(body.get("messages"), list) and body["messages"] and isinstance(body["messages"][0], dict):
             places.append((body["messages"][0], ["role", "content", "name", "refusal", "tool_calls", "audio", "other"]))
         place, names = r.choice(places)
-        place[r.choice(names)] = r.choice(VALUES)
+        place[r.choice(names)] = copy.deepcopy(r.choice(VALUES))
+        if self.always and body.get("steer") is None:
+            body["steer"] = {}
 
     def _broken(self, text: str) -> str:
         r = self.random
