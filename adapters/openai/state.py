@@ -79,6 +79,15 @@ class EndpointContext:
     def hidden(self) -> Tensor:
         raise UnsupportedError("an endpoint shows no hidden states")
 
+    @property
+    def left(self) -> Tensor:
+        raise UnsupportedError("an endpoint counts tokens of its own: use context.limit")
+
+    @property
+    def limit(self) -> int:
+        """The most tokens that a text may have."""
+        return self.process.decoding.max_new_tokens
+
     def after(self, candidates: Tensor) -> Samples:
         """The texts after each of `candidates` `[N, K]`, row-major: `N K` samples that a reward can score."""
         added = self._named(candidates)
