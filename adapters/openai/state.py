@@ -59,6 +59,8 @@ class EndpointContext:
     """Texts so far `[N]`."""
     stop: tuple[str, ...] = ()
     """Strings before which texts end."""
+    limit: int = 0
+    """The most tokens that a text may have."""
     law: Tensor | None = None
     tokens: tuple[tuple[str | None, ...], ...] = field(default=(), repr=False)
     """Text of each candidate, None for one that ends the text."""
@@ -82,11 +84,6 @@ class EndpointContext:
     @property
     def left(self) -> Tensor:
         raise UnsupportedError("an endpoint counts tokens of its own: use context.limit")
-
-    @property
-    def limit(self) -> int:
-        """The most tokens that a text may have."""
-        return self.process.decoding.max_new_tokens
 
     def after(self, candidates: Tensor) -> Samples:
         """The texts after each of `candidates` `[N, K]`, row-major: `N K` samples that a reward can score."""
