@@ -231,7 +231,7 @@ def test_greedy_texts_are_those_of_the_model_itself(
 
 def test_a_local_value_guides_an_endpoint_as_it_guides_its_own_model(words: Server, tiny_lm: Any) -> None:
     torch.manual_seed(0)
-    head = ValueHead(tiny_lm.info.width, 16)
+    head = ValueHead(tiny_lm.info.width, 16, horizon=5)
     torch.nn.init.normal_(head.outer.weight, std=2.0)
     settings: dict[str, Any] = {"temperature": 0, "max_new_tokens": 8, "beta": 0.3}
     local = ValueGuidance(HeadValue(head), top_k=6, tail="mask")

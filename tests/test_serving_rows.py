@@ -120,7 +120,7 @@ def vector(model: LanguageModel, seed: int, layers: tuple[int, ...] = (0, 1), **
 
 def edits_of_all_kinds(model: LanguageModel) -> list[list[Any]]:
     probe = Probe(torch.randn(32, generator=torch.Generator().manual_seed(5)), 0.0)
-    head = QHead(32, 8)
+    head = QHead(32, 8, horizon=9)
     torch.nn.init.normal_(head.outer.weight, generator=torch.Generator().manual_seed(2))
     guided = ValueGuidance(HeadValue(head.eval(), model.info.unembedding()), beta=0.2)
     return [

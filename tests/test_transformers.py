@@ -390,7 +390,7 @@ def test_a_model_writes_the_hints(tiny_lm: LanguageModel) -> None:
 
 def heads(model: LanguageModel) -> tuple[QHead, ValueHead]:
     torch.manual_seed(3)
-    q, v = QHead(model.info.width, 8), ValueHead(model.info.width, 8)
+    q, v = QHead(model.info.width, 8, horizon=4), ValueHead(model.info.width, 8, horizon=4)
     for head in (q, v):
         torch.nn.init.normal_(head.outer.weight, std=1.0)
     return q.eval().requires_grad_(False), v.eval().requires_grad_(False)
@@ -409,16 +409,17 @@ def test_value_guidance_in_every_form(kind: str, tail: str, tiny_lm: LanguageMod
         out = greedy(tiny_lm, prompts, guide, new=6)
         for prompt, tokens in zip(prompts, out.tokens, strict=True):
             text = tiny_lm.encode(prompt)
-            for want in tokens:
+            for drawn, want in enumerate(tokens):
+                left = torch.tensor(5 - drawn)
                 with torch.no_grad():
                     hidden = tiny_lm.trunk(torch.tensor([text])).last_hidden_state[0, -1]
                     logits = torch.log_softmax(tiny_lm.network(torch.tensor([text])).logits[0, -1], -1)
                     top = logits.topk(5).indices
                     if kind == "q":
-                        score = q(hidden, embeddings[top])
+                        score = q(hidden, embeddings[top], left)
                     else:
                         after = [tiny_lm.trunk(torch.tensor([[*text, int(a)]])).last_hidden_state[0, -1] for a in top]
-                        score = v(torch.stack(after))
+                        score = v(torch.stack(after), left)
                 pushed = torch.full_like(logits, -torch.inf) if tail == "mask" else logits.clone()
                 pushed[top] = logits[top] + (score - score.mean()) / 0.5
                 assert int(pushed.argmax()) == want

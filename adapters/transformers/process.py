@@ -335,7 +335,8 @@ class TextProcess(Process):
 
         others = {id(p): t for p, t in zip(self.companions(), state.companions, strict=True)}
         prefix = state.prefix[:, : state.filled]
-        return TextContext(state.filled, prefix, law(state.track.logits), state.track, others, law)
+        left = self.decoding.max_new_tokens - 1 - state.length
+        return TextContext(state.filled, prefix, law(state.track.logits), left, state.track, others, law)
 
     def _ended(self, token: Tensor, state: TextState, filled: int) -> Tensor:
         eos = self.decoding.eos_token_id or ()

@@ -83,6 +83,7 @@ class TextContext:
     step: int
     prefix: Tensor
     base: Tensor
+    left: Tensor
     track: AnyTrack = field(repr=False)
     others: dict[int, AnyTrack] = field(repr=False)
     law: Callable[[Tensor], Tensor] = field(repr=False)
@@ -103,7 +104,8 @@ class TextContext:
     def companion(self, process: Process) -> Context:
         if id(process) not in self.seen:
             track = self.others[id(process)]
-            made = TextContext(self.step, self.prefix, self.law(track.logits), track, self.others, self.law)
+            base = self.law(track.logits)
+            made = TextContext(self.step, self.prefix, base, self.left, track, self.others, self.law)
             self.seen[id(process)] = made
         return self.seen[id(process)]
 

@@ -66,6 +66,11 @@ class Row:
         return self._text.text
 
     @property
+    def left(self) -> int:
+        """Tokens that may follow the one that is drawn next."""
+        return (self.sampling.max_tokens or 0) - 1 - len(self.tokens)
+
+    @property
     def ended(self) -> bool:
         return self.reason is not None or self.error is not None
 
@@ -99,6 +104,7 @@ class _RowsContext:
     prefix: Tensor
     hidden: Tensor
     base: Tensor
+    left: Tensor
 
     def lookahead(self, candidates: Tensor) -> Tensor:
         raise UnsupportedError("rows of a shared batch cannot look ahead")
@@ -187,10 +193,11 @@ class Batch:
         pad = self.model.pad_token_id
         prefix = torch.tensor([[*tokens, *[pad] * (width - len(tokens))] for tokens in written], dtype=torch.long)
         prefix = prefix.to(base.device)
+        left = torch.tensor([self.rows[i].left for i in rows]).to(base.device)
         if isinstance(self._view, TrackRows):
-            return TextContext(width, prefix, base, self._view.track, {}, torch.nn.LogSoftmax(-1))
+            return TextContext(width, prefix, base, left, self._view.track, {}, torch.nn.LogSoftmax(-1))
         assert self._view.hidden is not None
-        return _RowsContext(width, prefix, self._view.hidden[torch.tensor(list(rows), device=base.device)], base)
+        return _RowsContext(width, prefix, self._view.hidden[torch.tensor(list(rows), device=base.device)], base, left)
 
     def _measure(self, base: Tensor, law: Tensor, token: Tensor) -> None:
         rows = [i for i, row in enumerate(self.rows) if row.measured]
