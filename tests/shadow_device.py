@@ -184,6 +184,9 @@ class _Backend(_DummyBackendModule):
     def device_count(self) -> int:
         return COUNT
 
+    def synchronize(self, device: Any = None) -> None:
+        """Nothing is ever under way."""
+
     def get_rng_state(self, device: Any = None) -> Tensor:
         return torch.get_rng_state()
 

@@ -613,7 +613,7 @@ PER_TOKEN: dict[str, dict[str, int]] = {
     "rlg": {},
 }
 """The settings and edits under which waits are counted."""
-WAITS, UPLOADS = 3, 1
+WAITS, UPLOADS = 1, 0
 
 
 @pytest.mark.parametrize("case", PER_TOKEN)
