@@ -12,11 +12,10 @@ if TYPE_CHECKING:
     from steer.adapters.openai import EndpointModel
     from steer.adapters.transformers import LanguageModel
     from steer.adapters.transformers.policy.tuning import train_policy
-    from steer.artifacts import Artifact
     from steer.chain import FunctionProcess
     from steer.core import Edit, InputError, RawText, Reward, Sampler, Samples, SteerError, UnsupportedError
     from steer.core.samples import Sample
-    from steer.edits import load_artifact, load_edit, parse_edit
+    from steer.edits import Artifact, load_artifact, load_edit, parse_edit
     from steer.loading import load
     from steer.measure.compare import compare
     from steer.measure.race import race
@@ -47,13 +46,12 @@ _HOMES = {
     "steer.adapters.openai": ("EndpointModel",),
     "steer.adapters.transformers": ("LanguageModel",),
     "steer.adapters.transformers.policy.tuning": ("train_policy",),
-    "steer.artifacts": ("Artifact",),
     "steer.chain": ("FunctionProcess",),
     "steer.core": (
         "Edit", "InputError", "RawText", "Reward", "Sampler", "Samples", "SteerError", "UnsupportedError",
     ),
     "steer.core.samples": ("Sample",),
-    "steer.edits": ("load_artifact", "load_edit", "parse_edit"),
+    "steer.edits": ("Artifact", "load_artifact", "load_edit", "parse_edit"),
     "steer.prompt_files": ("generate_file",),
     "steer.loading": ("load",),
     "steer.measure.compare": ("compare",),

@@ -22,8 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from steer.artifacts import Artifact, Card, data_hash
+from steer.artifacts import Card, data_hash
 from steer.core import InputError, Prompt, Reward, check, check_whole
+from steer.edits import Artifact
 from steer.methods.value import QHead, ValueHead
 from steer.progress import ticking
 from steer.rewards import as_reward
