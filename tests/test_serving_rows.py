@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
 from collections import Counter
 from contextlib import aclosing
@@ -316,7 +317,7 @@ def test_values_that_look_ahead_are_served(tiny_lm: LanguageModel, tmp_path: Pat
     path = tmp_path / "ahead.safetensors"
     card = Card("value", tiny_lm.info.entry(), [], {"beta": 0.1, "top_k": 5}, {"head": "v"})
     artifacts.save(path, head.state_dict(), card)
-    named = NamedEdit(path, "digest", EditRequest(name="ahead"))
+    named = NamedEdit(path, hashlib.sha256(path.read_bytes()).hexdigest(), EditRequest(name="ahead"))
     engine = TransformersEngine(tiny_lm)
     try:
         texts = answers(
