@@ -39,7 +39,7 @@ def shifted(edits: Mounted, context: Context, group: Tensor | None) -> Tensor:
         assert isinstance(edit, TransitionEdit)
         changed = edit.shift(x, context)
         if wanted is not None and group is not None:
-            mine = _among(group, wanted).to(x.device)
+            mine = among(group, wanted).to(x.device)
             changed = torch.where(mine.reshape(-1, *[1] * (x.dim() - 1)), changed, x)
         x = changed
     return x
@@ -49,8 +49,9 @@ def touched(edits: Mounted, group: Tensor) -> Tensor:
     """Rows `[N]` whose prompt asked for any of the edits."""
     if any(wanted is None for _, wanted in edits):
         return torch.ones(len(group), dtype=torch.bool)
-    return _among(group, frozenset().union(*(wanted for _, wanted in edits if wanted is not None)))
+    return among(group, frozenset().union(*(wanted for _, wanted in edits if wanted is not None)))
 
 
-def _among(group: Tensor, wanted: frozenset[int]) -> Tensor:
+def among(group: Tensor, wanted: frozenset[int]) -> Tensor:
+    """Rows `[N]` whose prompt is one of those that are `wanted`."""
     return torch.tensor([g in wanted for g in group.tolist()], dtype=torch.bool)

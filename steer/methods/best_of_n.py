@@ -73,8 +73,10 @@ class Ancestral(Sampler):
 class BestOfN(Sampler):
     """Draw `n` outputs for each prompt and keep the one with the highest reward.
 
-    Ties are broken uniformly. `samples.pool` holds every candidate, `samples.kl` adds the bound `log n - (n - 1) / n`
-    to the drift of the process itself. `beta` plays no part: n sets the strength (Stiennon et al. 2020).
+    Ties are broken uniformly. `samples.pool` holds every candidate. The mean of `samples.kl` estimates without bias an
+    upper bound on the KL to the base: `log n - (n - 1) / n` nats against the edited process (Beirami et al. 2024), and
+    `log q - log p` of the chosen outputs for its edits; None where edits leave log p unknown. `beta` plays no part: n
+    sets the strength (Stiennon et al. 2020).
 
     With `reject` above 0 that share of each prompt's candidates is given up after every step, those whose unfinished
     outputs have the lowest reward (speculative rejection, Sun et al. 2024, 2410.20290): cheaper, and no longer the law
@@ -121,8 +123,9 @@ class BestOfN(Sampler):
         index = torch.cat(chosen)
         kept = pool.select(index)
         bound = math.log(self.n) if self.reject else best_of_n_kl(self.n)
-        own = kept.kl_estimate
-        drift = (lambda: own() + bound) if callable(own) else None if own is None else own + bound
+        # A sum of each step's KL is right along outputs as they are drawn, not along those that a reward chose.
+        q, p = kept.log_prob, kept.base_log_prob
+        drift = None if q is None or p is None else q - p + bound
         return replace(kept, pool=pool, lineage=index, kl_estimate=drift)
 
     def _narrowed(self, process: Process, reward: Reward, generator: torch.Generator, state: Any) -> tuple[Any, int]:
@@ -156,7 +159,7 @@ def best_of_n_law(log_prob: Tensor, reward: Tensor, n: int) -> Tensor:
     mass = torch.zeros(len(levels), dtype=torch.float64).index_add(0, which, p)
     upto = mass.cumsum(0)
     below = upto - mass
-    return p / mass[which] * (upto**n - below**n)[which]
+    return torch.where(p > 0, p / mass[which] * (upto**n - below**n)[which], 0.0)
 
 
 def reward_curve(scores: Tensor, sizes: Sequence[int], evaluated: Tensor | None = None) -> Tensor:
@@ -177,7 +180,9 @@ def reward_curve(scores: Tensor, sizes: Sequence[int], evaluated: Tensor | None 
         for i in range(pool, n - 1, -1):
             weights[i - 1] = weight
             weight = weight * (i - n) / (i - 1) if i > 1 else 0.0
-        curves.append(g @ torch.tensor(weights, dtype=torch.float64))
+        # A score of -infinity among those that cannot be the best of n plays no part.
+        w = torch.tensor(weights, dtype=torch.float64)
+        curves.append(torch.where(w > 0, g * w, 0.0).sum(-1))
     return torch.stack(curves, -1)
 
 

@@ -12,8 +12,11 @@ default here weighs every rollout by how much likelier the descent made its path
     log w = sum over chosen children of log(frequency among draws) - log(probability of the choice)
 
 so that `mean of w exp(r / beta)` estimates Z, and the leaves, weighted by `w exp(r / beta)`, are a population that
-converges to `p exp(r / beta)`. (Derived here; its bias comes only from how many children adaptive nodes have, and
-vanishes.) Edits of the process are a proposal whose weight rides on the edges.
+converges to `p exp(r / beta)`. (Derived here.) That needs every child to be chosen now and then: by value alone, a
+child whose first rollout ended badly has a chance of almost 0 and a weight that no run ever sees, and on continuous
+chains Z comes out a fifth too small at any number of rollouts. So a share `explore` of the choices goes by frequency.
+What bias is left comes from how many children adaptive nodes have, and vanishes with the number of rollouts; no promise
+is made for a small tree. Edits of the process are a proposal whose weight rides on the edges.
 
 The paper's lambda is 1 / beta.
 """
@@ -42,12 +45,14 @@ class DTS(Sampler):
     Attributes:
         n: outputs for each prompt; None returns every leaf with its weight.
         rollouts: budget for each prompt.
-        max_nfe: budget of network evaluations for each prompt; never exceeded, except by a first batch.
+        max_nfe: budget of network evaluations for each prompt; never exceeded, except by a first batch. It bounds the
+            rollouts as well.
         seconds: budget of wall time, after which no further batch starts. Whichever budget ends first holds.
         batch: rollouts that run together in each tree. Choices within a batch do not see each other's rewards.
         levels: at how many equal intervals the chain branches; None is every step, at most 5.
         widening, exponent: C and alpha of `C N^alpha` children at a node that was visited N times.
-        explore: share of choices made by frequency instead of value, which bounds the weights.
+        explore: share of choices made by frequency instead of value, which bounds each choice's weight by `1 / explore`.
+            None is 0.1 for "weighted" and 0, the paper's rule, for "published".
         estimator: "weighted" or "published".
         lookahead: what is thought of a node before it has many children, such as `Preview()`; it guides choices, and no
             estimate rests on it. None is the paper's tree, which knows rollouts alone.
@@ -66,7 +71,7 @@ class DTS(Sampler):
     levels: int | None = None
     widening: float = 2.0
     exponent: float = 0.8
-    explore: float = 0.0
+    explore: float | None = None
     estimator: str = "weighted"
     lookahead: Lookahead | None = None
     trust: float = 1.0
@@ -95,11 +100,18 @@ class DTS(Sampler):
         check(any(b is not None for b in budgets), "rollouts", None, "a budget: rollouts, max_nfe or seconds")
         check(self.widening > 0, "widening", self.widening, "a number above 0")
         check(0 < self.exponent <= 1, "exponent", self.exponent, "0 < alpha <= 1")
-        check(0 <= self.explore <= 1, "explore", self.explore, "0 to 1")
+        check(self.explore is None or 0 <= self.explore <= 1, "explore", self.explore, "0 to 1, or None")
         check(self.trust > 0, "trust", self.trust, "a number above 0")
         check(self.estimator in ("weighted", "published"), "estimator", self.estimator, "weighted, published")
 
     searching = False
+
+    @property
+    def exploration(self) -> float:
+        """`explore`, or what stands for None: 0.1 where rollouts are weighed, 0 in the published estimator."""
+        if self.explore is not None:
+            return self.explore
+        return 0.1 if self.estimator == "weighted" else 0.0
 
     @property
     def hard(self) -> bool:
@@ -140,7 +152,7 @@ class DTS(Sampler):
 
     def choose(self, tree: Tree, node: int, u: float) -> tuple[int, float]:
         """The child to descend to, by a uniform number, and the log-weight of that choice."""
-        at, chance, frequency = tree.law(node, self.explore)
+        at, chance, frequency = tree.law(node, self.exploration)
         cdf = chance.cumsum()
         k = picked(cdf, u * cdf[-1])
         return int(at[k]), float(np.log(frequency[k]) - np.log(chance[k]))
@@ -148,7 +160,9 @@ class DTS(Sampler):
 
 @dataclass(frozen=True)
 class SearchDTS(DTS):
-    """DTS*: look for high rewards with upper confidence bounds; returns the best leaves, not a sample of any law.
+    """DTS*: look for high rewards with upper confidence bounds; returns the best leaves, not a sample of any law. Equal
+    leaves are one; where fewer than `n` were found, the best are repeated. It pays on deep chains: where a few hundred
+    rollouts see most outputs anyway, plain best-of-n finds as much or more.
 
     Attributes:
         bonus: c of `c sqrt(log N(parent) / N(child))`, in units of the reward. The paper does not give it.

@@ -12,14 +12,21 @@ and, for max and sum, a last factor `exp(r(x_0) / beta)` over the product of all
 Everything is in log space. Edits of the process act as a *proposal*: every weight also takes `p(step) / q(step)`, so
 that guidance of any strength is corrected for. The paper's lambda is 1 / beta.
 
-K particles are biased by O(1 / K) (about -1.3 / K of the reward's spread in a toy with K of 4 to 64): K = 4 is
-nowhere near the target. Only `exp(log_z)` and self-normalised sums over *many* runs are exact.
+**What is exact.** For any K, potential, schedule, resampler, threshold and lookahead, `exp(log_z)` is an unbiased
+estimate of `E_p[exp(r / beta)]`, and so is `exp(log_z)` times any weighted sum over the population, of the same under
+`exp(r / beta)`. Here p is what the process calls its base law (`base_log_prob`), and a proposal must reach everything
+that p reaches. Means of *one* population are biased by O(1 / K) (about -1.3 / K of the reward's spread in a toy with K
+of 4 to 64): K = 4 is nowhere near the target.
+
+A lookahead may say -infinity of a row whose end is possible, so it never kills: until the last step such a row keeps
+the weight of one particle in K (`_raised`). Only a reward of -infinity at the end is a weight of 0.
 
 Letters: `B` prompts, `P` populations (prompts, or prompts times outputs), `K` particles in one, `N = P K` rows.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +37,7 @@ from torch import Tensor
 
 from steer.core import Ability, Cost, Process, Prompt, Reward, Sampler, Samples, UnsupportedError, check
 from steer.sampling.lookahead import Lookahead, Preview
-from steer.sampling.weights import RESAMPLERS, effective_sample_size, log_mean_exp, resample
+from steer.sampling.weights import RESAMPLERS, effective_sample_size, gained, log_mean_exp, resample
 
 __all__ = ["FKSteering", "Generation"]
 
@@ -83,8 +90,9 @@ class FKSteering(Sampler):
             None is the right one: -infinity for max, 0 for the others.
         keep_previews: keep what the reward saw, for pictures.
 
-    Returns from `run`: the samples with `log_z`, an unbiased estimate of `E_p[exp(r / beta)]` in the log, `pool` (the
-    whole weighted population), `lineage` (rows of the pool) and `trace`.
+    Returns from `run`: the samples with `log_z` (`exp(log_z)` is unbiased, see above), `kl`, the population's estimate of
+    the target's KL to the base (infinite where no particle is possible), `pool` (the whole weighted population),
+    `lineage` (rows of the pool) and `trace`.
     """
 
     num_particles: int = 8
@@ -203,10 +211,14 @@ class FKSteering(Sampler):
 
 
 def _drift(pool: Samples, beta: float) -> Tensor:
-    """KL of the target to the base, `E[r / beta + tilt] - log Z`, as the population estimates it, by row `[N]`."""
+    """KL of the target to the base, `E[r / beta + tilt] - log Z`, as the population estimates it, by row `[N]`; infinite
+    where Z is 0.
+    """
     assert pool.log_z is not None and pool.tilt is not None
-    tilt = torch.zeros(len(pool.prompts), dtype=torch.float64).index_add(0, pool.group, pool.weights * pool.tilt)
-    return (pool.mean_reward() / beta + tilt - pool.log_z)[pool.group]
+    w = pool.weights
+    tilt = torch.zeros_like(pool.log_z).index_add(0, pool.group, torch.where(w > 0, w * pool.tilt, 0.0))
+    drift = pool.mean_reward() / beta + tilt - pool.log_z
+    return torch.where(pool.log_z.isneginf(), torch.inf, drift)[pool.group]
 
 
 def _whole(value: Any) -> bool:
@@ -239,21 +251,31 @@ class _Particles:
         self.total = self.total + step
         if self.sampler.correct:
             ratio = (state.base_log_prob + state.tilt - state.log_prob).double().cpu()
-            step, self.ratio = step + (ratio - self.ratio), ratio
+            step, self.ratio = step + gained(ratio, self.ratio), ratio
         self.log_weight = self.log_weight + step.reshape(self.log_weight.shape)
 
     def _factor(self, rho: Tensor, last: bool) -> Tensor:
         """Log of the potential, from `rho / beta`."""
         sampler, before = self.sampler, self.carried
-        if sampler.potential == "difference":
+        difference, running = sampler.potential == "difference", sampler.terminal == "running"
+        if not last and (difference or not running):
+            rho = self._raised(rho, torch.zeros_like(rho) if sampler.potential == "sum" else before)
+        if difference:
             self.carried = rho
-            # Where both are -infinity (an impossible particle) the weight already says so.
-            return torch.where(torch.isneginf(rho), rho, rho - torch.where(torch.isneginf(before), 0.0, before))
+            return rho - before
         self.carried = torch.maximum(before, rho) if sampler.potential == "max" else before + rho
         if not last:
-            return self.carried
-        end = rho if sampler.terminal == "exact" else self.carried
-        return torch.where(torch.isneginf(end), end, end - torch.where(torch.isneginf(self.total), 0.0, self.total))
+            return self._raised(self.carried, torch.zeros_like(rho))
+        return (self.carried if running else rho) - self.total
+
+    def _raised(self, rho: Tensor, known: Tensor) -> Tensor:
+        """`rho` with a finite value in place of -infinity, which would be a weight of 0 for good: 1 / K of the mean of
+        `exp(rho)` over the population, or, where nothing in it is above -infinity, what was `known` before.
+        """
+        rows = rho.reshape(-1, self.size)
+        floor = (log_mean_exp(rows) - math.log(self.size)).unsqueeze(1).expand_as(rows).flatten()
+        known = torch.where(known.isneginf(), 0.0, known)
+        return torch.where(rho.isneginf(), torch.where(floor.isneginf(), known, floor), rho)
 
     def resample(self, generator: torch.Generator, worth: bool) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Ancestors `[N]`, ESS `[P]` and which populations were resampled `[P]`. Without noise to come copies would

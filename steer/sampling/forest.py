@@ -36,7 +36,9 @@ class Forest(Growth):
         return leaf, mass - np.log(max(1, len(paths))) + tree.value[leaf] / self.beta
 
     def samples(self, n: int | None = None) -> Samples:
-        """`n` outputs for each prompt, or all leaves with their weights. DTS* gives the best leaves first."""
+        """`n` outputs for each prompt, or all leaves with their weights. DTS* gives the best leaves first, and from the
+        best again where it found fewer than n.
+        """
         check(self.rollouts > 0, "rollouts", 0, "a forest that has been grown")
         chosen: list[tuple[Tree, int]] = []
         log_weights: list[float] = []
@@ -51,7 +53,7 @@ class Forest(Growth):
         found = self.process.decode(self._store.leaves([tree.place(node) for tree, node in chosen]))
         return replace(
             found,
-            reward=torch.tensor([float(tree.value[node]) for tree, node in chosen]).double(),
+            reward=torch.tensor([float(tree.value[node]) for tree, node in chosen], dtype=torch.float64),
             log_weight=torch.tensor(log_weights, dtype=torch.float64),
             log_z=None if self.sampler.searching else torch.tensor(log_z, dtype=torch.float64),
             lineage=torch.tensor([node for _, node in chosen]),
@@ -63,7 +65,8 @@ class Forest(Growth):
     def _picked(self, tree: Tree, n: int | None, leaf: Ints, weight: Floats) -> tuple[Ints, Floats]:
         """The leaves to return and their log-weights, of all with their weights."""
         if self.sampler.searching:
-            order = leaf[np.argsort(-tree.value[leaf], kind="stable")][: n or len(leaf)]
+            order = leaf[np.argsort(-tree.value[leaf], kind="stable")]
+            order = np.resize(order, n or len(order))  # from the best again where there are fewer than n
             return order, np.zeros(len(order))
         if self.sampler.estimator == "published":
             return self._published(tree, n, leaf)
@@ -103,7 +106,7 @@ class Forest(Growth):
     def _facts(self) -> tuple[Any, ...]:
         s = self.sampler
         return (
-            type(s).__name__, s.batch, s.widening, s.exponent, s.explore, s.lookahead, s.trust, self.steps, self.beta,
+            type(s).__name__, s.batch, s.widening, s.exponent, s.exploration, s.lookahead, s.trust, self.steps, self.beta,
             len(self.prompts),
         )  # fmt: skip
 

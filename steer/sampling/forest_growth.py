@@ -13,6 +13,7 @@ from torch import Tensor
 from steer.core import Cost, Process, Prompt, Reward, UnsupportedError
 from steer.sampling.states import StateStore
 from steer.sampling.tree import Tree
+from steer.sampling.weights import gained
 
 if TYPE_CHECKING:
     from steer.methods.dts import DTS
@@ -69,7 +70,9 @@ class Growth:
         seconds: float | None = None,
         on_step: Callable[[Any], None] | None = None,
     ) -> Self:
-        """Grow to budgets *in all*, in whole batches; the sampler's own where none is given. Returns itself."""
+        """Grow to budgets *in all*, in whole batches; the sampler's own where none is given. A rollout that ends in a
+        leaf that was known costs no evaluation, so `max_nfe` also bounds the rollouts. Returns itself.
+        """
         if rollouts is None and max_nfe is None and seconds is None:
             rollouts, max_nfe, seconds = self.sampler.rollouts, self.sampler.max_nfe, self.sampler.seconds
         began = time.perf_counter()
@@ -83,7 +86,7 @@ class Growth:
             self.cost = replace(self.cost, seconds=before + time.perf_counter() - began)
             if rollouts is not None and self.rollouts >= rollouts:
                 break
-            if max_nfe is not None and self.rollouts and spent + most > max_nfe:
+            if max_nfe is not None and self.rollouts and (spent + most > max_nfe or self.rollouts >= max_nfe):
                 break
             if seconds is not None and self.rollouts and self.cost.seconds >= seconds:
                 break
@@ -195,7 +198,7 @@ class Growth:
     ) -> tuple[Any, list[_Rollout], list[_Rollout]]:
         """Rows become nodes at `level`; those that are finished become leaves with their reward and leave."""
         process = self.process
-        edges = (self._ratio(state) - before).tolist() if level > 1 or self.steps[0] == 0 else [0.0] * len(rows)
+        edges = gained(self._ratio(state), before).tolist() if level > 1 or self.steps[0] == 0 else [0.0] * len(rows)
         names = process.identify(state) if self.sampler.merge else None
         finished = process.finished(state).cpu()
         inner, ends = (~finished).nonzero().squeeze(1), finished.nonzero().squeeze(1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steer.core import check
 
-__all__ = ["RESAMPLERS", "effective_sample_size", "log_mean_exp", "normalise", "resample", "temper"]
+__all__ = ["RESAMPLERS", "effective_sample_size", "gained", "log_mean_exp", "normalise", "resample", "temper"]
 
 
 def normalise(log_weights: Tensor) -> Tensor:
@@ -25,6 +25,11 @@ def normalise(log_weights: Tensor) -> Tensor:
 def log_mean_exp(log_weights: Tensor) -> Tensor:
     """`log(mean(exp(log_weights)))` over the last axis: the increment of log Z at a resampling step."""
     return torch.logsumexp(log_weights, -1) - math.log(log_weights.shape[-1])
+
+
+def gained(after: Tensor, before: Tensor) -> Tensor:
+    """`after - before` of running sums of log-weights; a sum that has reached -infinity stays there."""
+    return torch.where(after.isneginf(), after, after - before)
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:

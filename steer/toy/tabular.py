@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from steer.core import Ability, Context, Cost, Mounted, Process, Prompt, Samples, Site, TransitionEdit, check
-from steer.core.context import Opaque, shifted
+from steer.core.context import Opaque, among, shifted
 from steer.core.rows import accounted
 
 __all__ = ["TabularProcess", "markov_lm"]
@@ -162,10 +162,11 @@ class TabularProcess(Process):
 
     def _tilt(self, state: TabularState, base: Tensor, token: Tensor) -> Tensor:
         total = torch.zeros(len(state), dtype=torch.float64)
-        for edit, _ in self.edits:
-            if isinstance(edit, TransitionEdit) and edit.power is not None:
+        for edit, wanted in self.edits:
+            if isinstance(edit, TransitionEdit) and edit.power is not None and edit.power[1] != 0:
                 other = self.view(state.x).companion(edit.power[0]).base
-                total = total + edit.power[1] * (other - base).gather(1, token).squeeze(1)
+                own = edit.power[1] * (other - base).gather(1, token).squeeze(1)
+                total = total + (own if wanted is None else torch.where(among(state.group, wanted), own, 0.0))
         return total
 
     def law(self) -> tuple[Tensor, Tensor]:
