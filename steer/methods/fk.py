@@ -19,7 +19,8 @@ that p reaches. Means of *one* population are biased by O(1 / K) (about -1.3 / K
 of 4 to 64): K = 4 is nowhere near the target.
 
 A lookahead may say -infinity of a row whose end is possible, so it never kills: until the last step such a row keeps
-the weight of one particle in K (`_raised`). Only a reward of -infinity at the end is a weight of 0.
+the weight of one particle in K (`_raised`), and adds nothing to a sum. Only a reward of -infinity at the end is a
+weight of 0.
 
 Letters: `B` prompts, `P` populations (prompts, or prompts times outputs), `K` particles in one, `N = P K` rows.
 """
@@ -256,17 +257,17 @@ class _Particles:
 
     def _factor(self, rho: Tensor, last: bool) -> Tensor:
         """Log of the potential, from `rho / beta`."""
-        sampler, before = self.sampler, self.carried
-        difference, running = sampler.potential == "difference", sampler.terminal == "running"
-        if not last and (difference or not running):
-            rho = self._raised(rho, torch.zeros_like(rho) if sampler.potential == "sum" else before)
-        if difference:
+        potential, before = self.sampler.potential, self.carried
+        running = self.sampler.terminal == "running" and potential != "difference"
+        if not (last or running):
+            rho = torch.where(rho.isneginf(), 0.0, rho) if potential == "sum" else self._raised(rho, before)
+        if potential == "difference":
             self.carried = rho
             return rho - before
-        self.carried = torch.maximum(before, rho) if sampler.potential == "max" else before + rho
-        if not last:
-            return self._raised(self.carried, torch.zeros_like(rho))
-        return (self.carried if running else rho) - self.total
+        self.carried = torch.maximum(before, rho) if potential == "max" else before + rho
+        if last:
+            return (self.carried if running else rho) - self.total
+        return self._raised(self.carried, torch.zeros_like(rho))
 
     def _raised(self, rho: Tensor, known: Tensor) -> Tensor:
         """`rho` with a finite value in place of -infinity, which would be a weight of 0 for good: 1 / K of the mean of
