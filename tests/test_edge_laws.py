@@ -27,11 +27,11 @@ SIZES = [(3, 3, 0), (2, 5, 1), (4, 3, 2)]
 
 
 def chain(vocabulary: int, length: int, seed: int, zeros: float = 0.0) -> TabularProcess:
-    """A random chain; every entry but those that keep a row alive is 0 with probability `zeros`."""
+    """A random chain; entries are 0 with probability `zeros`, but for one in each row, the same in every chain."""
     g = torch.Generator().manual_seed(seed)
     rows = torch.rand(vocabulary + 1, vocabulary, dtype=torch.float64, generator=g) + 0.05
     dead = torch.rand(rows.shape, generator=g) < zeros
-    dead[torch.arange(vocabulary + 1), torch.randint(vocabulary, (vocabulary + 1,), generator=g)] = False
+    dead[torch.arange(vocabulary + 1), torch.arange(vocabulary + 1) % vocabulary] = False
     rows = rows.masked_fill(dead, 0.0)
     rows = rows / rows.sum(1, keepdim=True)
     return TabularProcess(rows[0], rows[1:], length)
