@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from steer.core import Context, Samples, TransitionEdit
-from steer.lookahead import Preview, Rollouts
 from steer.methods.best_of_n import BestOfN, best_of_n_kl, best_of_n_law, reward_curve
 from steer.methods.dts import DTS, SearchDTS
 from steer.methods.fk import FKSteering
 from steer.methods.rlg import RLGuidance
 from steer.methods.svdd import SVDD
 from steer.rewards import lift
+from steer.sampling.lookahead import Preview, Rollouts
 from steer.toy import GaussianProcess, TabularProcess, markov_lm
 
 SIZES = [(3, 3, 0), (2, 5, 1), (4, 3, 2)]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from steer.adapters.openai.dialect import Question
 from steer.core import Context, Cost, Process, Prompt, Samples, UnsupportedError
+from steer.core.rows import Aimed
 
 if TYPE_CHECKING:
     from steer.adapters.openai.process import EndpointProcess
@@ -22,7 +23,7 @@ __all__ = ["EndpointContext", "EndpointState"]
 
 
 @dataclass(frozen=True)
-class EndpointState:
+class EndpointState(Aimed):
     """Rows of texts in mid-generation. Nothing of them is kept at the endpoint."""
 
     group: Tensor

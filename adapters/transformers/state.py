@@ -13,13 +13,14 @@ from steer.adapters.transformers import tracking
 from steer.adapters.transformers.cache import new_cache
 from steer.adapters.transformers.tracking import Track
 from steer.core import Cost, Prompt
+from steer.core.rows import Aimed
 
 if TYPE_CHECKING:
     from steer.adapters.transformers.model import LanguageModel
 
 
 @dataclass(frozen=True)
-class TextState:
+class TextState(Aimed):
     """Rows of texts in mid-generation.
 
     `prefix` `[N, columns]` is filled up to column `filled`; a token stands where `real`, of the same shape, is True. (A

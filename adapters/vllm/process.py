@@ -34,6 +34,7 @@ from steer.core import (
     check,
     check_whole,
 )
+from steer.core.rows import Aimed
 from steer.methods.best_of_n import BestOfN
 from steer.methods.fk import FKSteering
 from steer.model import Plan
@@ -62,7 +63,7 @@ class Named(Edit):
 
 
 @dataclass(frozen=True)
-class VLLMState:
+class VLLMState(Aimed):
     """Rows of texts in mid-generation; the engine's prefix cache holds what can be held of them."""
 
     group: Tensor

@@ -106,6 +106,11 @@ class State(Protocol):
     """The same rows under the process without edits `[N]`; None where only a second pass can tell."""
     tilt: Tensor
     """Log of the law that weights aim at over the base law so far `[N]`: 0 unless an edit has a `power`."""
+
+    @property
+    def aim_log_prob(self) -> Tensor | None:
+        """The same rows under the law that weights aim at `[N]`; None where `base_log_prob` is."""
+
     kl: Tensor | None
     """Sum over steps of the exact KL between the step's law and the base law `[N]`, where it is known."""
     cost: Cost

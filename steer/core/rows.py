@@ -14,8 +14,20 @@ from steer.core.errors import check, check_whole
 from steer.core.samples import Cost, Samples
 
 
+class Aimed:
+    """Rows that keep `tilt` beside `base_log_prob`, which then has to be finite wherever the tilt is not 0."""
+
+    base_log_prob: Tensor | None
+    tilt: Tensor
+
+    @property
+    def aim_log_prob(self) -> Tensor | None:
+        """Log-probability under the law that weights aim at `[N]`."""
+        return None if self.base_log_prob is None else self.base_log_prob + self.tilt
+
+
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class Rows(Aimed):
     """Rows at one step. A class names its tensors that have one row for each row, by where they lie."""
 
     on_device: ClassVar[tuple[str, ...]]

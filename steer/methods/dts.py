@@ -51,7 +51,7 @@ class DTS(Sampler):
         batch: rollouts that run together in each tree. Choices within a batch do not see each other's rewards.
         levels: at how many equal intervals the chain branches; None is every step, at most 5.
         widening, exponent: C and alpha of `C N^alpha` children at a node that was visited N times.
-        explore: share of choices made by frequency instead of value, which bounds each choice's weight by `1 / explore`.
+        explore: share of choices made by frequency instead of value, which bounds the weight of each by `1 / explore`;
             None is 0.1 for "weighted" and 0, the paper's rule, for "published".
         estimator: "weighted" or "published".
         lookahead: what is thought of a node before it has many children, such as `Preview()`; it guides choices, and no

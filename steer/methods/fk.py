@@ -91,8 +91,8 @@ class FKSteering(Sampler):
             None is the right one: -infinity for max, 0 for the others.
         keep_previews: keep what the reward saw, for pictures.
 
-    Returns from `run`: the samples with `log_z` (`exp(log_z)` is unbiased, see above), `kl`, the population's estimate of
-    the target's KL to the base (infinite where no particle is possible), `pool` (the whole weighted population),
+    Returns from `run`: the samples with `log_z` (`exp(log_z)` is unbiased, see above), `kl`, the population's estimate
+    of the target's KL to the base (infinite where no particle is possible), `pool` (the whole weighted population),
     `lineage` (rows of the pool) and `trace`.
     """
 
@@ -212,8 +212,8 @@ class FKSteering(Sampler):
 
 
 def _drift(pool: Samples, beta: float) -> Tensor:
-    """KL of the target to the base, `E[r / beta + tilt] - log Z`, as the population estimates it, by row `[N]`; infinite
-    where Z is 0.
+    """KL of the target to the base, `E[r / beta + tilt] - log Z`, as the population estimates it, by row `[N]`;
+    infinite where Z is 0.
     """
     assert pool.log_z is not None and pool.tilt is not None
     w = pool.weights
@@ -251,7 +251,7 @@ class _Particles:
         step = self._factor(value * (scale / self.beta), last)
         self.total = self.total + step
         if self.sampler.correct:
-            ratio = (state.base_log_prob + state.tilt - state.log_prob).double().cpu()
+            ratio = (state.aim_log_prob - state.log_prob).double().cpu()
             step, self.ratio = step + gained(ratio, self.ratio), ratio
         self.log_weight = self.log_weight + step.reshape(self.log_weight.shape)
 

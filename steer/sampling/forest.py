@@ -106,8 +106,8 @@ class Forest(Growth):
     def _facts(self) -> tuple[Any, ...]:
         s = self.sampler
         return (
-            type(s).__name__, s.batch, s.widening, s.exponent, s.exploration, s.lookahead, s.trust, self.steps, self.beta,
-            len(self.prompts),
+            type(s).__name__, s.batch, s.widening, s.exponent, s.exploration, s.lookahead, s.trust, self.steps,
+            self.beta, len(self.prompts),
         )  # fmt: skip
 
     def load(self, path: Path | str) -> Forest:

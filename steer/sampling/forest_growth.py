@@ -191,7 +191,7 @@ class Growth:
                 "a tree cannot weigh edits of prompts or hidden states, whose law against the base is not known while "
                 "generating: set correct=False to search under the edited process itself"
             )
-        return (state.base_log_prob + state.tilt - state.log_prob).double().cpu()
+        return (state.aim_log_prob - state.log_prob).double().cpu()
 
     def _arrive(
         self, level: int, state: Any, rows: list[_Rollout], before: Tensor

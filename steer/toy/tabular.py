@@ -16,6 +16,7 @@ from torch import Tensor
 from steer.core import Ability, Context, Cost, Mounted, Process, Prompt, Samples, Site, TransitionEdit, check
 from steer.core.context import Opaque, among, shifted
 from steer.core.rows import accounted
+from steer.sampling.weights import product
 
 __all__ = ["TabularProcess", "markov_lm"]
 
@@ -32,7 +33,7 @@ class TabularState:
     step: int
     log_prob: Tensor
     base_log_prob: Tensor
-    tilt: Tensor
+    aim_log_prob: Tensor
     kl: Tensor
     cost: Cost
     prompts: list[Any] = field(repr=False)
@@ -40,8 +41,13 @@ class TabularState:
     def __len__(self) -> int:
         return len(self.group)
 
+    @property
+    def tilt(self) -> Tensor:
+        """Log of the law that weights aim at over the base law `[N]`; infinite where the base alone excludes a row."""
+        return torch.where(self.aim_log_prob == self.base_log_prob, 0.0, self.aim_log_prob - self.base_log_prob)
 
-_ROWS = ("x", "group", "log_prob", "base_log_prob", "tilt", "kl")
+
+_ROWS = ("x", "group", "log_prob", "base_log_prob", "aim_log_prob", "kl")
 
 
 @dataclass(frozen=True)
@@ -155,19 +161,22 @@ class TabularProcess(Process):
             step=state.step + 1,
             log_prob=state.log_prob + law.gather(1, token).squeeze(1),
             base_log_prob=state.base_log_prob + base.gather(1, token).squeeze(1),
-            tilt=state.tilt + self._tilt(state, base, token),
+            aim_log_prob=state.aim_log_prob + self._aim(state, base).gather(1, token).squeeze(1),
             kl=state.kl + kl,
             cost=state.cost + Cost(model_calls=1, nfe=len(state), generated_tokens=len(state)),
         )
 
-    def _tilt(self, state: TabularState, base: Tensor, token: Tensor) -> Tensor:
-        total = torch.zeros(len(state), dtype=torch.float64)
+    def _aim(self, state: TabularState, base: Tensor) -> Tensor:
+        """Log-law of the next step that weights aim at `[N, V]`, not normalised; `base` but under edits with power."""
+        law = base
         for edit, wanted in self.edits:
-            if isinstance(edit, TransitionEdit) and edit.power is not None and edit.power[1] != 0:
-                other = self.view(state.x).companion(edit.power[0]).base
-                own = edit.power[1] * (other - base).gather(1, token).squeeze(1)
-                total = total + (own if wanted is None else torch.where(among(state.group, wanted), own, 0.0))
-        return total
+            if not (isinstance(edit, TransitionEdit) and edit.power is not None):
+                continue
+            tuned, w = edit.power
+            other = (self.view(state.x).companion(tuned).base, w)
+            mixed = product((base, 1 - w), other) if law is base else product((law, 1.0), (base, -w), other)
+            law = mixed if wanted is None else torch.where(among(state.group, wanted).unsqueeze(1), mixed, law)
+        return law
 
     def law(self) -> tuple[Tensor, Tensor]:
         """Every sequence `[V^T, T]` in lexicographic order with its exact log-probability `[V^T]` under the edits."""
