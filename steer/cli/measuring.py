@@ -119,6 +119,7 @@ def race(options: RaceOptions, coming: Coming = frozenset()) -> Run:
         check(bool(options.edit) or not METHODS[name].guided, "method", name, "methods without guidance, or --edit")
     _positive(options, "seeds", "steps", "max_new_tokens", "block")
     budgets = _sizes("budgets", options.budgets)
+    check(options.reach is None or options.reach >= max(budgets), "reach", options.reach, "the largest budget or more")
     settings = _by_method(options)
     edits = [checks.edit_maker(text, coming) for text in options.edit]
     checks.check_folder(options.out)
@@ -129,8 +130,8 @@ def race(options: RaceOptions, coming: Coming = frozenset()) -> Run:
         about = {"model": options.model, "edits": [Path(text).name for text in options.edit]}
         found = measure(
             process, prompts, reward.bind(model), budgets, options.out, methods=options.method,
-            edits=[make(model) for make in edits], beta=options.beta, seeds=options.seeds, options=settings,
-            about=about, progress=session.progress,
+            edits=[make(model) for make in edits], beta=options.beta, seeds=options.seeds, reach=options.reach,
+            options=settings, about=about, progress=session.progress,
         )  # fmt: skip
         draw_race(found, options.out / "race.png")
         session.say(f"{found.table()}\nwrote {options.out / 'race.json'} and {options.out / 'race.png'}")

@@ -286,6 +286,9 @@ class RaceOptions(ModelOptions):
     steps: Annotated[int, typer.Option(help="Denoising steps (diffusion models, masked language models).")] = 25
     max_new_tokens: Annotated[int, typer.Option(help="The longest output (language models).")] = 48
     block: Annotated[int, typer.Option(help="Tokens in a step (language models).")] = 6
+    reach: Annotated[
+        int | None, typer.Option(metavar="N", help="Best-of-n goes on to N evaluations, to say how many more it needs.")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
