@@ -70,7 +70,8 @@ class FKSteering(Sampler):
         many
             from *one* population of `n * num_particles` (at equal cost far closer to the target than n populations of
             K).
-        per_output: n populations of K instead, one output from each, as the paper does.
+        per_output: n populations of K instead, one output from each, as the paper does. An output is weighed against
+            its own population alone; only the pool's weights compare populations.
         potential: "difference", "max" or "sum".
         terminal: "exact", the paper's rule, or "running", as in the released code: for max and sum the last factor has
             the running value in place of `r(x_0)`, so that the target is `p exp(max rho / beta)` or
@@ -184,7 +185,7 @@ class FKSteering(Sampler):
         samples = process.decode(state) if finished is None else finished
         cost = replace(samples.cost + spent, seconds=time.perf_counter() - began)
         pool = replace(
-            samples, log_weight=particles.log_weight.flatten(), reward=particles.value, cost=cost, trace=trace,
+            samples, log_weight=particles.among(len(prompts)), reward=particles.value, cost=cost, trace=trace,
             log_z=particles.evidence(len(prompts)),
         )  # fmt: skip
         pool = replace(pool, kl_estimate=_drift(pool, beta) if self.correct else None)
@@ -263,7 +264,7 @@ class _Particles:
             rho = torch.where(rho.isneginf(), 0.0, rho) if potential == "sum" else self._raised(rho, before)
         if potential == "difference":
             self.carried = rho
-            return rho - before
+            return rho - (self.total if last else before)
         self.carried = torch.maximum(before, rho) if potential == "max" else before + rho
         if last:
             return (self.carried if running else rho) - self.total
@@ -298,6 +299,13 @@ class _Particles:
         for name in ("carried", "total", "ratio", "value"):
             setattr(self, name, getattr(self, name)[index])
         return index, (ess, due)
+
+    def among(self, prompts: int) -> Tensor:
+        """Log-weights `[N]` of particles among all of their prompt's, whose populations count by their own log Z."""
+        whole = self.log_z.reshape(prompts, -1)
+        shares = whole - log_mean_exp(whole).unsqueeze(1)
+        shares = torch.where(whole.isneginf(), whole, shares).reshape(-1, 1)
+        return (self.log_weight + shares).flatten()
 
     def evidence(self, prompts: int) -> Tensor:
         """log Z `[B]`; a prompt's populations are averaged, which keeps `exp(log_z)` unbiased."""
