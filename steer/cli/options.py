@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from steer.methods.samplers import SAMPLERS
+
 __all__ = [
     "COMMANDS",
     "CompareOptions",
@@ -60,9 +62,7 @@ class SampleOptions(ModelOptions):
 
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="One prompt.")] = None
     prompts: Annotated[Path | None, _Prompts] = None
-    sampler: Annotated[
-        str, typer.Option(metavar="NAME", help="How to draw: ancestral, best-of-n, fk, svdd, dts or dts-star.")
-    ] = "ancestral"
+    sampler: Annotated[str, typer.Option(metavar="NAME", help=f"How to draw: {SAMPLERS}.")] = "ancestral"
     set: _Settings = field(default_factory=list)
     reward: Annotated[str | None, _Reward] = None
     beta: Annotated[float, typer.Option(help="KL coefficient of the target p exp(reward / beta).")] = 1.0

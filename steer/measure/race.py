@@ -24,10 +24,11 @@ from steer.measure.distances import interval
 from steer.methods.best_of_n import BestOfN, reward_curve
 from steer.methods.dts import SearchDTS
 from steer.methods.fk import FKSteering
+from steer.methods.samplers import SAMPLERS
 from steer.methods.svdd import SVDD
 from steer.progress import ticking
 
-__all__ = ["METHODS", "Heat", "Race", "race"]
+__all__ = ["METHODS", "Heat", "Race", "methods_by_name", "race"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ METHODS: dict[str, Entry] = {
     "vas+fk": Entry(lambda chains, nfe: FKSteering(chains, n=1, select="best"), guided=True, sharpness=5.0),
 }
 """By name. The methods that are guided need an edit."""
+
+
+def methods_by_name() -> dict[str, Entry]:
+    """`METHODS`, and every other registered sampler that goes by a reward, its whole budget spent on one output."""
+    others = {name: kind for name, kind in SAMPLERS.items() if kind.needs_reward and name not in METHODS}
+    return METHODS | {name: Entry(lambda chains, nfe, kind=kind: kind.sized(chains)) for name, kind in others.items()}
 
 
 @dataclass(frozen=True)
@@ -190,7 +197,7 @@ def race(
         reward: bound.
         budgets: evaluations for each prompt.
         out: folder for race.json and race.png.
-        methods: of `METHODS`.
+        methods: of `methods_by_name()`.
         edits: what guided methods are guided by; correct weights keep FK's law.
         beta: KL coefficient for FK and for edits.
         at_once: rows generated at once.
@@ -198,9 +205,10 @@ def race(
         options: settings of samplers in place of the defaults here, by method.
         about: what else identifies the run: model, texts of reward and edits.
     """
+    known = methods_by_name()
     for name in methods:
-        check(name in METHODS, "methods", name, ", ".join(METHODS))
-        check(bool(edits) or not METHODS[name].guided, "methods", name, "methods without guidance, or an edit to guide")
+        check(name in known, "methods", name, ", ".join(known))
+        check(bool(edits) or not known[name].guided, "methods", name, "methods without guidance, or an edit to guide")
     check(bool(budgets) and all(b > 0 for b in budgets), "budgets", budgets, "numbers above 0")
     settings = {
         **(about or {}), "prompts": list(prompts), "beta": beta, "seeds": seeds, "steps": process.num_steps,
@@ -216,7 +224,7 @@ def race(
     jobs = _jobs(found, methods, budgets, reach, rejecting)
     with ticking(progress, "racing", len(jobs) * seeds) as tick:
         for name, some in jobs:
-            entry = METHODS[name]
+            entry = known[name]
             first, each = lengths[entry.guided]
             made = [entry.make(max(1, int((budget - first) / each)), budget) for budget in some]
             samplers = [type(s)(**{**_fields(s), **(options or {}).get(name, {})}) for s in made]
@@ -248,7 +256,7 @@ def _jobs(
     for name in methods:
         wanted = [*budgets, *further] if name == "best-of-n" else budgets
         missing = sorted({b for b in wanted if not any((h.method, h.budget) == (name, b) for h in found.heats)})
-        pooled = isinstance(METHODS[name].make(1, 1), BestOfN) and not rejecting
+        pooled = isinstance(methods_by_name()[name].make(1, 1), BestOfN) and not rejecting
         jobs += [(name, missing)] if pooled and missing else [(name, [b]) for b in missing]
     return jobs
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,35 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.core import Ability, Cost, Process, Prompt, Reward, Sampler, Samples, check, check_whole
+from steer.core import Ability, Process, Run, Sampler, Samples, check, check_whole
 
 __all__ = ["Ancestral", "BestOfN", "best_of_n_kl", "best_of_n_law", "reward_curve"]
 
 
-def _rollouts(
-    process: Process,
-    prompts: Sequence[Prompt],
-    n: int,
-    generator: torch.Generator,
-    reward: Reward | None,
-    on_step: Callable[[Any], None] | None,
-    narrow: Callable[[Any], tuple[Any, int]] | None = None,
-) -> Samples:
-    """`n` outputs for each prompt with their rewards. `narrow` gives rows up between steps, for some reward calls."""
-    began, calls = time.perf_counter(), 0
-    state = process.init(prompts, n, generator)
+def _rollouts(run: Run, n: int, narrow: Callable[[Any], Any] | None = None) -> Samples:
+    """`n` outputs for each prompt with their rewards. `narrow` gives rows up between steps."""
+    process = run.process
+    state = process.init(run.prompts, n, run.generator)
     while not process.done(state):
-        state = process.propose(state, generator)
+        state = process.propose(state, run.generator)
         if narrow is not None and not process.done(state):
-            state, asked = narrow(state)
-            calls += asked
-        if on_step is not None:
-            on_step(state)
+            state = narrow(state)
+        run.step(state)
     samples = process.decode(state)
-    scores = None if reward is None else reward(samples)
-    calls += 0 if reward is None else len(samples)
-    spent = Cost(reward_calls=calls, seconds=time.perf_counter() - began)
-    return replace(samples, reward=scores, cost=samples.cost + spent)
+    return samples if run.given is None else replace(samples, reward=run.score(samples))
 
 
 @dataclass(frozen=True)
@@ -49,6 +35,10 @@ class Ancestral(Sampler):
 
     n: int = 1
 
+    title = "plain sampling"
+    keeps_all = True
+    shows = frozenset({"previews"})
+
     @property
     def rows(self) -> int:
         return self.n
@@ -56,17 +46,8 @@ class Ancestral(Sampler):
     def __post_init__(self) -> None:
         check_whole("n", self.n)
 
-    def run(
-        self,
-        process: Process,
-        prompts: Sequence[Prompt],
-        *,
-        generator: torch.Generator,
-        reward: Reward | None = None,
-        beta: float = 1.0,
-        on_step: Callable[[Any], None] | None = None,
-    ) -> Samples:
-        return _rollouts(process, prompts, self.n, generator, reward, on_step)
+    def draw(self, run: Run) -> Samples:
+        return _rollouts(run, self.n)
 
 
 @dataclass(frozen=True)
@@ -85,41 +66,41 @@ class BestOfN(Sampler):
 
     n: int = 8
     reject: float = 0.0
+
+    title = "best-of-n"
     needs_reward = True
 
     @property
     def rows(self) -> int:
         return self.n
 
+    @property
+    def chooses_whole(self) -> bool:
+        return self.reject == 0
+
+    @property
+    def scores_steps(self) -> bool:
+        return self.reject > 0
+
     def __post_init__(self) -> None:
         check_whole("n", self.n)
         check(0 <= self.reject < 1, "reject", self.reject, "a share of the candidates in [0, 1)")
 
-    def run(
-        self,
-        process: Process,
-        prompts: Sequence[Prompt],
-        *,
-        generator: torch.Generator,
-        reward: Reward | None = None,
-        beta: float = 1.0,
-        on_step: Callable[[Any], None] | None = None,
-    ) -> Samples:
-        check(reward is not None, "reward", None, "a reward: best-of-n needs something to be best at")
-        assert reward is not None
-        narrow = partial(self._narrowed, process, reward, generator) if self.reject else None
-        if narrow is not None:
+    def check_process(self, process: Process) -> None:
+        if self.reject:
             process.require(Ability.PREVIEW, "rejecting candidates")
             steps = process.num_steps
             check(steps > 1, "reject", self.reject, "0 here: the output is one step; draw it in several (block)")
-        pool = _rollouts(process, prompts, self.n, generator, reward, on_step, narrow)
+
+    def draw(self, run: Run) -> Samples:
+        pool = _rollouts(run, self.n, partial(self._narrowed, run) if self.reject else None)
         scores = pool.reward
         assert scores is not None
         chosen = []
-        for b in range(len(prompts)):
+        for b in range(len(run.prompts)):
             rows = (pool.group == b).nonzero().squeeze(1)
             best = rows[scores[rows] == scores[rows].max()]
-            chosen.append(best[torch.randint(len(best), (1,), generator=generator)])
+            chosen.append(best[torch.randint(len(best), (1,), generator=run.generator)])
         index = torch.cat(chosen)
         kept = pool.select(index)
         bound = math.log(self.n) if self.reject else best_of_n_kl(self.n)
@@ -128,10 +109,10 @@ class BestOfN(Sampler):
         drift = None if q is None or p is None else q - p + bound
         return replace(kept, pool=pool, lineage=index, kl_estimate=drift)
 
-    def _narrowed(self, process: Process, reward: Reward, generator: torch.Generator, state: Any) -> tuple[Any, int]:
-        """The state without the candidates that are given up, and the reward calls that it took."""
-        score = reward(process.preview(state))
-        order = torch.randperm(len(score), generator=generator)  # among equals, anyone
+    def _narrowed(self, run: Run, state: Any) -> Any:
+        """The state without the candidates that are given up."""
+        score = run.score(run.process.preview(state))
+        order = torch.randperm(len(score), generator=run.generator)  # among equals, anyone
         order = order[score[order].argsort(descending=True, stable=True)]
         group = state.group[order]
         kept = []
@@ -139,7 +120,7 @@ class BestOfN(Sampler):
             mine = order[group == b]
             kept.append(mine[: len(mine) - int(self.reject * len(mine))])
         index = torch.cat(kept).sort().values
-        return (process.gather(state, index) if len(index) < len(score) else state), len(score)
+        return run.process.gather(state, index) if len(index) < len(score) else state
 
 
 def best_of_n_kl(n: int) -> float:

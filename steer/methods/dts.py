@@ -23,14 +23,13 @@ The paper's lambda is 1 / beta.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-import torch
 
-from steer.core import Ability, Process, Prompt, Reward, Sampler, Samples, check
+from steer.core import Ability, Process, Prompt, Run, Sampler, Samples, check
 from steer.sampling.forest import Forest
 from steer.sampling.lookahead import Lookahead
 from steer.sampling.tree import Tree, picked
@@ -78,7 +77,16 @@ class DTS(Sampler):
     merge: bool = True
     correct: bool = True
     max_bytes: int = 1 << 30
+
+    title = "tree sampling"
+    needs = frozenset({Ability.BRANCH})
     needs_reward = True
+    tilts = True
+    population = "rollouts"
+    shares = True
+    chooses_whole = False
+    shows = frozenset({"tree"})
+    own_settings = frozenset({"max_bytes", "max_nfe"})
 
     @property
     def rows(self) -> int:
@@ -106,6 +114,10 @@ class DTS(Sampler):
 
     searching = False
 
+    @classmethod
+    def sized(cls, candidates: int, n: int = 1, **settings: Any) -> Self:
+        return super().sized(candidates, n, **{**settings, "batch": min(settings.get("batch", 8), candidates)})
+
     @property
     def exploration(self) -> float:
         """`explore`, or what stands for None: 0.1 where rollouts are weighed, 0 in the published estimator."""
@@ -118,37 +130,21 @@ class DTS(Sampler):
         """Whether trees back up the maximum in place of soft values."""
         return False
 
-    def run(
-        self,
-        process: Process,
-        prompts: Sequence[Prompt],
-        *,
-        generator: torch.Generator,
-        reward: Reward | None = None,
-        beta: float = 1.0,
-        on_step: Callable[[Any], None] | None = None,
-    ) -> Samples:
-        forest = self.plant(process, prompts, generator=generator, reward=reward, beta=beta)
-        return forest.grow(on_step=on_step).samples(self.n)
-
-    def plant(
-        self,
-        process: Process,
-        prompts: Sequence[Prompt],
-        *,
-        generator: torch.Generator,
-        reward: Reward | None,
-        beta: float = 1.0,
-    ) -> Forest:
-        """Trees without rollouts, to be grown step by step."""
-        check(reward is not None, "reward", None, "a reward: a tree search needs values")
-        assert reward is not None
-        process.require(Ability.BRANCH, "tree sampling")
-        process = process.as_proposal() if self.correct else process
+    def check_process(self, process: Process) -> None:
+        super().check_process(process)
         if self.lookahead is not None:
             self.lookahead.check(process)
-            process = self.lookahead.prepared(process)
-        return Forest(self, process, list(prompts), reward, beta, generator)
+
+    def prepared(self, process: Process) -> Process:
+        process = process.as_proposal() if self.correct else process
+        return process if self.lookahead is None else self.lookahead.prepared(process)
+
+    def draw(self, run: Run) -> Samples:
+        return Forest(self, run).grow().samples(self.n)
+
+    def plant(self, process: Process, prompts: Sequence[Prompt], **request: Any) -> Forest:
+        """Trees without rollouts, to be grown step by step; `request` is as for `run`."""
+        return Forest(self, self.begin(process, prompts, **request))
 
     def choose(self, tree: Tree, node: int, u: float) -> tuple[int, float]:
         """The child to descend to, by a uniform number, and the log-weight of that choice."""
@@ -175,6 +171,8 @@ class SearchDTS(DTS):
     backup: str = "soft"
 
     searching = True
+    title = "tree search"
+    tilts = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,15 +28,13 @@ Letters: `B` prompts, `P` populations (prompts, or prompts times outputs), `K` p
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steer.core import Ability, Cost, Process, Prompt, Reward, Sampler, Samples, UnsupportedError, check
+from steer.core import Ability, Process, Run, Sampler, Samples, UnsupportedError, check
 from steer.sampling.lookahead import Lookahead, Preview
 from steer.sampling.weights import RESAMPLERS, effective_sample_size, gained, log_mean_exp, resample
 
@@ -113,11 +111,23 @@ class FKSteering(Sampler):
     correct: bool = True
     floor: float | None = None
     keep_previews: bool = False
+
+    title = "FK steering"
+    needs = frozenset({Ability.BRANCH})
     needs_reward = True
+    tilts = True
+    population = "num_particles"
+    chooses_whole = False
+    shows = frozenset({"lineage"})
+    own_settings = frozenset({"keep_previews"})
 
     @property
     def rows(self) -> int:
         return self.num_particles * (self.n or 1)
+
+    @property
+    def scores_steps(self) -> bool:
+        return isinstance(self.lookahead, Preview) and self.every == 1
 
     def __post_init__(self) -> None:
         for name in ("num_particles", "n", "start", "stop", "every"):
@@ -134,62 +144,60 @@ class FKSteering(Sampler):
         check(self.select in (None, "weighted", "draw", "best"), "select", self.select, "weighted, draw, best")
         check(not (self.select == "weighted" and self.n), "select", "weighted", "draw or best where n is given")
 
-    def run(
-        self,
-        process: Process,
-        prompts: Sequence[Prompt],
-        *,
-        generator: torch.Generator,
-        reward: Reward | None = None,
-        beta: float = 1.0,
-        on_step: Callable[[Any], None] | None = None,
-    ) -> Samples:
-        check(reward is not None, "reward", None, "a reward: FK steering weighs by it")
-        assert reward is not None
-        process.require(Ability.BRANCH, "FK steering")
+    def check_process(self, process: Process) -> None:
+        super().check_process(process)
         self.lookahead.check(process)
-        began = time.perf_counter()
-        process = self.lookahead.prepared(process.as_proposal() if self.correct else process)
-        populations = len(prompts) * ((self.n or 1) if self.per_output else 1)
+
+    def prepared(self, process: Process) -> Process:
+        return self.lookahead.prepared(process.as_proposal() if self.correct else process)
+
+    def draw(self, run: Run) -> Samples:
+        process, prompts = run.process, len(run.prompts)
+        populations = prompts * ((self.n or 1) if self.per_output else 1)
         size = self.num_particles * (1 if self.per_output else (self.n or 1))
-        state = process.init(prompts, populations * size // len(prompts), generator)
+        state = process.init(run.prompts, populations * size // prompts, run.generator)
         if self.correct and state.base_log_prob is None:
             raise UnsupportedError(
                 "FK steering cannot weigh edits of prompts or hidden states, whose law against the base is not known "
                 "while generating: set correct=False to steer the edited process itself"
             )
-        particles = _Particles(self, beta, populations, size, len(state))
-        spent, trace = Cost(), []
+        particles = _Particles(self, run.beta, populations, size, len(state))
+        trace: list[Generation] = []
         finished: Samples | None = None
         while not process.done(state):
-            state = process.propose(state, generator)
-            done = process.done(state)
-            if done or self._weighed(state.step):
-                state = process.read(state) if self.lookahead.reads and not done else state
-                if done:
-                    finished = process.decode(state)
-                    value, cost = reward(finished), Cost(reward_calls=len(state))
-                else:
-                    value, cost = self.lookahead(process, state, reward, beta, generator)
-                shown = None
-                if self.keep_previews:
-                    shown = (process.preview(state) if finished is None else finished).outputs
-                spent = spent + cost
-                particles.weigh(value, state, done)
-                ancestors, step = particles.resample(generator, process.diverges(state))
-                trace.append(Generation(state.step, ancestors, value, *step, shown))
-                if bool(step[1].any()):
-                    state = process.gather(state, ancestors)
-            if on_step is not None:
-                on_step(state)
+            state = process.propose(state, run.generator)
+            if process.done(state):
+                finished = process.decode(state)
+            if finished is not None or self._weighed(state.step):
+                state, generation = self._generation(run, state, particles, finished)
+                trace.append(generation)
+            run.step(state)
         samples = process.decode(state) if finished is None else finished
-        cost = replace(samples.cost + spent, seconds=time.perf_counter() - began)
         pool = replace(
-            samples, log_weight=particles.among(len(prompts)), reward=particles.value, cost=cost, trace=trace,
-            log_z=particles.evidence(len(prompts)),
+            samples, log_weight=particles.among(prompts), reward=particles.value, trace=trace,
+            log_z=particles.evidence(prompts),
         )  # fmt: skip
-        pool = replace(pool, kl_estimate=_drift(pool, beta) if self.correct else None)
-        return self._selected(pool, particles, generator)
+        pool = replace(pool, kl_estimate=_drift(pool, run.beta) if self.correct else None)
+        return self._selected(pool, particles, run.generator)
+
+    def _generation(
+        self, run: Run, state: Any, particles: _Particles, finished: Samples | None
+    ) -> tuple[Any, Generation]:
+        """Weigh rows, `finished` or by the lookahead, and resample where it is due."""
+        process = run.process
+        if finished is not None:
+            value = run.score(finished)
+        else:
+            state = process.read(state) if self.lookahead.reads else state
+            value, cost = self.lookahead(process, state, run.reward, run.beta, run.generator)
+            run.pay(cost)
+        shown = None
+        if self.keep_previews:
+            shown = (process.preview(state) if finished is None else finished).outputs
+        particles.weigh(value, state, finished is not None)
+        ancestors, ess, resampled = particles.resample(run.generator, process.diverges(state))
+        generation = Generation(state.step, ancestors, value, ess, resampled, shown)
+        return process.gather(state, ancestors) if bool(resampled.any()) else state, generation
 
     def _weighed(self, step: int) -> bool:
         return step >= self.start and (step - self.start) % self.every == 0 and step <= (self.stop or step)
@@ -279,7 +287,7 @@ class _Particles:
         known = torch.where(known.isneginf(), 0.0, known)
         return torch.where(rho.isneginf(), torch.where(floor.isneginf(), known, floor), rho)
 
-    def resample(self, generator: torch.Generator, worth: bool) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def resample(self, generator: torch.Generator, worth: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Ancestors `[N]`, ESS `[P]` and which populations were resampled `[P]`. Without noise to come copies would
         stay copies, so the last weights are left to be read or drawn from.
         """
@@ -289,7 +297,7 @@ class _Particles:
             due &= ess < self.sampler.ess_threshold * self.size
         own = torch.arange(self.log_weight.numel()).reshape(self.log_weight.shape)
         if not bool(due.any()):
-            return own.flatten(), (ess, due)
+            return own.flatten(), ess, due
         drawn = resample(self.log_weight[due], generator, self.sampler.resampler)
         ancestors = own.clone()
         ancestors[due] = own[due].gather(1, drawn)
@@ -298,7 +306,7 @@ class _Particles:
         index = ancestors.flatten()
         for name in ("carried", "total", "ratio", "value"):
             setattr(self, name, getattr(self, name)[index])
-        return index, (ess, due)
+        return index, ess, due
 
     def among(self, prompts: int) -> Tensor:
         """Log-weights `[N]` of particles among all of their prompt's, whose populations count by their own log Z."""
