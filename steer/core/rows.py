@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -14,14 +14,19 @@ from steer.core.errors import check, check_whole
 from steer.core.samples import Cost, Samples
 
 
+class _Tilted(Protocol):
+    @property
+    def base_log_prob(self) -> Tensor | None: ...
+
+    @property
+    def tilt(self) -> Tensor: ...
+
+
 class Aimed:
     """Rows that keep `tilt` beside `base_log_prob`, which then has to be finite wherever the tilt is not 0."""
 
-    base_log_prob: Tensor | None
-    tilt: Tensor
-
     @property
-    def aim_log_prob(self) -> Tensor | None:
+    def aim_log_prob(self: _Tilted) -> Tensor | None:
         """Log-probability under the law that weights aim at `[N]`."""
         return None if self.base_log_prob is None else self.base_log_prob + self.tilt
 

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,11 @@ METHODS: dict[str, Entry] = {
 def methods_by_name() -> dict[str, Entry]:
     """`METHODS`, and every other registered sampler that goes by a reward, its whole budget spent on one output."""
     others = {name: kind for name, kind in SAMPLERS.items() if kind.needs_reward and name not in METHODS}
-    return METHODS | {name: Entry(lambda chains, nfe, kind=kind: kind.sized(chains)) for name, kind in others.items()}
+    return METHODS | {name: Entry(partial(_sized, kind)) for name, kind in others.items()}
+
+
+def _sized(kind: type[Sampler], chains: int, nfe: int) -> Sampler:
+    return kind.sized(chains)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Registry(MutableMapping[str, "type[Sampler]"]):
         if isinstance(place, str):
             module, _, kind = place.partition(":")
             place = self._places[name] = getattr(import_module(module), kind)
-        return place  # type: ignore[return-value]
+        return place
 
     def __setitem__(self, name: str, kind: type[Sampler] | str) -> None:
         self._places[name] = kind
