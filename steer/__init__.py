@@ -6,67 +6,123 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from steer.core import Edit, InputError, RawText, Samples, SteerError
-    from steer.edits import load_edit, parse_edit
+    from steer.adapters.diffusers import DiffusionModel
+    from steer.adapters.diffusers.guidance import rl_guidance
+    from steer.adapters.diffusers.policy.tuning import train_diffusion_policy
+    from steer.adapters.openai import EndpointModel
+    from steer.adapters.transformers import LanguageModel
+    from steer.adapters.transformers.policy.tuning import train_policy
+    from steer.artifacts import Artifact
+    from steer.core import Edit, InputError, RawText, Reward, Sampler, Samples, SteerError, UnsupportedError
+    from steer.core.samples import Sample
+    from steer.edits import load_artifact, load_edit, parse_edit
     from steer.loading import load
+    from steer.measure.compare import compare
+    from steer.measure.race import race
+    from steer.measure.report import evaluate
     from steer.methods.best_of_n import Ancestral, BestOfN
     from steer.methods.controller import Controller
     from steer.methods.dts import DTS, SearchDTS
     from steer.methods.fk import FKSteering
+    from steer.methods.gradient import GradientGuidance
     from steer.methods.prompt import DirectionalStimulus, SystemPrompt
     from steer.methods.rlg import RLGuidance
     from steer.methods.svdd import SVDD
     from steer.methods.value import ValueGuidance
     from steer.methods.vector import Gate, SteeringVector
     from steer.model import generate
+    from steer.pictures.charts import draw_report
     from steer.rewards import as_reward, parse_reward
-
-__all__ = [
-    "Ancestral",
-    "BestOfN",
-    "Controller",
-    "DTS",
-    "DirectionalStimulus",
-    "Edit",
-    "FKSteering",
-    "Gate",
-    "InputError",
-    "RLGuidance",
-    "RawText",
-    "SVDD",
-    "Samples",
-    "SearchDTS",
-    "SteerError",
-    "SteeringVector",
-    "SystemPrompt",
-    "ValueGuidance",
-    "__version__",
-    "as_reward",
-    "generate",
-    "load",
-    "load_edit",
-    "parse_edit",
-    "parse_reward",
-]
-
+    from steer.rewards.scoring import score
+    from steer.train.controller import train_controller
+    from steer.train.value import train_value
+    from steer.train.vector import train_vector
 
 _HOMES = {
-    "steer.core": ("Edit", "InputError", "RawText", "Samples", "SteerError"),
-    "steer.edits": ("load_edit", "parse_edit"),
+    "steer.adapters.diffusers": ("DiffusionModel",),
+    "steer.adapters.diffusers.guidance": ("rl_guidance",),
+    "steer.adapters.diffusers.policy.tuning": ("train_diffusion_policy",),
+    "steer.adapters.openai": ("EndpointModel",),
+    "steer.adapters.transformers": ("LanguageModel",),
+    "steer.adapters.transformers.policy.tuning": ("train_policy",),
+    "steer.artifacts": ("Artifact",),
+    "steer.core": (
+        "Edit", "InputError", "RawText", "Reward", "Sampler", "Samples", "SteerError", "UnsupportedError",
+    ),
+    "steer.core.samples": ("Sample",),
+    "steer.edits": ("load_artifact", "load_edit", "parse_edit"),
     "steer.loading": ("load",),
+    "steer.measure.compare": ("compare",),
+    "steer.measure.race": ("race",),
+    "steer.measure.report": ("evaluate",),
     "steer.methods.best_of_n": ("Ancestral", "BestOfN"),
     "steer.methods.controller": ("Controller",),
     "steer.methods.dts": ("DTS", "SearchDTS"),
     "steer.methods.fk": ("FKSteering",),
+    "steer.methods.gradient": ("GradientGuidance",),
     "steer.methods.prompt": ("DirectionalStimulus", "SystemPrompt"),
     "steer.methods.rlg": ("RLGuidance",),
     "steer.methods.svdd": ("SVDD",),
     "steer.methods.value": ("ValueGuidance",),
     "steer.methods.vector": ("Gate", "SteeringVector"),
     "steer.model": ("generate",),
+    "steer.pictures.charts": ("draw_report",),
     "steer.rewards": ("as_reward", "parse_reward"),
-}
+    "steer.rewards.scoring": ("score",),
+    "steer.train.controller": ("train_controller",),
+    "steer.train.value": ("train_value",),
+    "steer.train.vector": ("train_vector",),
+}  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "DTS",
+    "SVDD",
+    "Ancestral",
+    "Artifact",
+    "BestOfN",
+    "Controller",
+    "DiffusionModel",
+    "DirectionalStimulus",
+    "Edit",
+    "EndpointModel",
+    "FKSteering",
+    "Gate",
+    "GradientGuidance",
+    "InputError",
+    "LanguageModel",
+    "RLGuidance",
+    "RawText",
+    "Reward",
+    "Sample",
+    "Sampler",
+    "Samples",
+    "SearchDTS",
+    "SteerError",
+    "SteeringVector",
+    "SystemPrompt",
+    "UnsupportedError",
+    "ValueGuidance",
+    "__version__",
+    "as_reward",
+    "compare",
+    "draw_report",
+    "evaluate",
+    "generate",
+    "load",
+    "load_artifact",
+    "load_edit",
+    "parse_edit",
+    "parse_reward",
+    "race",
+    "rl_guidance",
+    "score",
+    "train_controller",
+    "train_diffusion_policy",
+    "train_policy",
+    "train_value",
+    "train_vector",
+]
 
 
 def __getattr__(name: str) -> Any:

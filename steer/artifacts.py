@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from steer.core import InputError, check
 from steer.files import replacing
+from steer.headers import check_safetensors
 
 __all__ = ["Artifact", "Card", "FORMAT", "data_hash", "load", "read_card", "save"]
 
@@ -68,10 +70,44 @@ class Card:
 
 
 class Artifact(NamedTuple):
-    """What training returns: `save(path, *artifact)` writes it."""
+    """What training returns, and what a file holds: tensors and a card.
+
+    It is used wherever an edit is: `edits=calm` takes the card's settings, `calm(0.15, layers=range(10, 15))` others;
+    `calm * 0.5` and `calm + other` are edits too. `save` writes it; `tensors, card = artifact` takes it apart.
+    """
 
     tensors: dict[str, Tensor]
     card: Card
+
+    def __call__(self, strength: float | None = None, *, model: Any = None, **options: Any) -> Any:
+        """The edit at `strength`, with the options of `steer.load_edit`. Raises `InputError`."""
+        from steer.edits import edit_of  # edits are made of artifacts; nothing else here knows what one does
+
+        return edit_of(self.tensors, self.card, strength, model=model, **options)
+
+    def save(self, path: Path | str) -> None:
+        """Write it to one file; see `save`."""
+        save(path, self.tensors, self.card)
+
+    def __mul__(self, factor: Any) -> Any:
+        return self() * factor
+
+    def __rmul__(self, factor: Any) -> Any:
+        return self() * factor
+
+    def __neg__(self) -> Any:
+        return self() * -1.0
+
+    def __add__(self, other: Any) -> Any:
+        return self() + (other() if isinstance(other, Artifact) else other)
+
+    def __sub__(self, other: Any) -> Any:
+        return self() + (other() if isinstance(other, Artifact) else other) * -1.0
+
+    def __repr__(self) -> str:
+        name, depth = Path(str(self.card.model.get("name", "?"))).name, self.card.model.get("num_layers", "?")
+        layers = f", layers {ranges(self.card.layers)} of {depth}" if self.card.layers else ""
+        return f"Artifact({self.card.kind} for {name}{layers})"
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -163,9 +199,12 @@ def check_file(path: Path | str, allowed: str) -> Path:
 def _opened(path: Path | str) -> Iterator[Any]:
     file = check_file(path, _ALLOWED)
     try:
+        check_safetensors(file)
         with safe_open(file, framework="pt") as opened:
             yield opened
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError("artifact", f"{file} (truncated or not safetensors: {error})", _ALLOWED) from error
 
 
@@ -174,20 +213,107 @@ def _card(path: Path | str, header: dict[str, str] | None) -> Card:
     if text is None:
         raise InputError("artifact", f"{path} (safetensors without a card)", _ALLOWED)
     try:
-        entries = json.loads(text)
+        entries = json.loads(text, parse_constant=_no_number)
         version = entries["format"]
         newer = version > FORMAT
-    except (ValueError, TypeError, KeyError) as error:
+        _check_data(entries)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError("artifact", f"{path} (its card cannot be read)", _ALLOWED) from error
     check(not newer, "artifact", f"{path} (format {version})", f"format {FORMAT} or older; update steer")
     _check_entries(path, entries)
     return Card(**{f.name: entries[f.name] for f in fields(Card) if f.name in entries})
 
 
+# ------------------------------------------------------------------------------------------------------------- cards
+
+
+MAX_STRENGTH = 1e6
+"""Of any edit, either way: 1 is the size of what is steered, and beyond this sums overflow in float32."""
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
+
+
+def _check_data(data: Any, depth: int = 0) -> None:
+    """Raise `ValueError` for what could not be written as JSON in UTF-8 again: texts with half a character, numbers
+    that are none, nesting without end.
+    """
+    if isinstance(data, str):
+        data.encode()
+    elif isinstance(data, float):
+        _need(math.isfinite(data))
+    elif isinstance(data, int):
+        _need(abs(data) < 2**63)
+    elif isinstance(data, dict | list):
+        _need(depth < 16)
+        for item in (*data, *data.values()) if isinstance(data, dict) else data:
+            _check_data(item, depth + 1)
+
+
+def _need(condition: bool) -> None:
+    if not condition:
+        raise ValueError
+
+
+def _text(x: Any) -> bool:
+    return isinstance(x, str)
+
+
+def _whole(x: Any) -> bool:
+    return type(x) is int and 0 <= x < 100_000
+
+
+def _wholes(x: Any) -> bool:
+    return isinstance(x, list) and all(map(_whole, x))
+
+
+def _layers(x: Any) -> bool:
+    return _text(x) or _whole(x) or _wholes(x)
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= MAX_STRENGTH
+
+
+def _flag(x: Any) -> bool:
+    return isinstance(x, bool)
+
+
+def _table(x: Any) -> bool:
+    return isinstance(x, dict)
+
+
+_Types = dict[str, tuple[Callable[[Any], bool], str]]
+_ENTRIES: _Types = {
+    "kind": (_text, "a text"), "model": (_table, "entries by name"), "layers": (_wholes, "a list of layers"),
+    "version": (_text, "a text"), "format": (_whole, "a number"),
+    **dict.fromkeys(("settings", "recipe", "data", "metrics"), (_table, "entries by name")),
+}  # fmt: skip
+_MODEL: _Types = {
+    **dict.fromkeys(("name", "fingerprint", "model_type"), (_text, "a text")),
+    **dict.fromkeys(("num_layers", "width"), (_whole, "a whole number")),
+}
+_SETTINGS: _Types = {
+    "layers": (_layers, "layers"), "keep_norm": (_flag, "true or false"), "gate_layer": (_whole, "a layer"),
+    "top_k": (_whole, "a whole number"),
+    **dict.fromkeys(("scope", "operator", "unit", "tail", "gate", "tokens"), (_text, "a text")),
+    **dict.fromkeys(("strength", "threshold", "beta"), (_number, f"a number of at most {MAX_STRENGTH:g}")),
+}  # fmt: skip
+"""What the settings that steer itself writes are; others are for people."""
+
+
 def _check_entries(path: Path | str, entries: dict[str, Any]) -> None:
-    types = {"kind": str, "version": str, "format": int, "layers": list}
-    for entry in fields(Card):
-        expected = types.get(entry.name, dict)
-        given = entries.get(entry.name)
-        fits = isinstance(given, expected) or (entry.name not in entries and entry.name not in ("kind", "model"))
-        check(fits, "artifact", f"{path} (its card has {entry.name} = {given!r})", f"{entry.name}: {expected.__name__}")
+    for name in ("kind", "model"):
+        check(name in entries, "artifact", f"{path} (its card has no {name})", f"{name}: {_ENTRIES[name][1]}")
+    _check_types(path, "", entries, _ENTRIES)
+    _check_types(path, "model.", entries["model"], _MODEL)
+    _check_types(path, "settings.", entries.get("settings", {}), _SETTINGS)
+
+
+def _check_types(path: Path | str, where: str, given: dict[str, Any], types: _Types) -> None:
+    for name, (fits, allowed) in types.items():
+        value = given.get(name)
+        absent = name not in given or (where and value is None)
+        shown = repr(value)[:80]
+        check(absent or fits(value), "artifact", f"{path} (its card has {where}{name} = {shown})", f"{name}: {allowed}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.artifacts import Card, load
+from steer.artifacts import MAX_STRENGTH, Artifact, Card, load
 from steer.core import Edit, InputError, check
+from steer.core.names import check_known
 from steer.gguf import load_gguf
 from steer.methods.controller import Controller, ControllerNetwork
 from steer.methods.operators import Probe
 from steer.methods.value import HeadValue, QHead, ValueGuidance, ValueHead
 from steer.methods.vector import Gate, SteeringVector, check_model
 
-__all__ = ["KINDS", "load_edit", "parse_edit"]
+__all__ = ["KINDS", "as_edit", "as_edits", "edit_of", "load_artifact", "load_edit", "parse_edit"]
+
+
+def as_edit(given: Any, model: Any = None, field: str = "edits") -> Edit:
+    """An edit from itself, an artifact, or a text such as "calm.safetensors:0.15". Raises `InputError`."""
+    if isinstance(given, Artifact):
+        return edit_of(*given, model=model)
+    if isinstance(given, str | Path):
+        return parse_edit(str(given), model)
+    check(isinstance(given, Edit), field, given, 'an edit, an artifact, or "FILE[:strength][:key=value]..."')
+    edit: Edit = given
+    return edit
+
+
+def as_edits(given: Any, count: int, model: Any = None) -> list[tuple[Edit, frozenset[int] | None]]:
+    """Edits in order, each with the prompts out of `count` that it is for (None: all), from an edit or a list of edits
+    for all prompts, or one list (or None) for each. Raises `InputError`.
+    """
+    if given is None:
+        return []
+    if not isinstance(given, list | tuple) or isinstance(given, Artifact):
+        return [(as_edit(given, model), None)]
+    lists = [entry is None or (isinstance(entry, list | tuple) and not isinstance(entry, Artifact)) for entry in given]
+    if not any(lists):
+        allowed = "for one edit each [[a], [b]], for both on both [[a, b], [a, b]]: one list for each prompt"
+        check(count == 1 or len(given) != count, "edits", f"{count} edits for {count} prompts", allowed)
+        return [(as_edit(entry, model), None) for entry in given]
+    allowed = "one list of edits (or None) for each prompt, as in [[a], [a, b], None]"
+    check(all(lists), "edits", given, allowed)
+    check(len(given) == count, "edits", f"{len(given)} entries", f"one for each of {count} prompts")
+    # One edit on many prompts is one mounted edit.
+    made: dict[Any, Edit] = {}
+    wanted: dict[Any, set[int]] = {}
+    for b, mine in enumerate(given):
+        for entry in mine or ():
+            key = entry if isinstance(entry, str) else id(entry)
+            if key not in made:
+                made[key] = as_edit(entry, model, f"edits[{b}]")
+            wanted.setdefault(key, set()).add(b)
+    return [(edit, None if len(wanted[key]) == count else frozenset(wanted[key])) for key, edit in made.items()]
 
 
 def parse_edit(text: str, model: Any = None) -> Edit:
@@ -35,6 +76,8 @@ def split_spec(text: str) -> tuple[str, float | None, dict[str, str]]:
     options: dict[str, str] = {}
     while len(parts) > 1:
         last = parts[-1]
+        if len(parts) > 2 and parts[-2].endswith("=from"):  # the one value that holds a colon: scope=from:K
+            last = f"{parts.pop(-2)}:{last}"
         key, equals, value = last.partition("=")
         if equals and key.isidentifier():
             options[key] = value
@@ -53,6 +96,20 @@ def split_spec(text: str) -> tuple[str, float | None, dict[str, str]]:
     return path, strength, options
 
 
+def load_artifact(path: str | Path) -> Artifact:
+    """What a file holds, to be used as an edit: `load_artifact("calm.safetensors")(0.15)`. Raises `InputError`."""
+    return Artifact(*_read(path))
+
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], Card]:
+    if not str(path).endswith(".gguf"):
+        return load(path)
+    directions, hint = load_gguf(path)
+    card = Card("vector", {"width": len(next(iter(directions.values())))}, sorted(directions), {"unit": "raw"},
+                {"method": "gguf", "hint": hint})  # fmt: skip
+    return {f"direction.{layer}": v for layer, v in directions.items()}, card
+
+
 def load_edit(path: str | Path, strength: float | None = None, *, model: Any = None, **options: Any) -> Edit:
     """The edit in an artifact, with settings in place of its card's.
 
@@ -61,26 +118,26 @@ def load_edit(path: str | Path, strength: float | None = None, *, model: Any = N
     controllers: `threshold`, `scope`; of value heads: `beta`, `top_k`, `tail`. `model_check="any"` (`model=any` on the
     command line) takes an artifact of a model with another fingerprint.
     """
-    if str(path).endswith(".gguf"):
-        directions, hint = load_gguf(path)
-        card = Card("vector", {"width": len(next(iter(directions.values())))}, sorted(directions), {"unit": "raw"},
-                    {"method": "gguf", "hint": hint})  # fmt: skip
-        tensors = {f"direction.{layer}": v for layer, v in directions.items()}
-    else:
-        tensors, card = load(path)
-    check(card.kind in KINDS, f"{path}", f"an artifact of kind {card.kind!r}", ", ".join(KINDS))
+    return edit_of(*_read(path), strength, model=model, **options)
+
+
+def edit_of(
+    tensors: dict[str, Tensor], card: Card, strength: float | None = None, *, model: Any = None, **options: Any
+) -> Edit:
+    """The edit in an artifact that is in memory; see `load_edit`."""
+    check(card.kind in KINDS, "artifact", f"one of kind {card.kind!r}", ", ".join(KINDS))
     compared = options.pop("model_check", "same")
     check(compared in ("same", "any"), "model", compared, "same, any")
     if compared == "any":
         card = replace(card, model={k: v for k, v in card.model.items() if k != "fingerprint"})
     if strength is not None:
-        check(abs(strength) < float("inf"), "strength", strength, "a finite number")
+        check(abs(strength) <= MAX_STRENGTH, "strength", strength, f"a number of at most {MAX_STRENGTH:g} either way")
     return KINDS[card.kind](tensors, card, strength, options, model)
 
 
 def _settings(card: Card, options: dict[str, Any], allowed: tuple[str, ...], kind: str) -> dict[str, Any]:
     for key in options:
-        check(key in allowed, f"option of a {kind}", key, ", ".join(allowed))
+        check_known(f"option of a {kind}", key, allowed)
     return {**{k: v for k, v in card.settings.items() if k in allowed}, **options}
 
 
@@ -88,16 +145,18 @@ def parse_layers(text: Any, available: list[int]) -> list[int]:
     """Layers from `10-19`, `3,5,8` or `all`; every one must be among `available`."""
     if isinstance(text, int):
         text = str(text)
-    if isinstance(text, list | tuple):
-        chosen = [int(layer) for layer in text]
+    if isinstance(text, list | tuple | range):
+        chosen = [parse_number("layers", layer, int) for layer in text]
     elif text == "all":
         chosen = list(available)
     else:
         chosen = []
         for part in str(text).split(","):
             low, dash, high = part.strip().partition("-")
-            check(low.isdecimal() and (high.isdecimal() or not dash), "layers", text, "10-19, or 3,5,8, or all")
-            chosen += range(int(low), int(high if dash else low) + 1)
+            ends = (low, high) if dash else (low, low)
+            short = all(end.isdecimal() and len(end) <= 5 for end in ends)
+            check(short, "layers", text, "10-19, or 3,5,8, or all")
+            chosen += range(int(ends[0]), min(int(ends[1]), max(available) + 1) + 1)
     missing = [layer for layer in chosen if layer not in available]
     check(bool(chosen) and not missing, "layers", text, f"layers between {min(available)} and {max(available)}")
     return chosen
@@ -133,13 +192,24 @@ def _probe(path: str | Path, layer: Any = None) -> tuple[dict[int, Probe], int]:
     return probes, best
 
 
+def _by_layer(tensors: dict[str, Tensor], kind: str) -> dict[int, Tensor]:
+    """Tensors named `kind.N` by their layer N."""
+    found = {}
+    for name, tensor in tensors.items():
+        if name.startswith(f"{kind}."):
+            layer = name.partition(".")[2]
+            check(layer.isascii() and layer.isdecimal() and len(layer) <= 5, "artifact", f"tensor {name}", f"{kind}.N")
+            found[int(layer)] = tensor
+    return found
+
+
 def _vector(
     tensors: dict[str, Tensor], card: Card, strength: float | None, options: dict[str, Any], model: Any
 ) -> Edit:
     allowed = ("layers", "scope", "operator", "unit", "keep_norm", "gate", "gate_layer", "tokens")
     settings = _settings(card, options, allowed, "vector")
-    directions = {int(k.split(".")[1]): v for k, v in tensors.items() if k.startswith("direction.")}
-    references = {int(k.split(".")[1]): v for k, v in tensors.items() if k.startswith("reference.")}
+    directions, references = _by_layer(tensors, "direction"), _by_layer(tensors, "reference")
+    check(bool(directions), "artifact", f"tensors {list(tensors)[:5]}", "a vector with tensors direction.N")
     depth = card.model.get("num_layers")
     layers = parse_layers(settings.get("layers", sorted(directions)), sorted(directions))
     if depth is not None:
@@ -169,10 +239,9 @@ def _controller(
     settings = _settings(card, options, ("threshold", "scope", "unit"), "controller")
     weights = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
     inputs, layers, hidden = len(weights["mean"]), *weights["weight_outer.weight"].shape
-    network = ControllerNetwork(inputs, layers, hidden)
-    network.load_state_dict(weights)
+    network = _filled(lambda: ControllerNetwork(inputs, layers, hidden), weights)
     return Controller(
-        network=network.eval().requires_grad_(False),
+        network=network,
         inputs=tuple(card.recipe["inputs"]),
         directions=tensors["directions"],
         strength=float(card.settings.get("strength", 1.0)) * (1.0 if strength is None else strength),
@@ -190,9 +259,8 @@ def _value(tensors: dict[str, Tensor], card: Card, strength: float | None, optio
     check_model(card.model, info, "value head")
     hidden = tensors["inner.weight"].shape[0]
     kind = str(card.recipe.get("head", "q"))
-    head: torch.nn.Module = QHead(info.width, hidden) if kind == "q" else ValueHead(info.width, hidden)
-    head.load_state_dict(tensors)
-    head = head.eval().requires_grad_(False).to(model.device)
+    made = QHead if kind == "q" else ValueHead
+    head = _filled(lambda: made(info.width, hidden), tensors).to(model.device)
     return ValueGuidance(
         HeadValue(head, info.unembedding() if kind == "q" else None),
         beta=None if settings.get("beta") is None else parse_number("beta", settings["beta"]),
@@ -200,6 +268,14 @@ def _value(tensors: dict[str, Tensor], card: Card, strength: float | None, optio
         top_k=parse_number("top_k", settings.get("top_k", 20), int),
         tail=str(settings.get("tail", "mean")),
     )
+
+
+def _filled(made: Callable[[], torch.nn.Module], weights: dict[str, Tensor]) -> Any:
+    """A network with these weights, in float32. Nothing of its size is made before the weights are seen to fit it."""
+    with torch.device("meta"):
+        network = made()
+    network.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
+    return network.eval().requires_grad_(False)
 
 
 KINDS = {"vector": _vector, "controller": _controller, "value": _value}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ from torch import Tensor
 from steer.artifacts import check_file, check_finite
 from steer.core import InputError, check
 from steer.files import replacing
+from steer.headers import check_gguf
+
+log = logging.getLogger("steer")
 
 _ALLOWED_GGUF = "a control vector in GGUF format"
 
@@ -61,34 +66,47 @@ def load_gguf(path: Path | str) -> tuple[dict[int, Tensor], str]:
     with file.open("rb") as stream:
         check(stream.read(4) == b"GGUF", "artifact", f"{file} (not GGUF)", _ALLOWED_GGUF)
     try:
+        check_gguf(file)
         architecture, hint, tensors = _read_gguf(file)
     except Exception as error:
         # The reader maps the file and indexes into it, so damage surfaces as any kind of error.
         raise InputError("artifact", f"{file} (truncated or damaged)", _ALLOWED_GGUF) from error
     check(architecture == "controlvector", "artifact", f"{file} (architecture {architecture!r})", _ALLOWED_GGUF)
+    named = {name: re.fullmatch(r"direction\.(\d+)", name) for name in tensors}
+    if others := [name for name, match in named.items() if match is None]:
+        log.warning("steer: %s: passed over, as llama.cpp does: %s", file, ", ".join(others))
     directions: dict[int, Tensor] = {}
-    for name, tensor in tensors.items():
-        match = re.fullmatch(r"direction\.(\d+)", name)
-        if match is None or tensor is None:
-            raise InputError("artifact", f"{file} (tensor {name})", "float tensors named direction.N")
-        directions[int(match[1])] = tensor
+    for name, match in named.items():
+        tensor = tensors[name]
+        check(match is None or not isinstance(tensor, str), "artifact", f"{file} ({name}: {tensor})",
+              "tensors of F32, F16, BF16 or F64, not quantised ones")  # fmt: skip
+        if match is not None and isinstance(tensor, Tensor):
+            # Some programs write a row vector, [1, D].
+            directions[int(match[1])] = tensor.flatten() if max(tensor.shape, default=0) == tensor.numel() else tensor
+    check(bool(directions), "artifact", f"{file} (no tensor direction.N)", _ALLOWED_GGUF)
     _check_directions(directions)
     return directions, hint
 
 
-def _read_gguf(file: Path) -> tuple[str, str, dict[str, Tensor | None]]:
-    """Architecture, model hint and tensors by name; None in place of a tensor that is quantised."""
+def _read_gguf(file: Path) -> tuple[str, str, dict[str, Tensor | str]]:
+    """Architecture, model hint and tensors by name; the type's name in place of a tensor that is quantised."""
     import gguf
+    from gguf.quants import dequantize
 
     def text(key: str) -> str:
         entry = reader.get_field(key)
         return "" if entry is None else str(entry.contents())
 
     reader = gguf.GGUFReader(file)
-    floats = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F64)
-    tensors = {
-        t.name: torch.from_numpy(t.data.astype("float32")) if t.tensor_type in floats else None for t in reader.tensors
-    }
+    kinds = gguf.GGMLQuantizationType
+
+    def floats(t: Any) -> Tensor | str:
+        if t.tensor_type == kinds.BF16:
+            return torch.from_numpy(dequantize(t.data, t.tensor_type))
+        known = t.tensor_type in (kinds.F32, kinds.F16, kinds.F64)
+        return torch.from_numpy(t.data.astype("float32")) if known else str(t.tensor_type.name)
+
+    tensors = {t.name: floats(t) for t in reader.tensors}
     return text("general.architecture"), text("controlvector.model_hint"), tensors
 
 

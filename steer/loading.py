@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from steer.core import SteerError, check
 from steer.embedded import CARD_NAME, resolve
+
+if TYPE_CHECKING:
+    from steer.adapters.diffusers import DiffusionModel
+    from steer.adapters.openai import EndpointModel
+    from steer.adapters.transformers import LanguageModel
+    from steer.adapters.transformers.masked import MaskedLanguageModel
+    from steer.adapters.vllm import VLLMModel
 
 _ENDPOINT = "openai:"
 
@@ -15,7 +22,32 @@ _ENDPOINT = "openai:"
 _ENGINES = ("transformers", "vllm")
 
 
-def load(model: str | Path | Any, *, engine: str = "transformers", **options: Any) -> Any:
+_KINDS = ("text", "masked", "images", "endpoint")
+
+
+@overload
+def load(
+    model: Literal["fashion-ddpm"], *, engine: Literal["transformers"] = ..., kind: None = ..., **options: Any
+) -> DiffusionModel: ...
+@overload
+def load(
+    model: Any, *, engine: Literal["transformers"] = ..., kind: Literal["images"], **options: Any
+) -> DiffusionModel: ...
+@overload
+def load(
+    model: Any, *, engine: Literal["transformers"] = ..., kind: Literal["endpoint"], **options: Any
+) -> EndpointModel: ...
+@overload
+def load(
+    model: Any, *, engine: Literal["transformers"] = ..., kind: Literal["masked"], **options: Any
+) -> MaskedLanguageModel: ...
+@overload
+def load(model: Any, *, engine: Literal["vllm"], kind: Literal["text"] | None = ..., **options: Any) -> VLLMModel: ...
+@overload
+def load(
+    model: Any, *, engine: Literal["transformers"] = ..., kind: Literal["text"] | None = ..., **options: Any
+) -> LanguageModel: ...
+def load(model: Any, *, engine: str = "transformers", kind: str | None = None, **options: Any) -> Any:
     """A model ready to be steered: an embedded name (`smollm2-135m`, `fashion-ddpm`), a Hugging Face id, a local
     folder, a GGUF file, a network or pipeline in memory, or a model behind an OpenAI-compatible endpoint
     (`openai:http://host/v1#name`).
@@ -23,35 +55,53 @@ def load(model: str | Path | Any, *, engine: str = "transformers", **options: An
     Folders and ids of masked language models (BERT's kin and masked diffusion models) open as denoisers of text; see
     `steer.adapters.transformers.masked`.
 
-    `engine` is what runs a language model: `transformers`, or `vllm` (see `steer.adapters.vllm.load`). `options` go to
-    the adapter: `dtype`, `device`, `device_map`, `trust_remote_code` (off), and the library's own.
+    `engine` is what runs a language model: `transformers`, or `vllm` (see `steer.adapters.vllm.load`). `kind` is
+    "text", "masked", "images" or "endpoint", where one of them is wanted and any other refused; a type checker, which
+    cannot look into a folder, takes a name without it for a language model's. `options` go to the adapter: `dtype`,
+    `device`, `device_map`, `trust_remote_code` (off), and the library's own. Raises `InputError`, and `SteerError`
+    where nothing can be loaded.
     """
     check(engine in _ENGINES, "engine", engine, ", ".join(_ENGINES))
+    check(kind is None or kind in _KINDS, "kind", kind, ", ".join(_KINDS))
+    found = _kind(model)
+    check(kind in (None, found), "kind", kind, f"{found}, which {model!r:.80} is")
     if engine == "vllm":
-        named = isinstance(model, str | Path) and not is_endpoint(model) and not is_diffusion(resolve(str(model)))
+        named = isinstance(model, str | Path) and found == "text"
         check(named, "model", model, "with engine=vllm, a language model's name or folder")
         from steer.adapters import vllm
 
         return vllm.load(model, **options)
-    if is_endpoint(model):
+    if found == "endpoint":
         from steer.adapters import openai
 
         return openai.load(str(model).removeprefix(_ENDPOINT), **options)
-    held = not isinstance(model, str | Path)
-    where = model if held else resolve(str(model))
-    if not held:
+    where = _where(model)
+    if isinstance(model, str | Path):
         options.setdefault("name", str(model))
-    if is_diffusion(where):
+    if found == "images":
         from steer.adapters import diffusers
 
         return diffusers.load(where, **options)
-    if is_masked(where):
+    if found == "masked":
         from steer.adapters.transformers import masked
 
         return masked.load(where, **options)
     from steer.adapters import transformers
 
     return transformers.load(where, **options)
+
+
+def _kind(model: Any) -> str:
+    """Which of `_KINDS` a model is."""
+    if is_endpoint(model):
+        return "endpoint"
+    where = _where(model)
+    return "images" if is_diffusion(where) else "masked" if is_masked(where) else "text"
+
+
+def _where(model: Any) -> Any:
+    """Where a named model lies; what is in memory is itself."""
+    return resolve(str(model)) if isinstance(model, str | Path) else model
 
 
 def is_endpoint(model: Any) -> bool:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from steer.core import Edit, Process, Prompt, Reward, Sampler, Samples, UnsupportedError, check, check_whole
-from steer.methods.samplers import make_sampler, sampler_name
+from steer.core.errors import check_unicode
+from steer.core.names import check_known, check_meant, meant, our_names
+from steer.edits import as_edits
+from steer.methods.prompt import SystemPrompt
+from steer.methods.samplers import SAMPLERS, make_sampler, sampler_fields, sampler_name
 from steer.progress import ticking
 from steer.rewards import as_reward
 
@@ -48,7 +53,7 @@ def prepare(
     model: Any = None,
 ) -> Plan:
     """Check everything that can be checked before work starts; see `generate`."""
-    several = _as_prompts(prompts)
+    several = as_prompts(prompts)
     check(isinstance(beta, int | float) and 0 < beta < float("inf"), "beta", beta, "a number above 0")
     check_whole("max_rows", max_rows)
     check(seed is None or isinstance(seed, int), "seed", seed, "an integer")
@@ -59,7 +64,7 @@ def prepare(
     )
     if scored is not None and model is not None:
         scored = scored.bind(model)
-    mounted = [(edit.with_beta(float(beta)), wanted) for edit, wanted in _as_edits(edits, len(several))]
+    mounted = [(edit.with_beta(float(beta)), wanted) for edit, wanted in as_edits(edits, len(several), model)]
     for edit, wanted in mounted:
         process.edited(edit, None if wanted is None else sorted(wanted))  # refused here, not in the middle of a run
     if hasattr(process, "encode"):
@@ -91,7 +96,15 @@ def execute(plan: Plan, on_step: Callable[[int, Any], None] | None = None) -> Sa
                         process, prompts, generator=generator, reward=plan.reward, beta=plan.beta, on_step=step
                     )
                 )
-    return Samples.join(parts)
+    return _kl_named(plan, Samples.join(parts))
+
+
+def _kl_named(plan: Plan, samples: Samples) -> Samples:
+    """The samples with what their KL is."""
+    kind = plan.sampler.kl_kind or _mounted(plan, 0, len(plan.prompts)).kl_kind
+    if samples.kl_estimate is None and not kind.startswith("none"):
+        kind = "none: under these settings neither the sampler nor the process knows it"
+    return replace(samples, kl_kind=kind, pool=samples.pool and replace(samples.pool, kl_kind=kind))
 
 
 class Model(ABC):
@@ -121,7 +134,8 @@ class Model(ABC):
         **settings: Any,
     ) -> Any:
         """Generate for every prompt: `Samples`. See `steer.generate` for what the arguments mean; `settings` are those
-        of `process`.
+        of `process`, of a sampler that is named, and `system`, a system prompt for every chat. Other libraries' names
+        are taken where they mean the same: `max_tokens`, `num_return_sequences`, `num_inference_steps`, `do_sample`.
 
         Args:
             stream: of language models through transformers: True returns an iterator of pieces of text, whose `samples`
@@ -131,12 +145,40 @@ class Model(ABC):
             InputError: a field is out of range; nothing has run.
             UnsupportedError: the model cannot do what an edit, the sampler or `stream` needs.
         """
+        several = as_prompts(prompts)
+        given = our_names({"n": n, "seed": seed, **settings})
+        n, seed = given.pop("n", None), given.pop("seed", None)
+        if (system := given.pop("system", None)) is not None:
+            edits = _with_system(edits, SystemPrompt(system), len(several))
+        given, chosen = self._sampler(sampler, n, given)
+        check_meant(given)
         plan = prepare(
-            self.process(**settings), prompts, edits=edits, sampler=sampler, reward=reward, beta=beta,
-            n=self.default_n(settings) if n is None else n, seed=seed,
-            max_rows=self.max_rows if max_rows is None else max_rows, progress=progress, model=self,
+            self.process(**self.fit(given, several, edits)), several, edits=edits, sampler=chosen, reward=reward,
+            beta=beta, seed=seed, progress=progress, model=self,
+            max_rows=self.max_rows if max_rows is None else max_rows,
         )  # fmt: skip
         return self.run(plan) if stream is False else self.stream(plan, stream)
+
+    def _sampler(
+        self, sampler: Sampler | str | None, n: int | None, given: dict[str, Any]
+    ) -> tuple[dict[str, Any], Sampler]:
+        """Settings of `process` and the sampler, which takes what of `given` are its own where only its name is."""
+        fields = [] if isinstance(sampler, Sampler) or sampler not in SAMPLERS else sampler_fields(sampler)
+        own = {k: given.pop(k) for k in list(given) if k in fields and k not in self.settings}
+        for name in given:
+            close = meant(name, fields, 0.85) if name not in self.settings else ""
+            check(not close, f"sampler {sampler}", name, f"{', '.join(fields)}{close}")
+        size = self.default_n(given) if n is None else n
+        return given, make_sampler(sampler, size, **own)
+
+    @property
+    def settings(self) -> frozenset[str]:
+        """Names of the settings of `process`."""
+        return frozenset(inspect.signature(self.process).parameters)
+
+    def fit(self, settings: Mapping[str, Any], prompts: list[Prompt], edits: Any) -> dict[str, Any]:
+        """`settings` of `process` with what depends on the prompts filled in."""
+        return dict(settings)
 
     def default_n(self, settings: Mapping[str, Any]) -> int | None:
         """`n` of a request that names none, by its `settings`."""
@@ -151,14 +193,15 @@ class Model(ABC):
         raise UnsupportedError(f"stream: {type(self).__name__} gives results when they are whole")
 
 
-def generate(process: Process, prompts: Prompt | Sequence[Prompt], **settings: Any) -> Samples:
-    """Draw from a process under edits, with a sampler and a reward.
+def generate(source: Model | Process, prompts: Prompt | Sequence[Prompt] = "", **settings: Any) -> Samples:
+    """Draw from a model or a process under edits, with a sampler and a reward.
 
     Args:
-        process: what generates. `LanguageModel.generate` is this function with the model's own process.
+        source: what generates: a model, whose `generate` this is, with further settings of its own; or a `Process`.
         prompts: one prompt or several; a chat is a list of messages.
-        edits: an edit, or a list of edits for every prompt; or, where at least one entry is a list or None, one entry
-            for each prompt: one batch, different edits.
+        edits: an edit, or a list of edits, for all prompts; or one list of edits (or None) for each prompt, as in
+            `[[a], [a, b], None]`: one batch, different edits. An edit may also be an artifact or a text such as
+            "calm.safetensors:0.15".
         sampler: a `Sampler`, or its name; default: independent samples.
         reward: a `Reward`, an expression such as "sentiment - 0.3*profanity", or a callable on texts.
         beta: KL coefficient of the target `p exp(reward / beta)`, for samplers that weigh.
@@ -171,39 +214,36 @@ def generate(process: Process, prompts: Prompt | Sequence[Prompt], **settings: A
         InputError: a field is out of range; nothing has run.
         UnsupportedError: the process cannot do what the edit or sampler needs.
     """
-    return execute(prepare(process, prompts, **settings))
+    if isinstance(source, Model):
+        drawn: Samples = source.generate(prompts, **settings)
+        return drawn
+    check(isinstance(source, Process), "source", source, "a model, as steer.load gives it, or a process")
+    known = frozenset(inspect.signature(prepare).parameters) - {"process", "prompts"}
+    for name in settings:
+        check_known("generate()", name, known)
+    return execute(prepare(source, prompts, **settings))
 
 
-def _as_prompts(prompts: Any) -> list[Prompt]:
+def _with_system(edits: Any, system: Edit, count: int) -> list[list[Any]]:
+    """`edits` and a system prompt for each of `count` prompts."""
+    if isinstance(edits, list | tuple) and any(e is None or type(e) in (list, tuple) for e in edits):
+        check(len(edits) == count, "edits", f"{len(edits)} entries", f"one for each of {count} prompts")
+        return [[*(mine or ()), system] for mine in edits]
+    shared = [] if edits is None else list(edits) if type(edits) in (list, tuple) else [edits]
+    as_edits(shared, count)
+    return [[*shared, system] for _ in range(count)]
+
+
+def as_prompts(prompts: Any) -> list[Prompt]:
+    """One prompt or several as a list. Raises `InputError`."""
     if isinstance(prompts, str):
+        check_unicode("prompt", prompts)
         return [prompts]
     check(isinstance(prompts, Sequence) and len(prompts) > 0, "prompts", prompts, "a prompt or a list of prompts")
+    check_unicode("prompts", list(prompts))
     if all(isinstance(m, dict) for m in prompts):
         return [prompts]
     return list(prompts)
-
-
-def _as_edits(edits: Any, count: int) -> list[tuple[Edit, frozenset[int] | None]]:
-    if isinstance(edits, Edit):
-        return [(edits, None)]
-    if edits is None:
-        return []
-    per_prompt = any(e is None or isinstance(e, list | tuple) for e in edits)
-    if not per_prompt:
-        for edit in edits:
-            check(isinstance(edit, Edit), "edits", edit, "edits, or one list of edits (or None) for each prompt")
-        return [(edit, None) for edit in edits]
-    check(len(edits) == count, "edits", f"{len(edits)} entries", f"one for each of {count} prompts")
-    # One edit on many prompts is one mounted edit.
-    order: list[Edit] = []
-    wanted: dict[int, set[int]] = {}
-    for b, mine in enumerate(edits):
-        for edit in [] if mine is None else [mine] if isinstance(mine, Edit) else mine:
-            check(isinstance(edit, Edit), f"edits[{b}]", edit, "edits")
-            if id(edit) not in wanted:
-                order.append(edit)
-            wanted.setdefault(id(edit), set()).add(b)
-    return [(edit, frozenset(wanted[id(edit)])) for edit in order]
 
 
 def _mounted(plan: Plan, first: int, count: int) -> Process:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+EVERY = 30.0
+"""Seconds between lines where standard error is no terminal."""
 
 
 def bar() -> Any:
@@ -27,10 +32,28 @@ def bar() -> Any:
 
 @contextmanager
 def ticking(shown: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over `total` units of work; the function that it gives advances it. Shows nothing unless asked."""
+    """A bar over `total` units of work, or, where standard error is no terminal, a line every 30 s; the function that
+    it gives advances it. Shows nothing unless asked.
+    """
     if not shown:
         yield lambda count: None
-        return
-    with bar() as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda count: progress.advance(task, count)
+    elif not sys.stderr.isatty():
+        yield _lines(what, total)
+    else:
+        with bar() as progress:
+            task = progress.add_task(what, total=total)
+            yield lambda count: progress.advance(task, count)
+
+
+def _lines(what: str, total: int) -> Callable[[int], None]:
+    began = last = time.monotonic()
+    done = 0
+
+    def tick(count: int) -> None:
+        nonlocal done, last
+        done, now = done + count, time.monotonic()
+        if now - last >= EVERY:
+            last, left = now, (now - began) / max(done, 1) * max(total - done, 0)
+            print(f"{what}: {done} of {total}, {now - began:.0f} s, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    return tick

@@ -12,6 +12,7 @@ WORDS = """
     tree sings runs likes says why how what where tell me about user assistant system : . , ? ! hello world calm loud
 """
 SPECIAL = ("<unk>", "<pad>", "<s>", "</s>")
+MASKED_WORDS = "the a sun rain day night is was good bad happy sad dog cat runs sings loud calm very not"
 CHAT_TEMPLATE = (
     "<s>{% for message in messages %}{{ message['role'] }} : {{ message['content'] }} "
     "{% if not (loop.last and message['role'] == 'assistant') %}</s> {% endif %}{% endfor %}"
@@ -51,3 +52,31 @@ def tiny_lm(tiny_lm_dir: Path) -> Any:
     from steer.loading import load
 
     return load(tiny_lm_dir, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_bert_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random BERT: 2 layers, width 32, 25 words, texts of 40 tokens."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "bert"
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    vocabulary = {word: i for i, word in enumerate((*special, *MASKED_WORDS.split()))}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]", model_max_length=40,
+    ).save_pretrained(folder)  # fmt: skip
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=48, initializer_range=0.4,
+    )  # fmt: skip
+    BertForMaskedLM(config).save_pretrained(folder)
+    return folder

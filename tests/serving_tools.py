@@ -29,6 +29,9 @@ _VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """A cache of 1 GB, and whatever processor is free: by default every engine of a machine takes the same one."""
 
 
+CHAT = [{"role": "user", "content": "tell me about the sun"}]
+
+
 @dataclass
 class Running:
     """A server that runs."""
@@ -67,14 +70,23 @@ class Running:
 
     def hang_up(self, path: str, body: dict[str, Any]) -> None:
         """Begin a request, and close the connection once the server is at it."""
-        content = json.dumps(body).encode()
-        host, port = self.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as wire:
-            head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-            head += f"Authorization: Bearer {self.key}\r\nContent-Length: {len(content)}\r\n\r\n"
-            wire.sendall(head.encode() + content)
+        with self._asked(path, json.dumps(body).encode(), "application/json"):
             assert self.settles("steer_inside", 1)
             time.sleep(0.05)
+
+    def abandon(self, path: str, content: bytes, kind: str) -> None:
+        """Send a request, and close the connection without an answer."""
+        with self._asked(path, content, kind):
+            pass
+
+    @contextmanager
+    def _asked(self, path: str, content: bytes, kind: str) -> Iterator[None]:
+        host, port = self.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as wire:
+            head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: {kind}\r\n"
+            head += f"Authorization: Bearer {self.key}\r\nContent-Length: {len(content)}\r\n\r\n"
+            wire.sendall(head.encode() + content)
+            yield
 
     def stop(self, how: int = signal.SIGTERM) -> int:
         self.process.send_signal(how)
@@ -171,3 +183,39 @@ def write_vector(
     entry = {"width": width} if info is None else info.entry()
     artifacts.save(path, tensors, Card("vector", entry, list(layers), {"strength": 1.0}))
     return path
+
+
+# ------------------------------------------------------------------------------------------------- in one process
+
+
+class Idle:
+    """An engine that stays open when an application of these tests ends."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return (lambda: None) if name == "close" else getattr(self._engine, name)
+
+
+def http(engine: Any, folder: Path | None, **settings: Any) -> Any:
+    from fastapi.testclient import TestClient
+
+    from steer.serving.app import create_app
+
+    app = create_app(Idle(engine), artifacts=folder, local=False, **settings)
+    return TestClient(app, raise_server_exceptions=False)
+
+
+def steered(client: Any, name: str, **settings: Any) -> Any:
+    body = {"model": "tiny", "messages": CHAT, "max_tokens": 8, "temperature": 0,
+            "steer": {"edits": [{"name": name, **settings}]}}  # fmt: skip
+    return client.post("/v1/chat/completions", json=body)
+
+
+def wrong(answer: Any, status: int, field: str | None, *words: str) -> None:
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == field, error
+    for word in words:
+        assert word in error["message"]

@@ -236,6 +236,30 @@ def test_gguf_refuses_what_it_cannot_hold(tmp_path: Path, directions: dict[int, 
     assert not list(tmp_path.iterdir())
 
 
+def test_gguf_as_other_programs_write_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """BF16, row vectors, other tensors beside the directions; what is quantised is refused by its name."""
+    path, direction = tmp_path / "x.gguf", torch.arange(64.0)
+    writer = gguf.GGUFWriter(path, "controlvector")
+    bf16 = gguf.quants.quantize(direction.numpy(), gguf.GGMLQuantizationType.BF16)
+    writer.add_tensor("direction.1", bf16, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.add_tensor("direction.2", direction.numpy()[None])
+    writer.add_tensor("direction.3", direction.numpy()[:, None].astype("float16"))
+    writer.add_tensor("scale", direction.numpy()[:2])
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    found, _ = load_gguf(path)
+    assert sorted(found) == [1, 2, 3] and all(torch.equal(v, direction) for v in found.values())
+    assert "scale" in caplog.text
+    writer = gguf.GGUFWriter(path, "controlvector")
+    q8 = gguf.quants.quantize(direction.numpy(), gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("direction.1", q8, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    with pytest.raises(InputError) as error:
+        load_gguf(path)
+    assert "direction.1: Q8_0" in one_line(error)
+
+
 def test_gguf_refuses_other_files(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     save_gguf(path, {1: torch.ones(64)}, "llama")
@@ -247,11 +271,10 @@ def test_gguf_refuses_other_files(tmp_path: Path) -> None:
         assert str(path) in one_line(error)
     others = [
         ("llama", {"direction.1": torch.ones(4)}, "architecture"),
-        ("controlvector", {"direction.one": torch.ones(4)}, "direction.one"),
-        ("controlvector", {"direction.1": torch.ones(4), "bias": torch.ones(4)}, "bias"),
+        ("controlvector", {"direction.one": torch.ones(4)}, "direction.N"),
         ("controlvector", {"direction.1": torch.tensor([float("inf")])}, "infinity"),
-        ("controlvector", {"direction.1": torch.ones(4, dtype=torch.int32)}, "float"),
-        ("controlvector", {}, "at least one"),
+        ("controlvector", {"direction.1": torch.ones(4, dtype=torch.int32)}, "I32"),
+        ("controlvector", {}, "direction.N"),
     ]
     for architecture, tensors, word in others:
         write_like_repeng(path, tensors, architecture)

@@ -128,6 +128,14 @@ def test_previews_over_time(draw: Any) -> None:
     assert picture("q.png").shape[1] > wide
 
 
+def test_a_prompt_of_a_file_may_leave_the_model_free(draw: Any) -> None:
+    Path("free.json").write_text('["", "boot", ""]')
+    found = json.loads(draw("--prompts", "free.json", "--json").out)
+    assert [p["prompt"] for p in found["prompts"]] == ["", "boot", ""]
+    Path("blank.json").write_text('["  "]')
+    refused(draw("--prompts", "blank.json"), "prompts", "text that is not empty")
+
+
 @pytest.mark.parametrize("sampler", ["dts", "dts-star"])
 def test_search_trees(draw: Any, sampler: str) -> None:
     more = ("--set", "rollouts=6", "--set", "batch=3", "--set", "max_nfe=none", "--reward", "brightness")
@@ -150,6 +158,8 @@ def test_a_stock_pipeline_is_told_by_text(steer: Steer, monkeypatch: pytest.Monk
     done = steer(*given, "--prompt", "a cat", "--guidance-scale", 2, "--reward", "sharpness")
     assert done.code == 0 and done.out.startswith("> a cat\n  1 [reward ")
     picture("steer.png")
+    Path("free.json").write_text('["", "a cat"]')
+    assert steer(*given, "--prompts", "free.json").code == 0
     assert "StableDiffusionPipeline" in steer("show", "pipeline").out
     monkeypatch.setattr("steer.cli.session.load", lambda *a, **k: pytest.fail("the model was loaded"))
     refused(steer(*given), "prompt", "--prompt")

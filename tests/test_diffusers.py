@@ -134,6 +134,12 @@ CASES |= {
         1.0, {"eta": 1.0},
     ),
     "euler, karras": (lambda: EulerDiscreteScheduler(use_karras_sigmas=True, final_sigmas_type="sigma_min"), 0.0, {}),
+    **{
+        f"euler, log-linear, {spacing}": (
+            lambda s=spacing: EulerDiscreteScheduler(interpolation_type="log_linear", timestep_spacing=s), 0.0, {},
+        )
+        for spacing in SPACINGS
+    },
     "flow": (lambda: FlowMatchEulerDiscreteScheduler(shift=3.0), 0.0, {}),
     "flow, stochastic": (lambda: FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), 1.0, {}),
 }  # fmt: skip
@@ -258,7 +264,7 @@ def unchanged(pipeline: Any, before: tuple[Any, ...]) -> bool:
     return same and config == dict(pipeline.config) and torch.equal(times, pipeline.scheduler.timesteps)
 
 
-@pytest.mark.parametrize("name", list(PIPELINES))
+@pytest.mark.parametrize("name", list(SIZES))
 def test_a_chain_without_noise_is_the_pipelines_own(name: str) -> None:
     pipeline, size = stock(name), SIZES[name]
     options = {"negative_prompt": "bad"} if name in ("sd15", "sd3") else {}
@@ -293,6 +299,39 @@ def test_ancestral_euler_and_what_the_call_takes_are_the_pipelines_own() -> None
     ).images
     got = chain(load(pipeline).process(steps=4, **SIZES["sdxl"], **options), PROMPTS[:1])
     assert gap(got.outputs, want) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["pixart_alpha", "pixart_sigma", "sana"])
+def test_defaults_of_a_negative_prompt_that_are_no_none(name: str) -> None:
+    """Their calls refuse embeddings beside `negative_prompt=""`, which is the default."""
+    pipeline = PIPELINES[name]()
+    pipeline.set_progress_bar_config(disable=True)
+    size, eta = (32, {}) if name == "sana" else (16, {"eta": 0.0})
+    options: dict[str, Any] = {"height": size, "width": size, "use_resolution_binning": False}
+    for negative in ({}, {"negative_prompt": "a dog"}):
+        want = pipeline(
+            PROMPTS, num_inference_steps=3, generator=generator(3), output_type="pt", guidance_scale=3.0, **negative,
+            **options, **eta,
+        ).images  # fmt: skip
+        got = chain(load(pipeline).process(steps=3, eta=0.0, guidance_scale=3.0, **negative, **options), PROMPTS)
+        assert gap(got.outputs, want) < 1e-5
+
+
+def test_steps_that_begin_beyond_the_last_level_are_refused() -> None:
+    """Where diffusers ends in an IndexError: `steps_offset` moves every level by so many."""
+    model = load(network(), scheduler=ddim(num_train_timesteps=20))
+    with pytest.raises(InputError, match="steps: got 20; allowed: fewer"):
+        model.process(steps=20)
+    assert model.process(steps=19).num_steps == 19
+    with pytest.raises(InputError, match="steps: got 6"):
+        load(network(), scheduler=ddim(num_train_timesteps=7, steps_offset=2)).process(steps=6)
+
+
+def test_an_adapter_for_images_is_missed_by_name() -> None:
+    for name in ("ip_adapter_image", "ip_adapter_image_embeds"):
+        for pipeline in ("sd15", "sdxl", "sd3"):
+            with pytest.raises(InputError, match=f"{name}: got .*load_ip_adapter"):
+                load(stock(pipeline)).process(**{name: torch.zeros(1, 3, 16, 16)})
 
 
 def test_a_negative_prompt_of_its_own_encoding_is_the_pipelines_own() -> None:

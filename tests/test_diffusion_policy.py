@@ -30,7 +30,15 @@ from steer.diffusion import DiffusionProcess, Schedule
 from steer.rewards import as_reward
 from steer.train.diffusion_policy import offline
 from steer.train.diffusion_policy.inputs import Pair, PolicySettings, Tunable
-from steer.train.diffusion_policy.losses import advantages, clipped_objective, dpo_loss, errors, seppo_loss
+from steer.train.diffusion_policy.losses import (
+    advantages,
+    clipped_objective,
+    dpo_loss,
+    errors,
+    leave_one_out,
+    seppo_loss,
+    spreads,
+)
 from steer.train.diffusion_policy.offline import Offline
 from steer.train.diffusion_policy.online import Online
 from steer.train.diffusion_policy.samples import draw_rows, rank_pairs, roll_out
@@ -110,7 +118,12 @@ def test_the_gradient_of_an_update_is_reinforce() -> None:
     assert rolled is not None
     policy.module.shift.grad = None
     reward = rolled.reward.view(2, 32)
-    weight = ((reward - reward.mean(1, keepdim=True)) / reward.std(1, correction=0, keepdim=True)).flatten()
+    weight = torch.zeros(64, dtype=torch.float64)
+    for i in range(64):
+        mine, other = torch.arange(32) + i // 32 * 32, torch.arange(32) + (1 - i // 32) * 32
+        rest, whole = reward.flatten()[mine[mine != i]], reward.flatten()[other]
+        squares = (rest - rest.mean()).square().sum() + (whole - whole.mean()).square().sum()
+        weight[i] = (reward.flatten()[i] - rest.mean()) / (squares / (30 + 31)).sqrt()
     log_prob = 0.0
     for i, std in enumerate(SCHEDULE.std):
         x = rolled.x[i]
@@ -174,6 +187,113 @@ def test_the_gradient_is_that_of_reward_less_kl() -> None:
     error = torch.tensor(found).std().item() / 8**0.5
     assert error < 0.05 * abs(wanted.grad.item())
     assert sum(found) / 8 == pytest.approx(wanted.grad.item(), abs=4 * error)
+
+
+class Step(Gaussian):
+    """One step from anywhere to N(shift, 1), a shift for each prompt."""
+
+    def __init__(self, prompts: int) -> None:
+        super().__init__(Schedule((0.0, 1.0), (1.0, 0.0), (1.0,), (0.0,), (1.0,)))
+        self.shift = nn.Parameter(torch.zeros(prompts, dtype=torch.float64))
+
+    def encode(self, prompts: Sequence[Prompt]) -> Any:
+        return torch.tensor([int(p) for p in prompts])
+
+    def predict(self, x: Tensor, step: int, group: Tensor, encoded: Any) -> Tensor:
+        return self.shift[encoded[group] % len(self.shift)].unsqueeze(1).expand(x.shape)
+
+
+def step(prompts: int = 1) -> Tunable:
+    module = Step(prompts)
+    return Tunable(module, *[DiffusionProcess(module, module.schedule)] * 2)
+
+
+def mean_gradient(slope: float, beta: float, rounds: int, prompts: int = 1, **given: Any) -> tuple[Tensor, Tensor]:
+    """Mean over seeds of the gradient at the optimum, slope / beta, in units of what moving the shift by as much does
+    to it, and its standard error; both `[prompts]`.
+    """
+    policy, base = step(prompts), step(prompts)
+    found = []
+    for seed in range(rounds):
+        with torch.no_grad():
+            policy.module.shift.fill_(slope / beta)
+        policy.module.shift.grad = None
+        chosen = settings(beta=beta, seed=seed, batch_size=given["count"], **given["more"])
+        tuner = Online(policy, base, chosen, [str(i) for i in range(given["count"])], Linear(slope), 4096)
+        tuner.spreads = [1.5 * abs(slope)] * 3
+        tuner.backward(0)
+        found.append(policy.module.shift.grad * tuner.scale.mean() * prompts / slope)
+    seen = torch.stack(found)
+    return seen.mean(0), seen.std(0) / rounds**0.5
+
+
+@pytest.mark.parametrize(
+    ("group_size", "count", "slope", "beta", "prompts"),
+    [(2, 4, 0.8, 1.0, 1), (4, 2, -2.0, 0.5, 1), (8, 1, 0.8, 1.0, 1), (3, 4, 30.0, 4.0, 2), (64, 1, 0.01, 0.1, 1)],
+)
+def test_the_optimum_does_not_depend_on_the_group_size(
+    group_size: int, count: int, slope: float, beta: float, prompts: int
+) -> None:
+    rounds = 600 if group_size < 64 else 80
+    off, error = mean_gradient(slope, beta, rounds, prompts, count=count, more={"group_size": group_size})
+    assert bool((off.abs() < 5 * error).all()) and float(error.max()) < 0.04
+
+
+@pytest.mark.parametrize(("group_size", "share"), [(4, 1 / 2), (8, 3 / 4)])
+def test_grpos_own_form_counts_the_kl_for_more(group_size: int, share: float) -> None:
+    """Rewards are normal, so the mean of 1 / deviation is known: the KL weighs n / (n - 2) of what the gain weighs."""
+    policy, base, found = step(), step(), []
+    for seed in range(600):
+        with torch.no_grad():
+            policy.module.shift.fill_(0.8 * share)
+        policy.module.shift.grad = None
+        chosen = settings(group_size=group_size, seed=seed, advantage="grpo", batch_size=4)
+        Online(policy, base, chosen, ["0", "1", "2", "3"], Linear(0.8), 64).backward(0)
+        found.append(policy.module.shift.grad.item())
+    seen = torch.tensor(found)
+    assert abs(float(seen.mean())) < 5 * float(seen.std()) / 600**0.5
+
+
+@pytest.mark.parametrize(("group_size", "slope", "beta"), [(2, 0.8, 1.0), (4, 1.5, 3.0), (8, -0.8, 0.5)])
+def test_pg_ends_at_the_optimum(group_size: int, slope: float, beta: float) -> None:
+    """Bounds: 3 % of the optimum, and 5 standard errors of the mean of the last half, by its ten blocks."""
+    policy, base, count = step(), step(), 1024 // group_size
+    prompts, wanted = [str(i) for i in range(count)], slope / beta
+    path: list[float] = []
+
+    class Watched(Linear):
+        def score(self, samples: Samples) -> Tensor:
+            path.append(policy.module.shift.item())
+            return super().score(samples)
+
+    chosen = settings(beta=beta, group_size=group_size, batch_size=count, rounds=300, learning_rate=0.03 * abs(wanted))
+    tune(policy, base, chosen, prompts=prompts, reward=Watched(slope), rows=1024)
+    blocks = torch.tensor(path[150:]).view(10, -1).mean(1)
+    error = 5 * float(blocks.std()) / 10**0.5
+    assert float(blocks.mean()) == pytest.approx(wanted, abs=0.03 * abs(wanted) + error)
+    assert error < 0.06 * abs(wanted)
+
+
+def test_scales_leave_out_the_row_that_they_divide() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    reward, group = torch.randn(9, generator=drawn).double(), torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
+    found, spread = spreads(reward, group, [3.0, 2.0])
+
+    def squares(rows: Tensor) -> float:
+        parts = [reward[rows & (group == g)] for g in range(3)]
+        return sum(float((x - x.mean()).square().sum()) for x in parts)
+
+    every = torch.ones(9, dtype=torch.bool)
+    assert spread == pytest.approx((squares(every) / 6) ** 0.5)
+    before, weight = 6 * (0.81 * 9 + 0.9 * 4), 1 + 0.9 + 0.81
+    for i in range(9):
+        rest = every.clone()
+        rest[i] = False
+        assert float(found[i]) == pytest.approx(((squares(rest) + before) / (6 * weight - 1)) ** 0.5)
+    pair = torch.tensor([1.0, 5.0])
+    assert spreads(pair, torch.zeros(2).long())[0].tolist() == [1, 1]
+    assert leave_one_out(pair[None], torch.zeros(2).long()).tolist() == [[-4, 4]]
+    assert spreads(torch.full((4,), 2.0), torch.zeros(4).long())[0].tolist() == [1] * 4
 
 
 def test_share_of_the_steps_is_unbiased() -> None:

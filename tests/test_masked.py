@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import MASKED_WORDS
 from torch import Tensor
 
 import steer
@@ -418,37 +419,14 @@ def test_bad_settings_are_refused() -> None:
 
 # ---------------------------------------------------------------------------------------------------- transformers
 
-TEXT = "the a sun rain day night is was good bad happy sad dog cat runs sings loud calm very not"
-WORDS = TEXT.split()
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+WORDS = MASKED_WORDS.split()
 
 
 @pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A random BERT with 2 layers of width 32 and 25 words, loaded from a folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
-
+def bert(tiny_bert_dir: Path) -> Any:
     from steer.adapters.transformers.masked import load
 
-    folder: Path = tmp_path_factory.mktemp("models") / "bert"
-    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
-        mask_token="[MASK]", model_max_length=40,
-    ).save_pretrained(folder)  # fmt: skip
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=48, initializer_range=0.4,
-    )  # fmt: skip
-    BertForMaskedLM(config).save_pretrained(folder)
-    return load(folder, dtype="float32", device="cpu")
+    return load(tiny_bert_dir, dtype="float32", device="cpu")
 
 
 def test_a_masked_model_is_recognised_and_runs_everywhere(
@@ -589,7 +567,7 @@ def test_what_does_not_fit_is_refused(bert: Any, tmp_path: Path) -> None:
         bert.generate("the [MASK]", length=4)
     with pytest.raises(InputError, match="no chat template"):
         bert.generate([{"role": "user", "content": "the sun"}], length=4)
-    with pytest.raises(InputError, match="allowed: max_batch, order"):
+    with pytest.raises(InputError, match="allowed: base, max_batch, order"):
         bert.process(lenght=4)
     with pytest.raises(SteerError, match="could not load"):
         load(tmp_path)

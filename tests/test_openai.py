@@ -210,7 +210,7 @@ def test_a_local_value_guides_an_endpoint_as_it_guides_its_own_model(words: Serv
 
 
 def test_a_system_prompt_reaches_the_endpoint_for_the_prompts_that_asked(words: Server, tiny_lm: Any) -> None:
-    edits = [SystemPrompt("you are sad"), None]
+    edits = [[SystemPrompt("you are sad")], None]
     settings: dict[str, Any] = {"temperature": 0, "max_new_tokens": 6}
     samples = connect(words, chat=None).generate(PROMPTS, edits=edits, **settings)
     assert words_of(samples) == spoken(tiny_lm, tiny_lm.generate(PROMPTS, edits=edits, **settings))
@@ -256,7 +256,7 @@ def test_an_edit_for_one_prompt_leaves_the_requests_of_the_other(server: Server)
     plain = model.generate(["hello", "the sun"], n=2, seed=3, max_new_tokens=3)
     before = len(server.calls)
     guide = ValueGuidance(TextValue(score), beta=0.1)
-    mixed = model.generate(["hello", "the sun"], n=2, seed=3, max_new_tokens=3, edits=[None, guide])
+    mixed = model.generate(["hello", "the sun"], n=2, seed=3, max_new_tokens=3, edits=[None, [guide]])
     assert plain.texts[:2] == mixed.texts[:2]
     assert [c for c in server.calls[before:] if c["prompt"].startswith("hello")] == [
         c for c in server.calls[:before] if c["prompt"].startswith("hello")
@@ -493,6 +493,62 @@ def test_answers_that_are_not_of_this_kind(server: Server) -> None:
         connect(server).generate("hello", top_logprobs=5, max_new_tokens=2)
     with pytest.raises(EndpointError, match="logprobs that it was asked for"):
         connect(server).generate("hello", logprobs=True, max_new_tokens=2)
+
+
+class Odd(Server):
+    """A server of chats whose first choice of an answer has another message."""
+
+    message: dict[str, Any]
+    finish = "stop"
+
+    def _choice(self, body: dict[str, Any], index: int, chat: bool) -> dict[str, Any]:
+        choice = super()._choice(body, index, chat)
+        return choice if index else {**choice, "message": self.message, "finish_reason": self.finish}
+
+
+THOUGHT = "Let me think about it."
+
+
+@pytest.mark.parametrize(
+    ("message", "finish", "came"),
+    [
+        ({"content": None, "reasoning_content": THOUGHT}, "length", "22 characters of reasoning .*'length'.*room"),
+        ({"content": "", "reasoning_content": THOUGHT}, "stop", "22 characters of reasoning .*'stop'"),
+        ({"content": None, "reasoning": THOUGHT}, "length", "22 characters of reasoning"),
+        ({"content": [{"type": "thinking", "thinking": []}]}, "length", "parts of reasoning"),
+        ({"content": None}, "length", "no text but null .*'length'"),
+        ({"content": None}, "content_filter", "no text but null .*'content_filter'"),
+        ({"content": None, "tool_calls": [{"id": "1"}]}, "tool_calls", "calls of tools .*'tool_calls'"),
+        ({"content": None, "refusal": "I cannot."}, "stop", "a refusal: I cannot. .*'stop'"),
+        ({}, "stop", "no text but null"),
+    ],
+)
+@pytest.mark.parametrize("way", [{}, {"top_logprobs": 5}], ids=["whole", "tokens"])
+def test_an_answer_without_a_text_is_no_empty_text(
+    message: dict[str, Any], finish: str, came: str, way: dict[str, Any]
+) -> None:
+    with Odd(chain()).running() as odd:
+        odd.message, odd.finish = {"role": "assistant", **message}, finish
+        model = connect(odd, chat=True, prefill="continue_final_message")
+        if way and finish == "stop" and "null" in came:  # what a text that ends at once may look like
+            assert model.generate("hello", max_new_tokens=3, seed=0, **way).texts == [""]
+            return
+        with pytest.raises(EndpointError, match=came) as caught:
+            model.generate(["hello"], sampler=BestOfN(4), reward=len_of, max_new_tokens=3, seed=0, **way)
+        # The other choices of the answer were finished, and are there.
+        assert caught.value.samples is not None and len(caught.value.samples) == (0 if way else 3)
+
+
+def len_of(texts: Sequence[str]) -> list[float]:
+    return [-float(len(text)) for text in texts]
+
+
+@pytest.mark.parametrize("content", ["", "x y", [{"type": "text", "text": "x "}, {"type": "text", "text": "y"}]])
+def test_texts_may_be_empty_and_come_in_parts(content: Any) -> None:
+    with Odd(chain()).running() as odd:
+        odd.message = {"role": "assistant", "content": content, "reasoning_content": None, "refusal": None}
+        want = "x y" if content else ""
+        assert connect(odd, chat=True).generate("hello", max_new_tokens=3, seed=0).texts == [want]
 
 
 # ------------------------------------------------------------------------------------------- refused before any work

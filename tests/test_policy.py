@@ -407,7 +407,7 @@ def nan(texts: list[str]) -> list[float]:
         ("sft", {"data": [{"prompt": "hello", "completion": " "}]}, r"^data\[0\].completion: got ' '"),
         ("sft", {"data": [{"prompt": "", "completion": "a"}]}, r"^data\[0\].prompt: got ''"),
         ("sft", {"data": [{"prompt": 3, "completion": "a"}]}, r"^data\[0\].prompt: got 3; allowed: text, or messages$"),
-        ("kto", {"data": [{**KTO[0], "label": 1}]}, r"^data\[0\].label: got 1; allowed: true, false$"),
+        ("kto", {"data": [{**KTO[0], "label": 2}]}, r"^data\[0\].label: got 2; allowed: true, false$"),
         ("kto", {"data": KTO[:1]}, r"^data: got '1 rows'; allowed: at least 2"),
         ("sft", {"data": [{"prompt": "a " * 130, "completion": "a"}]}, r"^data\[0\]: got 'a prompt of .*128 tokens"),
         ("sft", {"reward": bright}, r"^reward: .*allowed: none for sft$"),

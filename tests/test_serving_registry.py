@@ -16,7 +16,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from safetensors.torch import save_file
-from serving_tools import serving, write_vector
+from serving_tools import Idle, http, serving, steered, write_vector, wrong
 
 from steer import Samples, artifacts
 from steer.adapters.transformers.serving.engine import TransformersEngine
@@ -53,35 +53,6 @@ def tiny_reward_dir(tiny_lm_dir: Path, tmp_path_factory: pytest.TempPathFactory)
     AutoModelForSequenceClassification.from_pretrained(tiny_lm_dir, num_labels=1).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_lm_dir).save_pretrained(folder)
     return folder
-
-
-class Idle:
-    """An engine that stays open when an application of these tests ends."""
-
-    def __init__(self, engine: TransformersEngine) -> None:
-        self._engine = engine
-
-    def __getattr__(self, name: str) -> Any:
-        return (lambda: None) if name == "close" else getattr(self._engine, name)
-
-
-def http(engine: TransformersEngine, folder: Path | None, **settings: Any) -> TestClient:
-    app = create_app(Idle(engine), artifacts=folder, local=False, **settings)  # type: ignore[arg-type]
-    return TestClient(app, raise_server_exceptions=False)
-
-
-def steered(client: TestClient, name: str, **settings: Any) -> Any:
-    body = {"model": "tiny", "messages": CHAT, "max_tokens": 8, "temperature": 0,
-            "steer": {"edits": [{"name": name, **settings}]}}  # fmt: skip
-    return client.post("/v1/chat/completions", json=body)
-
-
-def wrong(answer: Any, status: int, field: str | None, *words: str) -> None:
-    assert answer.status_code == status, answer.text
-    error = answer.json()["error"]
-    assert error["param"] == field, error
-    for word in words:
-        assert word in error["message"]
 
 
 # ------------------------------------------------------------------------------------------------------------ routes

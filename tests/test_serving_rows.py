@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
 from collections import Counter
 from contextlib import aclosing
@@ -14,7 +13,6 @@ import pytest
 import torch
 
 from steer import artifacts
-from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.texts import GrowingText, token_text
 from steer.adapters.transformers import tracking
 from steer.adapters.transformers.model import LanguageModel
@@ -37,27 +35,6 @@ from steer.serving.wire import EditRequest
 def laws(rows: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.log_softmax(torch.randn(rows, vocabulary, generator=generator) * 3, -1)
-
-
-@pytest.mark.parametrize("vocabulary", [50, 3000])
-def test_rows_are_truncated_as_decoding_does(vocabulary: int) -> None:
-    """Each row by its own settings, also where the cut lies beyond the tokens that are looked at first."""
-    chance = random.Random(0)
-    settings = [
-        Sampling(
-            top_k=chance.choice([0, 0, 1, 5, 40, 1500]),
-            top_p=chance.choice([1.0, 0.05, 0.5, 0.9, 0.9999]),
-            min_p=chance.choice([0.0, 0.0, 0.02, 0.3]),
-        )
-        for _ in range(60)
-    ]
-    law = laws(60, vocabulary)
-    law[::3] = torch.log_softmax(law[::3] * 0.01, -1)  # nearly flat: the cut lies deep
-    ours = rowwise.truncated(law, settings)
-    for i, s in enumerate(settings):
-        expected = Decoding(top_k=s.top_k, top_p=s.top_p, min_p=s.min_p).truncated(law[i : i + 1])[0]
-        assert torch.equal(ours[i].isneginf(), expected.isneginf()), s
-        torch.testing.assert_close(ours[i].exp(), expected.exp(), rtol=1e-4, atol=1e-7)
 
 
 def test_rows_draw_what_they_draw_alone() -> None:

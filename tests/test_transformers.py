@@ -139,21 +139,21 @@ def test_one_batch_different_edits(tiny_lm: LanguageModel) -> None:
     prompts = ["the sun", "the sun", "hello world", "a dog"]
     one, two = vector(tiny_lm, (0,), strength=8.0), vector(tiny_lm, (1,), strength=-8.0, scope="reply")
     plain = tiny_lm.generate(prompts, max_new_tokens=8, seed=4)
-    mixed = tiny_lm.generate(prompts, edits=[one, None, [one, two], []], max_new_tokens=8, seed=4)
+    mixed = tiny_lm.generate(prompts, edits=[[one], None, [one, two], []], max_new_tokens=8, seed=4)
     for row in (1, 3):
         assert mixed.tokens[row] == plain.tokens[row]
         assert float(mixed.log_prob[row]) == float(plain.log_prob[row])
         assert float(mixed.kl[row]) == 0.0
     assert float(mixed.kl[0]) > 0 and float(mixed.kl[2]) > 0
     settings = {"temperature": 0, "max_new_tokens": 8}
-    together = tiny_lm.generate(prompts, edits=[one, None, [one, two], two], **settings).tokens
+    together = tiny_lm.generate(prompts, edits=[[one], None, [one, two], [two]], **settings).tokens
     alone = [
         tiny_lm.generate(p, edits=e, **settings).tokens[0]
         for p, e in zip(prompts, [one, [], [one, two], two], strict=True)
     ]
     assert together == alone
     with pytest.raises(InputError, match="edits: got '2 entries'"):
-        tiny_lm.generate(prompts, edits=[one, None])
+        tiny_lm.generate(prompts, edits=[[one], None])
 
 
 def test_logits_of_unsteered_rows_keep_their_bits(tiny_lm: LanguageModel) -> None:
@@ -366,7 +366,7 @@ def test_directional_stimuli_take_their_place_in_prompts_and_chats(tiny_lm: Lang
                  [chat[0], {"role": "user", "content": "hello the; {prompt} the the sun"}], "a cat"]  # fmt: skip
     assert edit.rewrite_all(prompts[:3]) == rewritten[:3] and isinstance(edit.rewrite(prompts[1]), RawText)
     settings: dict[str, Any] = {"max_new_tokens": 5, "seed": 0}
-    out = tiny_lm.generate(prompts, edits=[edit, edit, edit, None], **settings)
+    out = tiny_lm.generate(prompts, edits=[[edit], [edit], [edit], None], **settings)
     assert out.prompts == prompts and out.texts == tiny_lm.generate(rewritten, **settings).texts
     assert asked == [["the sun", "a dog"]]  # together, and never again
     table = DirectionalStimulus({"the sun": "a dog"}, "{prompt} {hint}")

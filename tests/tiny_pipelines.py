@@ -14,7 +14,7 @@ LENGTH = 12
 
 def seeded(build: Callable[[], Any], seed: int = 0) -> Any:
     """What `build()` makes with this seed; the caller's random state is left alone."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
 
@@ -194,4 +194,56 @@ def flux(scheduler: Any = None) -> Any:
     )  # fmt: skip
 
 
-PIPELINES: dict[str, Callable[..., Any]] = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux}
+def pixart(kind: str, scheduler: Any = None) -> Any:
+    """PixArt-alpha or PixArt-sigma ("Alpha", "Sigma"): images of 16x16, with a variance that is learnt and not used."""
+    import diffusers
+
+    tokenizer = t5_tokenizer()
+    network = seeded(
+        lambda: diffusers.PixArtTransformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, out_channels=8, num_layers=1, attention_head_dim=8,
+            num_attention_heads=4, cross_attention_dim=32, caption_channels=32, norm_num_groups=4,
+        ).eval()
+    )  # fmt: skip
+    return getattr(diffusers, f"PixArt{kind}Pipeline")(
+        tokenizer=tokenizer, text_encoder=t5(tokenizer), vae=vae(), transformer=network, scheduler=scheduler or ddim()
+    )
+
+
+def sana(scheduler: Any = None) -> Any:
+    """Sana: images of 32x32, a flow in the latents of a deep-compression autoencoder."""
+    from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+    from transformers import Gemma2Config, Gemma2Model
+
+    tokenizer = t5_tokenizer()
+    encoder = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    network = seeded(
+        lambda: SanaTransformer2DModel(
+            patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=4,
+            num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=32,
+            sample_size=8,
+        ).eval()
+    )  # fmt: skip
+    codec = seeded(
+        lambda: AutoencoderDC(
+            in_channels=3, latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock",) * 2,
+            decoder_block_types=("ResBlock",) * 2, encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8), encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()),
+            encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), downsample_block_type="conv",
+            upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu",
+        ).eval()
+    )  # fmt: skip
+    return SanaPipeline(
+        tokenizer=tokenizer, text_encoder=seeded(lambda: Gemma2Model(encoder).eval()), vae=codec, transformer=network,
+        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )  # fmt: skip
+
+
+PIPELINES: dict[str, Callable[..., Any]] = {
+    "sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux, "sana": sana,
+    "pixart_alpha": lambda scheduler=None: pixart("Alpha", scheduler),
+    "pixart_sigma": lambda scheduler=None: pixart("Sigma", scheduler),
+}  # fmt: skip

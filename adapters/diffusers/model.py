@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from steer.core import check
+from steer.core import Prompt, Reward, Sampler, Samples, check
 from steer.diffusion import DiffusionProcess, Schedule
 from steer.diffusion.state import Denoiser
 from steer.model import Model
@@ -49,7 +49,7 @@ class Source(Protocol):
     def tuned(self, what: Any) -> Any: ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DiffusionModel(Model):
     """A diffusion model ready to be steered. Networks and pipelines are never changed.
 
@@ -73,6 +73,62 @@ class DiffusionModel(Model):
     @property
     def dtype(self) -> torch.dtype:
         return self.source.dtype
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt] = "",
+        *,
+        edits: Any = (),
+        sampler: Sampler | str | None = None,
+        reward: Reward | str | Callable[..., Any] | None = None,
+        beta: float = 1.0,
+        n: int | None = None,
+        seed: int | None = None,
+        max_rows: int | None = None,
+        progress: bool = False,
+        stream: Any = False,
+        steps: int | None = None,
+        eta: float | None = None,
+        guidance_scale: float | None = None,
+        scheduler: Any = None,
+        kind: str | None = None,
+        shown: str | None = None,
+        max_batch: int | None = None,
+        **more: Any,
+    ) -> Samples:
+        """Draw images for every prompt.
+
+        Args:
+            prompts: a text, a class by its name, or several; "" for any class.
+            edits: an edit or a list of edits for all prompts, or one list for each (see `steer.generate`).
+            sampler: a `Sampler`, or its name with its settings beside it: `sampler="fk", num_particles=16`. Default:
+                independent samples.
+            reward: a `Reward`, an expression such as "class:boot", or a function of images `[N, C, H, W]`.
+            beta: KL coefficient of the target `p exp(reward / beta)`, for samplers that weigh.
+            n: images, best-of-n's candidates or particles for each prompt.
+            seed: same seed, same images on the same machine; None draws one.
+            max_rows: images generated at once.
+            progress: show a bar on standard error.
+            stream: refused: images are given whole.
+            steps, eta, guidance_scale, scheduler, kind, shown, max_batch: as for `process`.
+            more: the settings of a sampler that is named; what a pipeline's call takes, such as `negative_prompt`,
+                `height`; and `num_inference_steps` and `num_images_per_prompt`, which mean the same as `steps` and `n`.
+
+        Raises:
+            InputError: a field is out of range; nothing has run.
+            UnsupportedError: the scheduler or the pipeline cannot do what an edit or the sampler needs.
+        """
+        drawn: Samples = super().generate(
+            prompts, edits=edits, sampler=sampler, reward=reward, beta=beta, n=n, seed=seed, max_rows=max_rows,
+            progress=progress, stream=stream, steps=steps, eta=eta, guidance_scale=guidance_scale, scheduler=scheduler,
+            kind=kind, shown=shown, max_batch=max_batch, **more,
+        )  # fmt: skip
+        return drawn
+
+    def __repr__(self) -> str:
+        kind = type(self.source).__name__
+        classes = f", {len(self.classes)} classes" if self.classes else ""
+        return f"DiffusionModel({self.name!r}, {kind} on {self.device}, {self.dtype}{classes})"
 
     def process(
         self,

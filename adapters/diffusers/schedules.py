@@ -147,14 +147,21 @@ def _refusal(scheduler: Any) -> str:
 # ------------------------------------------------------------------------------------------------ variance preserving
 
 
+def _table(scheduler: Any) -> tuple[Tensor, list[int]]:
+    """The levels that the model knows, and the timesteps that are visited."""
+    table, times = scheduler.alphas_cumprod.double(), scheduler.timesteps.tolist()
+    allowed = f"fewer: with steps_offset={scheduler.config.get('steps_offset')} so many begin beyond the last level"
+    check(max(times) < len(table), "steps", len(times), allowed)
+    return table, times
+
+
 def _ddpm(scheduler: Any, eta: float, kind: str | None) -> Grid:
     variance = scheduler.config.variance_type
     if variance not in ("fixed_small", "fixed_small_log", "fixed_large"):
         raise UnsupportedError(
             f'DDPMScheduler with variance_type={variance!r}: the noise of its step is not fixed; use scheduler="ddim"'
         )
-    table = scheduler.alphas_cumprod.double()
-    times = scheduler.timesteps.tolist()
+    table, times = _table(scheduler)
     bars = [float(table[t]) for t in times] + [1.0]
     alpha, sigma = _roots(bars)
     clip = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
@@ -168,8 +175,7 @@ def _ddpm(scheduler: Any, eta: float, kind: str | None) -> Grid:
 
 
 def _ddim(scheduler: Any, eta: float, kind: str | None) -> Grid:
-    table, config = scheduler.alphas_cumprod.double(), scheduler.config
-    times = scheduler.timesteps.tolist()
+    (table, times), config = _table(scheduler), scheduler.config
     # Its step goes to t - T // n, which is not the next timestep where the spacing is "linspace", nor always elsewhere.
     stride = config.num_train_timesteps // scheduler.num_inference_steps
     final = float(scheduler.final_alpha_cumprod.double())
@@ -207,7 +213,8 @@ def _roots(bars: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def _euler(scheduler: Any, eta: float, kind: str | None) -> Grid:
-    sigma = tuple(scheduler.sigmas.double().tolist())
+    # With interpolation_type="log_linear" there is a level more than steps, which no step reaches.
+    sigma = tuple(scheduler.sigmas.double().tolist()[: len(scheduler.timesteps) + 1])
     levels = sigma[:-1]
     scale = [1 / math.sqrt(s * s + 1) for s in levels]
     prediction = scheduler.config.prediction_type

@@ -1,12 +1,12 @@
 """How a language model's tokens are drawn: temperature, truncation, what ends a text.
 
-Order at every step: the user's `LogitsProcessor`s and penalties, temperature, transition edits, truncation (top-k,
-top-p, min-p). So `beta` means what it says whatever the temperature, and the tilted law is what gets truncated.
+Order at every step: the user's `LogitsProcessor`s and penalties, temperature, transition edits, truncation (top-k, then
+top-p, then min-p). So `beta` means what it says whatever the temperature, and the tilted law is what gets truncated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -23,7 +23,11 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.stopping_criteria import StoppingCriteria
 
-from steer.core import InputError, check
+from steer.adapters.language.generation import decoding_settings
+from steer.core import check
+from steer.core.errors import check_unicode
+from steer.core.names import check_known
+from steer.sampling import laws
 
 _BOUNDS = {
     "max_new_tokens": (lambda x: isinstance(x, int) and x >= 1, "an integer of 1 or more"),
@@ -36,10 +40,8 @@ _BOUNDS = {
     "min_new_tokens": (lambda x: isinstance(x, int) and x >= 0, "an integer of 0 or more"),
 }
 
-# Fields of a GenerationConfig that choose another algorithm than sampling token by token.
-_OTHER_ALGORITHMS = ("num_beams", "num_beam_groups", "penalty_alpha", "dola_layers", "constraints", "force_words_ids",
-                     "assistant_model", "guidance_scale", "watermarking_config", "typical_p", "epsilon_cutoff",
-                     "eta_cutoff", "sequence_bias", "forced_eos_token_id", "forced_bos_token_id")  # fmt: skip
+_OF_LAWS = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size",
+                      "min_new_tokens", "bad_words_ids", "suppress_tokens", "logits_processor"})  # fmt: skip
 
 
 def _finite(x: object) -> bool:
@@ -76,15 +78,25 @@ class Decoding:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         check(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "non-empty strings")
+        check_unicode("stop", self.stop)
 
     @classmethod
-    def create(cls, config: GenerationConfig | None = None, **settings: Any) -> Decoding:
-        """From a `GenerationConfig` and settings that override it. Fields that steer does not honour are refused."""
+    def create(
+        cls, config: GenerationConfig | str | None = None, own: Mapping[str, Any] | None = None, **settings: Any
+    ) -> Decoding:
+        """From a `GenerationConfig`, or "checkpoint" for the model's `own`, and settings that override it. Fields that
+        steer does not honour are refused; see `steer.adapters.language.generation`.
+        """
         known = {f.name for f in fields(cls)}
         for name in settings:
-            check(name in known, "generate()", name, ", ".join(sorted(known)))
-        values = {} if config is None else _from_generation_config(config)
+            check_known("generate()", name, known)
+        values = {} if config is None else decoding_settings(config, own or {})
         values.update({k: v for k, v in settings.items() if v is not None})
+        for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            total = values.pop(name, None)
+            check(
+                total is None or new in values, f"generation_config.{name}", total, f"{new}: prompts differ in length"
+            )
         for name in ("logits_processor", "stopping_criteria", "stop", "suppress_tokens"):
             if name in values and not isinstance(values[name], str | tuple):
                 values[name] = tuple(values[name])
@@ -102,7 +114,16 @@ class Decoding:
 
     @property
     def truncates(self) -> bool:
-        return self.greedy or self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return self.greedy or self.cuts
+
+    @property
+    def cuts(self) -> bool:
+        """Whether top-k, top-p or min-p is set."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    def of_laws(self) -> list[str]:
+        """Names of the settings of a token's law that are not at their defaults."""
+        return [f.name for f in fields(self) if f.name in _OF_LAWS and getattr(self, f.name) != f.default]
 
     def processors(self, prompt_length: int, eos: Sequence[int], device: torch.device) -> list[LogitsProcessor]:
         """The processors to run on `(ids [N, T], logits [N, V])` before temperature."""
@@ -120,60 +141,21 @@ class Decoding:
         return made
 
     def tempered(self, logits: Tensor) -> Tensor:
-        """Log-law `[..., V]` after temperature, in float32 or better. Greedy decoding keeps temperature 1 here: its
-        KL and log-probabilities are those of the laws whose mode is taken.
-        """
-        x = logits if logits.dtype == torch.float64 else logits.float()
-        return torch.log_softmax(x if self.greedy or self.temperature == 1 else x / self.temperature, -1)
+        """Log-law `[..., V]` after temperature; greedy decoding keeps that of temperature 1."""
+        return laws.temper(logits, self.temperature)
 
     def truncated(self, log_law: Tensor) -> Tensor:
-        """The log-law `[..., V]` cut by top-k, top-p and min-p, normalised again."""
-        if not (self.top_k or self.top_p < 1 or self.min_p):
-            return log_law
-        keep = torch.ones_like(log_law, dtype=torch.bool)
-        if self.top_k and self.top_k < log_law.shape[-1]:
-            keep &= log_law >= log_law.topk(self.top_k, -1).values[..., -1:]
-        if self.min_p:
-            keep &= log_law >= log_law.amax(-1, keepdim=True) + torch.log(torch.tensor(self.min_p))
-        if self.top_p < 1:
-            ordered, order = torch.where(keep, log_law, -torch.inf).log_softmax(-1).sort(-1, descending=True)
-            mass_before = ordered.exp().cumsum(-1) - ordered.exp()
-            keep &= (mass_before < self.top_p).gather(-1, order.argsort(-1))
-        return torch.where(keep, log_law, -torch.inf).log_softmax(-1)
+        """The log-law `[..., V]` cut by top-k, top-p and min-p, in this order, normalised again."""
+        return laws.truncate(log_law, self.top_k, self.top_p, self.min_p)
 
     def draw(self, log_law: Tensor, generator: torch.Generator) -> Tensor:
-        """One token for each row `[N]` of `[N, V]`: the mode when greedy, otherwise by inverting the CDF at one uniform
-        number a row, so that two runs with the same seed and nearly the same laws mostly agree.
-        """
+        """One token for each row `[N]` of `[N, V]`: the mode when greedy, otherwise at one uniform number a row."""
         if self.greedy:
             return log_law.argmax(-1)
-        cdf = log_law.exp().cumsum(-1)
-        uniform = torch.rand(len(log_law), 1, dtype=cdf.dtype, generator=generator, device=generator.device)
-        point = uniform.to(cdf.device) * cdf[:, -1:]
-        token = torch.searchsorted(cdf, point, right=True)
-        # Rounding can put the point at the very end, where the tokens may have no mass.
-        last = torch.searchsorted(cdf, cdf[:, -1:].contiguous(), right=False)
-        return torch.minimum(token, last).squeeze(1)
+        shape, kind = (len(log_law), 1), log_law.dtype
+        uniform = torch.rand(shape, dtype=kind, generator=generator, device=generator.device)
+        return laws.draw(log_law, uniform).squeeze(1)
 
     def with_eos(self, eos: Sequence[int]) -> Decoding:
         """The same settings, ending at `eos` where no other token was asked for."""
         return self if self.eos_token_id is not None else replace(self, eos_token_id=tuple(eos))
-
-
-def _from_generation_config(config: GenerationConfig) -> dict[str, Any]:
-    given = {k: v for k, v in config.to_diff_dict().items() if v is not None}
-    for name in _OTHER_ALGORITHMS:
-        value = given.get(name)
-        if value is not None and value not in (1, 1.0, 0.0, False):
-            raise InputError(
-                f"generation_config.{name}", value, "unset: steer samples token by token (its samplers search)"
-            )
-    names = {"max_new_tokens", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size",
-             "min_new_tokens", "bad_words_ids", "suppress_tokens", "eos_token_id"}  # fmt: skip
-    values: dict[str, Any] = {k: v for k, v in given.items() if k in names}
-    if "stop_strings" in given:
-        stop = given["stop_strings"]
-        values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    # A GenerationConfig is greedy unless it says do_sample.
-    values["temperature"] = float(given.get("temperature") or 1.0) if given.get("do_sample") else 0.0
-    return values

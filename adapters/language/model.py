@@ -2,58 +2,27 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
-from typing import Any
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.generation.logits_process import LogitsProcessor
+from transformers.generation.stopping_criteria import StoppingCriteria
 
-from steer.core import InputError, Prompt, RawText, Samples, check
+from steer.adapters.language.decoding import Decoding
+from steer.adapters.language.generation import decoding_settings, fit_lengths, mention_own
+from steer.adapters.language.prompts import PromptReader
+from steer.core import InputError, ModelInfo, Prompt, PromptEdit, Reward, Sampler, Samples, check
+from steer.edits import as_edits
+from steer.methods.samplers import SamplerSettings
 from steer.model import Model
 
-__all__ = ["TextModel", "chats", "prompt_tokens", "shown", "tokenising"]
-
-
-Tokenise = Callable[[str, bool], tuple[int, ...]]
-
-
-def tokenising(tokenizer: Any, kept: int = 4096) -> Tokenise:
-    """`(text, with special tokens)` to token ids. A prompt is checked, run and scored: its text is tokenised once, and
-    the last `kept` are remembered.
-    """
-
-    def tokenised(text: str, special: bool) -> tuple[int, ...]:
-        return tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
-
-    return lru_cache(kept)(tokenised)
-
-
-def chats(tokenizer: Any) -> bool:
-    """Whether plain prompts are wrapped as a user's message."""
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
-def prompt_tokens(prompt: Prompt, tokenizer: Any, tokenise: Tokenise, name: str, special: bool) -> list[int]:
-    """Token ids of a prompt of the model `name`. Text becomes a user's message where there is a chat template, and is
-    continued as it stands where there is none, with the tokenizer's special tokens if `special`; a `RawText` is always
-    continued, and so is a chat that ends with the assistant's own words.
-    """
-    if isinstance(prompt, str):
-        if not prompt or isinstance(prompt, RawText) or not chats(tokenizer):
-            return list(tokenise(str(prompt), special))
-        prompt = [{"role": "user", "content": str(prompt)}]
-    messages = isinstance(prompt, Sequence) and all(
-        isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt
-    )
-    check(messages and len(prompt) > 0, "prompt", prompt, "text, or messages with role and content")
-    check(chats(tokenizer), "prompt", "messages", f"text: {name} has no chat template")
-    resumed = prompt[-1]["role"] == "assistant"
-    text = tokenizer.apply_chat_template(
-        list(prompt), tokenize=False, add_generation_prompt=not resumed, continue_final_message=resumed
-    )
-    return list(tokenise(text, False))
+__all__ = ["TextModel", "TextSettings", "shown"]
 
 
 def shown(prompt: Prompt) -> Any:
@@ -61,21 +30,171 @@ def shown(prompt: Prompt) -> Any:
     return prompt if isinstance(prompt, str) else list(prompt)
 
 
+class TextSettings(SamplerSettings, total=False):
+    """What `TextModel.generate` takes beside the prompts, for type checkers; its docstring says what each is."""
+
+    edits: Any
+    sampler: Sampler | str | None
+    reward: Reward | str | Callable[..., Any] | None
+    beta: float
+    n: int | None
+    seed: int | None
+    system: str | None
+    max_rows: int | None
+    progress: bool
+    generation_config: GenerationConfig | str | None
+    max_new_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
+    min_new_tokens: int | None
+    bad_words_ids: Sequence[Sequence[int]] | None
+    suppress_tokens: Sequence[int] | None
+    stop: str | Sequence[str] | None
+    eos_token_id: int | Sequence[int] | None
+    logits_processor: Sequence[LogitsProcessor] | None
+    stopping_criteria: Sequence[StoppingCriteria] | None
+    block: int | None
+    until: Sequence[str] | None
+    max_tokens: int | None
+    num_return_sequences: int | None
+    do_sample: bool | None
+
+
 class TextModel(Model):
-    """A causal language model with its tokenizer. Its `process` takes `generation_config`, a `GenerationConfig`."""
+    """A causal language model with its tokenizer. Its `process` takes `generation_config`, a `GenerationConfig`
+    or "checkpoint" (see `steer.adapters.language.generation`).
+    """
 
     def __init__(self, tokenizer: Any, name: str) -> None:
         self.tokenizer, self.name = tokenizer, name
-        self._tokenise = tokenising(tokenizer)
+        self.reader = PromptReader(tokenizer, name)
+
+    @overload  # type: ignore[override]  # names are checked, where the base class takes any
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt] = ...,
+        *,
+        stream: Literal[False] = ...,
+        **given: Unpack[TextSettings],
+    ) -> Samples: ...
+    @overload
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt] = ..., *, stream: Any, **given: Unpack[TextSettings]
+    ) -> Any: ...
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt] = "",
+        *,
+        edits: Any = (),
+        sampler: Sampler | str | None = None,
+        reward: Reward | str | Callable[..., Any] | None = None,
+        beta: float = 1.0,
+        n: int | None = None,
+        seed: int | None = None,
+        system: str | None = None,
+        max_rows: int | None = None,
+        progress: bool = False,
+        stream: Any = False,
+        generation_config: GenerationConfig | str | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        no_repeat_ngram_size: int | None = None,
+        min_new_tokens: int | None = None,
+        bad_words_ids: Sequence[Sequence[int]] | None = None,
+        suppress_tokens: Sequence[int] | None = None,
+        stop: str | Sequence[str] | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        logits_processor: Sequence[LogitsProcessor] | None = None,
+        stopping_criteria: Sequence[StoppingCriteria] | None = None,
+        block: int | None = None,
+        until: Sequence[str] | None = None,
+        **more: Any,
+    ) -> Any:
+        """Write for every prompt.
+
+        Args:
+            prompts: one text or chat, or several. Text is a user's message where the model has a chat template.
+            edits: an edit or a list of edits for all prompts, or one list for each (see `steer.generate`).
+            sampler: a `Sampler`, or its name with its settings beside it: `sampler="fk", num_particles=16`. Default:
+                independent samples.
+            reward: a `Reward`, an expression such as "sentiment - 0.3*profanity", or a function of the texts.
+            beta: KL coefficient of the target `p exp(reward / beta)`, for samplers that weigh.
+            n: texts, best-of-n's candidates or particles for each prompt.
+            seed: same seed, same texts on the same machine; None draws one.
+            system: a system prompt for every chat.
+            max_rows: texts generated at once.
+            progress: show a bar on standard error.
+            stream: True returns an iterator of pieces of text, whose `samples` are there when it has ended; a
+                transformers streamer is fed with tokens.
+            generation_config: of transformers, or "checkpoint" for the checkpoint's own `generation_config.json`; what
+                is named here goes before it. None: the model's whole law at temperature 1.
+            max_new_tokens: of each text; 64 unless given.
+            temperature: 0 is greedy; 1 unless given.
+            top_k, top_p, min_p: truncation, as in transformers; off unless given.
+            repetition_penalty, no_repeat_ngram_size, min_new_tokens, bad_words_ids, suppress_tokens, logits_processor,
+            stopping_criteria: as in transformers; off unless given.
+            stop: texts before which a text ends.
+            eos_token_id: tokens that end a text; the model's own unless given, none for [].
+            block: tokens of one step, for samplers that choose on the way.
+            until: strings at which a step ends early, such as ".".
+            more: the settings of a sampler that is named, and `max_tokens`, `num_return_sequences` and `do_sample`,
+                which mean the same as `max_new_tokens`, `n` and `temperature` (0 or not).
+
+        Returns:
+            `Samples`, or for a stream its iterator.
+
+        Raises:
+            InputError: a field is out of range; nothing has run.
+            UnsupportedError: the model cannot do what an edit, the sampler or `stream` needs.
+        """
+        given = dict(
+            generation_config=generation_config, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, min_new_tokens=min_new_tokens,
+            no_repeat_ngram_size=no_repeat_ngram_size, bad_words_ids=bad_words_ids, suppress_tokens=suppress_tokens,
+            stop=stop, eos_token_id=eos_token_id, logits_processor=logits_processor, block=block, until=until,
+            stopping_criteria=stopping_criteria, system=system, **more,
+        )  # fmt: skip
+        return super().generate(
+            prompts, edits=edits, sampler=sampler, reward=reward, beta=beta, n=n, seed=seed, max_rows=max_rows,
+            progress=progress, stream=stream, **given,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        info = self.info
+        name, blocks = Path(self.name).name, f"{info.num_layers} blocks of width {info.width}"
+        return f"{type(self).__name__}({name!r}, {info.model_type}, {blocks})"
+
+    @property
+    def settings(self) -> frozenset[str]:
+        return super().settings | {f.name for f in fields(Decoding)}
+
+    @property
+    def split_special_tokens(self) -> bool:
+        """Whether control tokens that messages spell, such as `<|im_end|>`, are read as text; else they are what they
+        are to the tokenizer. Off until set; servers set it. A `RawText` always holds control tokens.
+        """
+        return self.reader.split_special_tokens
+
+    @split_special_tokens.setter
+    def split_special_tokens(self, whether: bool) -> None:
+        self.reader.split_special_tokens = bool(whether)
 
     def forget_prompts(self) -> None:
         """Remember no prompt's tokens from here on: those of strangers seldom come again."""
-        self._tokenise = tokenising(self.tokenizer, kept=0)
+        self.reader.forget()
 
     @property
     def chats(self) -> bool:
         """Whether plain prompts are wrapped as a user's message."""
-        return chats(self.tokenizer)
+        return self.reader.chats
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. Text becomes a user's message where the model has a chat template, and is continued as
@@ -83,7 +202,7 @@ class TextModel(Model):
         """
         if isinstance(prompt, str):
             check(bool(prompt.strip()), "prompt", prompt, "text that is not empty")
-        return prompt_tokens(prompt, self.tokenizer, self._tokenise, self.name, special=True)
+        return self.reader.encode(prompt)
 
     def show(self, prompt: Prompt) -> Any:
         """The prompt as it appears in results."""
@@ -95,9 +214,38 @@ class TextModel(Model):
         cuts = [at for at in (text.find(s) for s in stop) if at >= 0]
         return text[: min(cuts)] if cuts else text
 
+    @property
+    @abstractmethod
+    def info(self) -> ModelInfo:
+        """What edits may know of the model."""
+
+    @property
+    @abstractmethod
+    def own_settings(self) -> dict[str, Any]:
+        """What the checkpoint's own `generation_config.json` says of how texts are drawn."""
+
+    def fit(self, settings: Mapping[str, Any], prompts: list[Prompt], edits: Any) -> dict[str, Any]:
+        config = settings.get("generation_config")
+        if config is None:
+            mention_own(self.name, self.own_settings, settings)
+            return dict(settings)
+        wanted = {
+            **decoding_settings(config, self.own_settings),
+            **{k: v for k, v in settings.items() if v is not None},
+        }
+        totals = [name for name in ("max_length", "min_length") if name in wanted]
+        if not totals:
+            return dict(settings)
+        rewriting = [edit for edit, _ in as_edits(edits, len(prompts), self) if isinstance(edit, PromptEdit)]
+        check(not rewriting, f"generation_config.{totals[0]}", wanted[totals[0]], "unset with an edit of the prompt")
+        fitted = fit_lengths(wanted, [len(self.encode(prompt)) for prompt in prompts])
+        new: dict[str, Any] = {name: fitted[name] for name in ("max_new_tokens", "min_new_tokens") if name in fitted}
+        return dict(settings) | new
+
     def default_n(self, settings: Mapping[str, Any]) -> int | None:
-        config: GenerationConfig | None = settings.get("generation_config")
-        count = None if config is None else config.num_return_sequences
+        config: Any = settings.get("generation_config")
+        own = self.own_settings if config == "checkpoint" else {}
+        count = getattr(config, "num_return_sequences", None) or own.get("num_return_sequences")
         return None if count == 1 else count
 
     def log_likelihood(self, samples: Samples) -> tuple[Tensor, Tensor]:

@@ -66,6 +66,13 @@ class GrowingText:
         return new
 
 
+def pieces_of(tokens: Sequence[int], decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> list[str]:
+    """What each of `tokens` adds to the text; joined they are the text."""
+    growing = GrowingText(decode, stop)
+    pieces = [growing.feed(token) for token in tokens]
+    return [*pieces[:-1], pieces[-1] + growing.finish()] if pieces else []
+
+
 def token_text(tokenizer: Any, token: int) -> tuple[str, tuple[int, ...]]:
     """A token's text, and its bytes, which are those of its own alphabet where it holds part of a character."""
     text = tokenizer.decode([token])

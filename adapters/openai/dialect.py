@@ -40,13 +40,15 @@ class Choice:
 
     `ended` says that it came to its end rather than to the limit of tokens; `log_prob` is the sum over its tokens, None
     where the endpoint gave none. `candidates` are the likeliest first tokens, with equal texts added up, as
-    `(text, log-probability)` in falling order; a text of None ends it.
+    `(text, log-probability)` in falling order; a text of None ends it. `missing` says what came instead where no text
+    did, such as reasoning alone.
     """
 
     text: str
     ended: bool
     log_prob: float | None
     candidates: tuple[tuple[str | None, float], ...] | None
+    missing: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,8 +148,13 @@ class Dialect:
         return Answer(read, cost)
 
     def _choice(self, choice: dict[str, Any], top: int | None) -> Choice:
-        text = (choice["message"].get("content") if "message" in choice else choice["text"]) or ""
-        ended = choice.get("finish_reason") != "length"
+        finish = choice.get("finish_reason")
+        given = _text(choice["message"]) if "message" in choice else choice["text"]
+        instead = _instead(choice.get("message") or {}) if not given else ""
+        text, ended = given or "", finish != "length"
+        # An end that was drawn at once may be shown as null, where one token was asked for.
+        empty = given is not None or (finish == "stop" and bool(top))
+        missing = "" if text or (empty and not instead) else self._missing(instead or "null", finish)
         positions = _positions(choice)
         known = all(isinstance(p.log_prob, int | float) for p in positions) and bool(positions)
         return Choice(
@@ -155,7 +162,12 @@ class Dialect:
             ended=ended,
             log_prob=sum(p.log_prob for p in positions) if known else None,
             candidates=self._candidates(positions, top, closing=ended and not text) if top else None,
+            missing=missing,
         )
+
+    def _missing(self, instead: str, finish: Any) -> str:
+        way = "; a larger max_new_tokens may leave room for one" if finish == "length" else ""
+        return f"model {self.model}: its answer has no text but {instead} (finish_reason {finish!r}){way}"
 
     def _candidates(
         self, positions: Sequence[_Position], top: int, closing: bool
@@ -173,6 +185,26 @@ class Dialect:
             name = None if ends else token.text
             merged[name] = _log_add(merged.get(name, -math.inf), token.log_prob)
         return tuple(sorted(merged.items(), key=lambda item: -item[1]))
+
+
+def _text(message: dict[str, Any]) -> str | None:
+    """The text of a message; that of its parts, where it comes in parts."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return content
+    return "".join(part["text"] for part in content if part.get("type") in ("text", "output_text"))
+
+
+def _instead(message: dict[str, Any]) -> str:
+    """What a message holds in place of a text, in words; empty where it holds nothing."""
+    content = message.get("content")
+    thoughts = [part for part in content if part.get("type") not in ("text", "output_text")] if content else []
+    reasoning = message.get("reasoning_content") or message.get("reasoning") or thoughts
+    refusal, calls = message.get("refusal"), message.get("tool_calls") or message.get("function_call")
+    size = f"{len(reasoning)} characters of" if isinstance(reasoning, str) else "parts of"
+    found = [f"{size} reasoning" if reasoning else "", f"a refusal: {refusal}" if refusal else "",
+             "calls of tools" if calls else "", "audio" if message.get("audio") else ""]  # fmt: skip
+    return " and ".join(what for what in found if what)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.model import shown
 from steer.adapters.openai.connection import Connection, EndpointError, Retry, base_url, read_key
 from steer.adapters.openai.dialect import END_TOKENS, Dialect
+from steer.adapters.openai.endpoint import Endpoint
 from steer.adapters.openai.process import EndpointProcess
 from steer.adapters.openai.results import Results
 from steer.core import InputError, Process, Prompt, Run, Sampler, Samples, check
@@ -125,6 +126,7 @@ class EndpointModel(Model):
         top_logprobs: int | None = None,
         logprobs: bool = False,
         results: str | Path | Results | None = None,
+        base: str = "truncated",
         **settings: Any,
     ) -> EndpointProcess:
         """The model as a `Process`, with settings of decoding: `max_new_tokens`, `temperature`, `top_p`, `stop`, and
@@ -135,13 +137,15 @@ class EndpointModel(Model):
             top_logprobs: draw every token here, from this many candidates, also without edits.
             logprobs: ask for the log-probabilities of texts that the endpoint draws.
             results: a file in which answers are kept.
+            base: of samplers that weigh, as for `EndpointProcess`.
         """
         for given in settings:
             check(given in _HONOURED, "generate()", given, ", ".join(_HONOURED))
         kept = Results(results) if isinstance(results, str | Path) else results
         return EndpointProcess(
-            self, Decoding.create(**settings), block=block, top_logprobs=top_logprobs, logprobs=logprobs, results=kept
-        )
+            Endpoint(self.connection, self.dialect, kept), Decoding.create(**settings), block=block,
+            top_logprobs=top_logprobs, candidates=self.top_logprobs, logprobs=logprobs, base=base,
+        )  # fmt: skip
 
     def generate(
         self,

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.packing import pack_texts, unpack_texts
+from steer.adapters.openai.connection import EndpointError
 from steer.adapters.openai.dialect import Question
-from steer.adapters.openai.draw import draw_block
-from steer.adapters.openai.results import Results
-from steer.adapters.openai.state import EndpointContext, EndpointState
+from steer.adapters.openai.draw import Drawing, draw_block
+from steer.adapters.openai.endpoint import Endpoint
+from steer.adapters.openai.state import EndpointContext, EndpointState, samples_of
 from steer.core import (
     Ability,
     Cost,
@@ -31,17 +32,11 @@ from steer.core import (
     TransitionEdit,
     UnsupportedError,
     check,
-    check_whole,
 )
+from steer.core.rows import beginning
 from steer.methods.value import HeadValue
 
-if TYPE_CHECKING:
-    from steer.adapters.openai.model import EndpointModel
-
 __all__ = ["EndpointProcess"]
-
-
-_ROWS = ("group", "log_prob", "base_log_prob", "tilt", "kl", "finished")
 
 
 @dataclass(frozen=True)
@@ -64,14 +59,22 @@ class EndpointProcess(Process):
       names it, texts end at its own rate, at temperature 1, whatever edits say, and rows that are alike together.
     """
 
-    model: EndpointModel
+    endpoint: Endpoint
     decoding: Decoding
     edits: Mounted = ()
     block: int | None = None
     top_logprobs: int | None = None
+    """Candidates of every token; None draws here only where edits ask for it."""
+    candidates: int = 20
+    """K, where `top_logprobs` does not say so."""
     logprobs: bool = False
     """Whether log-probabilities are wanted of texts that the endpoint draws."""
-    results: Results | None = None
+    base: str = "truncated"
+    """The base law of samplers that weigh, of tokens that are drawn here: "truncated" or "full", that before truncation
+    (see `steer.adapters.transformers.process.TextProcess`).
+    """
+    proposal: bool = False
+    """Whether weights correct for its edits (`as_proposal`)."""
 
     sites = frozenset({Site.PROMPT, Site.TRANSITION})
 
@@ -80,6 +83,7 @@ class EndpointProcess(Process):
               "an integer of 1 or more, None for whole texts")  # fmt: skip
         top = self.top_logprobs
         check(top is None or (isinstance(top, int) and 1 <= top <= 20), "top_logprobs", top, "1 to 20, or None")
+        check(self.base in ("truncated", "full"), "base", self.base, "truncated, full")
         whole = self.decoding.temperature in (0, 1) and replace(self.decoding, temperature=1.0).truncates is False
         check(whole or not self.logprobs or top is not None, "logprobs", self.logprobs, "False, but at temperature 0 "
               "or 1 without truncation: endpoints report log-probabilities of that law")  # fmt: skip
@@ -107,13 +111,12 @@ class EndpointProcess(Process):
         return [(edit, wanted) for edit, wanted in self.edits if isinstance(edit, TransitionEdit)]
 
     @property
-    def candidates(self) -> int:
-        """K, the candidates that are asked for where tokens are drawn here."""
-        return self.top_logprobs or self.model.top_logprobs
-
-    def drawn_here(self, group: int) -> bool:
-        """Whether tokens of this prompt are drawn here rather than by the endpoint."""
-        return self.top_logprobs is not None or any(w is None or group in w for _, w in self.transitions)
+    def drawing(self) -> Drawing:
+        """How its tokens are drawn."""
+        return Drawing(
+            self.decoding, self.transitions, self.top_logprobs or self.candidates, self.top_logprobs is not None,
+            self.logprobs, self.proposal and self.base == "truncated" and self.decoding.cuts,
+        )  # fmt: skip
 
     def room(self, step: int) -> int:
         """Tokens of the block after `step` blocks."""
@@ -122,6 +125,9 @@ class EndpointProcess(Process):
 
     def copy(self, edits: Mounted) -> EndpointProcess:
         return replace(self, edits=edits)
+
+    def as_proposal(self) -> EndpointProcess:
+        return replace(self, proposal=True)
 
     def validate(self, edit: Edit) -> None:
         if isinstance(edit, TransitionEdit):
@@ -134,28 +140,20 @@ class EndpointProcess(Process):
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Question]:
         """What the endpoint is to see of every prompt, after the prompt edits that it asked for."""
+        how = self.drawing
         return [
-            self.model.dialect.encode(p, continued=self.num_steps > 1 or self.drawn_here(b))
+            self.endpoint.dialect.encode(p, continued=self.num_steps > 1 or how.here(b))
             for b, p in enumerate(self.rewritten(prompts))
         ]
 
     def init(self, prompts: Sequence[Prompt], n: int, generator: torch.Generator) -> EndpointState:
-        check_whole("n", n)
-        check(len(prompts) >= 1, "prompts", prompts, "at least one")
-        rows = len(prompts) * n
-        zero = torch.zeros(rows, dtype=torch.float64)
         exact = not any(isinstance(edit, PromptEdit) for edit, _ in self.edits)
+        common = beginning(prompts, n, exact=exact)
+        rows = len(common["group"])
         return EndpointState(
-            group=torch.arange(len(prompts)).repeat_interleave(n),
-            step=0,
-            log_prob=zero,
-            base_log_prob=zero if exact else None,
-            tilt=zero,
-            kl=zero if exact else None,
-            cost=Cost(),
+            **common,
             finished=torch.zeros(rows, dtype=torch.bool),
             texts=("",) * rows,
-            prompts=list(prompts),
             questions=tuple(self.encode(prompts)),
         )
 
@@ -170,30 +168,26 @@ class EndpointProcess(Process):
         the others have been drawn; it carries those that are finished.
         """
         noise = torch.rand(len(state), self.room(state.step), dtype=torch.float64, generator=generator)
-        return draw_block(self, state, noise)
+        after, failed = draw_block(self.endpoint, self.drawing, state, noise)
+        if failed:
+            raise self._failure(after, failed)
+        return after
+
+    def _failure(self, after: EndpointState, failed: dict[int, EndpointError]) -> EndpointError:
+        first = next((e for e in failed.values() if e.status is not None), next(iter(failed.values())))
+        error = EndpointError(f"{first}; {len(failed)} of {len(after)} texts failed", first.status, first.param)
+        kept = [i for i, over in enumerate(self.finished(after).tolist()) if over and i not in failed]
+        error.samples = self.decode(after).select(torch.tensor(kept, dtype=torch.long))
+        return error
 
     def context(self, state: EndpointState) -> EndpointContext:
-        return EndpointContext(state.step, self, state.prompts, state.group, state.texts)
-
-    def cut(self, text: str, since: int = 0) -> tuple[str, bool]:
-        """The text before the first stop string, and whether there was one; none begins before `since`."""
-        found = [at for at in (text.find(stop, since) for stop in self.decoding.stop) if at >= 0]
-        return (text[: min(found)], True) if found else (text, False)
+        return EndpointContext(state.step, state.prompts, state.group, state.texts, self.decoding.stop)
 
     def gather(self, state: EndpointState, index: Tensor) -> EndpointState:
-        rows: dict[str, Any] = {name: None if (x := getattr(state, name)) is None else x[index] for name in _ROWS}
-        return replace(state, **rows, texts=tuple(state.texts[i] for i in index.tolist()))
+        return state.take(index)
 
     def stack(self, states: Sequence[EndpointState]) -> EndpointState:
-        check(len({s.step for s in states}) == 1, "states", [s.step for s in states], "rows at one step")
-
-        def joined(name: str) -> Any:
-            columns = [getattr(s, name) for s in states]
-            return None if any(c is None for c in columns) else torch.cat(columns)
-
-        rows = {name: joined(name) for name in _ROWS}
-        cost = sum((s.cost for s in states), Cost())
-        return replace(states[0], **rows, texts=tuple(t for s in states for t in s.texts), cost=cost)
+        return EndpointState.join(states)
 
     def settle(self, state: EndpointState) -> tuple[EndpointState, Cost]:
         return replace(state, cost=Cost()), state.cost
@@ -203,25 +197,12 @@ class EndpointProcess(Process):
 
     def pack(self, state: EndpointState) -> dict[str, Tensor]:
         """Texts are kept as UTF-8, `[N, bytes]` uint8, with their lengths."""
-        rows = {name: x for name in _ROWS if (x := getattr(state, name)) is not None}
         text, length = pack_texts(state.texts)
-        return {**rows, "text": text, "length": length}
+        return {**state.pack(), "text": text, "length": length}
 
     def unpack(self, prompts: Sequence[Prompt], step: int, packed: dict[str, Tensor]) -> EndpointState:
-        rows: dict[str, Any] = {name: packed.get(name) for name in _ROWS}
         texts = tuple(unpack_texts(packed["text"], packed["length"]))
-        return EndpointState(
-            **rows, step=step, cost=Cost(), texts=texts, prompts=list(prompts), questions=tuple(self.encode(prompts))
-        )
-
-    def samples(self, prompts: Sequence[Prompt], group: Tensor, texts: Sequence[str]) -> Samples:
-        """Texts as `Samples` with equal weights, and nothing else known of them."""
-        return Samples(
-            prompts=[self.model.show(p) for p in prompts],
-            outputs=list(texts),
-            group=group,
-            log_weight=torch.zeros(len(group), dtype=torch.float64),
-        )
+        return EndpointState.unpack(packed, step, prompts, texts=texts, questions=tuple(self.encode(prompts)))
 
     def preview(self, state: EndpointState) -> Samples:
         """The partial texts."""
@@ -230,7 +211,7 @@ class EndpointProcess(Process):
     def decode(self, state: EndpointState) -> Samples:
         known = Ability.LOG_PROB in self.abilities
         return replace(
-            self.samples(state.prompts, state.group, state.texts),
+            samples_of(state.prompts, state.group, state.texts),
             log_prob=state.log_prob if known else None,
             base_log_prob=state.base_log_prob if known else None,
             tilt=state.tilt,

@@ -1,46 +1,46 @@
-"""What is known of rows behind an endpoint: their state, and what a transition edit sees of them.
+"""State of generation through an endpoint, and what a transition edit sees of it.
 
 Letters: `N` rows, `K` candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from steer.adapters.language.model import shown
 from steer.adapters.openai.dialect import Question
-from steer.core import Context, Cost, Process, Prompt, Samples, UnsupportedError
-from steer.core.rows import Aimed
+from steer.core import Context, Process, Prompt, Samples, UnsupportedError
+from steer.core.rows import Rows
 
-if TYPE_CHECKING:
-    from steer.adapters.openai.process import EndpointProcess
+__all__ = ["EndpointContext", "EndpointState", "cut", "samples_of"]
 
-__all__ = ["EndpointContext", "EndpointState"]
+
+def cut(text: str, stops: Sequence[str], since: int = 0) -> tuple[str, bool]:
+    """The text before the first of the strings in `stops`, and whether there was one; none begins before `since`."""
+    found = [at for at in (text.find(stop, since) for stop in stops) if at >= 0]
+    return (text[: min(found)], True) if found else (text, False)
+
+
+def samples_of(prompts: Sequence[Prompt], group: Tensor, texts: Sequence[str]) -> Samples:
+    """Texts as `Samples` with equal weights, and nothing else known of them."""
+    zero = torch.zeros(len(group), dtype=torch.float64)
+    return Samples(prompts=[shown(p) for p in prompts], outputs=list(texts), group=group, log_weight=zero)
 
 
 @dataclass(frozen=True)
-class EndpointState(Aimed):
-    """Rows of texts in mid-generation. Nothing of them is kept at the endpoint."""
+class EndpointState(Rows):
+    """Rows of texts in mid-generation; `step` counts blocks. Nothing of them is kept at the endpoint."""
 
-    group: Tensor
-    step: int
-    """Blocks drawn so far."""
-    log_prob: Tensor
-    base_log_prob: Tensor | None
-    tilt: Tensor
-    kl: Tensor | None
-    cost: Cost
+    each = ("texts", "finished")
+    packed = ("finished",)
+
     finished: Tensor
     texts: tuple[str, ...] = field(repr=False)
-    prompts: list[Prompt] = field(repr=False)
     questions: tuple[Question, ...] = field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self.group)
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,12 @@ class EndpointContext:
     """
 
     step: int
-    process: EndpointProcess = field(repr=False)
     prompts: list[Prompt] = field(repr=False)
     group: Tensor = field(repr=False)
     texts: tuple[str, ...] = field(repr=False)
     """Texts so far `[N]`."""
+    stop: tuple[str, ...] = ()
+    """Strings before which texts end."""
     law: Tensor | None = None
     tokens: tuple[tuple[str | None, ...], ...] = field(default=(), repr=False)
     """Text of each candidate, None for one that ends the text."""
@@ -82,12 +83,12 @@ class EndpointContext:
         """The texts after each of `candidates` `[N, K]`, row-major: `N K` samples that a reward can score."""
         added = self._named(candidates)
         texts = [
-            text if token is None else self.process.cut(text + token)[0]
+            text if token is None else cut(text + token, self.stop)[0]
             for text, tokens in zip(self.texts, added, strict=True)
             for token in tokens
         ]
         self.scored.append(len(texts))
-        return self.process.samples(self.prompts, self.group.repeat_interleave(candidates.shape[1]), texts)
+        return samples_of(self.prompts, self.group.repeat_interleave(candidates.shape[1]), texts)
 
     def ends(self, candidates: Tensor) -> Tensor:
         """Whether each of `candidates` `[N, K]` ends its text."""

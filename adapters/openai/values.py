@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from steer.adapters.openai.state import EndpointContext
-from steer.core import Context, InputError, Reward
+from steer.core import Context, InputError, Prompt, Reward
 from steer.rewards import as_reward
-
-if TYPE_CHECKING:
-    from steer.adapters.transformers.model import LanguageModel
 
 __all__ = ["LocalValue", "TextValue"]
 
@@ -52,6 +49,22 @@ class TextValue:
         return self.value(_endpoint(context).after(candidates)).reshape(candidates.shape)
 
 
+class Reader(Protocol):
+    """A language model that can be read, such as `steer.adapters.transformers.LanguageModel`."""
+
+    tokenizer: Any
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt."""
+
+    def features(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """Final hidden states `[N, D]` after the last token of each row."""
+
+
 @dataclass(frozen=True, eq=False)
 class LocalValue:
     """Q by a `ValueHead` on a local language model, which reads prompt and text after each candidate with its own
@@ -61,7 +74,7 @@ class LocalValue:
     the chat template.
     """
 
-    model: LanguageModel
+    model: Reader
     head: nn.Module
     """`[N, D] -> [N]`."""
     max_rows: int = 64
@@ -74,17 +87,10 @@ class LocalValue:
         prompts = [self.model.encode(prompt) for prompt in samples.prompts]
         rows = zip(samples.group.tolist(), samples.texts, ends, strict=True)
         ids = [[*prompts[b], *self._tokens(text, end)] for b, text, end in rows]
-        values = [self.head(self._hidden(ids[i : i + self.max_rows])) for i in range(0, len(ids), self.max_rows)]
+        parts = [ids[i : i + self.max_rows] for i in range(0, len(ids), self.max_rows)]
+        values = [self.head(self.model.features(part)) for part in parts]
         return torch.cat(values).double().cpu().reshape(candidates.shape)
 
     def _tokens(self, text: str, end: bool) -> list[int]:
         ids = list(self.model.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
         return ids + list(self.model.eos_token_ids[:1]) if end else ids
-
-    def _hidden(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        """Final hidden states `[N, D]` after the last token of each row."""
-        from steer.adapters.transformers import tracking
-
-        track, _ = tracking.start(self.model, ids, (), 1, hidden=True)
-        assert track.hidden is not None
-        return track.hidden

@@ -30,8 +30,7 @@ from steer.adapters.rewards.text import (
     pretrained,
 )
 from steer.core import Samples, check
-from steer.rewards.algebra import Composable
-from steer.rewards.image import images_of
+from steer.rewards.image import ImageReward, images_of
 
 __all__ = ["AestheticReward", "ClipReward", "ImageClassifierReward", "PickScore", "Preparation"]
 
@@ -134,7 +133,7 @@ def _embedded(model: Any, preparation: Preparation, images: Tensor) -> Tensor:
     return normalize(model.visual_projection(pooled).double(), dim=1)
 
 
-class ClipReward(Composable):
+class ClipReward(ImageReward):
     """Cosine between CLIP's embeddings of the image and of `text` (None: of each image's own prompt), in [-1, 1].
 
     `model` is a model id or folder in transformers' CLIP format; `processor` names another one for tokenizer and image
@@ -218,7 +217,7 @@ class PickScore(ClipReward):
         return _written("pickscore", self.text, None)
 
 
-class AestheticReward(Composable):
+class AestheticReward(ImageReward):
     """LAION's aesthetic score, about 1 to 10: a head of linear layers on the normalised embedding of a CLIP image.
 
     `head` is a safetensors file with `layers.I.weight` and `layers.I.bias` (the layers of
@@ -309,6 +308,8 @@ class ImageClassifierReward(ModelReward):
     """Log-probability of `label`, in nats, under an image classifier that transformers loads; its raw output where it
     has only one. `source` is a model id or a folder.
     """
+
+    modality = "image"
 
     def __init__(
         self,

@@ -8,12 +8,14 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from steer.adapters.language.prompts import ChatTemplate
 from steer.core import InputError, Prompt, Samples, SteerError, check
+from steer.core.messages import plain_messages
 from steer.rewards.algebra import Composable
 from steer.rewards.text import texts_of
 
@@ -71,6 +73,7 @@ class ModelReward(Composable):
     take) loses its beginning. `dtype` None is the dtype that the weights were saved in.
     """
 
+    modality: ClassVar[Literal["text", "image"] | None] = "text"
     alone = True
 
     def __init__(
@@ -151,7 +154,7 @@ class ModelReward(Composable):
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             chat.append({"role": "assistant", "content": text})
-            filled = tokenizer.apply_chat_template(chat, tokenize=False)
+            filled = ChatTemplate(tokenizer, str(self)).render(chat, resumed=False)
             return dict(tokenizer(filled, add_special_tokens=False, **options))
         if tokenizer.sep_token is not None and flat(prompt):
             return dict(tokenizer(flat(prompt), text, **options))
@@ -165,7 +168,7 @@ class ModelReward(Composable):
 
 
 def flat(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in plain_messages(prompt))
 
 
 def _logits(model: Any, rows: Sequence[dict[str, list[int]]]) -> Tensor:

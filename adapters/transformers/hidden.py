@@ -8,7 +8,7 @@ Letters: `N` rows, `T` positions of one forward pass, `D` width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 from steer.core import HiddenEdit, ModelInfo, Operator
 
 Rows = Callable[[Tensor], Tensor]
-Place = tuple[torch.device, torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,8 @@ class Entry:
 class Plan:
     """Hidden edits compiled for the rows of one state."""
 
-    def __init__(self, entries: Sequence[Entry], places: Sequence[Place]) -> None:
+    def __init__(self, entries: Sequence[Entry]) -> None:
         self.entries = tuple(entries)
-        self.places = places
         self._decode: dict[int, Rows] = {}
         self._steps_left = 0.0
 
@@ -57,11 +55,8 @@ class Plan:
         info: ModelInfo,
         lengths: Sequence[int],
         weights: Sequence[Tensor | None],
-        places: Sequence[Place],
     ) -> Plan:
-        """Entries for prompts of these `lengths`; `weights[i]` is `[B, terms]` for an edit that reads the prompt, and
-        `places` says where each layer's output lives.
-        """
+        """Entries for prompts of these `lengths`; `weights[i]` is `[B, terms]` for an edit that reads the prompt."""
         entries = []
         for (edit, wanted), weight in zip(edits, weights, strict=True):
             asked = torch.tensor([wanted is None or b in wanted for b in range(len(lengths))], dtype=torch.float32)
@@ -69,7 +64,7 @@ class Plan:
             for i, term in enumerate(edit.terms(info)):
                 scale = asked if weight is None else torch.where(asked > 0, weight[:, i].float().cpu(), 0.0)
                 entries.append(Entry(term.layer, term.operator, scale, start, stop))
-        return cls(entries, places)
+        return cls(entries)
 
     def __bool__(self) -> bool:
         return bool(self.entries)
@@ -86,7 +81,7 @@ class Plan:
 
     def rows(self, index: Tensor) -> Plan:
         """The plan of other rows: row i is row `index[i]` of this one."""
-        return Plan([entry.rows(index.cpu()) for entry in self.entries], self.places)
+        return Plan([entry.rows(index.cpu()) for entry in self.entries])
 
     @classmethod
     def stack(cls, plans: Sequence[Plan]) -> Plan:
@@ -99,7 +94,7 @@ class Plan:
             replace(entry, **{name: joined(i, name) for name in ("weight", "start", "stop")})
             for i, entry in enumerate(plans[0].entries)
         ]
-        return cls(entries, plans[0].places)
+        return cls(entries)
 
     def chunk(self, position: Tensor) -> dict[int, Rows]:
         """What to do at each layer in a pass over `position` `[N, T]`."""
@@ -129,7 +124,6 @@ class Plan:
     def _merged(self, position: Tensor) -> dict[int, Rows]:
         program: dict[int, Rows] = {}
         for layer in sorted(self.layers):
-            device, dtype = self.places[layer]
             constant: Tensor | None = None
             for entry in self.entries:
                 if entry.layer != layer:
@@ -140,7 +134,7 @@ class Plan:
                 vector = entry.operator.constant
                 if vector is None:
                     if constant is not None:
-                        _then(program, layer, _adding(constant.to(device, dtype)))
+                        _then(program, layer, adding(constant))
                         constant = None
                     _then(program, layer, _weighted(entry.operator, weight.unsqueeze(1)))
                 else:
@@ -149,7 +143,7 @@ class Plan:
                     added = scale.to(vector) * vector
                     constant = added if constant is None else constant + added
             if constant is not None:
-                _then(program, layer, _adding(constant.to(device, dtype)))
+                _then(program, layer, adding(constant))
         return program
 
 
@@ -158,24 +152,46 @@ def _then(program: dict[int, Rows], layer: int, step: Rows) -> None:
     program[layer] = step if before is None else lambda hidden: step(before(hidden))
 
 
-def _adding(constant: Tensor) -> Rows:
-    """Adds `[1 or N, 1, D]`."""
-    return lambda hidden: hidden + constant
+def adding(constant: Tensor) -> Rows:
+    """Adds `[1 or N, 1, D]`, which goes once to where the hidden state is: a block's own weights may be elsewhere
+    between passes (offloading).
+    """
+
+    def apply(hidden: Tensor) -> Tensor:
+        nonlocal constant
+        if constant.device != hidden.device or constant.dtype != hidden.dtype:
+            constant = constant.to(hidden.device, hidden.dtype)
+        return hidden + constant
+
+    return apply
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """An operator of shipped kinds, or a part of one, with its tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value) if f.init})
+    return value
 
 
 def _weighted(operator: Operator, weight: Tensor) -> Rows:
     """`h + w (operator(h) - h)` with `w` `[N, T]`; rows and positions of weight 0 keep their bits."""
-    vector = operator.constant
     whole = bool((weight == 1).all())
+    placed: torch.device | None = None
 
     def apply(hidden: Tensor) -> Tensor:
+        nonlocal operator, weight, placed
+        if placed != hidden.device:
+            placed = hidden.device
+            operator, weight = _moved(operator, placed), weight.to(placed)
+        vector, w = operator.constant, weight.to(hidden.dtype).unsqueeze(-1)
         if vector is not None:
-            added = vector.to(hidden.device, hidden.dtype)
-            return hidden + (added if whole else weight.to(hidden.device, hidden.dtype).unsqueeze(-1) * added)
+            added = vector.to(hidden.dtype)
+            return hidden + (added if whole else w * added)
         changed = operator(hidden)
         if whole:
             return changed
-        w = weight.to(hidden.device, hidden.dtype).unsqueeze(-1)
         return torch.where(w == 0, hidden, torch.where(w == 1, changed, hidden + w * (changed - hidden)))
 
     return apply

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from steer.adapters.language.model import chats, prompt_tokens, shown, tokenising
+from steer.adapters.language.model import shown
+from steer.adapters.language.prompts import PromptReader
 from steer.core import Prompt, RawText, Samples, SteerError, UnsupportedError, check
 from steer.core.errors import first_line
 from steer.masked import MaskedProcess
@@ -88,7 +89,7 @@ class MaskedLanguageModel(Model):
         self._mask_id = self._find_mask() if mask_token_id is None else mask_token_id
         inside = isinstance(self._mask_id, int) and 0 <= self._mask_id < self.vocabulary
         check(inside, "mask_token_id", self._mask_id, f"a token id from 0 to {self.vocabulary - 1}")
-        self._tokenise = tokenising(tokenizer)
+        self.reader = PromptReader(tokenizer, name, special=False)
 
     def _find_mask(self) -> int:
         for holder, field in ((self.tokenizer, "mask_token_id"), (self.config, "mask_token_id"),
@@ -137,13 +138,13 @@ class MaskedLanguageModel(Model):
     @property
     def chats(self) -> bool:
         """Whether plain prompts are wrapped as a user's message."""
-        return chats(self.tokenizer)
+        return self.reader.chats
 
     def prefix(self, prompt: Prompt) -> list[int]:
         """Token ids before a text. A prompt becomes a user's message where there is a chat template, and is continued
         as it stands where there is none, or if it is a `RawText`. An empty prompt is none at all.
         """
-        tokens = prompt_tokens(prompt, self.tokenizer, self._tokenise, self.name, special=False)
+        tokens = self.reader.encode(prompt)
         plain = isinstance(prompt, str) and (not prompt or isinstance(prompt, RawText) or not self.chats)
         return [*self.frame[0], *tokens] if plain else tokens
 
@@ -238,7 +239,7 @@ class MaskedLanguageModel(Model):
         """
         check(length is None or max_new_tokens is None, "length", length, "one of length and max_new_tokens")
         length = (64 if max_new_tokens is None else max_new_tokens) if length is None else length
-        known = set(MaskedProcess.__dataclass_fields__) - {"network", "edits", "length", "steps"}
+        known = set(MaskedProcess.__dataclass_fields__) - {"network", "edits", "length", "steps", "proposal"}
         for setting in settings:
             check(setting in known, "process()", setting, ", ".join(sorted(known)))
         return MaskedProcess(self, length, steps, **settings)

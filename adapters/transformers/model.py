@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from steer.adapters.language.blocks import decoder_blocks
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.facts import CALIBRATION, fingerprint
+from steer.adapters.language.generation import own_settings
 from steer.adapters.language.model import TextModel
-from steer.adapters.transformers.hidden import Place
+from steer.adapters.transformers import tracking
 from steer.adapters.transformers.hooks import Hooks, recording
 from steer.adapters.transformers.process import TextProcess
 from steer.adapters.transformers.reading import Opening, means_of, same_lengths
@@ -85,13 +87,10 @@ class LanguageModel(TextModel):
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return self.network.get_input_embeddings().weight.device
-
-    @cached_property
-    def places(self) -> list[Place]:
-        """Device and dtype of each block's output."""
-        where = [next(block.parameters()) for block in self.blocks]
-        return [(p.device, self.network.dtype) for p in where]
+        embedding = self.network.get_input_embeddings()
+        hook = getattr(embedding, "_hf_hook", None)
+        places = [getattr(h, "execution_device", None) for h in getattr(hook, "hooks", (hook,))]
+        return next((torch.device(p) for p in places if p is not None), embedding.weight.device)
 
     @property
     def vocabulary(self) -> int:
@@ -114,6 +113,10 @@ class LanguageModel(TextModel):
         given = self.tokenizer.eos_token_id if given is None else given
         return () if given is None else tuple(given) if isinstance(given, list | tuple) else (int(given),)
 
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        return own_settings(self.network.generation_config)
+
     @cached_property
     def info(self) -> ModelInfo:
         width = int(self.config.hidden_size)
@@ -124,11 +127,11 @@ class LanguageModel(TextModel):
             width=width,
             model_type=str(self.config.model_type),
             residual_norms=self.residual_norms,
-            unembedding=lambda: self.network.get_output_embeddings().weight,
+            unembedding=lambda: _weight(self.network.get_output_embeddings()),
         )
 
     def _fingerprint(self) -> str:
-        weight = self.network.get_input_embeddings().weight
+        weight = _weight(self.network.get_input_embeddings())
         sample = None
         if weight.device.type != "meta":
             # bf16 first, so that one checkpoint loaded in two precisions is one model.
@@ -154,13 +157,14 @@ class LanguageModel(TextModel):
     # ---- generation
 
     def process(
-        self, *, generation_config: GenerationConfig | None = None, block: int = 1, until: Sequence[str] = (),
+        self, *, generation_config: GenerationConfig | str | None = None, block: int = 1, until: Sequence[str] = (),
         **settings: Any,
     ) -> TextProcess:  # fmt: skip
         """The model as a `Process`, with decoding settings as for `generate`. A step draws `block` tokens, or fewer
         where a token holds one of the strings in `until`, such as sentence ends ".", "!", "?" and line breaks.
         """
-        return TextProcess(self, Decoding.create(generation_config, **settings), block=block, until=tuple(until))
+        decoding = Decoding.create(generation_config, self.own_settings, **settings)
+        return TextProcess(self, decoding, block=block, until=tuple(until))
 
     def stream(self, plan: Plan, how: Any) -> Any:
         from steer.adapters.transformers.streaming import TextStream, feed_streamer
@@ -168,6 +172,15 @@ class LanguageModel(TextModel):
         return TextStream(self, plan) if how is True else feed_streamer(self, plan, how)
 
     # ---- reading
+
+    @torch.inference_mode()
+    def features(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """Final hidden states `[N, D]` after the last token of each row of token ids, on which the output head and
+        value heads work; in one pass.
+        """
+        track, _ = tracking.start(self, ids, (), 1, hidden=True)
+        assert track.hidden is not None
+        return track.hidden
 
     @torch.inference_mode()
     def hidden_states(
@@ -202,3 +215,9 @@ class LanguageModel(TextModel):
             if on_batch is not None:
                 on_batch(len(rows))
         return out
+
+
+def _weight(module: Any) -> Tensor:
+    """A module's weight, brought back where accelerate had offloaded it."""
+    with align_module_device(module):
+        return module.weight

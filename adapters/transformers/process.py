@@ -12,20 +12,10 @@ from torch import Tensor
 
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.model import check_lengths
+from steer.adapters.language.texts import pieces_of
 from steer.adapters.transformers import tracking
-from steer.adapters.transformers.law import TextContext, context_of, counted, laws
-from steer.adapters.transformers.scoring import divergence, log_likelihood
-from steer.adapters.transformers.state import (
-    TextState,
-    begun,
-    gathered,
-    packed_rows,
-    reread,
-    stacked,
-    tokens_of,
-    with_rows,
-    without_rows,
-)
+from steer.adapters.transformers.scoring import divergence, log_likelihood, steps_are_exact, token_divergences
+from steer.adapters.transformers.state import TextContext, TextState, begin, reread, tokens_of, without_rows
 from steer.adapters.transformers.tracking import Track
 from steer.core import (
     Ability,
@@ -39,14 +29,29 @@ from steer.core import (
     Samples,
     Site,
     TransitionEdit,
+    UnsupportedError,
     check,
     check_whole,
 )
+from steer.core.context import aimed, among
+from steer.core.samples import TokenDrift
+from steer.sampling import laws
 
 if TYPE_CHECKING:
     from steer.adapters.transformers.model import LanguageModel
 
 __all__ = ["TextProcess"]
+
+
+@dataclass(frozen=True)
+class _Account:
+    """Log-laws `[N, V]` of a next token: the base law that weights and drift refer to, as in `context`, and the one
+    that is drawn from.
+    """
+
+    context: TextContext
+    base: Tensor
+    law: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,14 @@ class TextProcess(Process):
     edits: Mounted = ()
     block: int = 1
     until: tuple[str, ...] = ()
+    base: str = "truncated"
+    """The base law of samplers that weigh, where top-k, top-p or min-p truncate: "truncated", the law that unedited
+    texts are drawn from, so that log Z is an expectation under it; or "full", the law before truncation, which then
+    counts as a drift that weights correct for, as far as it can be: the target is restricted to what truncation keeps.
+    Other samplers report their drift from the full law.
+    """
+    proposal: bool = False
+    """Whether weights correct for its edits (`as_proposal`)."""
     observe: bool = False
     """Whether `context` shows hidden states although no edit asks for them."""
 
@@ -78,6 +91,7 @@ class TextProcess(Process):
     def __post_init__(self) -> None:
         object.__setattr__(self, "decoding", self.decoding.with_eos(self.model.eos_token_ids))
         check_whole("block", self.block)
+        check(self.base in ("truncated", "full"), "base", self.base, "truncated, full")
 
     @property
     def num_steps(self) -> int:
@@ -95,6 +109,12 @@ class TextProcess(Process):
     def copy(self, edits: Mounted) -> TextProcess:
         return replace(self, edits=edits)
 
+    def as_proposal(self) -> TextProcess:
+        """The process with its edits as a proposal for `base`. Under truncation edited laws are cut to the tokens that
+        truncation keeps of the unedited one, since weights cannot bring back what is never drawn.
+        """
+        return replace(self, proposal=True)
+
     def validate(self, edit: Edit) -> None:
         if isinstance(edit, HiddenEdit):
             depth = self.model.info.num_layers
@@ -102,8 +122,21 @@ class TextProcess(Process):
                 check(0 <= layer < depth, "layer", layer, f"0 to {depth - 1}, the blocks of {self.model.info.name}")
         if isinstance(edit, TransitionEdit):
             for companion in edit.companions:
-                ours, theirs = self.model.info.unembedding().shape[0], companion.model.vocabulary  # type: ignore[attr-defined]
-                check(ours == theirs, "companion", f"a vocabulary of {theirs}", f"the same vocabulary, {ours}")
+                self._check_companion(companion)
+
+    def _check_companion(self, other: Process) -> None:
+        """Raise unless another process can follow the rows of this one under this one's settings."""
+        check(isinstance(other, TextProcess), "companion", type(other).__name__, "a process of a language model")
+        assert isinstance(other, TextProcess)
+        ours, theirs = self.model.vocabulary, other.model.vocabulary
+        check(ours == theirs, "companion", f"a vocabulary of {theirs}", f"the same vocabulary, {ours}")
+        if any(not isinstance(edit, HiddenEdit) for edit, _ in other.edits):
+            raise UnsupportedError(
+                "a companion follows this model's rows under hidden edits of its own, not under others"
+            )
+        for name in other.decoding.of_laws():
+            given, own = getattr(other.decoding, name), getattr(self.decoding, name)
+            check(given == own, f"companion's {name}", given, f"{own}, this run's, which holds for both, or none")
 
     def mounted(self, kind: type) -> list[Any]:
         """Its edits of one kind, each with the prompts that asked for it."""
@@ -122,7 +155,7 @@ class TextProcess(Process):
         ids = self.encode(prompts)
         tracks, cost = self._tracks(ids, n)
         exact = not (self.mounted(HiddenEdit) or self.mounted(PromptEdit))
-        state = begun(prompts, n, self.columns, tracks, cost, exact)
+        state = begin(prompts, n, self.columns, tracks, cost, exact)
         device = state.prefix.device
         seen = tracking.left_padded(ids, self.model.pad_token_id, device)[0].repeat_interleave(n, 0)
         processors = self.decoding.processors(seen.shape[1], self.decoding.eos_token_id or (), device)
@@ -157,35 +190,28 @@ class TextProcess(Process):
             yield
 
     def done(self, state: TextState) -> bool:
-        return state.filled >= self.columns or bool(state.finished.all())
+        return state.filled >= self.columns or state.all_finished()
 
     def finished(self, state: TextState) -> Tensor:
         return state.finished.cpu() | (state.filled >= self.columns)
 
     def propose(self, state: TextState, generator: torch.Generator) -> TextState:
-        waiting = torch.zeros_like(state.finished) if self.until else None
+        state = replace(state, waiting=torch.zeros_like(state.finished) if self.until else None)
         for _ in range(self.block):
-            if self.done(state) or (waiting is not None and bool((state.finished | waiting).all())):
+            if self.done(state) or state.resting:
                 break
-            state = self._token(state, generator, waiting)
-            if waiting is not None:
-                waiting = waiting | self._sentence_ended(state)
-        return replace(state, step=state.step + 1)
-
-    def _sentence_ended(self, state: TextState) -> Tensor:
-        last = state.prefix[:, state.filled - 1].tolist()
-        ends = [any(end in self.model.tokenizer.decode([token]) for end in self.until) for token in last]
-        return torch.tensor(ends, device=state.finished.device) & state.real[:, state.filled - 1]
+            state = self._token(state, generator)
+        return replace(state, step=state.step + 1, waiting=None, resting=False)
 
     @torch.inference_mode()
-    def _token(self, state: TextState, generator: torch.Generator, waiting: Tensor | None) -> TextState:
+    def _token(self, state: TextState, generator: torch.Generator) -> TextState:
         # The model reads a token when the next one is wanted, so that the last one costs no pass.
         state = self.read(state)
-        base, law = laws(self, state)
-        token = self.decoding.draw(law, generator)
-        alive = ~state.finished if waiting is None else ~(state.finished | waiting)
+        account = self._account(state)
+        token = self.decoding.draw(account.law, generator)
+        alive = ~state.finished if state.waiting is None else ~(state.finished | state.waiting)
         token = torch.where(alive, token, self.model.pad_token_id)
-        state = counted(self, state, token, alive, base, law)
+        state = self._counted(state, token, alive, account)
         state.prefix[:, state.filled] = token
         state.real[:, state.filled] = alive
         length = state.length + alive
@@ -193,9 +219,62 @@ class TextProcess(Process):
         finished = state.finished | (alive & self._ended(token, state, filled))
         if self.until:
             finished |= length >= self.decoding.max_new_tokens
-        return replace(
-            state, filled=filled, length=length, finished=finished, drawn=state.drawn + alive.sum(), unread=True
-        )
+        state = replace(
+            state, filled=filled, length=length, finished=finished, over=None, unread=True,
+            drawn=state.drawn + alive.sum(),
+        )  # fmt: skip
+        return self._spelled(state, alive) if self.until or self.decoding.stop else state
+
+    # ---- laws
+
+    def laws(self, state: TextState) -> tuple[Tensor, Tensor]:
+        """Log-laws `[N, V]` of the next token of rows that were read: the base law, which weights and drift refer to,
+        and the one that is drawn from; the same tensor where nothing changes it.
+        """
+        account = self._account(state)
+        return account.base, account.law
+
+    def _account(self, state: TextState) -> _Account:
+        context = self.context(state)
+        guided = self._guided(state, context)
+        if not (self.proposal and self.base == "truncated" and self.decoding.cuts):
+            return _Account(context, context.base, self.decoding.truncated(guided))
+        cut = self.decoding.truncated
+        base, law = laws.proposal(context.base, guided, cut, reach=self._aims)
+        return _Account(replace(context, base=base, law=lambda logits: cut(context.law(logits)), seen={}), base, law)
+
+    def _guided(self, state: TextState, context: TextContext) -> Tensor:
+        """The law after transition edits; the base itself where there are none."""
+        edits, base = self.mounted(TransitionEdit), context.base
+        if not edits:
+            return base
+        law, touched = base, torch.zeros(len(state), 1, dtype=torch.bool, device=base.device)
+        for edit, wanted in edits:
+            mine = torch.ones_like(touched)
+            if wanted is not None:
+                mine = among(state.group, wanted).to(base.device).unsqueeze(1)
+            law = torch.where(mine, edit.shift(law, context), law)
+            touched |= mine
+        return torch.where(touched, torch.log_softmax(law, -1), base)  # other rows keep their bits
+
+    @property
+    def _aims(self) -> bool:
+        """Whether weights aim at another law than the base."""
+        return any(edit.power is not None for edit, _ in self.mounted(TransitionEdit))
+
+    def _counted(self, state: TextState, token: Tensor, alive: Tensor, account: _Account) -> TextState:
+        """The state with the log-probabilities and KL of the tokens `[N]` that the rows `alive` `[N]` drew."""
+        base, law, at = account.base, account.law, token.unsqueeze(1)
+
+        def summed(value: Tensor) -> Tensor:
+            return torch.where(alive, value, 0.0).to(state.log_prob.dtype)
+
+        drawn = summed(law.gather(1, at).squeeze(1))
+        if law is base or state.base_log_prob is None:
+            return state.add(drawn)
+        before = summed(base.gather(1, at).squeeze(1))
+        aim = aimed(self.edits, account.context, state.group, at) if self._aims else None
+        return state.add(drawn, before, None if aim is None else summed(aim), summed(laws.divergence(law, base)))
 
     @torch.inference_mode()
     def read(self, state: TextState) -> TextState:
@@ -216,33 +295,57 @@ class TextProcess(Process):
 
     def context(self, state: TextState) -> TextContext:
         state = self.read(state)
-        return context_of(self, state, self.decoding.tempered(state.track.logits))
+        ids = None if state.ids is None else torch.cat([state.ids, state.prefix[:, : state.filled]], 1)
+
+        def law(logits: Tensor) -> Tensor:
+            for processor in state.processors:
+                logits = processor(ids, logits)
+            return self.decoding.tempered(logits)
+
+        others = {id(p): t for p, t in zip(self.companions(), state.companions, strict=True)}
+        prefix = state.prefix[:, : state.filled]
+        return TextContext(state.filled, prefix, law(state.track.logits), state.track, others, law)
 
     def _ended(self, token: Tensor, state: TextState, filled: int) -> Tensor:
         eos = self.decoding.eos_token_id or ()
         ended = torch.zeros_like(state.finished)
         for end in eos:
             ended |= token == end
-        if self.decoding.stop:
-            # A stop string lies within the last tokens: as many as it has bytes, and one that it ends inside of.
-            tail = max(len(s.encode()) for s in self.decoding.stop) + 1
-            last = state.prefix[:, max(0, filled - tail) : filled].tolist()
-            texts = [self.model.tokenizer.decode(row) for row in last]
-            ended |= torch.tensor([any(s in t for s in self.decoding.stop) for t in texts], device=ended.device)
         if state.ids is not None:
             ids = torch.cat([state.ids, state.prefix[:, :filled]], 1)
             for criterion in self.decoding.stopping_criteria:
                 ended |= torch.as_tensor(criterion(ids, None), device=ended.device)
         return ended
 
+    def _spelled(self, state: TextState, alive: Tensor) -> TextState:
+        """The state with what the text of the last tokens says of rows that were `alive` `[N]`: which are finished and
+        which wait.
+        """
+        # A stop string lies within the last tokens: as many as it has bytes, and one that it ends inside of.
+        tail = max((len(s.encode()) + 1 for s in self.decoding.stop), default=1)
+        last = state.prefix[:, max(0, state.filled - tail) : state.filled]
+        told = torch.cat([last, torch.stack([alive, state.finished], 1).long()], 1).tolist()
+        decode = self.model.tokenizer.decode
+        finished, waiting = [], []
+        for *tokens, drew, over in told:
+            text = decode(tokens) if drew and self.decoding.stop else ""
+            finished.append(bool(over) or any(stop in text for stop in self.decoding.stop))
+            word = decode(tokens[-1:]) if drew and self.until else ""
+            waiting.append(not drew or any(end in word for end in self.until))
+        device = state.finished.device
+        return replace(
+            state, finished=torch.tensor(finished, device=device), over=all(finished),
+            waiting=torch.tensor(waiting, device=device) if self.until else None,
+            resting=bool(self.until) and all(a or b for a, b in zip(finished, waiting, strict=True)),
+        )  # fmt: skip
+
     @torch.inference_mode()
     def gather(self, state: TextState, index: Tensor) -> TextState:
-        return gathered(state, index)
+        return state.take(index)
 
     @torch.inference_mode()
     def stack(self, states: Sequence[TextState]) -> TextState:
-        check(len({s.step for s in states}) == 1, "states", [s.step for s in states], "rows at one step")
-        return stacked([self.read(s) for s in states])
+        return TextState.join([self.read(s) for s in states])
 
     def settle(self, state: TextState) -> tuple[TextState, Cost]:
         return replace(state, cost=Cost(), drawn=torch.zeros_like(state.drawn)), self._spent(state)
@@ -258,15 +361,21 @@ class TextProcess(Process):
         return [tuple(tokens) for tokens in tokens_of(state)]
 
     def pack(self, state: TextState) -> dict[str, Tensor]:
-        return packed_rows(state)
+        return state.pack()
 
     @torch.inference_mode()
     def unpack(self, prompts: Sequence[Prompt], step: int, packed: dict[str, Tensor]) -> TextState:
         """Rows that are all finished hold no cache. Others read their prompts, once each, and their tokens again."""
         over = bool(packed["finished"].all()) or step >= self.num_steps
         start = without_rows(self.model, prompts) if over else self.init(prompts, 1, torch.Generator())
-        state = with_rows(start, step, packed)
+        rows = TextState.unpacked(packed, start.prefix.device)
+        state = replace(start, **rows, step=step, over=None)
         return replace(state, filled=self.columns) if over else reread(state)
+
+    @property
+    def kl_kind(self) -> str:
+        recorded = not (self.mounted(HiddenEdit) or self.mounted(PromptEdit))
+        return "exact" if recorded or steps_are_exact(self) else "one-sample"
 
     def log_likelihood(self, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Summed log-probability `[N]` of each row's `tokens` after its prompt, at this process's temperature, under
@@ -280,10 +389,18 @@ class TextProcess(Process):
 
     def decode(self, state: TextState) -> Samples:
         tokens = tokens_of(state)
-        group, log_prob = state.group, state.log_prob.double().cpu()
+        prompts, group, log_prob = (
+            state.prompts,
+            state.group,
+            state.log_prob.double().cpu(),
+        )  # and not the state's cache
 
         def later() -> Tensor:
-            return divergence(self, state.prompts, group, tokens, log_prob)
+            return divergence(self, prompts, group, tokens, log_prob)
+
+        def drift() -> TokenDrift:
+            texts = [pieces_of(row, self.model.decode, self.decoding.stop) for row in tokens]
+            return TokenDrift(token_divergences(self, prompts, group, tokens), texts)
 
         return Samples(
             prompts=[self.model.show(p) for p in state.prompts],
@@ -295,5 +412,6 @@ class TextProcess(Process):
             base_log_prob=None if state.base_log_prob is None else state.base_log_prob.double().cpu(),
             tilt=state.tilt.double().cpu(),
             kl_estimate=later if state.kl is None else state.kl.double().cpu(),
+            token_drift=drift if steps_are_exact(self) else None,
             cost=self._spent(state),
         )

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from steer.adapters.transformers import tracking
-from steer.adapters.transformers.law import divergences
 from steer.core import HiddenEdit, Prompt, TransitionEdit
+from steer.sampling import laws
 
 if TYPE_CHECKING:
     from steer.adapters.transformers.process import TextProcess
@@ -80,20 +80,44 @@ def divergence(
     hidden states. Where transition edits or processors act as well, the one-sample estimate `log q(y) - log p(y)` of
     each text instead, with log q as it was recorded while sampling: unbiased, noisier, and negative for some texts.
     """
-    owner = group.tolist()
-    base = process.unedited()
-    if process.mounted(TransitionEdit) or process.decoding.processors(0, (), process.model.device):
-        return log_prob - base.log_likelihood(prompts, group, tokens)
+    if not steps_are_exact(process):
+        return log_prob - process.unedited().log_likelihood(prompts, group, tokens)
+    total = torch.zeros(len(group), dtype=torch.float64)
+    for i, steps in divergence_of_steps(process, prompts, group, tokens):
+        total[i] = steps.sum()
+    return total
+
+
+def steps_are_exact(process: TextProcess) -> bool:
+    """Whether the law of every step can be read again from a finished text."""
+    return not (process.mounted(TransitionEdit) or process.decoding.processors(0, (), process.model.device))
+
+
+def token_divergences(
+    process: TextProcess, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """Exact KL of the edited law to the base at each token, `[T]` for each row; see `divergence`."""
+    found = [torch.zeros(0, dtype=torch.float64) for _ in tokens]
+    for i, steps in divergence_of_steps(process, prompts, group, tokens):
+        found[i] = steps
+    return found
+
+
+@torch.inference_mode()
+def divergence_of_steps(
+    process: TextProcess, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]]
+) -> Iterator[tuple[int, Tensor]]:
+    """Yields `(row, KL of each of its steps [T])` of rows that have tokens, in no order."""
+    owner, base = group.tolist(), process.unedited()
     mine = replace(process, edits=_by_row(process.edits, owner))
     edited_ids, base_ids = process.encode(prompts), base.encode(prompts)
-    total = torch.zeros(len(owner), dtype=torch.float64)
     edited_rows = sequence_logits(mine, [edited_ids[b] for b in owner], tokens)
     for rows, logits, target, real in edited_rows:
         law = process.decoding.truncated(process.decoding.tempered(logits))
         track, _ = tracking.start(base.model, [base_ids[owner[i]] for i in rows], (), 1, hidden=False)
         reference = process.decoding.tempered(tracking.continuation_logits(track, target))
-        total[rows] = torch.where(real, divergences(law, reference), 0.0).sum(1).double().cpu()
-    return total
+        steps = torch.where(real, laws.divergence(law, reference), 0.0).double().cpu()
+        yield from ((i, row[: len(tokens[i])].clone()) for i, row in zip(rows, steps, strict=True))
 
 
 def _by_row(edits: Iterable[tuple[Any, frozenset[int] | None]], owner: Sequence[int]) -> tuple[Any, ...]:

@@ -74,7 +74,8 @@ def _forward(
     finally:
         if handle is not None:
             handle.remove()
-    return out.logits, seen[0] if seen else None
+    # Where a device map spreads the blocks, logits come back to where the tokens were.
+    return out.logits, seen[0].to(out.logits.device) if seen else None
 
 
 def start(
@@ -90,7 +91,7 @@ def start(
     args = (mask, padded)
     reads = sorted({layer for edit, _ in edits for layer in edit.reads})
     if not reads:
-        plan = Plan.compile(edits, model.info, lengths, [None] * len(edits), model.places) if edits else None
+        plan = Plan.compile(edits, model.info, lengths, [None] * len(edits)) if edits else None
         program = plan.chunk(position.cpu()) if plan else {}
         logits, last = _forward(model, tokens, *args, position, cache, program, hidden=hidden)
     else:
@@ -100,7 +101,7 @@ def start(
         weights = [
             edit.weights({layer: at_end[layer] for layer in edit.reads}) if edit.reads else None for edit, _ in edits
         ]
-        plan = Plan.compile(edits, model.info, lengths, weights, model.places)
+        plan = Plan.compile(edits, model.info, lengths, weights)
         logits, last, cache, more = _read_again(
             model, tokens, mask, padded, position, cache, plan, logits, last, hidden
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from steer.adapters.language.decoding import Decoding
+from steer.adapters.language.generation import own_settings
 from steer.adapters.language.model import TextModel
 from steer.adapters.vllm.artifacts import Artifact, digest_of, read_artifact
 from steer.adapters.vllm.client import Blocking, Client
@@ -110,6 +111,10 @@ class VLLMModel(TextModel):
         given = self.tokenizer.eos_token_id if given is None else given
         return () if given is None else tuple(given) if isinstance(given, list | tuple) else (int(given),)
 
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        return own_settings(self.config.model_config.try_get_generation_config())
+
     # ---- artifacts
 
     def register(self, name: str, artifact: str | Path | Edit, *, model_check: str = "same") -> str:
@@ -193,7 +198,7 @@ class VLLMModel(TextModel):
 
     def edit(self, name: str, strength: float | None = None, **settings: Any) -> Named:
         """A registered artifact as an edit, with `settings` of `steer.wire.EditRequest`."""
-        named = Named(EditRequest(name=name, strength=strength, **settings))
+        named = Named(EditRequest.parse({"name": name, "strength": strength, **settings}))
         named.check(self.front)
         return named
 
@@ -215,7 +220,7 @@ class VLLMModel(TextModel):
 
     def process(self, *, generation_config: Any = None, block: int | None = None, **settings: Any) -> VLLMProcess:
         """The model as a `Process` whose step is `block` tokens (default: the whole text)."""
-        decoding = Decoding.create(generation_config, **settings)
+        decoding = Decoding.create(generation_config, self.own_settings, **settings)
         return VLLMProcess(self, decoding, block=block or decoding.max_new_tokens)
 
     def run(self, plan: Plan) -> Samples:

@@ -34,17 +34,13 @@ from steer.core import (
     check,
     check_whole,
 )
-from steer.core.rows import Aimed
+from steer.core.rows import Rows, beginning
 from steer.model import Plan
 from steer.rewards.early import Early
 from steer.serving.wire import EditRequest
 
 _MISSING = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "logits_processor", "stopping_criteria")
 """Settings of `Decoding` that vLLM has no counterpart of."""
-
-
-_ROWS = ("group", "log_prob", "base_log_prob", "tilt", "kl", "finished")
-"""What a state holds as tensors of rows."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +56,12 @@ class Named(Edit):
 
 
 @dataclass(frozen=True)
-class VLLMState(Aimed):
+class VLLMState(Rows):
     """Rows of texts in mid-generation; the engine's prefix cache holds what can be held of them."""
 
-    group: Tensor
-    step: int
-    log_prob: Tensor
-    base_log_prob: Tensor | None
-    tilt: Tensor
-    kl: Tensor | None
-    cost: Cost
-    prompts: list[Prompt] = field(repr=False)
+    each = ("tokens", "finished", "weights")
+    packed = ("finished",)
+
     ids: list[list[int]] = field(repr=False)
     """Token ids of every prompt."""
     tokens: list[list[int]] = field(repr=False)
@@ -106,7 +97,9 @@ class EngineModel(Protocol):
 
 @dataclass(frozen=True)
 class VLLMProcess(Process):
-    """Generation by one engine. A step draws up to `block` tokens for every unfinished row."""
+    """Generation by one engine. A step draws up to `block` tokens for every unfinished row. vLLM truncates by min-p
+    before top-k and top-p (`steer.sampling.laws` has the order of the others).
+    """
 
     model: EngineModel
     decoding: Decoding
@@ -172,21 +165,11 @@ class VLLMProcess(Process):
         return ids
 
     def init(self, prompts: Sequence[Prompt], n: int, generator: torch.Generator) -> VLLMState:
-        check_whole("n", n)
-        check(len(prompts) >= 1, "prompts", prompts, "at least one")
-        ids = self.encode(prompts)
-        rows = len(prompts) * n
-        zero = torch.zeros(rows, dtype=torch.float64)
-        exact = not self.edits and not self._truncates
+        common = beginning(prompts, n, exact=not self.edits and not self._truncates)
+        ids, rows = self.encode(prompts), len(common["group"])
+        read = sum(map(len, ids))
         return VLLMState(
-            group=torch.arange(len(prompts)).repeat_interleave(n),
-            step=0,
-            log_prob=zero,
-            base_log_prob=zero if exact else None,
-            tilt=zero,
-            kl=zero if exact else None,
-            cost=Cost(prompt_tokens=sum(map(len, ids)), nfe=sum(map(len, ids))),
-            prompts=list(prompts),
+            **{**common, "cost": Cost(prompt_tokens=read, nfe=read)},
             ids=ids,
             tokens=[[] for _ in range(rows)],
             finished=torch.zeros(rows, dtype=torch.bool),
@@ -208,19 +191,18 @@ class VLLMProcess(Process):
         rows = (~state.finished).nonzero().squeeze(1).tolist()
         seeds = torch.randint(2**31, (len(state),), generator=generator).tolist()
         outputs = self._run(state, rows, seeds, partial(self._announced, state, rows) if self.announce else None)
-        tokens, finished, log_prob = list(state.tokens), state.finished.clone(), state.log_prob.clone()
+        tokens, finished, gained = list(state.tokens), state.finished.clone(), torch.zeros_like(state.log_prob)
         drawn = 0
         for i, output in zip(rows, outputs, strict=True):
             completion = output.outputs[0]
             drawn += len(completion.token_ids)
             tokens[i] = [*state.tokens[i], *completion.token_ids]
-            log_prob[i] += float(completion.cumulative_logprob or 0.0)
+            gained[i] = float(completion.cumulative_logprob or 0.0)
             finished[i] = self._ended(tokens[i], completion.finish_reason)
+        spent = Cost(generated_tokens=drawn, nfe=drawn, model_calls=1)
         moved = replace(
-            state, step=state.step + 1, tokens=tokens, finished=finished, log_prob=log_prob,
-            base_log_prob=None if state.base_log_prob is None else log_prob,
-            cost=state.cost + Cost(generated_tokens=drawn, nfe=drawn, model_calls=1),
-        )  # fmt: skip
+            state.add(gained), step=state.step + 1, tokens=tokens, finished=finished, cost=state.cost + spent
+        )
         return moved if self.done(moved) else self._decided(moved, rows)
 
     def _announced(self, state: VLLMState, rows: Sequence[int], k: int, output: Any) -> None:
@@ -295,40 +277,28 @@ class VLLMProcess(Process):
         return replace(state, weights=weights)
 
     def gather(self, state: VLLMState, index: Tensor) -> VLLMState:
-        at = index.tolist()
-        rows: dict[str, Any] = {name: x[index] for name in _ROWS if (x := getattr(state, name)) is not None}
-        return replace(
-            state, **rows, tokens=[state.tokens[i] for i in at], weights=[state.weights[i] for i in at]
-        )  # fmt: skip
+        return state.take(index)
 
     def stack(self, states: Sequence[VLLMState]) -> VLLMState:
-        check(len({s.step for s in states}) == 1, "states", [s.step for s in states], "rows at one step")
-
-        def joined(name: str) -> Any:
-            columns = [getattr(s, name) for s in states]
-            return None if any(c is None for c in columns) else torch.cat(columns)
-
-        rows: dict[str, Any] = {name: joined(name) for name in _ROWS}
-        return replace(
-            states[0], **rows, run=uuid4().hex, tokens=[row for s in states for row in s.tokens],
-            weights=[row for s in states for row in s.weights], cost=sum((s.cost for s in states), Cost()),
-        )  # fmt: skip
+        return replace(VLLMState.join(states), run=uuid4().hex)
 
     def pack(self, state: VLLMState) -> dict[str, Tensor]:
         """Tokens, and what gates and controllers decided as JSON in bytes."""
-        rows = {name: x for name in _ROWS if (x := getattr(state, name)) is not None}
         tokens, length = pack_tokens(state.tokens)
         decided, size = pack_texts([json.dumps(row) for row in state.weights])
-        return {**rows, "tokens": tokens, "length": length, "decided": decided, "decided_length": size}
+        return {**state.pack(), "tokens": tokens, "length": length, "decided": decided, "decided_length": size}
 
     def unpack(self, prompts: Sequence[Prompt], step: int, packed: dict[str, Tensor]) -> VLLMState:
-        rows: dict[str, Any] = {name: packed.get(name) for name in _ROWS}
         decided = [json.loads(text) for text in unpack_texts(packed["decided"], packed["decided_length"])]
-        return VLLMState(
-            **rows, step=step, cost=Cost(), prompts=list(prompts), ids=self.encode(prompts), run=uuid4().hex,
+        return VLLMState.unpack(
+            packed, step, prompts, ids=self.encode(prompts), run=uuid4().hex,
             tokens=unpack_tokens(packed["tokens"], packed["length"]),
             weights=[tuple(None if w is None else tuple(w) for w in row) for row in decided],
         )  # fmt: skip
+
+    @property
+    def kl_kind(self) -> str:
+        return "one-sample"  # of texts without edits and truncation, 0
 
     def settle(self, state: VLLMState) -> tuple[VLLMState, Cost]:
         return replace(state, cost=Cost()), state.cost

@@ -20,6 +20,10 @@ SUPPORTED = ("0.31", "0.32")
 """Versions of vLLM whose extension points are known."""
 
 
+SERVER_PLUGIN = "steer_http"
+"""The entry point of the server's part: its name in `VLLM_PLUGINS`."""
+
+
 def check_version() -> None:
     """Raise `SteerError` unless a supported vLLM is installed."""
     try:
@@ -92,6 +96,12 @@ def settings_of(config: Any) -> Settings | None:
     )
 
 
+def check_processes(config: Any) -> None:
+    """Raise `InputError` where a server would have several API processes."""
+    servers = config.parallel_config._api_process_count
+    check(servers == 1, "api_server_count", servers, f"1 with {SERVER_PLUGIN}: registered names live in one process")
+
+
 def _tuned(given: Any) -> tuple[tuple[str, str], ...]:
     check(isinstance(given, dict), "additional_config steer.tuned", given, "a dictionary of folders by name")
     for name, folder in given.items():
@@ -121,7 +131,7 @@ def need(
 ) -> None:
     """Raise where an edit needs what the engine was not armed for.
 
-    `rows` are those that a request can need in one step (`_vllm_rows.rows_of`). Buffers of a fixed size have `slots`
+    `rows` are those that a request can need in one step (`Resolved.rows`). Buffers of a fixed size have `slots`
     for `requests` requests, and `rows <= slots // requests` for every one that is admitted; a step holds at most
     `requests` of them, so it needs at most `slots`, whatever came, went or was preempted before.
     """

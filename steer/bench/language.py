@@ -140,7 +140,7 @@ def _plan(depth: int) -> Any:
         residual_norms=lambda: torch.ones(depth), unembedding=lambda: torch.zeros(1, WIDTH),
     )  # fmt: skip
     vector = SteeringVector({layer: torch.randn(WIDTH) for layer in range(depth)}, 0.02)
-    return Plan.compile([(vector, None)], info, [5], [None], [(torch.device("cpu"), torch.float32)] * depth)
+    return Plan.compile([(vector, None)], info, [5], [None])
 
 
 def _added(step: Task, bench: Bench, steps: int = 500) -> list[float]:

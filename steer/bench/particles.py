@@ -23,7 +23,7 @@ def overhead(bench: Bench) -> Iterator[Row]:
     """CPU time of a run over what the network and the reward take of it, on the embedded diffusion model."""
     import steer
 
-    model = steer.load("fashion-ddpm")
+    model: Any = steer.load("fashion-ddpm")
     reward = _Timed(parse_reward("class:bag").bind(model))
     for name, sampler, bar in (
         ("FK, 64 particles weighed at every step", FKSteering(64), 1.05),

@@ -19,7 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from steer.cli.app import app
 
     try:
-        return int(app(given or ["--help"], prog_name="steer", standalone_mode=False) or 0)
+        status = int(app(given or ["--help"], prog_name="steer", standalone_mode=False) or 0)
+        return _interrupted() if status == 130 else status  # typer answers Ctrl-C itself
     except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = _for_people(error)
         if message is None:
             raise
-        print(f"steer: error: {' '.join(message.split())}", file=sys.stderr)
+        if message:  # empty where the help was printed in place of a command
+            print(f"steer: error: {' '.join(message.split())}", file=sys.stderr)
         return 2
 
 

@@ -6,27 +6,46 @@ import inspect
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from copy import copy
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from steer.cli.options import COMMANDS
+from steer.cli.options import COMMANDS, EXAMPLES, PANELS
 
 __all__ = ["app"]
 
 
+_HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
-    name="steer", help="Steer and align open-weight models at inference time.", no_args_is_help=False,
-    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    name="steer", help="Steer and align open-weight models at inference time.", no_args_is_help=True,
+    pretty_exceptions_enable=False, rich_markup_mode="rich", context_settings=_HELP,
 )  # fmt: skip
-models = typer.Typer(help="Models that come with steer.")
-train = typer.Typer(help="Train a vector, a controller, a value head, a policy or the embedded diffusion model.")
+models = typer.Typer(help="Models that come with steer.", no_args_is_help=True)
+train = typer.Typer(help="Train a vector, a controller, a value head or a policy.", no_args_is_help=True)
 app.add_typer(models, name="models")
 app.add_typer(train, name="train")
 
 Edits = Annotated[Path, typer.Argument(metavar="FILE", help="An artifact.")]
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        import steer
+
+        typer.echo(f"steer {steer.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Steer and align open-weight models at inference time."""
 
 
 def _command(name: str) -> Callable[..., None]:
@@ -34,30 +53,89 @@ def _command(name: str) -> Callable[..., None]:
     options = COMMANDS[name]
     hints = get_type_hints(options, include_extras=True)
 
+    panels = _panels(options)
+
     def parameter(option: Any) -> inspect.Parameter:
+        kind_, shown = get_args(hints[option.name])
+        hints[option.name] = Annotated[kind_, _in_panel(shown, panels[option.name])]
         default = option.default if option.default_factory is MISSING else option.default_factory()
         default = inspect.Parameter.empty if default is MISSING else default
         kind = inspect.Parameter.KEYWORD_ONLY
         return inspect.Parameter(option.name, kind, default=default, annotation=hints[option.name])
 
     def call(**given: Any) -> None:
-        results = sys.stdout
+        results, dry = sys.stdout, given.pop("dry_run")
         # Whatever a library or a reward prints belongs beside the results, not among them.
         with redirect_stdout(sys.stderr):
             from steer.cli.jobs import JOBS
-            from steer.cli.session import Session
+            from steer.cli.session import Session, kept_on_interrupt
 
-            JOBS[name](options(**given))(Session(results))
+            run = JOBS[name](options(**given))
+            if dry:
+                print(f"steer {name}: everything checks; nothing was run", file=sys.stderr)
+                return
+            session = Session(results)
+            with kept_on_interrupt(given.get("out")):
+                run(session)
 
-    call.__signature__ = inspect.Signature([parameter(f) for f in fields(options)])  # type: ignore[attr-defined]
-    call.__annotations__ = {f.name: hints[f.name] for f in fields(options)}
+    declared = [*(parameter(f) for f in fields(options)), _DRY]
+    call.__signature__ = inspect.Signature(declared)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in declared}
     call.__doc__ = options.__doc__
     return call
 
 
+_DRY = inspect.Parameter(
+    "dry_run", inspect.Parameter.KEYWORD_ONLY, default=False,
+    annotation=Annotated[bool, typer.Option("--dry-run", help="Check everything, then stop.", rich_help_panel="Run")],
+)  # fmt: skip
+
+
+def _panels(options: type) -> dict[str, str]:
+    """The title under which each option stands in the help: that of the class that declares it."""
+    found: dict[str, str] = {}
+    for kind in reversed(options.__mro__):
+        title = PANELS.get(kind.__name__, "Options")
+        found |= dict.fromkeys(vars(kind).get("__annotations__", {}), title)
+    return found
+
+
+def _in_panel(option: Any, title: str) -> Any:
+    shown = copy(option)
+    shown.rich_help_panel = title
+    return shown
+
+
 for _name in COMMANDS:
     _group, _, _last = _name.rpartition(" ")
-    (train if _group else app).command(_last)(_command(_name))
+    _epilog = "\n\n".join(f"$ {line}" for line in EXAMPLES.get(_name, ()))
+    (train if _group else app).command(_last, epilog=_epilog or None)(_command(_name))
+
+
+@app.command("help")
+def explain_topic(
+    topic: Annotated[str | None, typer.Argument(metavar="TOPIC", help="A sampler, rewards, or recipes.")] = None,
+) -> None:
+    """What --set takes for a sampler; the rewards; the recipes."""
+    from steer.cli.help import explain, topics
+
+    typer.echo(explain(topic) if topic else "steer help TOPIC, with one of: " + ", ".join(topics()))
+
+
+@app.command("recipes")
+def list_recipes() -> None:
+    """Recipes that come with steer."""
+    from steer.cli.help import list_recipes as listed
+
+    typer.echo(listed())
+
+
+@app.command("rewards")
+def list_rewards() -> None:
+    """Rewards that come with steer, and how they are written."""
+    from steer.cli.help import list_rewards as listed
+
+    typer.echo(listed())
 
 
 @models.command("list")
@@ -130,6 +208,7 @@ def run(
     with redirect_stdout(sys.stderr):
         from steer.cli.jobs import run_recipe
         from steer.cli.recipe import load_recipe
-        from steer.cli.session import Session
+        from steer.cli.session import Session, kept_on_interrupt
 
-        run_recipe(load_recipe(recipe, overrides or []), Session(results))
+        with kept_on_interrupt(None):
+            run_recipe(load_recipe(recipe, overrides or []), Session(results))

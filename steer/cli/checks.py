@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 import re
@@ -17,6 +16,7 @@ import torch
 from steer.cli.options import ImageOptions, ModelOptions, TextOptions
 from steer.cli.values import spelled
 from steer.core import Edit, InputError, check
+from steer.data import FORMATS, plain_pair, plain_row, read_json, read_table, read_text
 from steer.edits import load_edit, split_spec
 from steer.embedded import CARD_NAME, resolve
 from steer.loading import is_diffusion, is_endpoint, is_masked
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-_PROMPTS = "a JSON list of prompts, each a text that is not empty or a list of messages"
+_PROMPTS = f"prompts in {FORMATS}, each a text that is not empty, a list of messages, or a row with one"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Coming = frozenset[Path]
@@ -117,28 +117,21 @@ def check_decoding(temperature: float, max_new_tokens: int, top_k: int = 0, top_
 # ------------------------------------------------------------------------------------------------------------ files
 
 
-def _read(field: str, path: Path, allowed: str) -> str:
-    check(path.is_file(), field, str(path), f"a file that exists: {allowed}")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(field, f"{path} ({error})", allowed) from error
+def read_prompts(path: Path, field: str = "prompts", empty: bool = False) -> list[Any]:
+    """Prompts of a file: texts or chats, or rows with a column `prompt` or `messages`; `empty` where a text may be "",
+    which leaves an image model free.
+    """
+    rows = [(where, _prompt(row)) for where, row in read_table(field, path, _PROMPTS)]
+    check(bool(rows), field, f"{path} (no prompts)", _PROMPTS)
+    for where, prompt in rows:
+        if not (empty and prompt == ""):
+            check_prompt(where, prompt)
+    return [prompt for _, prompt in rows]
 
 
-def _parsed(field: str, path: Path, text: str, allowed: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(field, f"{path} (not JSON: {error})", allowed) from error
-
-
-def read_prompts(path: Path, field: str = "prompts") -> list[Any]:
-    """A JSON list of prompts."""
-    found = _parsed(field, path, _read(field, path, _PROMPTS), _PROMPTS)
-    check(isinstance(found, list) and bool(found), field, f"{path} ({type(found).__name__})", _PROMPTS)
-    for i, prompt in enumerate(found):
-        check_prompt(f"{field}[{i}]", prompt)
-    return found
+def _prompt(row: Any) -> Any:
+    """The prompt of a row that may be one itself."""
+    return next((row[name] for name in ("prompt", "messages") if name in row), row) if isinstance(row, dict) else row
 
 
 def check_prompt(field: str, prompt: Any) -> None:
@@ -166,12 +159,12 @@ def image_prompts(options: ModelOptions, classes: Sequence[str], prompt: str | N
         return [""]
     check(not (classes and needs_text), "class", list(classes), "unset: this model takes texts (--prompt)")
     field = "class" if classes else named[0]
-    wanted: list[Any] = list(classes) or ([prompt] if prompts is None else read_prompts(prompts))
+    wanted: list[Any] = list(classes) or ([prompt] if prompts is None else read_prompts(prompts, empty=True))
     for text in wanted:
         check(isinstance(text, str), field, text, "texts, not messages: this model draws images")
         if classes or prompt is not None:
             check_prompt(field, text)
-        if known:
+        if known and text:
             _check_class(field, text, known)
     return wanted
 
@@ -187,37 +180,32 @@ def _conditions(where: Path | str) -> tuple[list[str], bool]:
     if isinstance(where, str):
         return [], False  # what a model on the hub takes, loading it says
     if (where / CARD_NAME).is_file():
-        card = _parsed("model", where / CARD_NAME, _read("model", where / CARD_NAME, "a model"), "a model's card")
+        card = read_json("model", where / CARD_NAME, read_text("model", where / CARD_NAME, "a model"), "a model's card")
         return [str(name) for name in card.get("classes") or ()], False
-    index = _parsed("model", where, _read("model", where / "model_index.json", "a model"), "a pipeline")
+    index = read_json("model", where, read_text("model", where / "model_index.json", "a model"), "a pipeline")
     return [], any(str(name).startswith("text_encoder") for name in index)
 
 
 def read_rows(path: Path, columns: Sequence[str], field: str = "data") -> list[dict[str, Any]]:
-    """Rows of JSON lines that have `columns`."""
-    allowed = f"lines of JSON with {', '.join(columns)}"
-    rows = []
-    for number, line in enumerate(_read(field, path, allowed).splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{field} line {number}"
-        row = _parsed(where, path, line, allowed)
+    """Rows of a file that have `columns`, or TRL's conversational ones in their place."""
+    allowed = f"{FORMATS} with {', '.join(columns)}"
+    rows = [(where, plain_row(row, where)) for where, row in read_table(field, path, allowed)]
+    for where, row in rows:
         check(isinstance(row, Mapping) and set(columns) <= set(row), where, row, allowed)
-        rows.append(row)
     check(bool(rows), field, f"{path} (no rows)", "at least one row")
-    return rows
+    return [row for _, row in rows]
 
 
-def read_pairs(path: Path) -> list[dict[str, str]]:
-    """JSON lines `{"positive": text, "negative": text}`, with `"prompt"` where there is one."""
-    allowed = 'lines of JSON {"positive": text, "negative": text}'
+def read_pairs(path: Path) -> list[dict[str, Any]]:
+    """Rows `{"positive": text, "negative": text}`, with `"prompt"` where there is one; or TRL's `chosen` and
+    `rejected`.
+    """
+    allowed = f"{FORMATS} with positive and negative (or chosen and rejected)"
     rows = []
-    for number, line in enumerate(_read("pairs", path, allowed).splitlines(), 1):
-        if not line.strip():
-            continue
-        row = _parsed(f"pairs line {number}", path, line, allowed)
+    for where, given in read_table("pairs", path, allowed):
+        row = plain_pair(given, where)
         texts = [row.get(side) for side in ("positive", "negative")] if isinstance(row, dict) else [None]
-        check(all(isinstance(t, str) and t.strip() for t in texts), f"pairs line {number}", row, allowed)
+        check(all(isinstance(t, str) and t.strip() for t in texts), where, given, allowed)
         rows.append(row)
     check(len(rows) >= 2, "pairs", f"{path} ({len(rows)} rows)", "at least 2 rows")
     return rows

@@ -21,7 +21,7 @@ from steer.methods.rlg import RLGuidance
 from steer.methods.samplers import SAMPLERS, make_sampler
 from steer.model import Plan, execute, prepare
 from steer.rewards import parse_reward
-from steer.rewards.kinds import check_reward
+from steer.rewards.algebra import check_reward
 from steer.sampling.lookahead import Lookahead, Preview, Rollouts
 
 __all__ = ["Request", "generate", "request"]
@@ -170,9 +170,9 @@ def _texts(options: GenerateOptions, coming: Coming) -> Run:
 
             mounted.append(SystemPrompt(options.system))
         plan = prepare(
-            model.process(**settings), [RawText(p) for p in prompts] if options.raw else prompts, edits=mounted,
-            sampler=asked.sampler, reward=asked.reward, beta=options.beta, seed=asked.seed, max_rows=options.max_rows,
-            model=model, progress=session.progress and not options.stream,
+            model.process(**settings), [RawText(p) for p in prompts] if options.raw else prompts,
+            edits=[mounted] * len(prompts), sampler=asked.sampler, reward=asked.reward, beta=options.beta,
+            seed=asked.seed, max_rows=options.max_rows, model=model, progress=session.progress and not options.stream,
         )  # fmt: skip
         samples = _streamed(model, plan, session) if options.stream else execute(plan)
         showing.show_samples(samples, options, asked.seed, session, streamed=options.stream)
@@ -244,8 +244,9 @@ def _images(options: GenerateOptions, coming: Coming) -> Run:
             assert asked.reward is not None
             edits.append(GradientGuidance(asked.reward.bind(model), strength=options.gradient))
         plan = prepare(
-            model.process(**settings), prompts, edits=edits, sampler=asked.sampler, reward=asked.reward,
-            beta=options.beta, seed=asked.seed, max_rows=options.max_rows, model=model, progress=session.progress,
+            model.process(**settings), prompts, edits=[edits] * len(prompts), sampler=asked.sampler,
+            reward=asked.reward, beta=options.beta, seed=asked.seed, max_rows=options.max_rows, model=model,
+            progress=session.progress,
         )  # fmt: skip
         samples = execute(plan, pictures.watch(plan))
         showing.show_samples(samples, options, asked.seed, session, pictures)

@@ -15,7 +15,7 @@ from steer.cli.values import pairs, typed
 from steer.core import Sampler, check
 from steer.measure.report import Report, evaluate
 from steer.rewards import parse_reward
-from steer.rewards.kinds import check_reward
+from steer.rewards.algebra import check_reward
 
 __all__ = ["compare", "evaluation", "guide", "race"]
 

@@ -330,6 +330,9 @@ class ServeOptions(ModelOptions):
         str | None, typer.Option(metavar="NAME", help="Environment variable that holds the API key, or several.")
     ] = None
     no_key: Annotated[bool, typer.Option("--no-key", help="Serve other machines without a key.")] = False
+    allow_origin: Annotated[
+        list[str], typer.Option(metavar="ORIGIN", help="A web page's origin that may ask, or *; repeatable.")
+    ] = field(default_factory=list)
     artifacts: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of vectors, controllers and value heads; clients' too.")
     ] = None
@@ -372,3 +375,26 @@ COMMANDS: dict[str, type[Options]] = {
     "serve": ServeOptions,
 }
 """Commands that a recipe can hold."""
+
+PANELS = {
+    "ModelOptions": "Model", "SampleOptions": "Prompts and sampling", "TextOptions": "Language models",
+    "ImageOptions": "Diffusion models", "TrainOptions": "Training",
+}  # fmt: skip
+"""Titles in the help, by the class that declares an option."""
+
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "generate": (
+        'steer generate --model smollm2-135m --prompt "Tell me of your day" --edit calm.safetensors:0.15',
+        'steer generate --model smollm2-135m --prompt "Hi" --sampler fk -n 8 --reward sentiment --beta 0.1',
+        "steer generate --model fashion-ddpm --class boot --sampler best-of-n -n 8 --reward brightness",
+    ),
+    "train vector": ("steer train vector --model smollm2-135m --pairs pairs.jsonl --out calm.safetensors",),
+    "train value": (
+        "steer train value --model smollm2-135m --prompts prompts.json --reward sentiment --out value.safetensors",
+    ),
+    "train policy": ("steer train policy --model smollm2-135m --method dpo --data pairs.jsonl --out bright",),
+    "eval": ("steer eval --model smollm2-135m --edit calm.safetensors --prompts prompts.json --out report",),
+    "race": ("steer race --model smollm2-135m --prompts prompts.json --reward sentiment --budgets 100,400 --out race",),
+    "serve": ("steer serve --model smollm2-135m --artifacts vectors --port 8000",),
+}
+"""Command lines at the end of a command's help."""

@@ -28,7 +28,7 @@ from steer.cli.options import COMMANDS, Options
 from steer.cli.values import build, check_known, pairs, spelled
 from steer.core import InputError, check
 
-__all__ = ["Recipe", "Step", "load_recipe", "shipped"]
+__all__ = ["Recipe", "Step", "described", "load_recipe", "shipped"]
 
 
 _TOP = ("name", "description", "variables", "command", "settings", "steps")
@@ -63,6 +63,12 @@ class Recipe:
 def shipped() -> dict[str, Path]:
     """Recipes that come with steer, by name."""
     return {path.stem: path for path in sorted(_folder().glob("*.yaml"))}
+
+
+def described() -> dict[str, str]:
+    """The description of every shipped recipe, by name."""
+    found = {name: yaml.safe_load(path.read_text(encoding="utf-8")) for name, path in shipped().items()}
+    return {name: str(content.get("description", "")).strip() for name, content in found.items()}
 
 
 def _folder() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
@@ -46,6 +47,9 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
     check(options.engine in _ENGINES, "engine", options.engine, ", ".join(_ENGINES))
     check(0 <= options.port <= 65_535, "port", options.port, "0 (any that is free) to 65535")
     check(options.drain >= 0, "drain", options.drain, "seconds, 0 or more")
+    for origin in options.allow_origin:
+        right = origin == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin) is not None
+        check(right, "allow_origin", origin, "an origin as browsers send it, such as https://chat.example, or *")
     check(0 < options.search_share < 1, "search_share", options.search_share, "a share of the time between 0 and 1")
     keys = _keys(options)
     default = None if options.recipe is None else _from_recipe(options.recipe)
@@ -63,16 +67,19 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
 
     def run(session: Session) -> None:
         from steer.serving.app import create_app
+        from steer.serving.run import listen
         from steer.serving.run import run as serve_until_told
 
+        sockets = listen(options.host, options.port)
         app = create_app(
             _engine(options, session), artifacts=options.artifacts, files=() if default is None else default.files,
-            keys=keys, local=is_loopback(options.host), limits=_limits(options), rewards=rewards,
+            keys=keys, local=is_loopback(options.host), origins=options.allow_origin, limits=_limits(options),
+            rewards=rewards,
             default=None if default is None else default.request,
         )  # fmt: skip
         for name, why in {**app.state.server.store.refused, **rewards.refused}.items():
             print(f"steer: not registered: {name}: {why}", file=sys.stderr)
-        serve_until_told(app, options.host, options.port, options.drain)
+        serve_until_told(app, sockets, options.drain)
 
     return run
 
@@ -172,6 +179,7 @@ def _from_recipe(source: str) -> _Default:
 def _edit(recipe: str, text: str) -> tuple[dict[str, Any], Path]:
     path, strength, options = split_spec(text)
     check(Path(path).is_file(), "recipe", path, f"a file that is there: steer run {recipe} makes it")
-    hints = {k: v for k, v in get_type_hints(EditRequest).items() if k not in ("name", "strength", "model_config")}
+    hints = {k: v for k, v in get_type_hints(EditRequest).items() if k in EditRequest.model_fields}
+    del hints["name"], hints["strength"]
     made = {"name": Path(path).stem, "strength": strength, **typed(options, hints, "edit")}
     return {k: v for k, v in made.items() if v is not None}, Path(path)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TextIO
 
 from steer.cli.options import ModelOptions
 from steer.loading import is_endpoint, load
 
-__all__ = ["Run", "Session"]
+__all__ = ["Run", "Session", "kept_on_interrupt"]
 
 
 @dataclass
@@ -18,7 +20,7 @@ class Session:
     """Where results go, and the models that are loaded, each once."""
 
     out: TextIO
-    progress: bool = field(default_factory=lambda: sys.stderr.isatty())
+    progress: bool = True
     models: dict[tuple[str, str, str | None], Any] = field(default_factory=dict)
 
     def say(self, text: str, end: str = "\n") -> None:
@@ -33,6 +35,23 @@ class Session:
             settings: dict[str, Any] = {} if is_endpoint(options.model) else given
             self.models[key] = load(options.model, **settings)
         return self.models[key]
+
+
+@contextmanager
+def kept_on_interrupt(out: Path | None) -> Iterator[None]:
+    """Say what an interrupted job has kept, and how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        work = None if out is None else out.with_name(out.name + ".work")
+        kept = work is not None and work.exists()
+        on = (
+            f"what was done is kept in {work}; the same command goes on from there"
+            if kept
+            else "finished files are kept"
+        )
+        print(f"steer: {on}", file=sys.stderr)
+        raise
 
 
 Run = Callable[[Session], None]

@@ -26,7 +26,7 @@ from steer.cli.session import Run, Session
 from steer.cli.values import pairs, typed
 from steer.core import Reward, check
 from steer.rewards import parse_reward
-from steer.rewards.kinds import check_reward
+from steer.rewards.algebra import check_reward
 
 __all__ = ["train_controller", "train_images", "train_policy", "train_value", "train_vector"]
 

@@ -106,8 +106,12 @@ class Scope:
         if text in named:
             return named[text]
         kind, _, position = str(text).partition(":")
-        check(kind == "from" and position.isdecimal(), "scope", text, cls.NAMES)
+        check(kind == "from" and position.isdecimal() and len(position) <= 9, "scope", text, cls.NAMES)
         return cls(start=int(position))
+
+    def __str__(self) -> str:
+        named = (name for name in ("all", "prompt", "last", "generated", "reply") if self == Scope.parse(name))
+        return next(named, f"from:{self.start}" if self == Scope(start=self.start) else repr(self))
 
     def bounds(self, prompt_length: int) -> tuple[int, float]:
         """`(start, stop)` for a prompt of this length; `stop` is infinite where the scope has no end."""

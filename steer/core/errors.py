@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["InputError", "RewardError", "SteerError", "UnsupportedError", "check", "check_whole", "first_line"]
+__all__ = ["InputError", "RewardError", "SteerError", "UnsupportedError", "check", "check_unicode", "check_whole",
+           "first_line"]  # fmt: skip
 
 
 class SteerError(Exception):
@@ -40,6 +42,29 @@ def check_whole(field: str, given: Any, least: int = 1, allowed: str | None = No
     """Raise `InputError` for what is not an integer of `least` or more."""
     fits = isinstance(given, int) and not isinstance(given, bool) and given >= least
     check(fits, field, given, allowed or f"an integer of {least} or more")
+
+
+def check_unicode(field: str, given: Any) -> None:
+    """Raise `InputError` for text with half a surrogate pair, such as a cut emoji, which no tokenizer takes: for a text
+    itself, or named by its place in lists and dictionaries.
+    """
+    waiting = [(field, given)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, str):
+            _check_characters(place, value)
+        elif isinstance(value, Mapping):
+            waiting += [(place, key) for key in value] + [(f"{place}.{key}", x) for key, x in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(f"{place}[{i}]", x) for i, x in enumerate(value)]
+
+
+def _check_characters(field: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        allowed = f"whole characters: the one at {error.start} is half a surrogate pair, perhaps of a cut emoji"
+        raise InputError(field, str(text), allowed) from None
 
 
 def first_line(error: Exception) -> str:

@@ -104,13 +104,8 @@ class State(Protocol):
     """Log-probability of each row so far under the law that was really sampled from, `[N]`."""
     base_log_prob: Tensor | None
     """The same rows under the process without edits `[N]`; None where only a second pass can tell."""
-    tilt: Tensor
-    """Log of the law that weights aim at over the base law so far `[N]`: 0 unless an edit has a `power`."""
-
-    @property
-    def aim_log_prob(self) -> Tensor | None:
-        """The same rows under the law that weights aim at `[N]`; None where `base_log_prob` is."""
-
+    aim_log_prob: Tensor | None
+    """The same rows under the law that weights aim at `[N]`: the base law unless an edit has a `power`."""
     kl: Tensor | None
     """Sum over steps of the exact KL between the step's law and the base law `[N]`, where it is known."""
     cost: Cost
@@ -165,6 +160,11 @@ class Process(ABC):
     def preview(self, state: Any) -> Samples:
         """What a reward may look at before the end: partial text, x0-hat."""
         raise UnsupportedError(f"{type(self).__name__} has no preview of unfinished rows")
+
+    @property
+    def kl_kind(self) -> str:
+        """What the KL of its own samples is; see `Samples.kl_kind`."""
+        return "exact"
 
     # What samplers use that go beyond propose, gather and decode.
 

@@ -1,10 +1,10 @@
-"""Rows of a process that puts whole rows through a network: what each carries, and how rows begin, copy and join."""
+"""Rows of a process in mid-generation: what each carries, and how rows begin, copy, join, add up and are packed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -13,104 +13,139 @@ from steer.core.edit import Prompt
 from steer.core.errors import check, check_whole
 from steer.core.samples import Cost, Samples
 
-
-class _Tilted(Protocol):
-    @property
-    def base_log_prob(self) -> Tensor | None: ...
-
-    @property
-    def tilt(self) -> Tensor: ...
-
-
-class Aimed:
-    """Rows that keep `tilt` beside `base_log_prob`, which then has to be finite wherever the tilt is not 0."""
-
-    @property
-    def aim_log_prob(self: _Tilted) -> Tensor | None:
-        """Log-probability under the law that weights aim at `[N]`."""
-        return None if self.base_log_prob is None else self.base_log_prob + self.tilt
+SUMS = ("log_prob", "base_log_prob", "aim_log_prob", "kl")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows(Aimed):
-    """Rows at one step. A class names its tensors that have one row for each row, by where they lie."""
+class Rows:
+    """Rows at one step. A class names its own fields that have one entry for each row."""
 
-    on_device: ClassVar[tuple[str, ...]]
-    """Beside the network, what was generated so far first."""
-    on_cpu: ClassVar[tuple[str, ...]]
-    predicted: ClassVar[tuple[str, str]]
-    """What the network says of the rows, beside it, and the same under the edits: one tensor where they change nothing.
-    """
-    packed: ClassVar[tuple[str, ...]]
-    """What cannot be computed again."""
+    each: ClassVar[tuple[str, ...]] = ()
+    """Tensors, lists or tuples with one entry for each row; None where there are none yet."""
+    packed: ClassVar[tuple[str, ...]] = ()
+    """Tensors among them that cannot be computed again."""
 
     group: Tensor
+    """Prompt of every row `[N]`, on the CPU."""
     step: int
     log_prob: Tensor
-    base_log_prob: Tensor
-    kl: Tensor
+    """Under the law that was drawn from `[N]`."""
+    base_log_prob: Tensor | None
+    """Under the base law `[N]`; None where only a second pass can tell, as for the next two."""
+    aim_log_prob: Tensor | None
+    """Under the law that weights aim at `[N]`, which is the base unless an edit has a `power`."""
+    kl: Tensor | None
+    """Sum over steps of the exact divergence of the step's law from the base law `[N]`."""
     cost: Cost
     prompts: list[Prompt] = field(repr=False)
-    encoded: Any = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.group)
 
-    def taken(self, index: Tensor) -> Self:
-        """Copies of the rows numbered in `index`."""
-        there, here = index.to(getattr(self, self.on_device[0]).device), index.cpu()
-        network, edited = self.predicted
-        columns = {name: _taken(getattr(self, name), there) for name in (*self.on_device, network)}
-        columns |= {name: _taken(getattr(self, name), here) for name in self.on_cpu}
-        same = getattr(self, edited) is getattr(self, network)
-        columns[edited] = columns[network] if same else _taken(getattr(self, edited), there)
-        return replace(self, **columns)
+    @property
+    def tilt(self) -> Tensor:
+        """Log of the law that weights aim at over the base law `[N]`; infinite where the base alone excludes a row."""
+        base, aim = self.base_log_prob, self.aim_log_prob
+        if base is None or aim is None or aim is base:
+            return torch.zeros_like(self.log_prob)
+        return torch.where(aim == base, 0.0, aim - base)
+
+    def add(
+        self, log_prob: Tensor, base: Tensor | None = None, aim: Tensor | None = None, kl: Tensor | None = None
+    ) -> Self:
+        """The rows with what a step adds to their sums `[N]`. Without `base` the step's law was the base law, without
+        `aim` it is what weights aim at; what is not known stays so.
+        """
+        base = log_prob if base is None else base
+        sums: dict[str, Any] = {"log_prob": self.log_prob + log_prob}
+        if self.base_log_prob is not None and self.aim_log_prob is not None:
+            sums["base_log_prob"] = sums["aim_log_prob"] = self.base_log_prob + base
+            if aim is not None or self.aim_log_prob is not self.base_log_prob:
+                sums["aim_log_prob"] = self.aim_log_prob + (base if aim is None else aim)
+        if self.kl is not None and kl is not None:
+            sums["kl"] = self.kl + kl
+        return replace(self, **sums)
+
+    def take(self, index: Tensor) -> Self:
+        """Copies of the rows numbered in `index` `[M]`. Fields that were one object stay one."""
+        at = {index.device: index}
+        done: dict[int, Any] = {}
+
+        def taken(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                if x.device not in at:
+                    at[x.device] = index.to(x.device)
+                return x[at[x.device]]
+            return None if x is None else type(x)(x[i] for i in index.tolist())
+
+        for x in self._columns():
+            if id(x) not in done:
+                done[id(x)] = taken(x)
+        return replace(self, **{name: done[id(getattr(self, name))] for name in self.columns()})
 
     @classmethod
-    def joined(cls, states: Sequence[Self]) -> Self:
-        """All rows of several states, in order; what one of them lacks is dropped."""
-        network, edited = cls.predicted
-        columns = {name: _joined(states, name) for name in (*cls.on_device, network, *cls.on_cpu)}
-        same = all(getattr(s, edited) is getattr(s, network) for s in states)
-        columns[edited] = columns[network] if same else _joined(states, edited)
-        return replace(states[0], cost=sum((s.cost for s in states), Cost()), **columns)
+    def join(cls, states: Sequence[Self]) -> Self:
+        """All rows of several states at one step, in order; what one of them lacks is dropped."""
+        check(len({s.step for s in states}) == 1, "states", [s.step for s in states], "rows at one step")
+        done: dict[tuple[int, ...], Any] = {}
+        for parts in zip(*(s._columns() for s in states), strict=True):
+            key = tuple(map(id, parts))
+            if key not in done:
+                done[key] = _joined(parts)
+        joined = {name: done[tuple(id(getattr(s, name)) for s in states)] for name in cls.columns()}
+        return replace(states[0], cost=sum((s.cost for s in states), Cost()), **joined)
+
+    @classmethod
+    def columns(cls) -> tuple[str, ...]:
+        """Names of the fields with one entry for each row."""
+        return ("group", *SUMS, *cls.each)
+
+    def _columns(self) -> list[Any]:
+        return [getattr(self, name) for name in self.columns()]
 
     def pack(self) -> dict[str, Tensor]:
-        """Tensors on the CPU that `unpacked` makes the rows of again."""
-        return {name: x.cpu() for name in self.packed if (x := getattr(self, name)) is not None}
+        """Tensors on the CPU that the rows can be made of again."""
+        names = ("group", *SUMS, *self.packed)
+        return {name: x.cpu() for name in names if (x := getattr(self, name)) is not None}
 
     @classmethod
-    def unpacked(
-        cls, packed: dict[str, Tensor], device: torch.device, step: int, prompts: Sequence[Prompt], encoded: Any
-    ) -> Self:
-        """The rows at `step` that `pack` made tensors of, with their account at zero."""
-        first = cls.on_device[0]
-        columns: dict[str, Any] = {**packed, first: packed[first].to(device)}
-        return cls(**columns, step=step, cost=Cost(), prompts=list(prompts), encoded=encoded)
+    def unpacked(cls, packed: dict[str, Tensor], device: torch.device | None = None) -> dict[str, Any]:
+        """The fields that `pack` made tensors of, those but `group` on the device."""
+        fields = {name: packed.get(name) for name in (*SUMS, *cls.packed)}
+        if fields["aim_log_prob"] is None:
+            fields["aim_log_prob"] = fields["base_log_prob"]
+        moved = {name: None if x is None else x.to(device or x.device) for name, x in fields.items()}
+        return {**moved, "group": packed["group"]}
+
+    @classmethod
+    def unpack(cls, packed: dict[str, Tensor], step: int, prompts: Sequence[Prompt], **fields: Any) -> Self:
+        """The rows at `step` that `pack` made tensors of, with their account at zero; `fields` are the others, and
+        those that are elsewhere than on the CPU.
+        """
+        return cls(**{**cls.unpacked(packed), "step": step, "cost": Cost(), "prompts": list(prompts), **fields})
 
 
-def _taken(x: Any, index: Tensor) -> Any:
-    return None if x is None else x[index]
+def _joined(parts: Sequence[Any]) -> Any:
+    if any(x is None for x in parts):
+        return None
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))
+    return type(parts[0])(entry for part in parts for entry in part)
 
 
-def _joined(states: Sequence[Rows], name: str) -> Any:
-    columns = [getattr(s, name) for s in states]
-    return None if any(c is None for c in columns) else torch.cat(columns)
-
-
-def beginning(prompts: Sequence[Prompt], n: int) -> dict[str, Any]:
-    """What `n` rows for each of the prompts carry before the first step, without what the prompts are encoded to."""
+def beginning(
+    prompts: Sequence[Prompt], n: int, *, exact: bool = True, device: torch.device | None = None
+) -> dict[str, Any]:
+    """What `n` rows for each of the prompts carry before the first step: the fields of `Rows`, with sums on `device`.
+    `exact` says that the law of the base is known on the way.
+    """
     check_whole("n", n)
     check(len(prompts) >= 1, "prompts", prompts, "at least one")
     group = torch.arange(len(prompts)).repeat_interleave(n)
-    zero = torch.zeros(len(group), dtype=torch.float64)
-    none_yet = dict.fromkeys(("log_prob", "base_log_prob", "kl"), zero)
-    return {"group": group, "step": 0, **none_yet, "cost": Cost(), "prompts": list(prompts)}
-
-
-def check_step(states: Sequence[Rows]) -> None:
-    """Raise unless all states are at the same step."""
-    check(len({s.step for s in states}) == 1, "states", [s.step for s in states], "rows at one step")
+    kind = torch.float32 if device is not None and device.type == "mps" else torch.float64
+    zero = torch.zeros(len(group), dtype=kind, device=device)
+    known = dict.fromkeys(SUMS[1:], zero if exact else None)
+    return {"group": group, "step": 0, "log_prob": zero, **known, "cost": Cost(), "prompts": list(prompts)}
 
 
 def accounted(samples: Samples, state: Any) -> Samples:

@@ -77,6 +77,9 @@ class Sampler(ABC):
     own_settings: ClassVar[frozenset[str]] = frozenset()
     """Settings that whoever runs it decides: a server takes none of them from a request."""
 
+    kl_kind: ClassVar[str | None] = None
+    """What the KL of its samples is (see `Samples.kl_kind`); None: what the process says."""
+
     @property
     def rows(self) -> int:
         """Rows that it keeps going for each prompt."""

@@ -1,18 +1,23 @@
-"""`Samples`, what a person gets; `Cost`, what it took; `Reward`, what scores it."""
+"""`Samples`, what a person gets, `Sample`, one of them; `Cost`, what it took; `Reward`, what scores it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
 
-from steer.core.errors import RewardError, SteerError
+from steer.core.errors import RewardError, SteerError, UnsupportedError
 
-__all__ = ["Cost", "Reward", "Samples"]
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from PIL.Image import Image
+
+__all__ = ["Cost", "Reward", "Sample", "Samples", "TokenDrift"]
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,53 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One row of `Samples`."""
+
+    prompt: Any
+    output: Any
+    """A text, or an image `[C, H, W]`."""
+    reward: float | None
+    weight: float
+    """Its share of its prompt's population; those of one prompt sum to 1."""
+    kl: float | None
+    tokens: list[int] | None = field(default=None, repr=False)
+
+    @property
+    def text(self) -> str:
+        """The output of a language model. Raises `SteerError` for an image."""
+        if not isinstance(self.output, str):
+            raise SteerError("this sample is an image: use .image")
+        return self.output
+
+    @property
+    def image(self) -> Image:
+        """The output of a diffusion model as a Pillow image. Raises `SteerError` for a text."""
+        if not isinstance(self.output, Tensor):
+            raise SteerError("this sample is a text, no image: use .text")
+        return _pictures(self.output.unsqueeze(0))[0]
+
+
+@dataclass(frozen=True)
+class TokenDrift:
+    """What every token cost: the KL of its step's law to the base law, a tensor `[T]` for each row, and its text."""
+
+    kl: list[Tensor]
+    texts: list[list[str]]
+
+    @staticmethod
+    def join(parts: Sequence[TokenDrift]) -> TokenDrift:
+        """Those of several batches as one."""
+        return TokenDrift([t for p in parts for t in p.kl], [t for p in parts for t in p.texts])
+
+
+@dataclass(frozen=True, repr=False)
 class Samples:
     """A weighted population of finished (or previewed) rows, grouped by prompt.
 
-    `log_weight` are the population's log-weights, not normalised; equal weights are zeros. `log_z` estimates
-    log E[exp(r / beta)] for each prompt where the sampler can tell.
+    Iterating gives a `Sample` for each row, an index one of them, and a slice the rows as `Samples`. `log_weight` are
+    the population's log-weights, not normalised; equal weights are zeros. Means are taken with `mean`, which weighs.
+    `log_z` estimates log E[exp(r / beta)] for each prompt where the sampler can tell.
     """
 
     prompts: list[Any]
@@ -51,6 +98,12 @@ class Samples:
     tilt: Tensor | None = None
     """Log of the law that weights aim at over the base law, before any reward: 0 but under edits with a power."""
     kl_estimate: Callable[[], Tensor] | Tensor | None = field(default=None, repr=False)
+    kl_kind: str | None = None
+    """What `kl` is: "exact", the KL of every step's law, summed; "one-sample", `log q - log p` of the text; "bound", an
+    upper bound for what was chosen; "population", one estimate for each prompt; or "none: " and why.
+    """
+    token_drift: Callable[[], TokenDrift] | TokenDrift | None = field(default=None, repr=False)
+    """KL and text of each token, computed when `kl_tokens` is first read."""
     log_z: Tensor | None = None
     lineage: Tensor | None = None
     """Which row of the pool each sample is, or its ancestors, by sampler."""
@@ -65,10 +118,45 @@ class Samples:
     def __len__(self) -> int:
         return len(self.group)
 
+    def __iter__(self) -> Iterator[Sample]:
+        kl, weights = self.kl, self.weights
+        return (self._row(i, kl, weights) for i in range(len(self)))
+
+    @overload
+    def __getitem__(self, at: int) -> Sample: ...
+    @overload
+    def __getitem__(self, at: slice) -> Samples: ...
+    def __getitem__(self, at: int | slice) -> Sample | Samples:
+        if isinstance(at, slice):
+            return self.select(torch.arange(len(self))[at])
+        rows = range(len(self))
+        return self._row(rows[at], self.kl, self.weights)
+
+    def _row(self, i: int, kl: Tensor | None, weights: Tensor) -> Sample:
+        return Sample(
+            prompt=self.prompts[int(self.group[i])], output=self.outputs[i], weight=float(weights[i]),
+            reward=None if self.reward is None else float(self.reward[i]), kl=None if kl is None else float(kl[i]),
+            tokens=None if self.tokens is None else self.tokens[i],
+        )  # fmt: skip
+
     @property
     def texts(self) -> list[str]:
-        """The outputs of a language model."""
+        """The outputs of a language model. Raises `SteerError` for images."""
+        if isinstance(self.outputs, Tensor):
+            raise SteerError("these samples are images: use .images, or .outputs for tensors")
         return list(self.outputs)
+
+    @property
+    def images(self) -> list[Image]:
+        """The outputs of a diffusion model as Pillow images. Raises `SteerError` for texts."""
+        return _pictures(self.outputs)
+
+    @property
+    def best(self) -> Samples:
+        """The row with the highest reward of each prompt, the first of equals. Raises `SteerError` without rewards."""
+        reward = self._rewards()
+        rows = [(self.group == b).nonzero().squeeze(1) for b in range(len(self.prompts))]
+        return self.select(torch.stack([mine[reward[mine].argmax()] for mine in rows if len(mine)]))
 
     @property
     def kl(self) -> Tensor | None:
@@ -79,6 +167,25 @@ class Samples:
         if callable(self.kl_estimate):
             object.__setattr__(self, "kl_estimate", self.kl_estimate())
         return self.kl_estimate  # type: ignore[return-value]
+
+    @property
+    def kl_tokens(self) -> list[Tensor]:
+        """Exact KL in nats of each step's law to the base law, a tensor `[T]` for each row: where a vector drifts. Two
+        passes over the finished texts, when this is first read, under the law that proposed the tokens: what a sampler
+        chooses among them is not in it. Raises `UnsupportedError` where steps have no exact KL.
+        """
+        return self.drift.kl
+
+    @property
+    def drift(self) -> TokenDrift:
+        """`kl_tokens` with the tokens' texts."""
+        if callable(self.token_drift):
+            object.__setattr__(self, "token_drift", self.token_drift())
+        if not isinstance(self.token_drift, TokenDrift):
+            raise UnsupportedError(
+                "kl_tokens: known of language models through transformers, with edits of hidden states and prompts"
+            )
+        return self.token_drift
 
     @property
     def weights(self) -> Tensor:
@@ -96,12 +203,21 @@ class Samples:
         """Effective sample size of each prompt's population `[B]`: `1 / sum w^2` of the normalised weights."""
         return 1 / self._sum(self.weights.square())
 
+    def mean(self, values: Tensor | Sequence[float]) -> Tensor:
+        """Weighted mean `[B]` of `values` `[N]` over each prompt's population: of the steered law, where the plain mean
+        of a weighted population is the proposal's.
+        """
+        w, x = self.weights, torch.as_tensor(values).double()
+        return self._sum(torch.where(w > 0, w * x, 0.0))
+
     def mean_reward(self) -> Tensor:
         """Weighted mean reward of each prompt `[B]`."""
+        return self.mean(self._rewards())
+
+    def _rewards(self) -> Tensor:
         if self.reward is None:
             raise SteerError("these samples carry no reward: pass reward= to generate()")
-        w = self.weights
-        return self._sum(torch.where(w > 0, w * self.reward.double(), 0.0))
+        return self.reward
 
     def select(self, index: Tensor) -> Samples:
         """The rows in `index` `[M]`, with everything that belongs to them."""
@@ -115,6 +231,9 @@ class Samples:
             assert kl is not None
             return kl[index.to(kl.device)]
 
+        def drift() -> TokenDrift:
+            return TokenDrift([self.drift.kl[i] for i in at], [self.drift.texts[i] for i in at])
+
         return replace(
             self,
             outputs=self.outputs[index] if isinstance(self.outputs, Tensor) else [self.outputs[i] for i in at],
@@ -127,6 +246,7 @@ class Samples:
             tilt=pick(self.tilt),
             lineage=pick(self.lineage),
             kl_estimate=later if callable(self.kl_estimate) else pick(self.kl_estimate),
+            token_drift=None if self.token_drift is None else drift,
         )
 
     @staticmethod
@@ -145,6 +265,8 @@ class Samples:
         numbered = [p.lineage + o for p, o in zip(parts, before, strict=True) if p.lineage is not None]
         lineage = torch.cat(numbered) if len(numbered) == len(parts) else None
         lazy = all(p.kl_estimate is not None for p in parts)
+        by_token = all(p.token_drift is not None for p in parts)
+        kinds = {p.kl_kind for p in parts}
         tensors = isinstance(parts[0].outputs, Tensor)
         pools = [p.pool for p in parts]
         return Samples(
@@ -160,6 +282,8 @@ class Samples:
             log_z=joined("log_z"),
             lineage=lineage,
             kl_estimate=(lambda: torch.cat([p.kl for p in parts if p.kl is not None])) if lazy else None,
+            kl_kind=kinds.pop() if len(kinds) == 1 else None,
+            token_drift=(lambda: TokenDrift.join([p.drift for p in parts])) if by_token else None,
             cost=sum((p.cost for p in parts), Cost()),
             pool=None if any(p is None for p in pools) else Samples.join([p for p in pools if p is not None]),
         )
@@ -167,8 +291,8 @@ class Samples:
     def to_dict(self) -> dict[str, Any]:
         """Plain data: `{"prompts": [{"prompt", "samples": [{"text", "reward", "log_weight", "kl"}], ...}], "cost"}`.
 
-        `text` is None for images. A prompt also has `log_z` and, for a population with weights, its `ess`, where the
-        sampler has them.
+        `text` is None for images; `kl_kind` says what `kl` is. A prompt also has `log_z` and, for a population with
+        weights, its `ess`, where the sampler has them.
         """
         kl = self.kl
 
@@ -191,11 +315,75 @@ class Samples:
         for name, values in (("log_z", self.log_z), ("ess", population.ess if weighted else None)):
             for b, entry in enumerate(prompts if values is not None else []):
                 entry[name] = number(values, b)
-        return {"prompts": prompts, "cost": {k: getattr(self.cost, k) for k in Cost.__dataclass_fields__}}
+        cost = {k: getattr(self.cost, k) for k in Cost.__dataclass_fields__}
+        return {"prompts": prompts, "kl_kind": self.kl_kind, "cost": cost}
+
+    def to_pandas(self) -> DataFrame:
+        """A table with a row for each sample: `prompt`, `text`, `reward`, `weight`, `kl`, `num_tokens`, as far as they
+        are known. Needs pandas.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise SteerError("to_pandas needs pandas: pip install pandas") from None
+        images = isinstance(self.outputs, Tensor)
+        columns: dict[str, Any] = {
+            "prompt": [s.prompt for s in self], "text": None if images else self.texts, "reward": self.reward,
+            "weight": self.weights, "kl": self.kl, "num_tokens": self.tokens and [len(t) for t in self.tokens],
+        }  # fmt: skip
+        return pandas.DataFrame({k: v.tolist() if isinstance(v, Tensor) else v for k, v in columns.items()
+                                 if v is not None})  # fmt: skip
+
+    def save(self, folder: Path | str) -> None:
+        """Write `samples.json` (as `to_dict` has it) and, of images, one PNG for each row, `000.png` and on."""
+        from steer.files import as_json, write_text
+
+        where = Path(folder)
+        write_text(where / "samples.json", as_json(self.to_dict()))
+        if isinstance(self.outputs, Tensor):
+            for i, image in enumerate(self.images):
+                image.save(where / f"{i:03}.png")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling: what is computed when it is first read is computed now."""
+        drift = self.drift if callable(self.token_drift) else self.token_drift
+        return {**self.__dict__, "kl_estimate": self.kl, "token_drift": drift}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __repr__(self) -> str:
+        what = "images" if isinstance(self.outputs, Tensor) else "texts"
+        prompts = f"{len(self.prompts)} prompt{'s'[: len(self.prompts) != 1]}"
+        facts = [f"{len(self)} {what if len(self) != 1 else what[:-1]}", prompts]
+        if self.reward is not None and len(self):
+            facts.append(f"mean reward {float(self.mean_reward().mean()):.4g}")
+        if bool((self.log_weight != 0).any()):
+            facts.append(f"weighted, ESS {float(self.ess.mean()):.3g}")
+        if isinstance(self.kl_estimate, Tensor) and len(self):
+            kind = f" ({self.kl_kind})" if self.kl_kind else ""
+            facts.append(f"mean KL {float(self.mean(self.kl_estimate).mean()):.4g}{kind}")
+        return f"Samples({', '.join(facts)})"
+
+    def _repr_html_(self) -> str:
+        from steer.pictures.notebook import samples_html
+
+        return samples_html(self)
+
+
+def _pictures(images: Any) -> list[Image]:
+    if not isinstance(images, Tensor):
+        raise SteerError("these samples are texts: use .texts")
+    from steer.images import to_pil
+
+    return to_pil(images)
 
 
 class Reward(ABC):
     """Scores samples, higher is better. Rewards close under `+ - *`; see `steer.rewards`."""
+
+    modality: ClassVar[Literal["text", "image"] | None] = None
+    """What it can score alone; None where it takes both, or where nobody said."""
 
     @property
     def alone(self) -> bool:
@@ -213,7 +401,9 @@ class Reward(ABC):
         return self
 
     def __call__(self, samples: Samples) -> Tensor:
-        """Checked scores `[N]` in float64; raises `RewardError` for NaN, a wrong length, or a reward that raised."""
+        """Checked scores `[N]` in float64; raises `RewardError` for NaN, +infinity (`exp(r / beta)` has no
+        law then; half precision gets there at 65520), a wrong length, or a reward that raised.
+        """
         try:
             scores = torch.as_tensor(self.score(samples)).detach().cpu().double()
         except SteerError:
@@ -222,7 +412,8 @@ class Reward(ABC):
             raise RewardError(f"reward {self}: raised {type(error).__name__}: {error}") from error
         if scores.shape != (len(samples),):
             raise RewardError(f"reward {self}: returned shape {tuple(scores.shape)}; allowed: ({len(samples)},)")
-        if scores.isnan().any():
-            bad = int(scores.isnan().nonzero()[0])
-            raise RewardError(f"reward {self}: returned NaN for sample {bad}; allowed: numbers")
+        if (wrong := scores.isnan() | scores.isposinf()).any():
+            bad = int(wrong.nonzero()[0])
+            given = "NaN" if scores[bad].isnan() else "inf"
+            raise RewardError(f"reward {self}: returned {given} for sample {bad}; allowed: numbers")
         return scores

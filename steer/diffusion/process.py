@@ -38,7 +38,7 @@ from steer.core import (
     check,
 )
 from steer.core.context import Opaque, shifted
-from steer.core.rows import accounted, beginning, check_step, in_batches
+from steer.core.rows import accounted, beginning, in_batches
 from steer.diffusion.schedule import DETERMINISTIC, Schedule, account, gaussian, log_ratio
 from steer.diffusion.state import Denoiser, DiffusionState
 
@@ -163,7 +163,7 @@ class Diffusion(Process):
     def init(self, prompts: Sequence[Prompt], n: int, generator: torch.Generator) -> DiffusionState:
         common = beginning(prompts, n)
         x = self.denoiser.noise(len(common["group"]), generator)
-        return DiffusionState(x=x, tilt=common["log_prob"], encoded=self.denoiser.encode(prompts), **common)
+        return DiffusionState(x=x, encoded=self.denoiser.encode(prompts), **common)
 
     def _acting(self, step: int) -> Mounted:
         held = self.proposal and self.schedule.std[step] <= DETERMINISTIC
@@ -200,21 +200,18 @@ class Diffusion(Process):
         gap = None
         if state.moved is not state.x0:
             gap = (mean - schedule.mean(state.x, state.x0, step)).double().flatten(1)
-        log_prob, base_log_prob, kl = account(z, gap, std, len(state))
-        tilt = state.tilt
+        log_prob, base, kl = account(z, gap, std, len(state))
+        aim = None
         if gap is not None and z is not None and std > DETERMINISTIC:
-            tilt = tilt + self._tilt(state, z, gap)
-        return replace(
-            state, x=x, step=step + 1, x0=None, moved=None, parent=state.x0,
-            log_prob=state.log_prob + log_prob, base_log_prob=state.base_log_prob + base_log_prob, kl=state.kl + kl,
-            tilt=tilt,
-        )  # fmt: skip
+            tilt = self._tilt(state, z, gap)
+            aim = None if tilt is None else base + tilt
+        return replace(state.add(log_prob, base, aim, kl), x=x, step=step + 1, x0=None, moved=None, parent=state.x0)
 
-    def _tilt(self, state: DiffusionState, z: Tensor, gap: Tensor) -> Tensor | float:
-        """w times `log p_companion - log p` of the step that was drawn `[N]`; 0 where no edit has a power."""
+    def _tilt(self, state: DiffusionState, z: Tensor, gap: Tensor) -> Tensor | None:
+        """w times `log p_companion - log p` of the step that was drawn `[N]`; None where no edit has a power."""
         power = self._power()
         if power is None or power[1] == 0:
-            return 0.0
+            return None
         w, std = power[1], self.schedule.std[state.step]
         assert state.x0 is not None and state.moved is not None
         tuned = state.x0 + (state.moved - state.x0) / w
@@ -227,13 +224,12 @@ class Diffusion(Process):
         return next((p for p in powers if p is not None), None)
 
     def gather(self, state: DiffusionState, index: Tensor) -> DiffusionState:
-        return state.taken(index)
+        return state.take(index)
 
     def stack(self, states: Sequence[DiffusionState]) -> DiffusionState:
-        check_step(states)
         if len({s.x0 is None for s in states}) > 1:
             states = [self.read(s) for s in states]
-        return DiffusionState.joined(states)
+        return DiffusionState.join(states)
 
     def settle(self, state: DiffusionState) -> tuple[DiffusionState, Cost]:
         return replace(state, cost=Cost(), parent=None), state.cost
@@ -243,7 +239,8 @@ class Diffusion(Process):
 
     def unpack(self, prompts: Sequence[Prompt], step: int, packed: dict[str, Tensor]) -> DiffusionState:
         like = self.denoiser.noise(1, torch.Generator().manual_seed(0))
-        return DiffusionState.unpacked(packed, like.device, step, prompts, self.denoiser.encode(prompts))
+        x, encoded = packed["x"].to(like.device), self.denoiser.encode(prompts)
+        return DiffusionState.unpack(packed, step, prompts, x=x, encoded=encoded)
 
     def nbytes(self, state: DiffusionState) -> int:
         seen = {id(t): t for t in (state.x, state.x0, state.moved, state.parent) if t is not None}

@@ -42,13 +42,11 @@ class Denoiser(Protocol):
 class DiffusionState(Rows):
     """Rows at one noise level."""
 
-    on_device = ("x", "parent")
-    on_cpu = ("group", "log_prob", "base_log_prob", "tilt", "kl")
-    predicted = ("x0", "moved")
-    packed = ("x", *on_cpu)
+    each = ("x", "x0", "moved", "parent")
+    packed = ("x",)
 
     x: Tensor
-    tilt: Tensor
+    encoded: Any = field(repr=False)
     x0: Tensor | None = field(default=None, repr=False)
     """The network's x0-hat of `x`, once it was read."""
     moved: Tensor | None = field(default=None, repr=False)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from steer.core.rows import in_batches
 from steer.masked.state import MaskedDenoiser
+from steer.sampling import laws
 
 BUDGET = 24_000_000
 """Numbers of positions times vocabulary that are worked on at once beyond the marginals themselves."""
@@ -34,8 +35,7 @@ class Laws:
             return self.network.predict(rows, prompts, encoded)
 
         x = in_batches(predicted, tokens, group, self.max_batch)
-        x = x if x.dtype == torch.float64 else x.float()
-        x = torch.log_softmax(self._excluded(x) / (self.temperature or 1.0), -1)
+        x = laws.temper(self._excluded(x), self.temperature)
         return carried(x, tokens, tokens == self.network.mask_id)
 
     def normalised(self, x: Tensor) -> Tensor:
@@ -47,42 +47,33 @@ class Laws:
         never = [i for i in (self.network.mask_id, *self.suppress) if i < x.shape[-1]]
         return x.index_fill(-1, torch.tensor(never, dtype=torch.long, device=x.device), -torch.inf)
 
-    @property
-    def _truncates(self) -> bool:
-        return 0 < self.top_k < self.network.vocabulary or self.top_p < 1
-
     def truncated(self, law: Tensor, masked: Tensor) -> Tensor:
         """Log-marginals `[N, L, V]` with their masked positions truncated."""
-        if not self._truncates:
+        if not self.truncates:
             return law
         cut = law.clone()
         for i, j in places(masked, law.shape[-1]):
-            cut[i, j] = self._cut(law[i, j])
+            cut[i, j] = self.cut(law[i, j])
         return cut
 
-    def _cut(self, law: Tensor) -> Tensor:
-        """`[P, V]`, cut by top-k and top-p, normalised again."""
-        if not self._truncates:
-            return law
-        keep = torch.ones_like(law, dtype=torch.bool)
-        if 0 < self.top_k < law.shape[-1]:
-            keep = law >= law.topk(self.top_k, -1).values[:, -1:]
-        if self.top_p < 1:
-            ordered, ids = torch.where(keep, law, -torch.inf).log_softmax(-1).sort(-1, descending=True)
-            mass = ordered.exp()
-            keep &= torch.zeros_like(keep).scatter(-1, ids, mass.cumsum(-1) - mass < self.top_p)
-        return torch.where(keep, law, -torch.inf).log_softmax(-1)
+    @property
+    def truncates(self) -> bool:
+        return 0 < self.top_k < self.network.vocabulary or self.top_p < 1
+
+    def cut(self, law: Tensor) -> Tensor:
+        """Truncated log-laws `[P, V]` of positions."""
+        return laws.truncate(law, self.top_k, self.top_p)
+
+    def restricted(self, law: Tensor, other: Tensor, masked: Tensor) -> Tensor:
+        """Log-marginals `[N, L, V]`, at masked positions on the tokens that another law does not exclude."""
+        kept = law.clone()
+        for i, j in places(masked, law.shape[-1]):
+            kept[i, j] = laws.restrict(law[i, j], other[i, j])
+        return kept
 
     def drawn(self, law: Tensor, at: Tensor) -> Tensor:
-        """Tokens `[P, m]` of log-laws `[P, V]` at uniform numbers `[P, m]`, by inverting the CDF."""
-        if self.temperature == 0:
-            return law.argmax(-1, keepdim=True).expand(at.shape)
-        cdf = law.exp().cumsum(-1)
-        whole = cdf[:, -1:].contiguous()
-        point = at.to(cdf.dtype).to(cdf.device) * whole
-        token = torch.searchsorted(cdf, point, right=True)
-        # Rounding can put a point at the very end, where tokens may have no mass.
-        return torch.minimum(token, torch.searchsorted(cdf, whole))
+        """Tokens `[P, m]` of log-laws `[P, V]` at uniform numbers `[P, m]`."""
+        return law.argmax(-1, keepdim=True).expand(at.shape) if self.temperature == 0 else laws.draw(law, at)
 
     def completed(self, tokens: Tensor, base: Tensor | None, at: Tensor | None) -> Tensor:
         """Rows `[N, L]` with their masked positions drawn from `base`, truncated, at uniform numbers `[N, m, L]`:
@@ -96,7 +87,7 @@ class Laws:
             if at is None:
                 rows[i, 0, j] = law.argmax(-1)
             else:
-                rows[i, :, j] = self.drawn(self._cut(law), at[i.cpu(), :, j.cpu()])
+                rows[i, :, j] = self.drawn(self.cut(law), at[i.cpu(), :, j.cpu()])
         return rows
 
 
@@ -119,6 +110,5 @@ def divergence(law: Tensor, base: Tensor, masked: Tensor) -> Tensor:
     """KL of `law` to `base` at every masked position `[N, L]`, 0 elsewhere; float64 on the CPU."""
     gap = torch.zeros(masked.shape, dtype=torch.float64)
     for i, j in places(masked, law.shape[-1]):
-        p, q = law[i, j], base[i, j]
-        gap[i.cpu(), j.cpu()] = torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1).cpu().double()
+        gap[i.cpu(), j.cpu()] = laws.divergence(law[i, j], base[i, j]).cpu().double()
     return gap

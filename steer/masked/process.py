@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steer.core import Ability, Context, Cost, Edit, Mounted, Process, Prompt, Samples, Site, TransitionEdit, check
 from steer.core.context import Opaque, shifted, touched
-from steer.core.rows import accounted, beginning, check_step
+from steer.core.rows import accounted, beginning
 from steer.masked.laws import Laws, carried, divergence
 from steer.masked.state import MaskedDenoiser, MaskedState
 
@@ -35,19 +35,20 @@ def revealed(order: str, base: Tensor, masked: Tensor, at: Tensor, left: int) ->
     return masked & (rank < count)
 
 
-def diverged(order: str, total: Tensor, gap: Tensor | None, shown: Tensor, left: int) -> Tensor:
-    """KL `[N]` with that of a step added: of the positions `shown`, or, where those are random, of as many as are
-    expected. `gap` `[N, L]` is that of every position, None where all are 0.
+def diverged(order: str, gap: Tensor | None, shown: Tensor, left: int) -> Tensor | None:
+    """KL `[N]` of a step: of the positions `shown`, or, where those are random, of as many as are expected. `gap`
+    `[N, L]` is that of every position; None where all are 0.
     """
     if gap is None:
-        return total
+        return None
     share = gap / left if order == "random" else torch.where(shown.cpu(), gap, 0.0)
-    return total + share.sum(1)
+    return share.sum(1)
 
 
-def gained(total: Tensor, rows: Tensor, law: Tensor, token: Tensor) -> Tensor:
-    """Log-probabilities `[N]` with those of tokens `[P]`, under log-laws `[P, V]`, added to their rows."""
-    return total.index_add(0, rows.cpu(), law.gather(1, token.unsqueeze(1)).squeeze(1).cpu().double())
+def gained(count: int, rows: Tensor, law: Tensor, token: Tensor) -> Tensor:
+    """Log-probabilities `[N]` of `count` rows, from tokens `[P]` under log-laws `[P, V]`, each of one of the `rows`."""
+    zero = torch.zeros(count, dtype=torch.float64)
+    return zero.index_add(0, rows.cpu(), law.gather(1, token.unsqueeze(1)).squeeze(1).cpu().double())
 
 
 @dataclass
@@ -80,8 +81,8 @@ class MaskedContext(Opaque):
 class MaskedProcess(Process):
     """Texts of `length` tokens after a prompt, from one masked diffusion model.
 
-    The base law is the network's at `temperature`; truncation, like edits, counts as a drift from it (in `kl`, and in
-    the weights of samplers that correct for edits).
+    The base law is the network's at `temperature`; truncation, like edits, counts as a drift from it, but in samplers
+    that weigh, where `base` says what their weights refer to.
 
     Attributes:
         network: what predicts the marginals.
@@ -97,6 +98,10 @@ class MaskedProcess(Process):
         shown: how `preview` completes masked positions: "sample", a draw from the base marginals, made of numbers
             that are drawn with each step, or "argmax", their likeliest tokens.
         max_batch: rows put through the network at once; 0 is no limit.
+        base: the base law of samplers that weigh: "truncated", the law that unedited texts are drawn from, so that log
+            Z is an expectation under it; or "full", the law before truncation, for which weights correct as far as they
+            can: the target is restricted to what truncation keeps.
+        proposal: whether weights correct for its edits (`as_proposal`).
     """
 
     network: MaskedDenoiser
@@ -110,6 +115,8 @@ class MaskedProcess(Process):
     shown: str = "sample"
     max_batch: int = 0
     edits: Mounted = ()
+    base: str = "truncated"
+    proposal: bool = False
 
     sites = frozenset({Site.PROMPT, Site.TRANSITION})
 
@@ -123,6 +130,7 @@ class MaskedProcess(Process):
         check(_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "0 < top_p <= 1")
         check(self.order in ("random", "confidence"), "order", self.order, "random, confidence")
         check(self.shown in ("sample", "argmax"), "shown", self.shown, "sample, argmax")
+        check(self.base in ("truncated", "full"), "base", self.base, "truncated, full")
         object.__setattr__(self, "suppress", tuple(self.suppress))
         vocabulary = self.network.vocabulary
         known = all(isinstance(i, int) and 0 <= i < vocabulary for i in self.suppress)
@@ -143,6 +151,12 @@ class MaskedProcess(Process):
 
     def copy(self, edits: Mounted) -> MaskedProcess:
         return replace(self, edits=edits)
+
+    def as_proposal(self) -> MaskedProcess:
+        """The process with its edits as a proposal for `base`. Under truncation edited laws are cut to the tokens that
+        truncation keeps of the unedited one, since weights cannot bring back what is never drawn.
+        """
+        return replace(self, proposal=True)
 
     def validate(self, edit: Edit) -> None:
         if isinstance(edit, TransitionEdit):
@@ -187,15 +201,14 @@ class MaskedProcess(Process):
         return uniform((rows, self.length), generator) if self.shown == "sample" else None
 
     def gather(self, state: MaskedState, index: Tensor) -> MaskedState:
-        return state.taken(index)
+        return state.take(index)
 
     def stack(self, states: Sequence[MaskedState]) -> MaskedState:
-        check_step(states)
         if len({s.law is None for s in states}) > 1:
             states = [self.read(s) for s in states]
         if len({s.base is None for s in states}) > 1:
             states = [replace(s, base=None, fresh=None) for s in states]
-        return MaskedState.joined(states)
+        return MaskedState.join(states)
 
     def settle(self, state: MaskedState) -> tuple[MaskedState, Cost]:
         return replace(state, cost=Cost()), state.cost
@@ -204,7 +217,8 @@ class MaskedProcess(Process):
         return state.pack()
 
     def unpack(self, prompts: Sequence[Prompt], step: int, packed: dict[str, Tensor]) -> MaskedState:
-        return MaskedState.unpacked(packed, self.network.device, step, prompts, self.encode(prompts))
+        tokens = packed["tokens"].to(self.network.device)
+        return MaskedState.unpack(packed, step, prompts, tokens=tokens, encoded=self.encode(prompts))
 
     def identify(self, state: MaskedState) -> list[Any]:
         return [tuple(row) for row in state.tokens.tolist()]
@@ -229,8 +243,8 @@ class MaskedProcess(Process):
         law, gap = base, None
         if bool(masked.any()):
             law, spent = self._shifted(state, base, masked)
-            law, cost = self._laws.truncated(law, masked), cost + spent
-            gap = None if law is base else divergence(law, base, masked)
+            law, gap = self._drawn_from(base, law, masked)
+            cost = cost + spent
         return replace(state, base=base, law=law, gap=gap, fresh=None, cost=state.cost + cost)
 
     def _seen(self, state: MaskedState, masked: Tensor) -> tuple[Tensor, Cost]:
@@ -250,6 +264,25 @@ class MaskedProcess(Process):
             # Rows that are complete are not put through the network again.
             base = carried(base.index_copy(0, rows, seen.to(base.dtype)), state.tokens, masked)
         return base, cost
+
+    def _drawn_from(self, base: Tensor, edited: Tensor, masked: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The log-marginals that tokens are drawn from, and their divergence from the base law of every position."""
+        if not self._weighs_truncated:
+            law = self._laws.truncated(edited, masked)
+            return law, None if law is base else divergence(law, base, masked)
+        cut = self._laws.truncated(base, masked)
+        if edited is base:
+            return cut, None
+        law = self._laws.restricted(edited, cut, masked)
+        return law, divergence(law, cut, masked)
+
+    @property
+    def _weighs_truncated(self) -> bool:
+        return self.proposal and self.base == "truncated" and self._laws.truncates
+
+    def _weighed(self, base: Tensor) -> Tensor:
+        """The base law `[P, V]` of positions, as it is weighed."""
+        return self._laws.cut(base) if self._weighs_truncated else base
 
     def context(self, state: MaskedState) -> MaskedContext:
         state = self.read(state)
@@ -281,17 +314,20 @@ class MaskedProcess(Process):
         shown = revealed(self.order, state.base, masked, where, left)
         i, j = shown.nonzero(as_tuple=True)
         law = state.law[i, j]
-        base = law if state.law is state.base else state.base[i, j]
+        base = law if state.law is state.base else self._weighed(state.base[i, j])
         token = self._laws.drawn(law, which[i.cpu(), j.cpu()].unsqueeze(1)).squeeze(1)
         tokens = state.tokens.clone()
         tokens[i, j] = token
         same = ~shown.any(1)
         reusable = bool(same.any())
+        after = state.add(
+            gained(len(state), i, law, token),
+            None if base is law else gained(len(state), i, base, token),
+            kl=diverged(self.order, state.gap, shown, left),
+        )
         return replace(
-            state, tokens=tokens, step=state.step + 1, log_prob=gained(state.log_prob, i, law, token),
-            base_log_prob=gained(state.base_log_prob, i, base, token),
-            kl=diverged(self.order, state.kl, state.gap, shown, left),
-            law=None, gap=None, base=state.base if reusable else None, fresh=same if reusable else None,
+            after, tokens=tokens, step=state.step + 1, law=None, gap=None,
+            base=state.base if reusable else None, fresh=same if reusable else None,
             noise=self._noise(len(state), generator), cost=state.cost + Cost(generated_tokens=len(i)),
         )  # fmt: skip
 

@@ -50,12 +50,11 @@ class MaskedDenoiser(Protocol):
 class MaskedState(Rows):
     """Rows of texts, some of whose positions are masked; `tokens` is `[N, L]` int64."""
 
-    on_device = ("tokens", "fresh")
-    on_cpu = ("group", "log_prob", "base_log_prob", "kl", "noise", "gap")
-    predicted = ("base", "law")
-    packed = ("tokens", "group", "log_prob", "base_log_prob", "kl", "noise")
+    each = ("tokens", "noise", "base", "fresh", "law", "gap")
+    packed = ("tokens", "noise")
 
     tokens: Tensor
+    encoded: Any = field(repr=False)
     noise: Tensor | None = field(default=None, repr=False)
     """Uniform numbers `[N, L]` on the CPU that a sampled preview is made of."""
     base: Tensor | None = field(default=None, repr=False)
@@ -66,8 +65,3 @@ class MaskedState(Rows):
     """Log-marginals under the edits and truncated; the same tensor as `base` where nothing changes them."""
     gap: Tensor | None = field(default=None, repr=False)
     """KL of `law` to `base` at every position `[N, L]` float64 on the CPU; None where they are the same."""
-
-    @property
-    def tilt(self) -> Tensor:
-        """Nothing: masked processes take no edits that aim at another law."""
-        return torch.zeros_like(self.log_prob)

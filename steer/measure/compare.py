@@ -22,6 +22,7 @@ from torch import Tensor
 from steer.core import Cost, Process, Reward, Sampler, Samples, UnsupportedError, check
 from steer.files import replacing
 from steer.measure.distances import Target, frechet_distance, interval, mmd, total_variation, unique_share
+from steer.measure.tables import aligned
 from steer.methods.best_of_n import Ancestral, BestOfN
 from steer.methods.dts import DTS
 from steer.methods.fk import FKSteering
@@ -200,12 +201,7 @@ def _table(head: str, rows: list[tuple[str, dict[str, tuple[float, float]]]]) ->
             exact = name in ("calls", "seconds") or half != half
             line.append(shape.format(mean) if exact else f"{shape.format(mean)} ±{shape.format(half)}")
         cells.append(line)
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = []
-    for row in cells:
-        columns_ = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *columns_]))
-    return "\n".join([head, *lines])
+    return f"{head}\n{aligned(cells)}"
 
 
 @dataclass

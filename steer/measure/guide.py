@@ -19,6 +19,7 @@ from torch import Tensor
 from steer.core import Process, Prompt, Reward, Sampler, Samples, check
 from steer.files import replacing
 from steer.measure.distances import interval
+from steer.measure.tables import aligned
 from steer.methods.best_of_n import Ancestral
 from steer.methods.fk import FKSteering
 from steer.methods.rlg import RLGuidance
@@ -55,12 +56,11 @@ class Sweep:
 
     def table(self) -> str:
         """Plain text."""
-        lines = [f"{'':10s} {'w':>5s} {'reward':>16s} {'KL':>16s} {'ESS':>6s}"]
+        rows = [["", "w", "reward", "KL", "ESS"]]
         for p in self.points:
             reward, kl = f"{p.reward:.3f} ±{p.reward_half:.3f}", f"{p.kl:.2f} ±{p.kl_half:.2f}"
-            ess = f"{p.ess:6.0%}" if p.kind == "corrected" else f"{'':6s}"
-            lines.append(f"{p.kind:10s} {p.w:5.2f} {reward:>16s} {kl:>16s} {ess}")
-        return "\n".join(lines)
+            rows.append([p.kind, f"{p.w:.2f}", reward, kl, f"{p.ess:.0%}" if p.kind == "corrected" else ""])
+        return aligned(rows)
 
     def write(self, folder: Path) -> None:
         """Write guide.json in one step; `steer.pictures.charts.draw_guide` makes the picture beside it."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from steer.core import Edit, Process, Prompt, Reward, Sampler, Samples, check
 from steer.files import replacing
 from steer.measure.distances import interval
+from steer.measure.tables import aligned
 from steer.methods.best_of_n import BestOfN, reward_curve
 from steer.methods.dts import SearchDTS
 from steer.methods.fk import FKSteering
@@ -111,12 +112,7 @@ class Race:
             cells = [f"{mine[b].mean:.3f} ±{mine[b].half:.3f}" if b in mine else "" for b in budgets]
             saved = self.saving(method)
             rows.append([method, *cells, "" if saved is None else f"{saved:.1f}x", self._needs(method)])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = []
-        for row in rows:
-            rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-            lines.append("  ".join([row[0].ljust(widths[0]), *rest]))
-        return "\n".join(lines)
+        return aligned(rows)
 
     def saving(self, method: str) -> float | None:
         """Evaluations that best-of-n took at its largest budget over those at which `method` reaches the same mean

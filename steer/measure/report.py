@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steer.artifacts import Artifact
 from steer.core import Edit, Reward, Samples, check
+from steer.edits import as_edit
 from steer.files import as_json, write_text
+from steer.measure.tables import aligned
 from steer.methods.prompt import SystemPrompt
 from steer.methods.vector import SteeringVector
 from steer.progress import ticking
@@ -88,32 +91,40 @@ class Report:
 
     def table(self) -> str:
         """Plain text for a terminal."""
-        head = (
-            f"{'':10}{'strength':>9}{'reward':>9}{'95% interval':>18}{'KL/text':>9}{'KL/token':>10}{'perplexity':>12}"
-        )
-        lines = [f"{self.artifact} on {self.model}, reward {self.reward}", "", f"{head}{'distinct-2':>12}{'tokens':>8}"]
-        broken = {b.strength for b in self.breaks}
+        head = [
+            "",
+            "strength",
+            "reward",
+            "95% interval",
+            "KL/text",
+            "KL/token",
+            "perplexity",
+            "distinct-2",
+            "tokens",
+            "",
+        ]
+        rows, broken = [head], {b.strength for b in self.breaks}
         for row in [*self.of("steered"), *(r for r in self.of("random") if r.kind == "random"), *self.of("system")]:
-            strength = "" if row.strength is None else f"{row.strength:+g}"
-            mark = "  < breaks" if row.kind == "steered" and row.strength in broken else ""
-            interval = f"{row.reward_low:.3f} .. {row.reward_high:.3f}"
-            lines.append(
-                f"{row.kind:10}{strength:>9}{row.reward:>9.3f}{interval:>18}{_cell(row.kl, 9)}"
-                f"{_cell(row.kl_per_token, 10)}{row.perplexity:>12.2f}{row.distinct_2:>12.3f}{row.tokens:>8.1f}{mark}"
-            )
-        return "\n".join([*lines, "", self.verdict])
+            rows.append([
+                row.kind, "" if row.strength is None else f"{row.strength:+g}", f"{row.reward:.3f}",
+                f"{row.reward_low:.3f} .. {row.reward_high:.3f}", _cell(row.kl), _cell(row.kl_per_token),
+                f"{row.perplexity:.2f}", f"{row.distinct_2:.3f}", f"{row.tokens:.1f}",
+                "< breaks" if row.kind == "steered" and row.strength in broken else "",
+            ])  # fmt: skip
+        title = f"{self.artifact} on {self.model}, reward {self.reward}"
+        return f"{title}\n\n{aligned(rows)}\n\n{self.verdict}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return {**asdict(self), "verdict": self.verdict}
 
     def write(self, folder: Path | str) -> None:
-        """Write report.json into `folder` in one step; `steer.pictures.charts.draw` makes the picture beside it."""
+        """Write report.json into `folder` in one step; `steer.pictures.charts.draw_report` draws it."""
         write_text(Path(folder) / "report.json", as_json(self.to_dict()) + "\n")
 
 
-def _cell(value: float | None, width: int) -> str:
-    return f"{'-' if value is None else f'{value:.3f}':>{width}}"
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 # ------------------------------------------------------------------------------------------------------------ sweep
@@ -134,7 +145,7 @@ def default_strengths(edit: Edit) -> list[float]:
 def evaluate(
     model: Any,
     prompts: Sequence[Any],
-    edit: Edit,
+    edit: Edit | Artifact | str,
     *,
     strengths: Sequence[float] | None = None,
     reward: Reward | str = "sentiment",
@@ -152,7 +163,7 @@ def evaluate(
     Args:
         model: a language model from `steer.load`.
         prompts: texts or chats.
-        edit: a steering vector, controller or value guidance; its own strength is replaced.
+        edit: a steering vector, controller or value guidance, an artifact or a file; its own strength is replaced.
         strengths: default: by kind of edit. 0, the unsteered model, is always included.
         reward: what is measured.
         beta: KL coefficient, for value guidance that has none of its own.
@@ -166,6 +177,7 @@ def evaluate(
         InputError: an edit without a strength, or no prompts.
     """
     check(len(prompts) > 0, "prompts", prompts, "at least one prompt")
+    edit = as_edit(edit, model, "edit")
     has_strength = is_dataclass(edit) and any(f.name == "strength" for f in fields(edit))
     check(has_strength, "edit", type(edit).__name__, "an edit with a strength")
     scored = as_reward(reward)

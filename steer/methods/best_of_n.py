@@ -69,6 +69,7 @@ class BestOfN(Sampler):
 
     title = "best-of-n"
     needs_reward = True
+    kl_kind = "bound"
 
     @property
     def rows(self) -> int:

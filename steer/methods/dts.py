@@ -87,6 +87,7 @@ class DTS(Sampler):
     chooses_whole = False
     shows = frozenset({"tree"})
     own_settings = frozenset({"max_bytes", "max_nfe"})
+    kl_kind = "none: the law of a tree's leaves is not known"
 
     @property
     def rows(self) -> int:

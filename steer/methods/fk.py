@@ -120,6 +120,7 @@ class FKSteering(Sampler):
     chooses_whole = False
     shows = frozenset({"lineage"})
     own_settings = frozenset({"keep_previews"})
+    kl_kind = "population"
 
     @property
     def rows(self) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from steer.core import Prompt, PromptEdit, RawText, SteerError, check
+from steer.core.messages import plain_messages
 
 __all__ = ["DirectionalStimulus", "HintPolicy", "SystemPrompt"]
 
@@ -121,8 +122,8 @@ def _input(prompt: Prompt) -> str:
     """The text that the hint is for."""
     if isinstance(prompt, str):
         return str(prompt)
-    asked = [message["content"] for message in prompt if message["role"] == "user"]
-    check(bool(asked) and isinstance(asked[-1], str), "prompt", prompt, "a chat with a user's text")
+    asked = [message["content"] for message in plain_messages(prompt) if message["role"] == "user"]
+    check(bool(asked), "prompt", prompt, "a chat with a user's text")
     return str(asked[-1])
 
 

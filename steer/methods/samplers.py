@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
     from steer.core import Sampler
+    from steer.sampling.lookahead import Lookahead
 
-__all__ = ["SAMPLERS", "Registry", "make_sampler", "sampler_name"]
+__all__ = ["SAMPLERS", "Registry", "SamplerSettings", "make_sampler", "sampler_fields", "sampler_name"]
 
 
 class Registry(MutableMapping[str, "type[Sampler]"]):
@@ -57,23 +58,67 @@ SAMPLERS = Registry(
 )
 
 
+class SamplerSettings(TypedDict, total=False):
+    """Settings of samplers that `generate` takes beside a sampler's name, for type checkers; the sampler's docstring
+    says what each is.
+    """
+
+    reject: float
+    num_particles: int
+    per_output: bool
+    potential: str
+    terminal: str
+    start: int
+    every: int
+    ess_threshold: float | None
+    resampler: str
+    tempering: float | None
+    lookahead: Lookahead | None
+    select: str | None
+    correct: bool
+    floor: float | None
+    keep_previews: bool
+    num_candidates: int
+    choose: str
+    rollouts: int | None
+    max_nfe: int | None
+    seconds: float | None
+    batch: int
+    levels: int | None
+    widening: float
+    exponent: float
+    explore: float | None
+    estimator: str
+    trust: float
+    merge: bool
+    max_bytes: int
+    bonus: float
+    backup: str
+
+
 def make_sampler(sampler: Sampler | str | None, n: int | None = None, **settings: Any) -> Sampler:
     """A sampler from its name and settings. `n` is how many outputs, or best-of-n's candidates, for each prompt."""
     from steer.core import Sampler, check
+    from steer.core.names import check_known
 
     if isinstance(sampler, Sampler):
         check(n is None and not settings, "n", n, "unset: the sampler that was given has its own")
         return sampler
     name = sampler or "ancestral"
-    check(name in SAMPLERS, "sampler", name, str(SAMPLERS))
-    kind = SAMPLERS[name]
-    known = list(kind.__dataclass_fields__)  # type: ignore[attr-defined]
+    check_known("sampler", name, SAMPLERS)
+    kind, known = SAMPLERS[name], sampler_fields(name)
     for key in settings:
-        check(key in known, f"sampler {name}", key, ", ".join(known))
+        check_known(f"sampler {name}", key, known)
     if n is not None:
         check("n" in known, "n", n, f"unset: {name} has no such setting")
         settings["n"] = n
     return kind(**settings)
+
+
+def sampler_fields(name: str | None) -> list[str]:
+    """Settings of a sampler by its name."""
+    kind: Any = SAMPLERS.get(name or "ancestral")
+    return [] if kind is None else list(kind.__dataclass_fields__)
 
 
 def sampler_name(sampler: Sampler) -> str:

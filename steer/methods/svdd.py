@@ -41,6 +41,7 @@ class SVDD(Sampler):
     population = "num_candidates"
     chooses_whole = False
     shows = frozenset({"previews"})
+    kl_kind = "none: the law of what is chosen among candidates at every step is not known"
 
     @property
     def rows(self) -> int:

@@ -78,7 +78,8 @@ class HeadValue:
         seen = context if self.source is None else context.companion(self.source)
         if self.embeddings is None:
             return self.head(seen.lookahead(candidates))
-        return self.head(seen.hidden, self.embeddings[candidates.to(self.embeddings.device)])
+        hidden = seen.hidden
+        return self.head(hidden, self.embeddings[candidates.to(self.embeddings.device)].to(hidden.device))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,6 +144,16 @@ class SteeringVector(HiddenEdit):
         missing = [layer for layer in layers if layer not in self.directions]
         check(not missing, "layers", missing, f"layers of the vector: {ranges(self.directions)}")
         return replace(self, directions={layer: self.directions[layer] for layer in layers})
+
+    def __repr__(self) -> str:
+        name, depth = self.model.get("name"), self.model.get("num_layers")
+        where = f"layers {ranges(self.directions)}" + (f" of {depth}" if depth else "")
+        facts = [where, f"strength {self.strength:.4g}", f"unit {self.unit}", f"scope {self.scope}"]
+        if self.operator != "add":
+            facts.append(str(self.operator))
+        if self.gate is not None:
+            facts.append(f"gated at layer {self.gate.layer}")
+        return f"SteeringVector({', '.join([*facts, *([Path(str(name)).name] if name else [])])})"
 
     def __mul__(self, factor: float) -> SteeringVector:
         return replace(self, strength=self.strength * factor)

@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import math
 import operator
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from numbers import Real
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.core import InputError, Reward, Samples, UnsupportedError, check
+from steer.core import InputError, Reward, RewardError, Samples, UnsupportedError, check
 
 __all__ = [
     "Cached",
@@ -28,6 +28,7 @@ __all__ = [
     "Constant",
     "Standardised",
     "Wrapped",
+    "check_reward",
     "lift",
     "members_of",
     "scores_of",
@@ -97,6 +98,21 @@ def members_of(reward: Reward) -> list[Reward]:
     values = [getattr(reward, name) for name in names]
     held = [x for value in values for x in (value if isinstance(value, list | tuple) else (value,))]
     return [x for x in held if isinstance(x, Reward)]
+
+
+def check_reward(reward: Reward, images: bool) -> None:
+    """Refuse a reward of texts for images, and the other way round, as far as the reward says what it is of."""
+    for part in _parts(reward):
+        wrong = part.modality == ("text" if images else "image")
+        what = ("images such as brightness or class:LABEL" if images else "texts such as sentiment") if wrong else ""
+        check(not wrong, "reward", str(part), f"rewards of {what}")
+
+
+def _parts(reward: Reward) -> Iterator[Reward]:
+    """A reward and those that it is made of."""
+    yield reward
+    for member in members_of(reward):
+        yield from _parts(member)
 
 
 def _bound(x: Any, model: Any) -> Any:
@@ -215,7 +231,15 @@ class CallableReward(Composable):
     def score(self, samples: Samples) -> Tensor:
         given = {"outputs": samples.outputs, "prompts": [samples.prompts[b] for b in samples.group.tolist()]}
         scores = self.fn(*(given[name] for name in self._order()))
-        return scores if isinstance(scores, Tensor) else torch.as_tensor(scores, dtype=torch.float64)
+        try:
+            made = scores if isinstance(scores, Tensor) else torch.as_tensor(scores, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            made = None
+        if made is None or made.shape != (len(samples),):
+            told = type(scores).__name__ if made is None else f"shape {tuple(made.shape)}"
+            expected = f"one number for each of the {len(samples)} outputs, which it gets all at once"
+            raise RewardError(f"reward {self}: returned {told}; allowed: {expected}: shape ({len(samples)},)")
+        return made
 
     def __repr__(self) -> str:
         return self.name or getattr(self.fn, "__name__", type(self.fn).__name__)

@@ -47,7 +47,13 @@ def images_of(samples: Samples, reward: object) -> Tensor:
     return images + (images.clamp(0, 1) - images).detach()
 
 
-class Brightness(Composable):
+class ImageReward(Composable):
+    """A reward of images `[N, C, H, W]` in [0, 1]."""
+
+    modality = "image"
+
+
+class Brightness(ImageReward):
     """Mean pixel, scaled to [-1, 1]: black -1, white 1."""
 
     def score(self, samples: Samples) -> Tensor:
@@ -57,7 +63,7 @@ class Brightness(Composable):
         return "brightness"
 
 
-class Contrast(Composable):
+class Contrast(ImageReward):
     """Standard deviation of an image's pixels within a channel (root mean square over channels), in [0, 0.5]."""
 
     def score(self, samples: Samples) -> Tensor:
@@ -73,7 +79,7 @@ class Contrast(Composable):
 
 
 @dataclass(frozen=True, repr=False)
-class Symmetry(Composable):
+class Symmetry(ImageReward):
     """Minus the mean absolute difference to the mirror image, in [-1, 0]; 0 is symmetric.
 
     `horizontal` swaps left and right, `vertical` top and bottom.
@@ -92,7 +98,7 @@ class Symmetry(Composable):
         return "symmetry" if self.mirror == "horizontal" else "symmetry:vertical"
 
 
-class Sharpness(Composable):
+class Sharpness(ImageReward):
     """Mean absolute difference of neighbouring pixels, over pairs in a row plus over pairs in a column, in [0, 2]."""
 
     def score(self, samples: Samples) -> Tensor:
@@ -104,7 +110,7 @@ class Sharpness(Composable):
         return "sharpness"
 
 
-class Incompressibility(Composable):
+class Incompressibility(ImageReward):
     """Size of the image as a JPEG of quality 95, in kilobytes (1,000 bytes).
 
     Not differentiable: `UnsupportedError` where the outputs require a gradient. Black et al., "Training diffusion
@@ -150,7 +156,7 @@ class Classifier(Protocol):
 
 
 @dataclass(frozen=True, repr=False)
-class ImageClass(Composable):
+class ImageClass(ImageReward):
     """Log-probability, in nats, that the image belongs to one of `labels`, under the classifier that the model brings.
 
     Labels are names of `model.classifier.classes`, upper or lower case alike. Needs a model: `generate` binds it.

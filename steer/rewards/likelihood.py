@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Fluency(Composable):
     An output without tokens scores `EMPTY_LOG_PROB`. Needs a model: `generate` binds it.
     """
 
+    modality: ClassVar = "text"
     model: Scorer | None = field(default=None, compare=False)
 
     def bind(self: F, model: Any) -> F:

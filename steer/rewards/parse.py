@@ -80,8 +80,16 @@ def shipped() -> dict[str, str]:
     return {name: entry.usage for name, entry in sorted(_registry.items())}
 
 
-def as_reward(x: Any) -> Reward | None:
-    """None stays None, text is parsed, a `Reward` is itself, a callable is wrapped."""
+def as_reward(x: Any, label: str | int | None = None) -> Reward | None:
+    """None stays None, text is parsed, a `Reward` is itself, a callable is wrapped. A text-classification pipeline of
+    transformers scores by the log-probability of `label`, which it needs where it knows several. Raises `InputError`.
+    """
+    if any(kind.__module__.startswith("transformers.pipelines") for kind in type(x).__mro__):
+        check(getattr(x, "task", None) == "text-classification", "reward", x, "a pipeline of text-classification")
+        from steer.adapters.rewards.text import ModelReward
+
+        return ModelReward((x.model, x.tokenizer), label)
+    check(label is None, "label", label, "unset: of a pipeline alone")
     if x is None or isinstance(x, Reward):
         return x
     if isinstance(x, str):

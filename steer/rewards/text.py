@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -80,6 +80,7 @@ def texts_of(samples: Samples, reward: object) -> list[str]:
 class TextReward(Composable):
     """A reward that looks at one text at a time."""
 
+    modality = "text"
     alone = True
 
     @abstractmethod
@@ -250,6 +251,7 @@ class Rouge(Composable):
     holds when prompts are run in batches. Lin (2004).
     """
 
+    modality: ClassVar = "text"
     references: str | Sequence[str] | Mapping[str, str]
     kinds: tuple[str, ...] = ("1", "2", "L")
 

@@ -19,7 +19,6 @@ __all__ = [
     "gained",
     "log_mean_exp",
     "normalise",
-    "product",
     "resample",
     "temper",
 ]
@@ -39,17 +38,6 @@ def log_mean_exp(log_weights: Tensor) -> Tensor:
 def gained(after: Tensor, before: Tensor) -> Tensor:
     """`after - before` of running sums of log-weights; a sum that has reached -infinity stays there."""
     return torch.where(after.isneginf(), after, after - before)
-
-
-def product(*powers: tuple[Tensor, float]) -> Tensor:
-    """Log of the product of laws to powers, from `(log_law, power)`: `0^0` is 1, and what a law with another power
-    excludes stays excluded.
-    """
-    logs = [(law, power) for law, power in powers if power != 0]
-    total = sum((power * law for law, power in logs), torch.zeros_like(powers[0][0]))
-    for law, _ in logs:
-        total = total.masked_fill(law.isneginf(), -torch.inf)
-    return total
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:

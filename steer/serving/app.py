@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from steer.serving import errors
 from steer.serving.artifact_store import Store
@@ -36,6 +38,7 @@ def create_app(
     files: Sequence[Path] = (),
     keys: Sequence[str] = (),
     local: bool = True,
+    origins: Sequence[str] = (),
     limits: Limits | None = None,
     rewards: Rewards | None = None,
     default: SteerRequest | None = None,
@@ -50,6 +53,7 @@ def create_app(
         files: artifacts elsewhere, registered under their names.
         keys: API keys, any of which opens; without one everybody may ask.
         local: without keys, answer only requests that name this machine as localhost.
+        origins: web pages of other sites that may ask, such as `https://chat.example`; `*` for all.
         limits: see `Limits`.
         rewards: those that requests may name; default: the shipped ones that load nothing.
         default: steering of requests that ask for none.
@@ -64,12 +68,16 @@ def create_app(
     gate = Gate(limits.requests, Idle(engine.give_back_memory))
     metrics = Metrics(engine, gate, store)
     tasks = Tasks(store, rewards or Rewards(folder=artifacts), limits, default, engine.own_edits)
-    server = Server(engine, store, tasks, gate, metrics, int(time.time()), tuple(dict.fromkeys((engine.name, *names))))
+    reading = ThreadPoolExecutor(1, "steer-files")
+    server = Server(
+        engine, store, tasks, gate, metrics, reading, int(time.time()), tuple(dict.fromkeys((engine.name, *names)))
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         gate.draining = True
+        reading.shutdown(wait=False, cancel_futures=True)
         engine.close()
 
     app = FastAPI(title="steer", summary="OpenAI-compatible generation with steering.", lifespan=lifespan,
@@ -82,8 +90,11 @@ def create_app(
         add_small_routes(app, server)
     add_own_routes(app, server)
     app.add_middleware(Guard, keys=tuple(keys), local=local and not keys, body_bytes=limits.body_bytes,
-                       artifact_bytes=limits.artifact_bytes)  # fmt: skip
+                       artifact_bytes=limits.artifact_bytes, origins=tuple(origins))  # fmt: skip
     app.add_middleware(CountedRequests, metrics=metrics)
+    if origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST", "DELETE"],
+                           allow_headers=["*"], expose_headers=["Retry-After"])  # fmt: skip
     _describe(app, server.names, bool(keys))
     return app
 

@@ -22,11 +22,10 @@ from pathlib import Path
 from steer.artifacts import Card, load
 from steer.core import InputError, SteerError, check
 from steer.edits import KINDS
-from steer.files import replacing
 from steer.serving.engine import TooLargeError
 from steer.serving.wire import NAME
 
-__all__ = ["Entry", "Store", "UnknownArtifactError"]
+__all__ = ["Entry", "Store", "UnknownArtifactError", "check_name", "digest"]
 
 
 _SUFFIX = ".safetensors"
@@ -152,10 +151,11 @@ class Store:
 
     # ---- changing
 
-    def add(self, name: str, source: Path) -> Entry:
+    def add(self, name: str, source: Path, wanted: Callable[[], bool] = lambda: True) -> Entry:
         """Register a copy of the file `source` under `name`, in place of a sent one of that name.
 
-        Raises `InputError` for what is no artifact of this model, `TooLargeError` where there is no room.
+        `wanted` is asked between the steps whether to go on. Raises `InputError` for what is no artifact of this model,
+        `TooLargeError` where there is no room, `SteerError` where the folder cannot be written.
         """
         check_name(name)
         if self.folder is None:
@@ -163,20 +163,39 @@ class Store:
         size = source.stat().st_size
         if size > self.limit_bytes:
             raise TooLargeError("file", f"{size} bytes", f"at most {self.limit_bytes}")
-        entry = self._checked(name, source, fixed=False)
-        final = self._own / f"{name}{_SUFFIX}"
-        with self._changing() as names:
-            before = self._entries.get(name)
-            check(before is None or not before.fixed, "name", name, "a name that no file of the folder has")
-            names += self._make_room(size, 0 if before is None else before.size, name)
-            with replacing(final) as temporary:
-                shutil.copyfile(source, temporary)
-            _sync_folder(self._own)
-            entry = replace(entry, path=final, created=int(final.stat().st_mtime))
-            self._entries[name] = entry
-            self._entries.move_to_end(name)
-            names.append(name)
+        with self._staged(source) as staged:
+            _need(wanted)
+            entry = self._checked(name, staged, fixed=False)
+            _need(wanted)
+            final = self._own / f"{name}{_SUFFIX}"
+            with self._changing() as names:
+                before = self._entries.get(name)
+                check(before is None or not before.fixed, "name", name, "a name that no file of the folder has")
+                names += self._make_room(size, 0 if before is None else before.size, name)
+                os.replace(staged, final)
+                _sync_folder(self._own)
+                entry = replace(entry, path=final, created=int(final.stat().st_mtime))
+                self._entries[name] = entry
+                self._entries.move_to_end(name)
+                names.append(name)
         return entry
+
+    @contextmanager
+    def _staged(self, source: Path) -> Iterator[Path]:
+        """`source` or a copy of it beside the registered files, whole on the disk. Raises `SteerError`."""
+        ours = source.parent == self._own
+        staged = source if ours else self.incoming()
+        try:
+            if not ours:
+                shutil.copyfile(source, staged)
+            with staged.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            yield staged
+        except OSError as error:
+            raise SteerError(f"the folder of artifacts cannot be written ({error.strerror or error})") from error
+        finally:
+            with suppress(OSError):
+                staged.unlink(missing_ok=True)
 
     def adopt(self, file: str, name: str | None = None) -> Entry:
         """Register a file of the folder by its name, which is no path: under its own name as it lies there, under
@@ -225,6 +244,8 @@ class Store:
     def incoming(self) -> Path:
         """A fresh path for a file on its way in. Left-overs are removed at the next start."""
         check(self.folder is not None, "name", None, "nothing: the server was started without --artifacts")
+        with suppress(OSError):  # told where the file is opened
+            self._own.mkdir(parents=True, exist_ok=True)  # somebody may have removed the folder
         return self._own / f".incoming.{os.urandom(8).hex()}.tmp"
 
     def _checked(self, name: str, path: Path, fixed: bool) -> Entry:
@@ -233,11 +254,16 @@ class Store:
             _, card = load(path)
             check(card.kind in KINDS, "kind", card.kind, ", ".join(KINDS))
             self._accept(path)
+            status = path.stat()
+            return Entry(name, path, digest(path), status.st_size, int(status.st_mtime), card, fixed)
         except InputError as error:  # clients need not know where a file lies
             given = str(error.given).replace(str(path), name).replace(path.stem, name)
             raise InputError(error.field.replace(str(path), name), given, error.allowed) from error
-        status = path.stat()
-        return Entry(name, path, _digest(path), status.st_size, int(status.st_mtime), card, fixed)
+        except SteerError:
+            raise
+        except Exception as error:  # whatever somebody's file is made to lead to
+            given = f"{name} ({type(error).__name__})"
+            raise InputError("artifact", given, "an artifact saved by steer (safetensors with a card)") from error
 
     def _make_room(self, size: int, freed: int, name: str) -> list[str]:
         """Evict the least recently used of those that no request is using; returns their names."""
@@ -263,7 +289,13 @@ def check_name(name: str) -> None:
     check(bool(NAME.fullmatch(name)), "name", name, _NAMES)
 
 
-def _digest(path: Path) -> str:
+def _need(wanted: Callable[[], bool]) -> None:
+    if not wanted():
+        raise SteerError("nobody waits for this artifact any more")
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -14,11 +14,14 @@ from starlette.exceptions import HTTPException
 
 from steer.core import InputError, RewardError, SteerError, UnsupportedError
 from steer.serving.engine import TooLargeError
+from steer.serving.wire import field_of, nearest, wanted
 
-__all__ = ["Refused", "answer", "install"]
+__all__ = ["TEXT_ROUTES", "Refused", "answer", "install"]
 
 
 log = logging.getLogger("steer.serving")
+
+TEXT_ROUTES = ("/v1/chat/completions", "/v1/completions")
 
 _TYPES = {
     401: ("authentication_error", "invalid_api_key"),
@@ -27,6 +30,7 @@ _TYPES = {
     405: ("invalid_request_error", "method_not_allowed"),
     409: ("invalid_request_error", "conflict"),
     413: ("invalid_request_error", "too_large"),
+    415: ("invalid_request_error", "unsupported_media_type"),
     429: ("rate_limit_error", "queue_full"),
     500: ("server_error", None),
     503: ("server_error", "unavailable"),
@@ -80,13 +84,18 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        return _json(error.status_code, str(error.detail))
+        nowhere = error.status_code == 404 and error.detail == "Not Found"
+        return _json(error.status_code, _no_route(request) if nowhere else str(error.detail))
 
     async def told(request: Request, error: Exception) -> JSONResponse:
         return answer(error)
 
     for kind in (Refused, SteerError, Exception):
         app.add_exception_handler(kind, told)
+
+
+def _no_route(request: Request) -> str:
+    return f"no route {request.method} {request.url.path[:200]!r} here; texts come from {' and '.join(TEXT_ROUTES)}"
 
 
 def _context_code(error: InputError) -> str | None:
@@ -106,10 +115,8 @@ def _json(
 
 def _invalid(errors: Sequence[Any]) -> JSONResponse:
     """One line about the first thing that is wrong with a body."""
-    # Of the ways in which a field could have been right, the one that came nearest.
-    field = _field(errors[0])[:1]
-    first = max((e for e in errors if _field(e)[:1] == field), key=_nearness)
-    named = ".".join(_field(first)) or None
+    first = nearest(errors)
+    named = ".".join(field_of(first["loc"])) or None
     if first["type"] == "json_invalid":
         return _json(400, "the body is not JSON")
     if first["type"] == "extra_forbidden":
@@ -118,29 +125,4 @@ def _invalid(errors: Sequence[Any]) -> JSONResponse:
         return _json(400, f"{named or 'body'}: missing", named, "missing_required_parameter")
     shown = repr(first.get("input"))
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return _json(400, f"{named or 'body'}: got {shown}; {_wanted(first)}", named, "invalid_value")
-
-
-def _nearness(error: Any) -> tuple[bool, int]:
-    return not error["type"].endswith(("_type", "_parsing")), len(_field(error))
-
-
-def _wanted(error: Any) -> str:
-    return (
-        str(error["msg"])
-        .removeprefix("Value error, ")
-        .replace("Input should be None", "allowed: nothing")
-        .replace("Input should be", "allowed:")
-    )
-
-
-def _field(error: Any) -> list[str]:
-    """Where in the body, without the names that pydantic gives to the members of a union."""
-    where = [str(part) for part in error["loc"]]
-    where = where[1:] if where and where[0] in ("body", "query", "path") else where
-    return [
-        part for part in where if part.isdecimal() or (part.replace("_", "").isidentifier() and part not in _UNIONS)
-    ]
-
-
-_UNIONS = frozenset({"str", "int", "float", "bool", "StrictStr"})
+    return _json(400, f"{named or 'body'}: got {shown}; {wanted(first)}", named, "invalid_value")

@@ -10,12 +10,13 @@ from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.serving.errors import Refused, answer
 from steer.serving.wire import is_loopback
 
-__all__ = ["Guard"]
+__all__ = ["Guard", "json_body"]
 
 
 _OPEN = ("/health",)
@@ -41,6 +42,8 @@ class Guard:
     local: bool
     body_bytes: int
     artifact_bytes: int
+    origins: Sequence[str] = ()
+    """Web pages of other sites that may ask, `*` for all."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -70,8 +73,17 @@ class Guard:
         asked = headers.get("host", "")
         if self.local and not is_loopback(_host(asked or "localhost")):
             raise Refused(403, f"this server without a key answers as localhost alone, not as {asked!r}")
-        if origin is not None and origin.partition("://")[2] != asked:
-            raise Refused(403, "this server without a key answers no web pages of other sites")
+        welcome = origin is None or origin.partition("://")[2] == asked or not {"*", origin}.isdisjoint(self.origins)
+        if not welcome:
+            raise Refused(403, "this server without a key answers no web pages of other sites: see --allow-origin")
+
+
+async def json_body(request: Request) -> None:
+    """Raise `HTTPException` where a body does not say that it is JSON. A dependency of routes."""
+    given = request.headers.get("content-type", "")
+    kind = given.partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise HTTPException(415, f"Content-Type: got {given[:80]!r}; allowed: application/json")
 
 
 def _check_length(headers: Headers, limit: int) -> None:

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
-from steer.serving.wire import SteerRequest
+from steer.serving.wire import SteerRequest, encodable
 
 __all__ = [
     "Artifact",
@@ -25,15 +38,7 @@ __all__ = [
 ]
 
 
-def _encodable(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("text that can be written as UTF-8, without lone surrogates") from error
-    return text
-
-
-Text = Annotated[StrictStr, AfterValidator(_encodable)]
+Text = Annotated[StrictStr, AfterValidator(encodable)]
 Number = StrictFloat | StrictInt
 Count = StrictInt
 
@@ -45,56 +50,107 @@ class _Request(BaseModel):
 # ---------------------------------------------------------------------------------------------------------- requests
 
 
-class TextPart(_Request):
+def _says_nothing(value: Any) -> bool:
+    return value is None or value in ("", [], {})
+
+
+class _FromClients(_Request):
+    """What OpenAI's clients send. A field that is null or empty says nothing, whatever it is called: clients write out
+    what their types have, and send a message back as it came.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {k: v for k, v in given.items() if not (_says_nothing(v) and _is_absent(cls.model_fields.get(k)))}
+
+
+def _is_absent(field: FieldInfo | None) -> bool:
+    """Whether there is no such field, or none that could be anything."""
+    return field is None or field.annotation is type(None)
+
+
+def _ignored(text: str = "Ignored.") -> Any:
+    return Field(default=None, description=text)
+
+
+class TextPart(_FromClients):
     """A part of a message; text is all there is."""
 
     type: Literal["text"]
     text: Text
+    cache_control: dict[str, Any] | None = _ignored()
 
 
-class Message(_Request):
-    """One message of a chat. A chat that ends with the assistant's own words is continued there."""
+class Message(_FromClients):
+    """One message of a chat. A chat that ends with the assistant's own words is continued there.
+
+    An answer's message can be sent back as it came: what an assistant's message has beside its text is taken where it
+    is empty, and a content that is null is an empty text.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | list[TextPart] | None
     name: Text | None = None
+    refusal: None = _ignored("Taken where empty.")
+    annotations: None = _ignored("Taken where empty.")
+    audio: None = _ignored("Taken where empty.")
+    tool_calls: None = _ignored("Taken where empty.")
+    function_call: None = _ignored("Taken where empty.")
+
+    @field_validator("content")
+    @classmethod
+    def _has_text(cls, content: Any, about: ValidationInfo) -> Any:
+        if content is None and about.data.get("role") != "assistant":
+            raise ValueError("allowed: a text, or parts of one; null from the assistant alone")
+        return content
 
     def plain(self) -> dict[str, str]:
         """As the chat template reads it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        parts = [] if self.content is None else self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class StreamOptions(_Request):
+class StreamOptions(_FromClients):
     """`include_usage` sends the usage in a last chunk without choices."""
 
     include_usage: StrictBool = False
+    include_obfuscation: StrictBool | None = _ignored()
 
 
-class ResponseFormat(_Request):
+class ResponseFormat(_FromClients):
     """Text is all there is."""
 
     type: Literal["text"]
 
 
-class _Common(_Request):
+class _Common(_FromClients):
     model: Text
     n: Annotated[Count, Field(ge=1)] | None = None
     max_tokens: Annotated[Count, Field(ge=1)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[Count, Field(ge=0)] | None = Field(default=None, description="Not OpenAI's; 0 is off.")
+    top_k: Annotated[Count, Field(ge=0, lt=2**31)] | None = Field(default=None, description="Not OpenAI's; 0 is off.")
     min_p: Annotated[Number, Field(ge=0, lt=1)] | None = Field(default=None, description="Not OpenAI's; 0 is off.")
     stop: Annotated[Text, Field(min_length=1)] | Annotated[list[Annotated[Text, Field(min_length=1)]],
         Field(max_length=4)] | None = None  # fmt: skip
-    seed: StrictInt | None = None
+    seed: Annotated[Count, Field(ge=-(2**63), lt=2**64)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=1024)
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    user: Text | None = Field(default=None, description="Ignored.")
     steer: SteerRequest | None = None
+    user: Text | None = _ignored()
+    metadata: dict[str, Any] | None = _ignored()
+    store: StrictBool | None = _ignored("Ignored: nothing is stored.")
+    service_tier: Text | None = _ignored()
+    prompt_cache_key: Text | None = _ignored()
+    prompt_cache_retention: Text | None = _ignored()
+    safety_identifier: Text | None = _ignored()
 
 
 class ChatRequest(_Common):
@@ -105,11 +161,13 @@ class ChatRequest(_Common):
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[Count, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: None = Field(default=None, description="Not supported.")
-    tool_choice: Literal["none"] | None = None
-    parallel_tool_calls: StrictBool | None = Field(default=None, description="Ignored: there are no tools.")
-    metadata: dict[str, Any] | None = Field(default=None, description="Ignored.")
-    store: Literal[False] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = _ignored("Text is all there is.")
+    tools: None = _ignored("Not supported.")
+    functions: None = _ignored("Not supported.")
+    tool_choice: Literal["none", "auto"] | None = _ignored("Ignored: there are no tools.")
+    function_call: Literal["none", "auto"] | None = _ignored("Ignored: there are no functions.")
+    parallel_tool_calls: StrictBool | None = _ignored("Ignored: there are no tools.")
+    prediction: dict[str, Any] | None = _ignored("Ignored: it would change how fast the text comes, not the text.")
 
 
 class CompletionRequest(_Common):
@@ -123,20 +181,23 @@ class CompletionRequest(_Common):
     best_of: Literal[1] | None = Field(default=None, description="Use steer.sampler best-of-n.")
 
 
+Name = Annotated[Text, Field(max_length=256)]
+
+
 class RegisterRequest(_Request):
     """Register a file that lies in the configured folder."""
 
-    file: Text
-    name: Text | None = None
+    file: Name
+    name: Name | None = None
 
 
 class RegisterReward(_Request):
     """Give a reward a name: an expression of others, or a reward model's folder in the configured folder."""
 
-    name: Text
-    reward: Text | None = None
-    folder: Text | None = None
-    label: Text | None = None
+    name: Name
+    reward: Annotated[Text, Field(max_length=4096)] | None = None
+    folder: Name | None = None
+    label: Name | None = None
     """Of the model's classes, where it has several: the reward is its log-probability."""
 
 

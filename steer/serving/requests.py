@@ -14,9 +14,22 @@ import torch
 
 from steer import artifacts
 from steer.core import InputError, Prompt, RawText, Reward, Samples, SteerError, check
-from steer.serving.engine import Delta, Ended, Event, Finished, Sampling, Steering, Task, TokenPrompt, TooLargeError
+from steer.serving.artifact_store import digest
+from steer.serving.engine import (
+    Delta,
+    Ended,
+    Event,
+    Finished,
+    NamedEdit,
+    Sampling,
+    Steering,
+    Task,
+    TokenPrompt,
+    TooLargeError,
+)
 
 __all__ = [
+    "AGAIN",
     "Emit",
     "Encoded",
     "Request",
@@ -31,6 +44,7 @@ __all__ = [
     "scored",
     "seed_of",
     "token_ids",
+    "unchanged",
 ]
 
 
@@ -205,16 +219,41 @@ def check_card(path: Path) -> None:
         check(not card.settings.get(name), "artifact", f"a card that names a file ({name})", "a card without")
 
 
+AGAIN = "register it again, or restart the server"
+
+
+@contextmanager
+def unchanged(named: NamedEdit) -> Iterator[None]:
+    """Have an artifact's file read. Raises `InputError` where it is not what was registered, before and after."""
+    _check_unchanged(named)
+    yield
+    _check_unchanged(named)
+
+
+def _check_unchanged(named: NamedEdit) -> None:
+    assert named.path is not None
+    name = named.request.name
+    try:
+        same = digest(named.path) == named.digest
+    except OSError:
+        given = f"{name} (its file is gone)"
+        raise InputError("steer.edits.name", given, f"an artifact whose file is there; {AGAIN}") from None
+    allowed = f"an artifact whose file is the one registered; {AGAIN}"
+    check(same, "steer.edits.name", f"{name} (its file was replaced)", allowed)
+
+
 @contextmanager
 def edit_errors(path: Path, options: Any) -> Iterator[None]:
     """Whatever is wrong with an artifact under a request's `options` becomes an `InputError` of `steer.edits`."""
     try:
         yield
     except SteerError as error:
+        if isinstance(error, InputError) and error.field.startswith("steer."):
+            raise
         given, allowed = (error.given, error.allowed) if isinstance(error, InputError) else (path.stem, str(error))
         where = f"steer.edits.{error.field}" if isinstance(error, InputError) and options else "steer.edits"
         raise InputError(where, given, allowed) from error
-    except (KeyError, ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
+    except Exception as error:  # whatever somebody's file is made to lead to
         why = f"{path.stem} (cannot be used: {type(error).__name__}: {error})"
         raise InputError("steer.edits", why, "an artifact as steer writes it") from error
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from steer.core import InputError, Reward, SteerError, check
 from steer.files import replacing
 from steer.rewards import parse_reward, shipped
-from steer.rewards.kinds import check_reward
+from steer.rewards.algebra import check_reward
 from steer.serving.engine import TooLargeError
 from steer.serving.wire import NAME
 
@@ -91,7 +91,7 @@ class Rewards:
             check_reward(reward, images=False)
         except InputError as error:
             raise InputError(where, error.given, error.allowed) from error
-        except (OSError, ValueError) as error:  # what is too long to be the name of anything
+        except (OSError, ValueError, RecursionError) as error:  # too long to be the name of anything, or too deep
             raise InputError(where, text, "an expression of named rewards") from error
         return reward
 
@@ -192,7 +192,7 @@ class Rewards:
         try:
             facts = json.loads(self._file.read_text(encoding="utf-8"))
             entries = [(str(name), {k: str(v) for k, v in given.items()}) for name, given in facts.items()]
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, OSError, RecursionError) as error:
             self.refused[self._file.name] = str(error)
             return
         for name, given in entries:
@@ -200,7 +200,7 @@ class Rewards:
                 continue
             try:
                 made = self._made(name, given.get("reward"), given.get("folder"), given.get("label"))
-            except SteerError as error:
+            except Exception as error:  # one that is wrong by now keeps no others away
                 self.refused[name] = str(error)
                 continue
             self._named[name] = made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from steer.serving.artifact_store import Store
@@ -22,6 +23,10 @@ class Server:
     tasks: Tasks
     gate: Gate
     metrics: Metrics
+    files: ThreadPoolExecutor
+    """One thread, in which what clients register is read: beside those that prepare requests for text, however many
+    uploads there are.
+    """
     created: int
     names: tuple[str, ...]
     """What requests may call the model; the first is its own."""

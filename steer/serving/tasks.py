@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from steer.core import InputError, Prompt, RawText, Reward, Sampler, check
 from steer.methods.samplers import SAMPLERS
@@ -124,7 +127,7 @@ class Tasks:
         settings: dict[str, Any] = {}
         for key, value in asked.settings.items():
             check(key in allowed, f"steer.settings.{key}", value, f"settings of {name}: {', '.join(allowed) or 'none'}")
-            settings[key] = _lookahead(value) if key == "lookahead" else value
+            settings[key] = _lookahead(value) if key == "lookahead" else _typed(kind, key, value)
         texts = prompts * (1 if kind.shares else n)
         each = sampling.max_tokens * texts
         candidates = asked.candidates
@@ -156,6 +159,19 @@ class Tasks:
 def _check_budget(asked: SteerRequest, most: int) -> None:
     enough = asked.budget is None or asked.budget >= most
     check(enough, "steer.budget", asked.budget, f"at least {most}, what the candidates may take")
+
+
+@cache
+def _reader(kind: type, key: str) -> TypeAdapter[Any]:
+    """What reads a setting of a sampler as its class declares it."""
+    return TypeAdapter(get_type_hints(kind)[key], config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+
+
+def _typed(kind: type, key: str, value: Any) -> Any:
+    try:
+        return _reader(kind, key).validate_python(value)
+    except ValidationError as error:
+        raise InputError(f"steer.settings.{key}", value, str(error.errors()[0]["msg"])) from None
 
 
 def _lookahead(value: Any) -> Lookahead:

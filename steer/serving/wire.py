@@ -8,19 +8,40 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from steer.artifacts import MAX_STRENGTH
 from steer.core import InputError
 
-__all__ = ["NAME", "EditRequest", "SteerRequest", "is_loopback"]
+__all__ = ["NAME", "EditRequest", "SteerRequest", "encodable", "field_of", "is_loopback", "nearest", "wanted"]
 
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Names of artifacts."""
 
-Scalar = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str
+
+def encodable(text: str) -> str:
+    """The text, where it can be written as UTF-8. Raises `ValueError`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("text that can be written as UTF-8, without lone surrogates") from error
+    return text
+
+
+_MOST = 2**31 - 1
+Word = Annotated[str, Field(max_length=1024), AfterValidator(encodable)]
+"""A short text: names, layers, scopes."""
+Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
+Beta = Annotated[float, Field(ge=1e-6, le=1e6)]
+Count = Annotated[int, Field(ge=1, le=_MOST)]
+Scalar = (
+    bool | Annotated[int, Field(ge=-_MOST, le=_MOST)] | Annotated[float, Field(ge=-1e9, le=1e9)] | None
+    | Annotated[str, Field(max_length=256), AfterValidator(encodable)]
+)  # fmt: skip
 
 
 def is_loopback(host: str) -> bool:
@@ -35,24 +56,81 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+_UNIONS = frozenset({"str", "int", "float", "bool", "StrictStr"})
+
+
+def field_of(loc: Sequence[int | str]) -> list[str]:
+    """Where in the body, without the names that pydantic gives to the members of a union."""
+    where = [str(part) for part in loc]
+    where = where[1:] if where and where[0] in ("body", "query", "path") else where
+    return [
+        part for part in where if part.isdecimal() or (part.replace("_", "").isidentifier() and part not in _UNIONS)
+    ]
+
+
+def nearest(errors: Sequence[Any]) -> Any:
+    """Of what is wrong with the first wrong field: the way in which it could have been right that came nearest."""
+    field = field_of(errors[0]["loc"])[:1]
+
+    def nearness(error: Any) -> tuple[bool, int]:
+        return not error["type"].endswith(("_type", "_parsing")), len(field_of(error["loc"]))
+
+    return max((e for e in errors if field_of(e["loc"])[:1] == field), key=nearness)
+
+
+def wanted(error: Any) -> str:
+    """What would have been right."""
+    return (
+        str(error["msg"])
+        .removeprefix("Value error, ")
+        .replace("Input should be None", "allowed: nothing")
+        .replace("Input should be", "allowed:")
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- requests
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+    where: ClassVar[str] = "steer"
+    """What errors call it."""
+
+    @classmethod
+    def parse(cls, given: Any) -> Self:
+        """From plain data or JSON text. Raises `InputError` that names the field."""
+        try:
+            if isinstance(given, str):
+                return cls.model_validate_json(given)
+            return cls.model_validate(given)
+        except ValidationError as error:
+            first = nearest(error.errors())
+            field = ".".join([cls.where, *field_of(first["loc"])])
+            allowed = ", ".join(cls.model_fields) if first["type"] == "extra_forbidden" else first["msg"]
+            raise InputError(field, first.get("input"), allowed) from None
 
 
 class EditRequest(_Strict):
-    """A registered vector, controller or value head, with settings in place of its card's (see `steer.load_edit`)."""
+    """A registered vector, controller or value head, with settings in place of its card's (see `steer.load_edit`).
 
+    Strengths are at most a million either way, beta between a millionth and a million.
+    """
+
+    where: ClassVar[str] = "steer.edits"
     name: str
-    strength: float | None = None
-    layers: str | list[int] | None = None
-    scope: str | None = None
-    operator: str | None = None
-    unit: str | None = None
+    strength: Strength | None = None
+    layers: Word | Annotated[list[Annotated[int, Field(ge=0, lt=100_000)]], Field(max_length=1024)] | None = None
+    scope: Word | None = None
+    operator: Word | None = None
+    unit: Word | None = None
     keep_norm: bool | None = None
-    threshold: float | None = None
-    beta: float | None = None
-    top_k: int | None = None
-    tail: str | None = None
+    threshold: Strength | None = None
+    beta: Beta | None = None
+    top_k: Count | None = None
+    tail: Word | None = None
 
     @field_validator("name")
     @classmethod
@@ -70,34 +148,21 @@ class SteerRequest(_Strict):
     """How one request is to be steered."""
 
     edits: list[EditRequest] = Field(default=[], max_length=64)
-    sampler: str | None = None
+    sampler: Word | None = None
     """By name, of `steer.SAMPLERS`; None draws each choice on its own."""
-    candidates: int | None = Field(default=None, ge=1)
+    candidates: Count | None = None
     """Candidates, particles or rollouts for each choice; not OpenAI's `n`, which counts what comes back."""
     settings: dict[str, Scalar] = Field(default={}, max_length=64)
     """Of the sampler."""
-    reward: str | None = Field(default=None, max_length=4096)
+    reward: Annotated[str, Field(max_length=4096), AfterValidator(encodable)] | None = None
     """An expression of named rewards; it never names a file, a module or a hub's model unless the server allows it."""
-    beta: float = Field(default=1.0, gt=0)
-    budget: int | None = Field(default=None, ge=1)
+    beta: Beta = 1.0
+    budget: Count | None = None
     """Tokens that may be generated in all, of every candidate."""
-    block: int | None = Field(default=None, ge=1)
+    block: Count | None = None
     """Tokens in one step of a sampler that weighs or searches; by default each engine's own choice."""
     kl: bool = True
     """Measure the drift of every choice. For hidden-state edits that takes two more passes over the finished text."""
-
-    @classmethod
-    def parse(cls, given: Any) -> SteerRequest:
-        """From plain data or JSON text. Raises `InputError` that names the field."""
-        try:
-            if isinstance(given, str):
-                return cls.model_validate_json(given)
-            return cls.model_validate(given)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(["steer", *map(str, first["loc"])])
-            allowed = ", ".join(cls.model_fields) if first["type"] == "extra_forbidden" else first["msg"]
-            raise InputError(field, first.get("input"), allowed) from None
 
     @property
     def token_level(self) -> bool:

@@ -7,16 +7,16 @@ over a Gaussian or a mixture whose denoiser is exact.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steer.core import Ability, Context, Cost, Mounted, Process, Prompt, Samples, Site, TransitionEdit, check
-from steer.core.context import Opaque, among, shifted
-from steer.core.rows import accounted
-from steer.sampling.weights import product
+from steer.core import Ability, Context, Cost, Mounted, Process, Prompt, Samples, Site
+from steer.core.context import Opaque, aimed, shifted
+from steer.core.rows import Rows, accounted, beginning
+from steer.sampling.laws import divergence
 
 __all__ = ["TabularProcess", "markov_lm"]
 
@@ -25,29 +25,12 @@ __all__ = ["TabularProcess", "markov_lm"]
 
 
 @dataclass(frozen=True)
-class TabularState:
+class TabularState(Rows):
     """Prefixes `x` `[N, step]`."""
 
+    each = packed = ("x",)
+
     x: Tensor
-    group: Tensor
-    step: int
-    log_prob: Tensor
-    base_log_prob: Tensor
-    aim_log_prob: Tensor
-    kl: Tensor
-    cost: Cost
-    prompts: list[Any] = field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self.group)
-
-    @property
-    def tilt(self) -> Tensor:
-        """Log of the law that weights aim at over the base law `[N]`; infinite where the base alone excludes a row."""
-        return torch.where(self.aim_log_prob == self.base_log_prob, 0.0, self.aim_log_prob - self.base_log_prob)
-
-
-_ROWS = ("x", "group", "log_prob", "base_log_prob", "aim_log_prob", "kl")
 
 
 @dataclass(frozen=True)
@@ -102,13 +85,8 @@ class TabularProcess(Process):
         return state.step >= self.length
 
     def init(self, prompts: Sequence[Prompt], n: int, generator: torch.Generator) -> TabularState:
-        check(n >= 1, "n", n, "1 or more")
-        check(len(prompts) >= 1, "prompts", prompts, "at least one")
-        rows = len(prompts) * n
-        zero = torch.zeros(rows, dtype=torch.float64)
-        group = torch.arange(len(prompts)).repeat_interleave(n)
-        x = torch.zeros(rows, 0, dtype=torch.long)
-        return TabularState(x, group, 0, zero, zero, zero, zero, Cost(), list(prompts))
+        common = beginning(prompts, n)
+        return TabularState(torch.zeros(len(common["group"]), 0, dtype=torch.long), **common)
 
     def view(self, prefix: Tensor) -> TabularContext:
         """What an edit sees of rows `prefix` `[N, step]`."""
@@ -120,20 +98,19 @@ class TabularProcess(Process):
         return self.view(state.x)
 
     def gather(self, state: TabularState, index: Tensor) -> TabularState:
-        return replace(state, **{name: getattr(state, name)[index] for name in _ROWS})
+        return state.take(index)
 
     def stack(self, states: Sequence[TabularState]) -> TabularState:
-        joined: dict[str, Any] = {name: torch.cat([getattr(s, name) for s in states]) for name in _ROWS}
-        return replace(states[0], **joined, cost=sum((s.cost for s in states), Cost()))
+        return TabularState.join(states)
 
     def settle(self, state: TabularState) -> tuple[TabularState, Cost]:
         return replace(state, cost=Cost()), state.cost
 
     def pack(self, state: TabularState) -> dict[str, Tensor]:
-        return {name: getattr(state, name) for name in _ROWS}
+        return state.pack()
 
     def unpack(self, prompts: Sequence[Prompt], step: int, packed: dict[str, Tensor]) -> TabularState:
-        return TabularState(**packed, step=step, cost=Cost(), prompts=list(prompts))
+        return TabularState.unpack(packed, step, prompts)
 
     def identify(self, state: TabularState) -> list[Any]:
         return [tuple(row) for row in state.x.tolist()]
@@ -154,29 +131,11 @@ class TabularProcess(Process):
     def propose(self, state: TabularState, generator: torch.Generator) -> TabularState:
         law, base = self.step_laws(state.x, state.group)
         token = torch.multinomial(law.exp(), 1, generator=generator)
-        kl = torch.where(law.isneginf(), torch.zeros_like(law), law.exp() * (law - base)).sum(-1)
-        return replace(
-            state,
-            x=torch.cat([state.x, token], 1),
-            step=state.step + 1,
-            log_prob=state.log_prob + law.gather(1, token).squeeze(1),
-            base_log_prob=state.base_log_prob + base.gather(1, token).squeeze(1),
-            aim_log_prob=state.aim_log_prob + self._aim(state, base).gather(1, token).squeeze(1),
-            kl=state.kl + kl,
-            cost=state.cost + Cost(model_calls=1, nfe=len(state), generated_tokens=len(state)),
-        )
-
-    def _aim(self, state: TabularState, base: Tensor) -> Tensor:
-        """Log-law of the next step that weights aim at `[N, V]`, not normalised; `base` but under edits with power."""
-        law = base
-        for edit, wanted in self.edits:
-            if not (isinstance(edit, TransitionEdit) and edit.power is not None):
-                continue
-            tuned, w = edit.power
-            other = (self.view(state.x).companion(tuned).base, w)
-            mixed = product((base, 1 - w), other) if law is base else product((law, 1.0), (base, -w), other)
-            law = mixed if wanted is None else torch.where(among(state.group, wanted).unsqueeze(1), mixed, law)
-        return law
+        drawn = law.gather(1, token).squeeze(1)
+        aim = aimed(self.edits, self.view(state.x), state.group, token)
+        after = state.add(drawn, base.gather(1, token).squeeze(1), aim, divergence(law, base))
+        spent = Cost(model_calls=1, nfe=len(state), generated_tokens=len(state))
+        return replace(after, x=torch.cat([state.x, token], 1), step=state.step + 1, cost=state.cost + spent)
 
     def law(self) -> tuple[Tensor, Tensor]:
         """Every sequence `[V^T, T]` in lexicographic order with its exact log-probability `[V^T]` under the edits."""

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from steer.artifacts import Artifact, Card, data_hash
-from steer.core import check
+from steer.core import RawText, check
+from steer.core.errors import check_unicode
+from steer.data import plain_pair
 from steer.progress import ticking
 
 __all__ = ["METHODS", "encode_pairs", "train_vector"]
@@ -92,18 +94,17 @@ def train_vector(
 
 def encode_pairs(model: Any, pairs: Sequence[Mapping[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids of the positive and the negative texts; raises `InputError` for a bad row."""
-    from steer.core import RawText
-
     check(len(pairs) >= 2, "pairs", f"{len(pairs)} rows", "at least 2")
     sides: dict[str, list[list[int]]] = {"positive": [], "negative": []}
-    for i, row in enumerate(pairs):
+    for i, row in enumerate(plain_pair(row, f"pairs[{i}]") for i, row in enumerate(pairs)):
         for side, ids in sides.items():
             text = row.get(side)
             check(isinstance(text, str) and bool(text.strip()), f"pairs[{i}].{side}", text, "text that is not empty")
             assert isinstance(text, str)
-            if row.get("prompt"):
-                chat = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": text}]
-                ids.append(model.encode(chat))
+            check_unicode(f"pairs[{i}].{side}", text)
+            if asked := row.get("prompt"):
+                before = [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
+                ids.append(model.encode([*before, {"role": "assistant", "content": text}]))
             else:
                 ids.append(model.encode(RawText(text)))
     return sides["positive"], sides["negative"]

@@ -38,7 +38,7 @@ def main(kind: str, new: int, name: str, folder: str) -> None:
         print("RESULT " + json.dumps(served(new, name, folder)), flush=True)
         return
     model = vllm.load(name, **{**SETTINGS, **KINDS[kind], "steer": {"tuned": {"polite": folder}}})
-    edits = [None, *(model.edit("polite", w) for w in (2.0, 1.0, 0.5))]
+    edits = [None, *([model.edit("polite", w)] for w in (2.0, 1.0, 0.5))]
     prompts = [RawText(p) for p in (PROMPTS[:2] * 2 if kind == "v2" else PROMPTS)]
     samples = model.generate(prompts, edits=edits, temperature=0, max_new_tokens=new)
     print("RESULT " + json.dumps(samples.tokens), flush=True)

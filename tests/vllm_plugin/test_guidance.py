@@ -131,7 +131,7 @@ def test_every_weight_in_one_batch(paired: Any, reference: Any, towards: Any) ->
 def test_plain_requests_are_those_of_a_plain_engine(paired: Any, engine: Any) -> None:
     """Token for token, drawn with seeds, also beside guided ones."""
     settings: dict[str, Any] = {"temperature": 0.9, "max_new_tokens": 12, "seed": 4, "n": 2}
-    edits = [None, paired.edit("polite", 2.0), None, paired.edit("terse")]
+    edits = [None, [paired.edit("polite", 2.0)], None, [paired.edit("terse")]]
     mixed_in = paired.generate(PROMPTS, edits=edits, **settings)
     alone = engine.generate(PROMPTS, **settings)
     for i, b in enumerate(alone.group.tolist()):
@@ -148,7 +148,8 @@ def test_edits_and_heads_beside_guidance(paired: Any, reference: Any, towards: A
 
     ours = greedy(paired, edits=edits(paired.edit), new=14).tokens
     assert ours == greedy(reference, edits=edits(towards), new=14).tokens
-    without = greedy(paired, edits=[paired.edit("polite", 1.5), paired.edit("terse", 1.5), masked, None], new=14).tokens
+    other = [[paired.edit("polite", 1.5)], [paired.edit("terse", 1.5)], [masked], None]
+    without = greedy(paired, edits=other, new=14).tokens
     assert all(mine != other for mine, other in zip(ours, without, strict=True))
 
 

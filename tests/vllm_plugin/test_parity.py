@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_tools import DEPTH, PROMPTS, WIDTH, controller, directions, greedy, vector
+from vllm_tools import DEPTH, PROMPTS, WIDTH, controller, directions, each, greedy, vector
 
 from steer import Gate, SteeringVector
 from steer.methods.operators import Probe
@@ -14,7 +14,7 @@ from steer.methods.operators import Probe
 
 def agrees(engine: Any, reference: Any, edits: Any, prompts: Any = None, new: int = 20) -> list[list[int]]:
     """The engine's tokens, which must be the reference's; where steered, they must not be the plain ones."""
-    ours, theirs = greedy(engine, prompts, edits, new), greedy(reference, prompts, edits, new)
+    ours, theirs = (greedy(model, prompts, each(edits), new) for model in (engine, reference))
     plain = greedy(reference, prompts, (), new)
     assert ours.tokens == theirs.tokens
     assert (ours.log_prob - theirs.log_prob).abs().max() < 2e-3  # float32, summed over the text

@@ -17,7 +17,7 @@ from steer.adapters.vllm.artifacts import Artifact, pack
 from steer.adapters.vllm.plugin.blocks import BlockSteering, closed_form
 from steer.adapters.vllm.plugin.compiled import Compiled, Row, form, merged, stages_of
 from steer.adapters.vllm.plugin.registry import FrontEnd
-from steer.adapters.vllm.plugin.requests import Inside, block_key, digests
+from steer.adapters.vllm.plugin.requests import Inside
 from steer.adapters.vllm.plugin.slots import Slots
 from steer.adapters.vllm.settings import Settings
 from steer.core import InputError, ModelInfo, Operator, Scope, SteerError, UnsupportedError
@@ -110,11 +110,11 @@ def test_what_the_engine_was_not_armed_for_is_refused(front: FrontEnd) -> None:
 def test_resolved_requests_have_digests_and_absolute_positions(front: FrontEnd) -> None:
     asked = front.parse({"edits": [{"name": "calm", "scope": "reply"}, {"name": "calm", "scope": "prompt"}]})
     resolved = front.resolve(asked, 10)
-    assert [(e["start"], e["stop"]) for e in resolved["hidden"]] == [(9, None), (0, 10)]
-    assert digests(resolved) == {front.names["calm"]} and resolved["rewind"] is None
-    assert len({e["key"] for e in resolved["hidden"]}) == 2
+    assert [(e.start, e.stop) for e in resolved.hidden] == [(9, None), (0, 10)]
+    assert resolved.digests == {front.names["calm"]} and resolved.rewind is None
+    assert len({e.key for e in resolved.hidden}) == 2
     longer = front.resolve(Inside(asked.edits, prompt_length=10), 25)
-    assert longer["hidden"] == resolved["hidden"]  # a continuation counts from its own prompt
+    assert longer.hidden == resolved.hidden  # a continuation counts from its own prompt
 
 
 @pytest.mark.parametrize(
@@ -125,9 +125,9 @@ def test_prompts_that_are_read_run_again_from_where_they_are_steered(
 ) -> None:
     registered(front, "gated", vector(gate=Gate(Probe(direction(9)), 1), scope=scope))
     resolved = front.resolve(front.parse({"edits": [{"name": "gated"}]}), 10)
-    assert (resolved["reads"], resolved["rewind"], resolved["private"]) == (True, rewind, private)
+    assert (resolved.reads, resolved.rewind, resolved.private) == (True, rewind, private)
     known = front.resolve(Inside((EditRequest(name="gated"),), prompt_length=10, weights=((1.0, 1.0),)), 10)
-    assert (known["reads"], known["rewind"]) == (False, None)
+    assert (known.reads, known.rewind) == (False, None)
 
 
 # -------------------------------------------------------------------------------------------------- keys of the cache
@@ -137,7 +137,7 @@ def keys(
     front: FrontEnd, given: Any, length: int, blocks: int = 4, size: int = 4, request: str = "r"
 ) -> list[str | None]:
     resolved = front.resolve(front.parse({"edits": given}), length)
-    return [block_key(resolved, request, i * size, (i + 1) * size) for i in range(blocks)]
+    return [resolved.block_key(request, i * size, (i + 1) * size) for i in range(blocks)]
 
 
 def test_blocks_without_steering_are_shared(front: FrontEnd) -> None:

@@ -20,8 +20,8 @@ from vllm_tools import vector as real_vector
 
 from steer import Gate
 from steer.adapters.vllm.artifacts import pack
-from steer.adapters.vllm.plugin.compiled import rows_of
 from steer.adapters.vllm.plugin.registry import FrontEnd
+from steer.adapters.vllm.plugin.requests import Resolved
 from steer.adapters.vllm.plugin.worker import Worker
 from steer.adapters.vllm.settings import model_info, settings_of
 from steer.core import InputError, SteerError
@@ -75,8 +75,10 @@ class Running:
     at: int = 0
 
     @property
-    def resolved(self) -> dict[str, Any]:
-        return dict(self.params.extra_args["steer"])
+    def resolved(self) -> Resolved:
+        found = Resolved.of(self.params)
+        assert found is not None
+        return found
 
 
 class Simulation:
@@ -108,7 +110,7 @@ class Simulation:
     def request(self, edits: Sequence[tuple[str, str]], prompt: int, length: int, name: str) -> Running:
         given = {"edits": [{"name": edit, "scope": scope} for edit, scope in edits]}
         resolved = self.front.resolve(self.front.parse(given), prompt)
-        return Running(name, length, prompt, SimpleNamespace(extra_args={"steer": resolved}))
+        return Running(name, length, prompt, SimpleNamespace(extra_args={"steer": resolved.pack()}))
 
     def arrive(self) -> None:
         taken = {request.id for request in (*self.waiting, *self.running)} | set(self.finished)
@@ -162,16 +164,16 @@ class Simulation:
         slots = self.worker.slots
         assert slots.used + len(slots._free) == slots.capacity
         for i, (request, count) in enumerate(batch):
-            request.at = request.resolved["rewind"] if i in dropped else request.at + count
+            request.at = request.resolved.rewind if i in dropped else request.at + count
 
     def expected(self, request: Running, at: int) -> Tensor:
         held = self.worker.requests.get(request.id)
         total = torch.zeros(WIDTH)
         if held is None or held.reading:
             return total
-        for entry, weight in zip(request.resolved["hidden"], held.weights, strict=True):
-            if entry["start"] <= at and (entry["stop"] is None or at < entry["stop"]):
-                constants = self.constants[entry["artifact"]]
+        for entry, weight in zip(request.resolved.hidden, held.weights, strict=True):
+            if entry.start <= at and (entry.stop is None or at < entry.stop):
+                constants = self.constants[entry.artifact]
                 total += constants.sum(0) if weight is None else weight @ constants
         return total
 
@@ -199,7 +201,7 @@ def test_the_bound_is_reached_and_not_passed() -> None:
     simulation = Simulation(True, REQUESTS * EACH, 0)
     edits = [[(str(i), "all"), (str((i + 1) % 4), "from:2"), (str((i + 2) % 4), "from:4")] for i in range(4)]
     batch = [(simulation.request(mine, 6, 9, str(i)), 6) for i, mine in enumerate(edits)]
-    assert [rows_of(request.resolved["hidden"]) for request, _ in batch] == [EACH] * 4
+    assert [request.resolved.rows for request, _ in batch] == [EACH] * 4
     simulation.run(batch)
     assert simulation.worker.slots.used == REQUESTS * EACH
     with pytest.raises(InputError, match=r"slots of 16 or more"):
@@ -216,7 +218,7 @@ def test_rows_are_counted_by_what_acts_together() -> None:
 
     def count(*edits: tuple[str, str]) -> int:
         given = {"edits": [{"name": name, "scope": scope} for name, scope in edits]}
-        return rows_of(front.resolve(front.parse(given), 10)["hidden"])
+        return front.resolve(front.parse(given), 10).rows
 
     assert count() == 0
     assert count(("0", "all")) == count(("0", "from:5")) == count(("0", "all"), ("1", "all")) == 1

@@ -9,7 +9,6 @@ import pytest
 import torch
 from vllm_tools import PROMPTS, WIDTH, greedy, guide, vector
 
-from steer.adapters.transformers.law import laws
 from steer.core import InputError
 from steer.methods.value import HeadValue, ValueGuidance, ValueHead
 
@@ -18,7 +17,7 @@ from steer.methods.value import HeadValue, ValueGuidance, ValueHead
 def test_greedy(more: dict[str, Any], engine: Any, reference: Any) -> None:
     """Guided and unguided requests in one batch, some steered as well, some under two heads."""
     one, two = guide(reference.info.unembedding(), **more), guide(reference.info.unembedding(), 1)
-    edits = [one, None, [two, vector(0.2)], [one, two]]
+    edits = [[one], None, [two, vector(0.2)], [one, two]]
     ours, theirs = greedy(engine, edits=edits, new=16), greedy(reference, edits=edits, new=16)
     assert ours.tokens == theirs.tokens
     plain = greedy(reference, new=16).tokens
@@ -44,7 +43,7 @@ def test_the_tilt_acts_after_temperature(engine: Any, reference: Any) -> None:
         state, total = process.init([PROMPTS[b]], 1, torch.Generator()), 0.0
         for token in tokens:
             state = process.read(state)
-            _, law = laws(process, state)
+            _, law = process.laws(state)
             total += float(law[0, token])
             state = taken(state, token)
         assert abs(total - float(samples.log_prob[b])) < 5e-3

@@ -70,6 +70,11 @@ def guide(unembedding: Any = None, seed: int = 0, beta: float | None = 0.02, **m
     return ValueGuidance(HeadValue(head.eval().requires_grad_(False), unembedding), beta=beta, **more)
 
 
+def each(edits: Any) -> list[Any]:
+    """One list of edits (or None) for each prompt, from one entry for each."""
+    return [entry if entry is None or isinstance(entry, list) else [entry] for entry in edits]
+
+
 def greedy(model: Any, prompts: Any = None, edits: Any = (), new: int = 20, **more: Any) -> Any:
     return model.generate(
         PROMPTS if prompts is None else prompts, edits=edits, temperature=0, max_new_tokens=new, **more

@@ -72,7 +72,7 @@ def main(kind: str, new: int) -> None:
     if kind == "v2":
         os.environ.update(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
         interpret_kernels()
-    from vllm_tools import SETTINGS
+    from vllm_tools import SETTINGS, each
 
     from steer.adapters import vllm
 
@@ -80,13 +80,15 @@ def main(kind: str, new: int) -> None:
     if kind == "pipeline":  # on the CPU vLLM 0.32 makes a later rank's buffers only when it compiles
         model.llm.collective_rpc("execute_dummy_batch")
     work = work_of(kind)
-    samples = model.generate([p for p, _ in work], edits=[e for _, e in work], temperature=0, max_new_tokens=new)
+    samples = model.generate([p for p, _ in work], edits=each(e for _, e in work), temperature=0, max_new_tokens=new)
     facts: dict[str, Any] = {"tokens": samples.tokens, "fingerprint": model.info.fingerprint}
     facts["norms"] = model.info.residual_norms().tolist()
     if kind == "compiled":
         facts["refused"], facts["after"] = (
             refused(model),
-            model.generate([p for p, _ in work], edits=[e for _, e in work], temperature=0, max_new_tokens=new).tokens,
+            model.generate(
+                [p for p, _ in work], edits=each(e for _, e in work), temperature=0, max_new_tokens=new
+            ).tokens,
         )
     if kind == "preempted":
         facts["preemptions"] = COUNT[0]

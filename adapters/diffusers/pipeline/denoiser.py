@@ -100,9 +100,11 @@ class PipelineDenoiser:
         if self.layout is None and self.negative_prompt is not None:
             arguments["negative_prompt"] = [self.negative_prompt] * len(rows["prompt"])
         if self.layout is not None:
-            # They went into the embeddings, and a call that has both is refused.
+            # They went into the embeddings, and a call that has both is refused: a default of "" counts for PixArt.
             for name in [n for n in arguments if "prompt_" in n and n[-1].isdigit()]:
                 del arguments[name]
+            if "negative_prompt" in parameters(self.pipeline.__call__):
+                arguments["negative_prompt"] = None
         recorder = self._recorder
         recorder.seen.clear()
         with self.session(), torch.no_grad():

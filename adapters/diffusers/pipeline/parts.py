@@ -58,6 +58,10 @@ def check_options(pipeline: Any, taken: dict[str, inspect.Parameter], options: d
         if name in _WHOLE_LOOP and name in taken:
             raise UnsupportedError(f"{name} of {type(pipeline).__name__} acts on a whole loop of its own")
         check(name in free, "setting", name, f"settings of process, or of the pipeline's call: {', '.join(free)}")
+        if name.startswith("ip_adapter_image") and options[name] is not None:
+            held = [getattr(network_of(pipeline), part, None) for part in ("encoder_hid_proj", "image_proj")]
+            allowed = "unset: the pipeline has no IP-Adapter (its load_ip_adapter loads one)"
+            check(any(part is not None for part in held), name, type(options[name]).__name__, allowed)
 
 
 def check_guidance(pipeline: Any, taken: dict[str, inspect.Parameter], scale: Any, negative: Any) -> None:

@@ -5,6 +5,7 @@ Letters: `B` prompts, `N` rows.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +90,9 @@ class Encoding:
         """What `encode_prompt` is called with."""
         taken, scale = parameters(self.pipeline.encode_prompt), self._scale()
         given: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in taken}
+        # The call's own defaults go on to its encoder, whose may differ (Wan's length, Sana's instruction).
+        called = {name: p.default for name, p in parameters(self.pipeline.__call__).items() if name in taken}
+        given |= {name: value for name, value in called.items() if value not in (None, "", inspect.Parameter.empty)}
         for name, value in self.options.items():
             if name in taken:
                 given[name] = [value] * len(texts) if "prompt_" in name and isinstance(value, str) else value
@@ -100,6 +104,8 @@ class Encoding:
             "negative_prompt": None if negative is None else [negative] * len(texts),
             "lora_scale": self._lora_scale(),
         }
+        if negative is None and "negative_prompt" in taken and taken["negative_prompt"].default == "":
+            del extra["negative_prompt"]  # PixArt and its kin encode their default, and not None
         return {**given, **{name: value for name, value in extra.items() if name in taken}}
 
     def _scale(self) -> Any:

@@ -71,7 +71,8 @@ def tunable(model: DiffusionModel, chain: dict[str, Any]) -> Tunable:
     """The model's network, as it runs in samples and at many noise levels. Raises for settings out of range."""
     network = network_of(model)
     assert isinstance(model.source, NetworkSource)
-    known = int(model.source.scheduler.config.num_train_timesteps)
+    config = model.source.scheduler.config
+    known = int(config.num_train_timesteps) - int(config.get("steps_offset") or 0)
     drawn = model.process(**chain)
     levels = model.process(steps=_LEVELS if known >= 2 * _LEVELS else known, max_batch=0)
     inner = levels.network

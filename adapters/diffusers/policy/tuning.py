@@ -56,6 +56,7 @@ def train_diffusion_policy(
     eta: float = 1.0,
     guidance_scale: float | None = None,
     kind: str | None = None,
+    advantage: str = "leave-one-out",
     clip_range: float = 0.2,
     share: float = 1.0,
     ema: float = 0.0,
@@ -87,6 +88,7 @@ def train_diffusion_policy(
         group_size: samples for each prompt.
         num_steps, eta, guidance_scale, kind: of the chain that samples are drawn by, see `DiffusionModel.process`.
             dpo and seppo tune all noise levels, pg the steps of this chain.
+        advantage: of pg: "leave-one-out", or "grpo", under which the optimum depends on `group_size`.
         clip_range, share: of pg: ratios beyond 1 +- `clip_range` bring no more; share of a chain's steps in an update.
         ema: decay of a moving average of the weights, which is then the policy; 0 is off.
         measured: samples on which the reward is measured before and after; 0 is none.
@@ -106,8 +108,8 @@ def train_diffusion_policy(
         beta=_BETAS[method] if beta is None else beta,
         learning_rate=_RATES[method] * (10 if lora_rank else 1) if learning_rate is None else learning_rate,
         steps=_STEPS[method] if steps is None else steps,
-        rounds=rounds, batch_size=batch_size, group_size=group_size, clip_range=clip_range, share=share, ema=ema,
-        seed=seed,
+        rounds=rounds, batch_size=batch_size, group_size=group_size, advantage=advantage, clip_range=clip_range,
+        share=share, ema=ema, seed=seed,
     )  # fmt: skip
     lora = None if lora_rank == 0 else Lora.create(lora_rank, lora_alpha, lora_targets)
     check_whole("measured", measured, 0)

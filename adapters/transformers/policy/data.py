@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from steer.core import InputError, Prompt, check, check_whole
+from steer.core.errors import check_unicode
+from steer.data import plain_row
 
 if TYPE_CHECKING:
     from steer.adapters.transformers.model import LanguageModel
@@ -174,6 +176,7 @@ def read_rows(model: LanguageModel, data: Sequence[Any], tuning: Tuning) -> list
             rows.append({"prompt_ids": _prompt_ids(model, i, prompt_of(row), tuning.max_new_tokens)})
             continue
         columns = COLUMNS[tuning.method]
+        row = plain_row(row, f"data[{i}]")
         check(isinstance(row, Mapping), f"data[{i}]", row, f"a row with {', '.join(columns)}")
         for column in columns:
             check(column in row, f"data[{i}].{column}", "nothing", f"a row with {', '.join(columns)}")
@@ -182,6 +185,7 @@ def read_rows(model: LanguageModel, data: Sequence[Any], tuning: Tuning) -> list
             text = row[column]
             fits = isinstance(text, str) and bool(text.strip())
             check(fits, f"data[{i}].{column}", text, "text that is not empty")
+            check_unicode(f"data[{i}].{column}", text)
             ids = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
             found[f"{column}_ids"] = ids if ids[-1] == end else [*ids, end]
         if "label" in columns:

@@ -60,7 +60,7 @@ def open_network(base: LanguageModel, folder: Path, *, merge: bool = True, name:
 
     network = copy.deepcopy(base.network) if merge else shared_copy(base.network)
     with quiet():
-        tuned = PeftModel.from_pretrained(network, str(folder), torch_device=str(base.device))
+        tuned = PeftModel.from_pretrained(network, str(folder), torch_device="cpu")
         return LanguageModel(tuned.merge_and_unload() if merge else tuned.get_base_model(), base.tokenizer, name)
 
 

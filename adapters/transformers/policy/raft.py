@@ -60,7 +60,7 @@ def _draws(
         list(online.prompts), n=tuning.group_size, temperature=tuning.temperature,
         max_new_tokens=tuning.max_new_tokens, seed=tuning.seed * 100_003 + number, progress=progress,
     )  # fmt: skip
-    group, tokens = samples.group.tolist(), samples.tokens
+    group, tokens = samples.group.tolist(), samples.tokens or []
     reward = scores(model, online, range(len(online.prompts)), group, tokens).tolist()
     drawn = {"group": group, "tokens": tokens, "reward": reward}
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,4 +108,4 @@ def mean_reward(policy: LanguageModel, base: LanguageModel, online: Online, tuni
         prompts, n=max(1, min(tuning.group_size, 64 // len(prompts))), temperature=tuning.temperature,
         max_new_tokens=tuning.max_new_tokens, seed=tuning.seed * 100_003 + 99_991,
     )  # fmt: skip
-    return round(float(scores(base, online, range(len(prompts)), drawn.group.tolist(), drawn.tokens).mean()), 5)
+    return round(float(scores(base, online, range(len(prompts)), drawn.group.tolist(), drawn.tokens or []).mean()), 5)

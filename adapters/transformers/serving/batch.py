@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from steer.adapters.language.texts import GrowingText, token_text
-from steer.adapters.transformers.law import TextContext
 from steer.adapters.transformers.serving import rowwise
 from steer.adapters.transformers.serving.slots import SlotRows, TrackRows
+from steer.adapters.transformers.state import TextContext
 from steer.adapters.transformers.tracking import Track
 from steer.core import Context, InputError, Process, Samples, SteerError, TransitionEdit, UnsupportedError
+from steer.sampling.laws import divergence
 from steer.serving.engine import Sampling, TokenLogprob
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ class Batch:
         prefix = torch.tensor([[*tokens, *[pad] * (width - len(tokens))] for tokens in written], dtype=torch.long)
         prefix = prefix.to(base.device)
         if isinstance(self._view, TrackRows):
-            return TextContext(width, prefix, base, self._view.track, {})
+            return TextContext(width, prefix, base, self._view.track, {}, torch.nn.LogSoftmax(-1))
         assert self._view.hidden is not None
         return _RowsContext(width, prefix, self._view.hidden[torch.tensor(list(rows), device=base.device)], base)
 
@@ -198,7 +199,7 @@ class Batch:
         at = torch.tensor(rows, device=law.device)
         mine, before = law[at], base[at]
         taken = mine.gather(1, token[at].unsqueeze(1)).squeeze(1).tolist()
-        gaps = torch.where(mine.isneginf(), 0.0, mine.exp() * (mine - before)).sum(-1).tolist()
+        gaps = divergence(mine, before).tolist()
         for i, log_prob, gap in zip(rows, taken, gaps, strict=True):
             self.rows[i].log_prob += log_prob
             self.rows[i].kl += gap

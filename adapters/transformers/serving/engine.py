@@ -29,6 +29,7 @@ class TransformersEngine:
         cache_tokens: room of the running batch: rows times the positions of the longest.
         searches: searches that take turns; further ones wait.
         search_share: of the time, for searches and measurements, while plain requests are there.
+        split_special_tokens: control tokens that messages spell are text (see `TextModel.split_special_tokens`).
     """
 
     def __init__(
@@ -40,11 +41,13 @@ class TransformersEngine:
         cache_tokens: int = 65_536,
         searches: int = 4,
         search_share: float = 0.15,
+        split_special_tokens: bool = True,
     ) -> None:
         for field, value in (("max_rows", max_rows), ("cache_tokens", cache_tokens), ("searches", searches)):
             check_whole(field, value)
         check(0 < search_share < 1, "search_share", search_share, "a share of the time between 0 and 1")
         model.forget_prompts()
+        model.split_special_tokens = split_special_tokens
         model.residual_norms()
         self._model, self._name = model, name or model.name
         self._preparer = Preparer(model, max_rows, cache_tokens)

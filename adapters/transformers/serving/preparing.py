@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.model import check_lengths
@@ -23,7 +22,16 @@ from steer.methods.value import HeadValue, ValueGuidance
 from steer.model import Plan, prepare
 from steer.serving import requests
 from steer.serving.engine import NamedEdit, Steering, Task
-from steer.serving.requests import Request, check_card, check_rows, check_search, edit_errors, seed_of, token_ids
+from steer.serving.requests import (
+    Request,
+    check_card,
+    check_rows,
+    check_search,
+    edit_errors,
+    seed_of,
+    token_ids,
+    unchanged,
+)
 
 if TYPE_CHECKING:
     from steer.adapters.transformers.model import LanguageModel
@@ -49,9 +57,9 @@ class ServedProcess(TextProcess):
         check_lengths(ids, self.decoding.max_new_tokens, self.model.context_length)
         return ids
 
-    def _token(self, state: TextState, generator: torch.Generator, waiting: Tensor | None) -> TextState:
+    def _token(self, state: TextState, generator: torch.Generator) -> TextState:
         self.turn()
-        return super()._token(state, generator, waiting)
+        return super()._token(state, generator)
 
 
 @dataclass(frozen=True)
@@ -110,8 +118,9 @@ class Preparer:
         block = min(steering.block or 8, prepared.sampling.max_tokens)
         prompts = [p for p in prepared.prompts for _ in range(steering.repeats)]
         return prepare(
-            replace(prepared.process, block=block), prompts, edits=edits, sampler=steering.sampler,
-            reward=prepared.reward, beta=steering.beta, seed=prepared.seed, max_rows=self.max_rows, model=self.model,
+            replace(prepared.process, block=block), prompts, edits=[list(edits)] * len(prompts),
+            sampler=steering.sampler, reward=prepared.reward, beta=steering.beta, seed=prepared.seed,
+            max_rows=self.max_rows, model=self.model,
         )  # fmt: skip
 
     # ---- artifacts
@@ -131,7 +140,8 @@ class Preparer:
                 self._edits.move_to_end(key)
                 return self._edits[key]
         assert named.path is not None, "a language model has no edits of its own"
-        made = self._loaded(named.path, asked.strength, asked.options()).with_beta(beta)
+        with unchanged(named):
+            made = self._loaded(named.path, asked.strength, asked.options()).with_beta(beta)
         with self._lock:
             made = self._edits.setdefault(key, made)
             while len(self._edits) > _KEPT_EDITS:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from steer.adapters.transformers import tracking
-from steer.adapters.transformers.hidden import Plan, Rows
+from steer.adapters.transformers.hidden import Plan, Rows, adding
 from steer.adapters.transformers.tracking import Track
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ class _RowPlan:
                 assert vector is not None
                 added = weight.to(vector) * vector
                 sums[entry.layer] = sums[entry.layer] + added if entry.layer in sums else added
-        return {layer: x.to(*self.plan.places[layer]) for layer, x in sums.items()}
+        return sums
 
 
 def _merged(plans: Sequence[_RowPlan | None], rows: int) -> dict[int, Rows]:
@@ -235,13 +235,13 @@ def _merged(plans: Sequence[_RowPlan | None], rows: int) -> dict[int, Rows]:
 
 
 def _layer_step(added: dict[int, Tensor], programs: list[tuple[int, Rows]], rows: int) -> Rows:
-    total: Tensor | None = None
+    add: Rows = torch.clone
     if added:
         nothing = torch.zeros_like(next(iter(added.values())))
-        total = torch.stack([added.get(row, nothing) for row in range(rows)]).unsqueeze(1)
+        add = adding(torch.stack([added.get(row, nothing) for row in range(rows)]).unsqueeze(1))
 
     def apply(hidden: Tensor) -> Tensor:
-        out = hidden.clone() if total is None else hidden + total
+        out = add(hidden)
         for row, step in programs:
             out[row : row + 1] = step(hidden[row : row + 1])
         return out

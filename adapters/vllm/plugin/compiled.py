@@ -1,14 +1,14 @@
 """Compiles the edits that act on a token into one row: a vector to add at every block, and closed forms.
 
 A row stands in a slot of every block's buffers. Rows are made when a step first needs them; where slots run out, the
-row that was not used for longest makes room. `rows_of` says how many rows a request can need at once.
+row that was not used for longest makes room. `Resolved.rows` says how many a request can need at once.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,7 @@ from steer.adapters.vllm.plugin.blocks import SCALARS, VECTORS
 from steer.core import HiddenEdit, ModelInfo, Operator, UnsupportedError
 from steer.methods.operators import Ablate, Add, Clamp, KeepNorm, Rotate, Where
 
-__all__ = ["NEVER", "Compiled", "Form", "Row", "Spans", "form", "merged", "rows_of", "stages_of"]
+__all__ = ["NEVER", "Compiled", "Form", "Row", "Spans", "form", "merged", "stages_of"]
 
 
 NEVER = 1 << 62
@@ -163,10 +163,10 @@ class Spans:
     stops: tuple[int, ...]
 
     @classmethod
-    def of(cls, hidden: Sequence[Mapping[str, Any]]) -> Spans:
-        """Those of resolved edits."""
-        stops = (NEVER if entry["stop"] is None else int(entry["stop"]) for entry in hidden)
-        return cls(tuple(int(entry["start"]) for entry in hidden), tuple(stops))
+    def of(cls, bounds: Iterable[tuple[int, int | None]]) -> Spans:
+        """From where each edit begins and ends; None is the end of the text."""
+        pairs = list(bounds)
+        return cls(tuple(a for a, _ in pairs), tuple(NEVER if b is None else b for _, b in pairs))
 
     @cached_property
     def bounds(self) -> list[int]:
@@ -187,13 +187,3 @@ class Spans:
     def within(self, start: int, count: int) -> range:
         """Segments that positions `start <= position < start + count` touch."""
         return range(self.segment(start), self.segment(start + count - 1) + 1)
-
-
-def rows_of(hidden: Sequence[Mapping[str, Any]]) -> int:
-    """The most rows that a step can need for a request with these resolved edits: the different combinations of edits
-    that act somewhere along the text. A step that reads a prompt, or reads a text again after preemption, can touch
-    every segment of it; equal combinations share a row.
-    """
-    spans = Spans.of(hidden)
-    acting = (spans.acting(segment) for segment in range(len(spans.bounds)))
-    return len({tuple(hidden[i]["key"] for i in edits) for edits in acting if edits})

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.adapters.vllm.plugin.blocks import Host
-from steer.adapters.vllm.plugin.requests import resolved_of
+from steer.adapters.vllm.plugin.requests import Resolved
 from steer.adapters.vllm.plugin.tuned import Adapter, Network, open_tuned
 from steer.core import UnsupportedError
 
@@ -69,11 +69,11 @@ class Mixture:
         known = self._known.get(request_id)
         if known is not None and known[0] is params:
             return known[1]
-        resolved = resolved_of(params)
+        resolved = Resolved.of(params)
         row = self._nothing
-        if resolved is not None and resolved["tuned"]:
+        if resolved is not None and resolved.tuned:
             row = row.copy()
-            for number, weight in resolved["tuned"]:
+            for number, weight in resolved.tuned:
                 row[number] += weight
         self._known[request_id] = params, row
         return row

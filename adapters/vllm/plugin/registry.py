@@ -17,8 +17,8 @@ from functools import lru_cache
 from typing import Any
 
 from steer.adapters.vllm.artifacts import Artifact
-from steer.adapters.vllm.plugin.compiled import Compiled, rows_of, stages_of
-from steer.adapters.vllm.plugin.requests import Inside
+from steer.adapters.vllm.plugin.compiled import Compiled, stages_of
+from steer.adapters.vllm.plugin.requests import Inside, Resolved, ResolvedEdit
 from steer.adapters.vllm.settings import Settings, need
 from steer.core import Edit, HiddenEdit, InputError, ModelInfo, Site, TransitionEdit, UnsupportedError, check
 from steer.methods.value import ValueGuidance
@@ -178,13 +178,13 @@ class FrontEnd:
         need(self.settings, reads=edit.reads, layers=tuple({layer for layer, _ in compiled.operators}))
         return _Mounted(key, digest, json.loads(options), edit, compiled)
 
-    def resolve(self, asked: Inside, length: int) -> dict[str, Any]:
-        """Plain data for the engine, for a prompt of `length` tokens: digests, settings and absolute positions. Raises
-        `InputError` where buffers of a fixed size could overflow.
+    def resolve(self, asked: Inside, length: int) -> Resolved:
+        """What the engine is told, for a prompt of `length` tokens. Raises `InputError` where buffers of a fixed size
+        could overflow.
         """
         prompt = asked.prompt_length or length
-        hidden: list[dict[str, Any]] = []
-        values: list[dict[str, Any]] = []
+        hidden: list[ResolvedEdit] = []
+        values: list[ResolvedEdit] = []
         tuned: list[tuple[int, float]] = []
         reads = False
         for mounted in self._of(asked):
@@ -192,27 +192,30 @@ class FrontEnd:
                 tuned.append((mounted.edit.number, mounted.edit.weight))
                 continue
             self.artifacts.move_to_end(mounted.digest)
-            entry: dict[str, Any] = {"artifact": mounted.digest, "options": mounted.options}
             if not isinstance(mounted.edit, HiddenEdit):
-                values.append(entry)
+                values.append(ResolvedEdit(mounted.digest, mounted.options))
                 continue
-            start, stop = mounted.edit.scope.bounds(prompt)
-            entry |= {"key": mounted.key, "start": start, "stop": None if math.isinf(stop) else int(stop)}
-            if mounted.edit.reads:
-                given = asked.weights[len(hidden)] if asked.weights else None
-                entry["weights"] = None if given is None else list(given)
-                entry["key"] += f"@{prompt}"  # what it decides depends on where the prompt ends
-                reads = reads or given is None
-            hidden.append(entry)
-        need(self.settings, rows=rows_of(hidden))
-        acting = [e["start"] for e in hidden if e["stop"] is None or e["stop"] > e["start"]]
-        first = min(acting, default=None)
+            known = asked.weights[len(hidden)] if asked.weights else None
+            hidden.append(_resolved(mounted, mounted.edit, prompt, known))
+            reads = reads or (known is None and bool(mounted.edit.reads))
+        first = min((e.start for e in hidden if e.stop is None or e.stop > e.start), default=None)
         rewind = first if reads and first is not None and first < prompt else None
-        return {
-            "resolved": True, "hidden": hidden, "values": values, "tuned": tuned, "beta": asked.beta, "prompt": prompt,
-            "reads": reads, "rewind": rewind, "private": rewind is not None and rewind < prompt - 1,
-            "measure": asked.measure, "tag": asked.tag,
-        }  # fmt: skip
+        resolved = Resolved(
+            tuple(hidden), tuple(values), tuple(tuned), asked.beta, prompt, reads, rewind,
+            private=rewind is not None and rewind < prompt - 1, measure=asked.measure, tag=asked.tag,
+        )  # fmt: skip
+        need(self.settings, rows=resolved.rows)
+        return resolved
+
+
+def _resolved(mounted: _Mounted, edit: HiddenEdit, prompt: int, known: tuple[float, ...] | None) -> ResolvedEdit:
+    start, stop = edit.scope.bounds(prompt)
+    # What an edit that reads decides depends on where the prompt ends.
+    key = f"{mounted.key}@{prompt}" if edit.reads else mounted.key
+    weights = tuple(known) if edit.reads and known is not None else None
+    return ResolvedEdit(
+        mounted.digest, mounted.options, key, start, None if math.isinf(stop) else int(stop), weights
+    )  # fmt: skip
 
 
 def _options(edit: EditRequest) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Hashable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -29,32 +29,88 @@ class Inside:
     """Under which the worker keeps what its edits decide, to be asked for it."""
 
 
-def digests(resolved: Mapping[str, Any]) -> set[str]:
-    """Artifacts that a resolved request needs."""
-    return {entry["artifact"] for entry in (*resolved["hidden"], *resolved["values"])}
+@dataclass(frozen=True)
+class ResolvedEdit:
+    """One edit of a request: an artifact by its digest, its settings, and the positions `start <= position < stop`."""
+
+    artifact: str
+    options: dict[str, Any]
+    key: str = ""
+    """What edits that do the same have in common."""
+    start: int = 0
+    stop: int | None = None
+    weights: tuple[float, ...] | None = None
+    """What it decided when it read the prompt, where that is known."""
 
 
-def resolved_of(params: Any) -> dict[str, Any] | None:
-    """What the front end resolved, from a request's sampling parameters; None for requests that are not steered."""
-    extra = getattr(params, "extra_args", None)
-    given = extra.get("steer") if extra else None
-    return given if isinstance(given, dict) and given.get("resolved") is True else None
+@dataclass(frozen=True)
+class Resolved:
+    """A request as the front end resolved it: what the scheduler and the workers go by.
 
-
-def block_key(resolved: Mapping[str, Any], request_id: str, start: int, end: int) -> str | None:
-    """What tells a block of the cache `start <= position < end` from the same tokens under other edits: every edit that
-    acts inside, with the positions where it begins and ends. None where none does; blocks before are in the chain.
+    It travels in the request's sampling parameters as plain data (`pack`), since vLLM sends those between processes.
     """
-    acting = []
-    for entry in resolved["hidden"]:
-        stop = math.inf if entry["stop"] is None else entry["stop"]
-        if entry["start"] < end and stop > start and stop > entry["start"]:
-            low, high = max(entry["start"] - start, 0), min(stop, end) - start
-            acting.append(f"{entry['key']}:{low}-{high}")
-    if not acting:
-        return None
-    # A prompt that is read before it is steered holds, for a while, blocks that are not steered yet.
-    return " ".join([*acting, request_id] if resolved["private"] else acting)
+
+    hidden: tuple[ResolvedEdit, ...] = ()
+    values: tuple[ResolvedEdit, ...] = ()
+    tuned: tuple[tuple[int, float], ...] = ()
+    """Tuned models by number, with their weights."""
+    beta: float = 1.0
+    prompt: int = 0
+    """Length of the prompt that scopes count from."""
+    reads: bool = False
+    """Whether an edit has yet to read the prompt."""
+    rewind: int | None = None
+    """Position from which the prompt runs again once it was read."""
+    private: bool = False
+    """Whether its blocks of the cache are its own: for a while they hold what was there before it was steered."""
+    measure: bool = False
+    tag: str | None = None
+
+    def pack(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"resolved": True, **asdict(self)}
+
+    @classmethod
+    def of(cls, params: Any) -> Resolved | None:
+        """From a request's sampling parameters; None for requests that are not steered."""
+        extra = getattr(params, "extra_args", None)
+        given = extra.get("steer") if extra else None
+        if not isinstance(given, dict) or given.get("resolved") is not True:
+            return None
+        plain = {name: value for name, value in given.items() if name != "resolved"}
+        for name in ("hidden", "values"):
+            plain[name] = tuple(ResolvedEdit(**edit) for edit in given.get(name, ()))
+        return cls(**plain)
+
+    @property
+    def digests(self) -> set[str]:
+        """Artifacts that it needs."""
+        return {edit.artifact for edit in (*self.hidden, *self.values)}
+
+    @property
+    def rows(self) -> int:
+        """The most rows that a step can need for it: the different combinations of edits that act somewhere along the
+        text. A step that reads a prompt, or reads a text again after preemption, can touch every segment of it; equal
+        combinations share a row.
+        """
+        spans = Spans.of((edit.start, edit.stop) for edit in self.hidden)
+        acting = (spans.acting(segment) for segment in range(len(spans.bounds)))
+        return len({tuple(self.hidden[i].key for i in numbers) for numbers in acting if numbers})
+
+    def block_key(self, request_id: str, start: int, end: int) -> str | None:
+        """What tells a block of the cache `start <= position < end` from the same tokens under other edits: every edit
+        that acts inside, with the positions where it begins and ends. None where none does; blocks before are in the
+        chain.
+        """
+        acting = []
+        for edit in self.hidden:
+            stop = math.inf if edit.stop is None else edit.stop
+            if edit.start < end and stop > start and stop > edit.start:
+                low, high = max(edit.start - start, 0), min(stop, end) - start
+                acting.append(f"{edit.key}:{low}-{high}")
+        if not acting:
+            return None
+        return " ".join([*acting, request_id] if self.private else acting)
 
 
 @dataclass(eq=False)

@@ -20,7 +20,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as ProcessorV1
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as ProcessorV2
 
-from steer.adapters.vllm.plugin.requests import resolved_of
+from steer.adapters.vllm.plugin.requests import Resolved
 from steer.adapters.vllm.plugin.worker import Worker, of_config
 from steer.methods.value import HeadValue, QHead, ValueGuidance
 
@@ -65,12 +65,12 @@ class ValueProcessor(ProcessorV1, ProcessorV2):
     # ---- requests
 
     def _asked(self, params: Any, *_: Any) -> _Guided | None:
-        resolved = resolved_of(params)
-        if resolved is None or not resolved["values"]:
+        resolved = Resolved.of(params)
+        if resolved is None or not resolved.values:
             return None
         self._worker = self._worker or of_config(self._config)
         assert self._worker is not None
-        heads = tuple((e["artifact"], self._worker.guidance(e, resolved["beta"])) for e in resolved["values"])
+        heads = tuple((head.artifact, self._worker.guidance(head, resolved.beta)) for head in resolved.values)
         return _Guided(heads, float(params.temperature) or 1.0)
 
     def update_state(self, batch_update: Any) -> None:

@@ -23,7 +23,7 @@ from steer.adapters.vllm.artifacts import Artifact
 from steer.adapters.vllm.plugin.blocks import BlockSteering, Host, Live, eager_hook, graph_hook, measuring_hook
 from steer.adapters.vllm.plugin.compiled import NEVER, Compiled, Row, Spans
 from steer.adapters.vllm.plugin.mixture import Mixture
-from steer.adapters.vllm.plugin.requests import Request, resolved_of
+from steer.adapters.vllm.plugin.requests import Request, Resolved, ResolvedEdit
 from steer.adapters.vllm.plugin.slots import Slots
 from steer.adapters.vllm.settings import Settings, model_info
 from steer.core import HiddenEdit, ModelInfo, SteerError
@@ -141,9 +141,9 @@ class Worker:
 
     # ---- requests
 
-    def guidance(self, entry: Mapping[str, Any], beta: float) -> ValueGuidance:
+    def guidance(self, head: ResolvedEdit, beta: float) -> ValueGuidance:
         """A value head with the settings that a request gave it."""
-        made = self._artifact(entry["artifact"]).edit(self.info, entry["options"], self._slot.device)
+        made = self._artifact(head.artifact).edit(self.info, head.options, self._slot.device)
         assert isinstance(made, ValueGuidance)
         return made.with_beta(beta)
 
@@ -157,22 +157,21 @@ class Worker:
         known = self.requests.get(request_id)
         if known is not None and known.params is params:
             return known
-        resolved = resolved_of(params)
-        if resolved is None or not (resolved["hidden"] or resolved["measure"]):
+        resolved = Resolved.of(params)
+        if resolved is None or not (resolved.hidden or resolved.measure):
             return None
-        entries = resolved["hidden"]
-        given = [entry.get("weights") for entry in entries]
+        edits = resolved.hidden
         made = Request(
             id=request_id,
-            prompt=resolved["prompt"] or prompt,
-            edits=[self._compile(entry) for entry in entries],
-            keys=[entry["key"] for entry in entries],
-            spans=Spans.of(entries),
-            weights=[None if w is None else torch.tensor(w) for w in given],
-            reading=resolved["reads"],
-            first=resolved["rewind"],
-            measure=resolved["measure"],
-            tag=resolved["tag"],
+            prompt=resolved.prompt or prompt,
+            edits=[self._compile(edit) for edit in edits],
+            keys=[edit.key for edit in edits],
+            spans=Spans.of((edit.start, edit.stop) for edit in edits),
+            weights=[None if edit.weights is None else torch.tensor(edit.weights) for edit in edits],
+            reading=resolved.reads,
+            first=resolved.rewind,
+            measure=resolved.measure,
+            tag=resolved.tag,
             params=params,
         )
         if known is not None:  # the same request, come back with a copy of its parameters
@@ -180,10 +179,10 @@ class Worker:
         self.requests[request_id] = made
         return made
 
-    def _compile(self, entry: Mapping[str, Any]) -> Compiled:
-        key = str(entry["key"]).partition("@")[0]
+    def _compile(self, asked: ResolvedEdit) -> Compiled:
+        key = asked.key.partition("@")[0]
         if key not in self._compiled:
-            edit = self._artifact(entry["artifact"]).edit(self.info, entry["options"])
+            edit = self._artifact(asked.artifact).edit(self.info, asked.options)
             assert isinstance(edit, HiddenEdit)
             if len(self._compiled) > 4096:
                 self._compiled.clear()

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from importlib import import_module
 from typing import Any
 
 _MARK = "_steer_wrapped"
 
 
-def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace `owner.name` by `make(owner.name)`, once."""
+def wrap(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+    """Have `owner.name(...)` call `replacement(original, ...)`; a second call changes nothing."""
     original = getattr(owner, name)
     if getattr(original, _MARK, False):
         return
-    wrapped = wraps(original)(make(original))
+
+    @wraps(original)
+    def wrapped(*args: Any, **more: Any) -> Any:
+        return replacement(original, *args, **more)
+
     setattr(wrapped, _MARK, True)
     setattr(owner, name, wrapped)
 
 
 def optional(name: str) -> Any:
-    from importlib import import_module
-
+    """A module, or None where this vLLM has no such module."""
     try:
         return import_module(name)
     except ImportError:
@@ -29,6 +33,7 @@ def optional(name: str) -> Any:
 
 
 def worker_of(runner: Any) -> Any:
+    """The `Worker` of a model runner, None where steering is off; looked up once."""
     from steer.adapters.vllm.plugin.worker import of_config
 
     held = runner.__dict__.get("steer", False)

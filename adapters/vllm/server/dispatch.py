@@ -9,18 +9,14 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from steer.serving.errors import Refused, answer
+from steer.serving.errors import TEXT_ROUTES, Refused, answer
 
 __all__ = ["Dispatch"]
 
 
 _OURS = "/v1/steer/"
-_STEERED = ("/v1/chat/completions", "/v1/completions")
-_OTHERS = (
-    "/v1/chat/completions/batch", "/v1/responses", "/v1/messages", "/invocations", "/inference/v1/generate",
-    "/cohere/v2/chat",
-)  # fmt: skip
-"""Routes that generate too, where a `steer` field would be ignored without a word."""
+_INSIDE = (*TEXT_ROUTES, "/v1/responses", "/v1/messages", "/invocations")
+"""Routes of vLLM that pass `vllm_xargs` on; others would drop it without a word."""
 
 
 class Dispatch:
@@ -40,7 +36,7 @@ class Dispatch:
         app = self.app
         if scope["type"] == "http" and path.startswith(_OURS):
             app = self._at(path)
-        elif scope["type"] == "http" and scope["method"] == "POST" and path in (*_STEERED, *_OTHERS):
+        elif scope["type"] == "http" and scope["method"] == "POST" and not _is_form(scope):
             body, receive = await _read(receive)
             try:
                 if _is_steered(body, path):
@@ -56,6 +52,12 @@ class Dispatch:
             await self.ours()({**scope, "path": path, "root_path": ""}, receive, send)
 
         return at
+
+
+def _is_form(scope: Scope) -> bool:
+    """Whether the body is files and fields, which no route that steers takes."""
+    kind = dict(scope["headers"]).get(b"content-type", b"")
+    return kind.lower().startswith((b"multipart/", b"application/octet-stream"))
 
 
 async def _read(receive: Receive) -> tuple[bytes, Receive]:
@@ -77,7 +79,7 @@ async def _read(receive: Receive) -> tuple[bytes, Receive]:
 
 def _is_steered(body: bytes, path: str) -> bool:
     """Whether the request asks for steering on top. Raises `Refused` where it would be lost."""
-    if b'"steer"' not in body:
+    if b'"steer"' not in body and b"\\u00" not in body:  # letters may be written as their numbers
         return False
     try:
         given: Any = json.loads(body)
@@ -86,11 +88,15 @@ def _is_steered(body: bytes, path: str) -> bool:
     if not isinstance(given, dict):
         return False
     if given.get("steer") is not None:
-        if path not in _STEERED:
-            raise Refused(400, f"steer: got a request for {path}; allowed: {', '.join(_STEERED)}", "steer")
+        if path not in TEXT_ROUTES:
+            raise Refused(400, f"steer: got a request for {path}; allowed: {', '.join(TEXT_ROUTES)}", "steer")
         return True
     inside = given.get("vllm_xargs")
-    if isinstance(inside, dict) and inside.get("steer") is not None and given.get("use_beam_search"):
+    if not isinstance(inside, dict) or inside.get("steer") is None:
+        return False
+    if path not in _INSIDE:
+        raise Refused(400, f"vllm_xargs.steer: got a request for {path}; allowed: {', '.join(_INSIDE)}", "vllm_xargs")
+    if given.get("use_beam_search"):
         allowed = "unset with steering, which beam search would lose"
         raise Refused(400, f"use_beam_search: got {given['use_beam_search']!r}; allowed: {allowed}", "use_beam_search")
     return False

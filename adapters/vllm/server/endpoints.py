@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 from starlette.types import ASGIApp
 
 from steer.adapters.vllm.server.dispatch import Dispatch
-from steer.adapters.vllm.settings import ServerSettings, settings_of
-from steer.core import InputError, SteerError, UnsupportedError, check
+from steer.adapters.vllm.settings import SERVER_PLUGIN, ServerSettings, check_processes, settings_of
+from steer.core import InputError, SteerError, UnsupportedError
 from steer.serving.artifact_store import Store, UnknownArtifactError
 from steer.serving.wire import is_loopback
 
@@ -44,7 +44,7 @@ log = logging.getLogger("vllm.steer")
 class SteerEndpoints:
     """Steer's part of one server; vLLM makes it and calls its two methods (see vLLM's `EndpointPlugin`)."""
 
-    name = "steer_http"
+    name = SERVER_PLUGIN
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
@@ -97,8 +97,8 @@ def _application(client: Any, loop: asyncio.AbstractEventLoop, names: Sequence[s
     rewards = Rewards(settings.allow_reward, settings.artifacts)
     engine = VLLMEngine(client, loop, name=names[0])
     app = create_app(
-        engine, artifacts=settings.artifacts, keys=_keys(args), local=_is_local(args), limits=settings.limits,
-        rewards=rewards, names=names, alone=False,
+        engine, artifacts=settings.artifacts, keys=_keys(args), local=_is_local(args), origins=_origins(args),
+        limits=settings.limits, rewards=rewards, names=names, alone=False,
     )  # fmt: skip
     store = app.state.server.store
     for name, why in {**store.refused, **rewards.refused}.items():
@@ -113,8 +113,7 @@ def _settings(config: Any) -> ServerSettings:
     settings = settings_of(config)
     if settings is None:
         raise UnsupportedError("steering is off: start the engine with --additional-config '{\"steer\": {}}'")
-    servers = config.parallel_config._api_process_count
-    check(servers == 1, "api_server_count", servers, "1 with steer_http: registered names live in one process")
+    check_processes(config)
     given = config.additional_config["steer"].get("server", {})
     return ServerSettings.of(given, settings.artifacts, settings.artifact_bytes)
 
@@ -122,6 +121,12 @@ def _settings(config: Any) -> ServerSettings:
 def _keys(args: Any) -> list[str]:
     """The keys that vLLM checks itself, before requests come here."""
     return [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
+
+
+def _origins(args: Any) -> list[str]:
+    """Web pages that `--allowed-origins` lets in by name. vLLM's default lets all in, which says nothing."""
+    given = list(getattr(args, "allowed_origins", None) or ())
+    return [] if given == ["*"] else given
 
 
 def _is_local(args: Any) -> bool:

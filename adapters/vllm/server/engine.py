@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from steer.adapters.vllm.client import Asynchronous, Stopped
 from steer.adapters.vllm.model import VLLMModel
-from steer.adapters.vllm.server.preparing import Prepared, Preparer
+from steer.adapters.vllm.server.preparing import Prepared, Preparer, hold
 from steer.adapters.vllm.server.writing import measured, search, spent, written
 from steer.core import Cost, InputError, SteerError, check_whole
 from steer.serving.engine import Event, Finished, Load, Task
@@ -42,6 +42,7 @@ class VLLMEngine:
         name: what requests call the model; default: the engine's first name.
         max_rows: texts of one request that decode together; default: those of the engine.
         searches: searches that run at once; further ones wait.
+        split_special_tokens: control tokens that messages spell are text (see `TextModel.split_special_tokens`).
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class VLLMEngine:
         name: str | None = None,
         max_rows: int | None = None,
         searches: int = 4,
+        split_special_tokens: bool = True,
     ) -> None:
         rows = int(client.vllm_config.scheduler_config.max_num_seqs) if max_rows is None else max_rows
         for field, value in (("max_rows", rows), ("searches", searches)):
@@ -61,6 +63,7 @@ class VLLMEngine:
         self._name = name or str(given if isinstance(given, str) else given[0])
         self.model = VLLMModel(self._client, self._name)
         self.model.forget_prompts()
+        self.model.split_special_tokens = split_special_tokens
         self._preparer = Preparer(self.model, rows)
         self._searches = ThreadPoolExecutor(searches, "steer-search")
         self._measures = ThreadPoolExecutor(2, "steer-measure")
@@ -176,7 +179,7 @@ class VLLMEngine:
     async def _holding(self, files: Mapping[str, Path]) -> AsyncIterator[None]:
         """Keep artifacts registered meanwhile; those that are gone are registered again, which takes a thread."""
         if not self.model.hold_now(files):
-            held = asyncio.get_running_loop().run_in_executor(None, self.model.hold, files)
+            held = asyncio.get_running_loop().run_in_executor(None, hold, self.model, files)
             try:
                 await asyncio.shield(held)
             except asyncio.CancelledError:

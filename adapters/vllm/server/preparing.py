@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,14 +12,25 @@ from steer.adapters.language.model import check_lengths
 from steer.adapters.vllm.model import VLLMModel
 from steer.adapters.vllm.plugin.requests import Inside
 from steer.adapters.vllm.process import Named, VLLMProcess, VLLMState
-from steer.core import Prompt, Reward, Samples, check
+from steer.core import InputError, Prompt, Reward, Samples, check
 from steer.model import Plan, prepare
 from steer.serving import requests
 from steer.serving.engine import NamedEdit, Sampling, Steering, Task
-from steer.serving.requests import Request, check_card, check_rows, check_search, edit_errors, seed_of, token_ids
+from steer.serving.requests import (
+    AGAIN,
+    Request,
+    check_card,
+    check_rows,
+    check_search,
+    edit_errors,
+    seed_of,
+    token_ids,
+)
 
-__all__ = ["Prepared", "Preparer", "ServedProcess"]
+__all__ = ["Prepared", "Preparer", "ServedProcess", "hold"]
 
+
+_PREFIX = "sha256-"
 
 Drift = Literal["nothing", "estimate"]
 """How far texts drift from the unsteered model: not at all, or as `log q - log p` of each text tells."""
@@ -99,8 +110,9 @@ class Preparer:
         steering = prepared.steering
         prompts = [p for p in prepared.prompts for _ in range(steering.repeats)]
         return prepare(
-            prepared.process, prompts, edits=list(prepared.edits), sampler=steering.sampler, reward=prepared.reward,
-            beta=steering.beta, seed=seed_of(prepared.sampling), max_rows=self.max_rows, model=self.model,
+            prepared.process, prompts, edits=[list(prepared.edits)] * len(prompts), sampler=steering.sampler,
+            reward=prepared.reward, beta=steering.beta, seed=seed_of(prepared.sampling), max_rows=self.max_rows,
+            model=self.model,
         )  # fmt: skip
 
     def _check_logprobs(self, sampling: Sampling) -> None:
@@ -140,7 +152,7 @@ class Preparer:
             return self.model.edit(name, request.strength, **request.options()), True
         with edit_errors(named.path, request.options()):
             files = {name: named.path}
-            self.model.hold(files)
+            hold(self.model, files)
             try:
                 card = self.model.card(name)
                 options = request.options()
@@ -161,7 +173,21 @@ def _block(steering: Steering, tokens: int) -> int:
 
 def name_of(named: NamedEdit) -> str:
     """What the engine knows an artifact by: its content, so that a name that changes hands is no matter."""
-    return named.request.name if named.path is None else f"sha256-{named.digest[:32]}"
+    return named.request.name if named.path is None else f"{_PREFIX}{named.digest[:32]}"
+
+
+def hold(model: VLLMModel, files: Mapping[str, Path]) -> None:
+    """Have artifacts registered, and kept until `release`. Raises `InputError` where a file is not what it was."""
+    for name, path in files.items():
+        there = name in model.registered or path.is_file()
+        check(there, "steer.edits.name", f"{path.stem} (its file is gone)", f"an artifact whose file is there; {AGAIN}")
+    model.hold(files)
+    for name, path in files.items():
+        if f"{_PREFIX}{model.registered[name]}" != name:
+            model.release(files)
+            model.unregister(name)
+            given = f"{path.stem} (its file was replaced)"
+            raise InputError("steer.edits.name", given, f"an artifact whose file is the one registered; {AGAIN}")
 
 
 def extra_args(edits: Sequence[Named]) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -18,6 +18,7 @@ from steer.serving.answers import Answer, Chat, Completion
 from steer.serving.engine import Delta, Finished, Started, Task
 from steer.serving.errors import Refused
 from steer.serving.gate import Gone, while_wanted
+from steer.serving.guard import json_body
 from steer.serving.protocol import ChatAnswer, ChatRequest, CompletionAnswer, CompletionRequest, ErrorAnswer
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     403: {"model": ErrorAnswer, "description": "A server without a key was asked from elsewhere."},
     404: {"model": ErrorAnswer, "description": "No such model."},
     413: {"model": ErrorAnswer, "description": "The body is too large, or asks for too much."},
+    415: {"model": ErrorAnswer, "description": "The body does not say that it is JSON."},
     429: {"model": ErrorAnswer, "description": "Too many requests; `Retry-After` says when to try again."},
     500: {"model": ErrorAnswer, "description": "The server's mistake."},
     503: {"model": ErrorAnswer, "description": "The server is shutting down."},
@@ -49,7 +51,7 @@ _STREAM = {
 
 def router(server: Server) -> APIRouter:
     """The routes of one server."""
-    routes = APIRouter(tags=["openai"])
+    routes = APIRouter(tags=["openai"], dependencies=[Depends(json_body)])
     answers: dict[int | str, dict[str, Any]] = {**_ERRORS, 200: {"content": _STREAM}}
 
     @routes.post("/v1/chat/completions", response_model=ChatAnswer, responses=answers)

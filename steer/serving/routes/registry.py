@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from steer.core import InputError
+from steer.core import InputError, SteerError
 from steer.serving.artifact_store import Entry, UnknownArtifactError, check_name
 from steer.serving.errors import Refused
+from steer.serving.gate import Gone, while_wanted
+from steer.serving.guard import json_body
 from steer.serving.protocol import (
     Artifact,
     ArtifactList,
@@ -32,6 +37,9 @@ if TYPE_CHECKING:
 __all__ = ["router"]
 
 
+T = TypeVar("T")
+
+
 _DENIED: dict[int | str, dict[str, Any]] = {
     401: {"model": ErrorAnswer, "description": "The API key is wrong or missing."},
     403: {"model": ErrorAnswer, "description": "A server without a key was asked from elsewhere."},
@@ -41,7 +49,7 @@ _MISSING: dict[int | str, dict[str, Any]] = {404: {"model": ErrorAnswer, "descri
 _REFUSED: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "No artifact of this model, no reward, or a name that cannot be."},
     413: {"model": ErrorAnswer, "description": "The file is too large, or there is no room for another."},
-    415: {"model": ErrorAnswer, "description": "Neither JSON, multipart nor bytes."},
+    415: {"model": ErrorAnswer, "description": "The content type is not one of these."},
     429: {"model": ErrorAnswer, "description": "Too many requests."},
     503: {"model": ErrorAnswer, "description": "The server is shutting down."},
 }
@@ -81,6 +89,8 @@ def router(server: Server) -> APIRouter:
         since = server.gate.enter()
         try:
             return _shown(await _registered(server, request))
+        except (Gone, ClientDisconnect):
+            raise Refused(499, "the client has left") from None
         finally:
             server.gate.leave(since)
 
@@ -96,7 +106,7 @@ def router(server: Server) -> APIRouter:
     async def delete(name: str) -> Deleted:
         """Forget an artifact; the file of one that was sent is deleted. Requests that use it run to their end."""
         try:
-            await asyncio.to_thread(store.remove, name)
+            await _in_turn(server, store.remove, name)
         except UnknownArtifactError as error:
             raise Refused(404, str(error), "name", "artifact_not_found") from None
         return Deleted(id=name)
@@ -114,12 +124,15 @@ def _add_rewards(routes: APIRouter, server: Server) -> None:
         own = {entry.name for entry in known.registered() if not entry.fixed}
         return RewardList(data=[Reward(id=n, usage=u, fixed=n not in own) for n, u in known.usages().items()])
 
-    @routes.post("/rewards", response_model=Reward, status_code=201, responses={**_DENIED, **_REFUSED})
+    @routes.post(
+        "/rewards", response_model=Reward, status_code=201, responses={**_DENIED, **_REFUSED},
+        dependencies=[Depends(json_body)],
+    )  # fmt: skip
     async def register_reward(body: RegisterReward) -> Reward:
         """Give a reward a name: an expression of others, or a reward model in the folder of artifacts."""
         since = server.gate.enter()
         try:
-            entry = await asyncio.to_thread(known.add, body.name, body.reward, body.folder, body.label)
+            entry = await _in_turn(server, known.add, body.name, body.reward, body.folder, body.label)
         finally:
             server.gate.leave(since)
         return Reward(id=entry.name, usage=entry.usage, fixed=False)
@@ -130,7 +143,7 @@ def _add_rewards(routes: APIRouter, server: Server) -> None:
     async def delete_reward(name: str) -> Deleted:
         """Forget a registered reward. Requests that use it run to their end."""
         try:
-            await asyncio.to_thread(known.remove, name)
+            await _in_turn(server, known.remove, name)
         except UnknownRewardError as error:
             raise Refused(404, str(error), "name", "reward_not_found") from None
         return Deleted(id=name, object="steer.reward")
@@ -153,7 +166,7 @@ async def _registered(server: Server, request: Request) -> Entry:
     if kind == "application/octet-stream":
         name = request.query_params.get("name", "")
         check_name(name)
-        return await _stored(server, name, request.stream())
+        return await _stored(server, request, name, request.stream())
     raise HTTPException(415, "Content-Type: application/json, multipart/form-data or application/octet-stream")
 
 
@@ -164,7 +177,7 @@ async def _named(server: Server, request: Request) -> Entry:
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(".".join(map(str, first["loc"])) or "body", first.get("input"), first["msg"]) from None
-    return await asyncio.to_thread(server.store.adopt, asked.file, asked.name)
+    return await _in_turn(server, server.store.adopt, asked.file, asked.name)
 
 
 async def _sent_form(server: Server, request: Request) -> Entry:
@@ -180,7 +193,7 @@ async def _sent_form(server: Server, request: Request) -> Entry:
             raise InputError("file", None, "the artifact's file")
         name = name if isinstance(name, str) and name else Path(file.filename or "").stem
         check_name(name)
-        return await _stored(server, name, _pieces(file))
+        return await _stored(server, request, name, _pieces(file))
     finally:
         await form.close()
 
@@ -190,13 +203,28 @@ async def _pieces(file: UploadFile) -> Any:
         yield piece
 
 
-async def _stored(server: Server, name: str, pieces: Any) -> Entry:
-    """Write what comes beside the registered files, and register it once it is complete."""
-    path = server.store.incoming()
+async def _stored(server: Server, request: Request, name: str, pieces: Any) -> Entry:
+    """Write what comes beside the registered files, and register it once it is complete and while its client waits."""
+    path, waiting = server.store.incoming(), True
+    try:
+        await _write(path, pieces)
+        adding = _in_turn(server, server.store.add, name, path, lambda: waiting)
+        return await while_wanted(adding, request.receive)
+    finally:
+        waiting = False
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+async def _write(path: Path, pieces: Any) -> None:
     try:
         with path.open("wb") as out:
             async for piece in pieces:
                 await asyncio.to_thread(out.write, piece)
-        return await asyncio.to_thread(server.store.add, name, path)
-    finally:
-        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise SteerError(f"the folder of artifacts cannot be written ({error.strerror or error})") from error
+
+
+async def _in_turn(server: Server, work: Callable[..., T], *given: Any) -> T:
+    """Work in the thread for files; where its turn has not come when nobody waits any more, it is not done."""
+    return await asyncio.get_running_loop().run_in_executor(server.files, work, *given)

@@ -16,6 +16,7 @@ from steer.core import Prompt, check, check_whole
 from steer.diffusion import DiffusionProcess
 
 METHODS = ("dpo", "seppo", "pg")
+ADVANTAGES = ("leave-one-out", "grpo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,9 @@ class PolicySettings:
     0 is off.
     """
     learning_rate: float
-    """Of AdamW without weight decay; constant. The norm of a gradient is cut to 1."""
+    """Of AdamW without weight decay; constant. The norm of a gradient is cut to 1; for pg, whose gradients are skewed
+    where groups are small, to ten times the median of its last updates.
+    """
     steps: int
     """Updates; for pg those of every round."""
     rounds: int = 1
@@ -37,6 +40,11 @@ class PolicySettings:
     """Pairs of an update; for pg prompts of a round."""
     group_size: int = 8
     """Samples for each prompt."""
+    advantage: str = "leave-one-out"
+    """pg: what a sample's reward is compared with. "leave-one-out": the mean of the other samples of its group, in
+    units that do not depend on the sample, so that the optimum is that of `E[r] - beta KL` at every group size; "grpo":
+    mean and standard deviation of the whole group, the sample included.
+    """
     clip_range: float = 0.2
     """pg: ratios beyond 1 +- this bring no more (PPO)."""
     share: float = 1.0
@@ -47,6 +55,7 @@ class PolicySettings:
 
     def __post_init__(self) -> None:
         check(self.method in METHODS, "method", self.method, ", ".join(METHODS))
+        check(self.advantage in ADVANTAGES, "advantage", self.advantage, ", ".join(ADVANTAGES))
         zero = self.method == "pg"
         number = isinstance(self.beta, int | float) and not isinstance(self.beta, bool) and math.isfinite(self.beta)
         fits = number and (self.beta >= 0 if zero else self.beta > 0)
@@ -66,7 +75,7 @@ class PolicySettings:
 
     def recipe(self) -> dict[str, Any]:
         """The entries that matter for this method."""
-        online = ("rounds", "clip_range", "share")
+        online = ("rounds", "clip_range", "share", "advantage")
         return {k: v for k, v in asdict(self).items() if self.method == "pg" or k not in online}
 
 

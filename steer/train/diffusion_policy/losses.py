@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steer.diffusion import DiffusionProcess
+
+MEMORY = 0.9
+"""How much less each earlier round counts in the scale of rewards than the one after it."""
 
 
 def dpo_loss(winner: Tensor, loser: Tensor, winner_ref: Tensor, loser_ref: Tensor, beta: float) -> Tensor:
@@ -25,25 +29,69 @@ def seppo_loss(winner: Tensor, loser: Tensor, winner_ref: Tensor, loser_ref: Ten
     return -nn.functional.logsigmoid(-0.5 * beta * ((winner - winner_ref) - sign * (loser - loser_ref)))
 
 
-def advantages(gain: Tensor, reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """What a row brings beyond the mean of its group, and the scale of its group `[N]`.
+def leave_one_out(gain: Tensor, group: Tensor) -> Tensor:
+    """How far each row's gain `[..., N]` lies above the mean of the *other* rows of its group `[N]`.
 
-    Both are for one division: by the standard deviation of the group's rewards (GRPO), 1 where they are all the same.
-    A KL term that is divided by the same scale leaves every prompt's optimum where it was.
+    A row's own gain is no part of what it is compared with, so that the expected gradient is that of the mean gain
+    whatever the size of the group; the mean of all n rows would shrink it to (n - 1) / n.
+    """
+    size = _size(group).to(gain)
+    return (gain - _means(gain, group)) * (size / (size - 1).clamp_min(1))
+
+
+def spreads(reward: Tensor, group: Tensor, earlier: Sequence[float] = ()) -> tuple[Tensor, float]:
+    """What each row's gain and KL are divided by `[N]`, and the standard deviation of this round inside its groups.
+
+    The divisor is the standard deviation inside groups, pooled over earlier rounds, whose figures `earlier` holds (the
+    last one counts most), and over all rows of this one but the row itself. It never depends on the row that it divides
+    and has no say in where the gradient is zero: with the deviation s of the row's own group, `E[1 / s] > 1 / E[s]`
+    makes the KL count for more than was asked. 1 where nothing tells a scale.
+
+    Args:
+        reward: `[N]`.
+        group: `[N]`.
+    """
+    size = _size(group).double()
+    square = (reward.double() - _means(reward.double(), group)).square()
+    degrees = len(reward) - len(group.unique())
+    spread = float((square.sum() / max(1, degrees)).sqrt())
+    weights = [MEMORY**age for age in range(len(earlier), 0, -1)]
+    before = degrees * sum(w * std * std for w, std in zip(weights, earlier, strict=True))
+    known = degrees * (1 + sum(weights)) - 1
+    if known < 0.5:
+        return torch.ones_like(reward), spread
+    # Without a row, the squares of its group add up to n / (n - 1) of the row's square less.
+    rest = square.sum() - square * size / (size - 1).clamp_min(1)
+    found = ((rest.clamp_min(0) + before) / known).sqrt()
+    return torch.where(found > 1e-8, found, 1.0).to(reward), spread
+
+
+def advantages(gain: Tensor, reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """GRPO's own form (Shao et al. 2024): what a row brings beyond the mean of its group, and the scale of its group
+    `[N]`, both for one division by the standard deviation of the group's rewards; 1 where they are all the same.
+
+    Mean and deviation hold the row itself. With rewards that are normal in a group of n the KL then counts for
+    n / (n - 2) of `beta`: 4/3 in groups of 8, without bound in groups of 2.
 
     Args:
         gain: `[..., N]`, what is compared: the reward, less what the KL of later steps costs.
         reward: `[N]`.
         group: `[N]`.
     """
-    excess, scale = torch.empty_like(gain), torch.ones_like(reward)
-    for g in group.unique():
-        rows = group == g
-        excess[..., rows] = gain[..., rows] - gain[..., rows].mean(-1, keepdim=True)
-        spread = reward[rows].std(correction=0)
-        if spread > 1e-8:
-            scale[rows] = spread
-    return excess / scale, scale
+    scale = _means((reward - _means(reward, group)).square(), group).sqrt()
+    scale = torch.where(scale > 1e-8, scale, 1.0)
+    return (gain - _means(gain, group)) / scale, scale
+
+
+def _size(group: Tensor) -> Tensor:
+    """How many rows there are of each row's group `[N]`."""
+    return group.bincount()[group]
+
+
+def _means(x: Tensor, group: Tensor) -> Tensor:
+    """For each row the mean of its group's `x` `[..., N]`."""
+    sums = x.new_zeros(*x.shape[:-1], int(group.max()) + 1).index_add_(-1, group, x)
+    return sums[..., group] / _size(group).to(x)
 
 
 def clipped_objective(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:

@@ -9,7 +9,7 @@ from steer.core import Prompt, Reward
 from steer.diffusion.schedule import DETERMINISTIC
 from steer.seeds import mixed, whole_batch
 from steer.train.diffusion_policy.inputs import PolicySettings, Tunable
-from steer.train.diffusion_policy.losses import advantages, clipped_objective, step_kl
+from steer.train.diffusion_policy.losses import advantages, clipped_objective, leave_one_out, spreads, step_kl
 from steer.train.diffusion_policy.samples import Rollout, roll_out
 
 
@@ -30,6 +30,12 @@ class Online:
         self.round = -1
         self.rollout: Rollout | None = None
         self.advantage = self.scale = torch.zeros(0)
+        self.spreads: list[float] = []
+        """Standard deviation of the rewards inside groups, a figure for each round that was drawn."""
+
+    def resume(self, history: dict[str, list[float]]) -> None:
+        """Take up what earlier rounds of this run have seen, a figure for each update."""
+        self.spreads = history.get("spread", [])[:: self.settings.steps]
 
     def batch(self, number: int) -> list[Prompt]:
         """The prompts of a round."""
@@ -43,7 +49,13 @@ class Online:
         found = roll_out(self.policy.chain, base, prompts, n, self.reward, mixed(settings.seed, "round", number))
         # A step is answerable for the reward and for the KL of the steps that follow it; its own has a gradient.
         later = found.kl.sum(0) - found.kl.cumsum(0)
-        self.advantage, self.scale = advantages(found.reward - settings.beta * later, found.reward, found.group)
+        gain = found.reward - settings.beta * later
+        scale, spread = spreads(found.reward, found.group, self.spreads)
+        if settings.advantage == "grpo":
+            self.advantage, self.scale = advantages(gain, found.reward, found.group)
+        else:
+            self.advantage, self.scale = leave_one_out(gain, found.group) / scale, scale
+        self.spreads.append(spread)
         self.round, self.rollout = number, found
         return found
 
@@ -68,6 +80,7 @@ class Online:
             "reward": float(found.reward.mean()),
             "kl": float(found.kl.sum(0).mean()),
             "clipped": clipped / (rows * len(chosen)),
+            "spread": self.spreads[-1],
         }
 
     def _chosen(self, step: int) -> tuple[list[int], float]:

@@ -8,7 +8,8 @@ No engine is needed: a `Tunable` is a torch module and the chains that run it.
   learnt from, in place of unlearnt, where that state predicts the first image better than the policy does.
 - pg: the stochastic chain is a Markov decision process (DDPO, Black et al. 2023; for flows Flow-GRPO, Liu et al. 2025).
   Its objective is `E[r] - beta KL(policy || base)` over chains, whose optimum has `p(x) exp(r(x) / beta)` as its law of
-  finished rows, up to what the last steps without noise add.
+  finished rows, up to what the last steps without noise add. So it is at every group size with the default advantage
+  (`losses.leave_one_out`, Kool et al. 2019; its scale in `losses.spreads`); GRPO's own form is `advantage="grpo"`.
 
 The ratio of the densities of a step is that of all its dimensions together: log-densities are *summed*. The released
 codes of DDPO and Flow-GRPO take their mean, which shrinks ratio, clipping range and KL by the number of dimensions;
@@ -20,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -82,6 +84,7 @@ def tune(
     if settings.method == "pg":
         assert reward is not None
         tuner = Online(policy, base, settings, list(prompts), reward, rows)
+        tuner.resume(state.history)
     else:
         tuner = Offline(policy, earlier if settings.method == "seppo" else base, settings, list(pairs), state, rows)
     policy.module.eval()
@@ -102,11 +105,21 @@ def _update(tuner: Online | Offline, state: State) -> dict[str, float]:
     """One step of the optimizer. Raises `SteerError` for a loss that is not finite, before any weight changes."""
     state.optimizer.zero_grad(set_to_none=True)
     seen = tuner.backward(state.step)
-    norm = nn.utils.clip_grad_norm_(state.weights.values(), 1.0)
+    norm = nn.utils.clip_grad_norm_(state.weights.values(), _limit(state))
     if not (math.isfinite(seen["loss"]) and bool(norm.isfinite())):
         raise SteerError(f"train policy: the loss at update {state.step} is not finite; lower learning_rate")
     state.optimizer.step()
-    return seen
+    return seen | ({"norm": float(norm)} if state.settings.method == "pg" else {})
+
+
+def _limit(state: State) -> float:
+    """Where the norm of a gradient is cut. A bound that pg's gradients meet often would move its optimum: they are
+    skewed, and what is cut away lies on one side.
+    """
+    if state.settings.method != "pg":
+        return 1.0
+    seen = [norm for norm in state.history.get("norm", [])[-100:] if norm > 0]
+    return 10 * median(seen) if seen else math.inf
 
 
 def _check_fit(
