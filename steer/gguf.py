@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.artifacts import check_file, check_finite
 from steer.core import InputError, check
-from steer.files import replacing
+from steer.files import check_file, check_finite, replacing
 from steer.headers import check_gguf
 
 log = logging.getLogger("steer")

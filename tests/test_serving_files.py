@@ -96,8 +96,10 @@ def test_one_wrong_card_poisons_nobody(engine: TransformersEngine, tmp_path: Pat
 
 def test_a_card_as_steer_writes_it_is_taken(tmp_path: Path) -> None:
     """What is checked is what is written: every setting of every kind, and entries that are for people."""
-    settings = {"layers": "0-1", "scope": "reply", "operator": "add", "unit": "norm", "keep_norm": False,
-                "strength": 2, "threshold": 0.5, "beta": None, "top_k": 20, "tail": "mean", "note": {"by": ["me", 1, None]}}  # fmt: skip
+    settings = {
+        "layers": "0-1", "scope": "reply", "operator": "add", "unit": "norm", "keep_norm": False, "strength": 2,
+        "threshold": 0.5, "beta": None, "top_k": 20, "tail": "mean", "note": {"by": ["me", 1, None]},
+    }  # fmt: skip
     given = Card(
         "vector", {"width": 32, "name": "Größe", "num_layers": 2}, [0, 1], settings, {"inputs": [1]}, {}, {"x": 1}
     )

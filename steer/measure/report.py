@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.artifacts import Artifact
 from steer.core import Edit, Reward, Samples, check
-from steer.edits import as_edit
+from steer.edits import Artifact, as_edit
 from steer.files import as_json, write_text
 from steer.measure.tables import aligned
 from steer.methods.prompt import SystemPrompt

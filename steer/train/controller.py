@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steer.artifacts import Artifact, Card, data_hash
+from steer.artifacts import Card, data_hash
 from steer.core import Prompt, check
+from steer.edits import Artifact
 from steer.methods.controller import ControllerNetwork
 from steer.progress import ticking
 from steer.train.loop import fit

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.artifacts import Artifact, Card, data_hash
+from steer.artifacts import Card, data_hash
 from steer.core import RawText, check
 from steer.core.errors import check_unicode
 from steer.data import plain_pair
+from steer.edits import Artifact
 from steer.progress import ticking
 
 __all__ = ["METHODS", "encode_pairs", "train_vector"]

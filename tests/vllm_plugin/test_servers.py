@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +16,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
-from openai_contract import Contract, Target, refused, texts
+from http_fuzz import Fuzz, hang_up_at_once, mutated_files
+from openai_contract import TOKENS, Contract, Target, refused, texts
 from serving_tools import Running, serving, vllm_serving, write_vector
 from vllm_tools import DEPTH, MISSING, WIDTH
 
-from steer.core import InputError
+from steer.core import InputError, UnsupportedError
 from steer.serving.artifact_store import Store
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -80,7 +85,8 @@ PLAIN: list[Any] = [
 def test_the_servers_own_requests_arrive_as_they_came(given: bytes) -> None:
     for pieces in (1, 7):
         assert asked(given, pieces=pieces) == ("vllm", "/v1/chat/completions", given)
-    assert asked(given, "/v1/embeddings") == ("vllm", "/v1/embeddings", given)
+    if b"vllm_xargs" not in given:
+        assert asked(given, "/v1/embeddings") == ("vllm", "/v1/embeddings", given)
 
 
 def test_large_bodies_arrive_too() -> None:
@@ -100,12 +106,58 @@ def test_what_asks_for_steering_comes_to_steer() -> None:
 
 
 def test_steering_that_would_be_lost_is_refused() -> None:
-    body = json.dumps(STEERED).encode()
-    for path in ("/v1/responses", "/v1/messages", "/invocations", "/v1/chat/completions/batch"):
-        assert asked(body, path)["param"] == "steer"
-        assert asked(json.dumps(PLAIN[3]).encode(), path)[0] == "vllm"
+    body, inside = (json.dumps(given).encode() for given in (STEERED, PLAIN[3]))
+    for path in ("/v1/responses", "/v1/messages", "/invocations", "/v1/chat/completions/batch", "/v1/embeddings",
+                 "/pooling", "/score", "/v1/rerank", "/classify", "/tokenize", "/inference/v1/generate"):  # fmt: skip
+        assert asked(body, path)["param"] == "steer", path
+        assert asked(body.replace(b'"steer"', b'"\\u0073teer"'), path)["param"] == "steer", path
+    for path in ("/v1/responses", "/v1/messages", "/invocations", "/v1/completions"):
+        assert asked(inside, path)[0] == "vllm"
+    for path in ("/v1/chat/completions/batch", "/v1/embeddings", "/pooling", "/cohere/v2/chat"):
+        assert asked(inside, path)["param"] == "vllm_xargs", path
+    form = [(b"content-type", b"multipart/form-data; boundary=x")]
+    assert asked(body, "/v1/audio/transcriptions", headers=form)[0] == "vllm"
     beam = {**STEERED, "steer": None, "use_beam_search": True, "vllm_xargs": {"steer": "{}"}}
     assert asked(json.dumps(beam).encode())["param"] == "use_beam_search"
+
+
+def test_steering_with_what_is_vllms_own_is_refused(tiny_lm_dir: Any) -> None:
+    """Embeddings, which it would not reach, and LoRA adapters, on which vectors were not measured."""
+    from vllm import PoolingParams, SamplingParams
+
+    from steer.adapters.vllm.plugin import install
+
+    asked = SamplingParams(extra_args={"steer": "{}"})
+    pooled = PoolingParams(extra_kwargs={"steer": "{}"})
+    drawn: list[Any] = []
+
+    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, tasks: Any, when: Any = None,
+                       lora_request: Any = None) -> None:  # fmt: skip
+        drawn.append(params)
+
+    def ask(params: Any, *more: Any, **named: Any) -> None:
+        install._process_inputs(process_inputs, SimpleNamespace(), "0", "x", params, ("generate",), *more, **named)
+
+    lora = SimpleNamespace(lora_name="polite")
+    for call in (lambda: ask(asked, None, lora), lambda: ask(asked, lora_request=lora)):
+        with pytest.raises(ValueError, match="LoRA adapter 'polite'"):
+            call()
+    with pytest.raises(ValueError, match="embeddings"):
+        ask(pooled)
+    for plain in (SamplingParams(), PoolingParams(), PoolingParams(extra_kwargs={"other": 1})):
+        ask(plain, None, lora)
+    assert len(drawn) == 3
+    with pytest.raises(UnsupportedError, match="pooling"):
+        install._init_processor(lambda *given: None, None, config(tiny_lm_dir, {}, runner="pooling"))
+
+
+def test_several_api_processes_end_with_one_line(tiny_lm_dir: Any) -> None:
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tiny_lm_dir), "--api-server-count", "2",
+               "--additional-config", '{"steer": {}}', "--enforce-eager", "--max-model-len", "64"]  # fmt: skip
+    environment = {**os.environ, "VLLM_PLUGINS": "steer,steer_http", "VLLM_LOGGING_LEVEL": "ERROR"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert done.stderr.strip().splitlines()[-1].startswith("steer: api_server_count: got 2"), done.stderr[-3000:]
 
 
 def vllm_app(*arguments: str) -> Any:
@@ -278,6 +330,17 @@ def target(server: Running, vectors: tuple[Path, Path], reference: Any) -> Targe
     return Target(server.url, KEY, "smol", reference, vectors[0], STRENGTH, vectors[1])
 
 
+def _fuzz(server: Running, target: Target) -> None:
+    """Requests of steer's and files made up by chance (see `http_fuzz`); its limits on bodies refuse the longest."""
+    fuzz = Fuzz(server, target.model, [target.vector.stem, target.vector.stem, "nobody"], always=True)
+    with fuzz.watched():
+        fuzz.requests(1000, together=4)
+        fuzz.files(mutated_files(target.spare.read_bytes(), 100))
+        hang_up_at_once(server)
+    fuzz.check()
+    assert server.settles("steer_inside", 0)
+
+
 class TestVLLMServe(Contract):
     """vLLM's own server."""
 
@@ -299,6 +362,20 @@ class TestVLLMServe(Contract):
         assert "".join(c.choices[0].delta.content or "" for c in streamed if c.choices) == expected[0]
         choice = {"structured_outputs": {"choice": ["moon", "star"]}}
         assert texts(target.chat(temperature=0, extra_body={**xargs, **choice}))[0] in ("moon", "star")
+
+    def test_the_same_edits_on_its_other_routes(self, target: Target) -> None:
+        """`/v1/responses` and `/v1/messages` write what the chat writes, token by token; a `steer` field is refused."""
+        xargs = {"vllm_xargs": {"steer": json.dumps(target.edit())}}
+        expected = target.expected(strength=STRENGTH).texts[0]
+        create = target.client.responses.create
+        given = {"model": target.model, "input": CHAT, "temperature": 0, "max_output_tokens": TOKENS}
+        assert create(**given, extra_body=xargs).output_text == expected  # type: ignore[call-overload]
+        refused(400, "steer", lambda: create(**given, extra_body={"steer": {}}))  # type: ignore[call-overload]
+        body = {"model": target.model, "messages": CHAT, "temperature": 0, "max_tokens": TOKENS}
+        url, headers = f"{target.url}/v1/messages", target.headers
+        answer = httpx.post(url, json={**body, **xargs}, headers=headers, timeout=60)
+        assert answer.json()["content"][0]["text"] == expected
+        assert httpx.post(url, json={**body, "steer": {}}, headers=headers, timeout=60).status_code == 400
 
     def test_wrong_edits_in_vllms_own_requests(self, target: Target) -> None:
         for steer, field in (
@@ -325,6 +402,10 @@ class TestVLLMServe(Contract):
         assert written[0] != written[1] == target.expected(strength=STRENGTH).texts
         server.delete("/v1/steer/artifacts/mine", headers=target.headers)
         refused(400, "steer.edits.name", lambda: target.chat(extra_body=xargs), "mine")
+
+    @pytest.mark.slow
+    def test_nothing_that_is_sent_breaks_it(self, server: Running, target: Target) -> None:
+        _fuzz(server, target)
 
     def test_every_name_of_the_model(self, target: Target) -> None:
         for steer in (None, {}):
@@ -390,6 +471,10 @@ def _running(server: Running) -> float:
 
 class TestSteerServeOnVLLM(Contract):
     """`steer serve --engine vllm`."""
+
+    @pytest.mark.slow
+    def test_nothing_that_is_sent_breaks_it(self, server: Running, target: Target) -> None:
+        _fuzz(server, target)
 
     @staticmethod
     def serve(model: Path, artifacts: Path) -> Any:
