@@ -35,11 +35,8 @@ from steer.core import (
     check_whole,
 )
 from steer.core.rows import Rows, beginning
-from steer.methods.best_of_n import BestOfN
-from steer.methods.fk import FKSteering
 from steer.model import Plan
 from steer.rewards.early import Early
-from steer.sampling.lookahead import Preview
 from steer.serving.wire import EditRequest
 
 _MISSING = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "logits_processor", "stopping_criteria")
@@ -366,11 +363,8 @@ def scored_early(plan: Plan) -> Iterator[Plan]:
     if reward is None or not reward.alone or not isinstance(process, VLLMProcess):
         yield plan
         return
-    each_step = (isinstance(sampler, FKSteering) and isinstance(sampler.lookahead, Preview) and sampler.every == 1) or (
-        isinstance(sampler, BestOfN) and sampler.reject > 0
-    )
     with Early(reward) as early:
-        announcing = replace(process, announce=early.announce, announces_all=each_step)
+        announcing = replace(process, announce=early.announce, announces_all=sampler.scores_steps)
         yield replace(plan, process=announcing, reward=early)
 
 

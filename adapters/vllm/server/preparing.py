@@ -13,7 +13,6 @@ from steer.adapters.vllm.model import VLLMModel
 from steer.adapters.vllm.plugin.requests import Inside
 from steer.adapters.vllm.process import Named, VLLMProcess, VLLMState
 from steer.core import InputError, Prompt, Reward, Samples, check
-from steer.methods.best_of_n import Ancestral, BestOfN
 from steer.model import Plan, prepare
 from steer.serving import requests
 from steer.serving.engine import NamedEdit, Sampling, Steering, Task
@@ -168,8 +167,7 @@ def _block(steering: Steering, tokens: int) -> int:
     """Tokens of a step; where the request does not say, whole texts for samplers that choose among those alone, and
     otherwise as many as the engine's cache can share.
     """
-    sampler = steering.sampler
-    whole = isinstance(sampler, Ancestral) or (isinstance(sampler, BestOfN) and not sampler.reject)
+    whole = steering.sampler is None or steering.sampler.chooses_whole
     return min(steering.block or (tokens if whole else 16), tokens)
 
 
