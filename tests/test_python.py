@@ -50,6 +50,7 @@ def test_some_layers_and_generated_tokens_only(tiny_lm: Any, calm: Any) -> None:
 def test_a_dose_response_picture(tiny_lm: Any, calm: Any, tmp_path: Path) -> None:
     report = steer.evaluate(tiny_lm, PROMPTS, calm, strengths=[-0.2, 0.2], reward="length", max_new_tokens=6)
     steer.draw_report(report, tmp_path / "report.png")
+    assert len(repr(report)) < 200 and "reward" in report._repr_html_() and "vector for" in calm._repr_html_()
     assert [row.strength for row in report.of("steered")] == [-0.2, 0.0, 0.2]
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -422,3 +423,9 @@ def test_a_classifier_as_reward(tmp_path: Path, tiny_lm: Any) -> None:
     for wrong in (lambda texts: 3.0, lambda texts: [{"score": 1}] * len(texts), lambda texts: None):
         with pytest.raises(steer.SteerError, match="one number for each"):
             steer.score(texts, wrong)
+
+
+def test_texts_in_place_of_token_ids_are_told(tiny_lm: Any) -> None:
+    for given in ("the sun", ["the sun"]):
+        with pytest.raises(InputError, match="encode"):
+            tiny_lm.hidden_states(given)

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from steer.core import Prompt, Reward, check
+from steer.core.notebook import text_html
 from steer.measure.distances import interval
 from steer.measure.tables import aligned
 from steer.model import Model
@@ -95,9 +96,7 @@ class Frontier:
         return f"Frontier({', '.join(self.methods)}; {len(self.points)} points, {len(self.points[0].rewards)} prompts)"
 
     def _repr_html_(self) -> str:
-        import html
-
-        return f"<pre>{html.escape(self.table())}</pre>"
+        return text_html(self.table())
 
 
 def frontier(
