@@ -250,6 +250,8 @@ class LanguageModel(TextModel):
         `max_tokens` (default: 512 on a CPU, whose caches hold no more, 4096 elsewhere). What all rows begin with, such
         as a chat's system prompt, is read once, and nothing above the last of `layers` is run, nor the output head.
         """
+        texts = isinstance(ids, str) or any(isinstance(row, str) for row in ids)
+        require(not texts, "ids", ids, "rows of token ids: model.encode(text) of each text")
         require(pool in ("last", "mean"), "pool", pool, "last, mean")
         wanted = list(range(len(self.blocks))) if layers is None else list(layers)
         with torch.inference_mode(False):  # what training starts from
