@@ -69,6 +69,9 @@ def train_vector(
 
     accuracy = _held_out_accuracy(up, down, method, l2, held_out, seed)
     directions, bias = METHODS[method](up, down, l2)
+    for layer in chosen:
+        told = "pairs whose states differ; this layer's do not on average"
+        check(bool(directions[layer].any()), f"layers[{layer}]", "a direction of length 0", told)
     tensors = {f"direction.{layer}": directions[layer].contiguous() for layer in range(depth)}
     tensors |= {f"reference.{layer}": stacked[layer].mean(0) for layer in range(depth)}
     if bias is not None:
@@ -108,6 +111,11 @@ def encode_pairs(model: Any, pairs: Sequence[Mapping[str, str]]) -> tuple[list[l
                 ids.append(model.encode([*before, {"role": "assistant", "content": text}]))
             else:
                 ids.append(model.encode(RawText(text)))
+    for i, (up, down) in enumerate(zip(sides["positive"], sides["negative"], strict=True)):
+        check(up != down, f"pairs[{i}]", "two sides of the same tokens", "texts that differ")
+        longest, limit = max(len(up), len(down)), model.context_length
+        fits = limit is None or longest <= limit
+        check(fits, f"pairs[{i}]", f"{longest} tokens", f"at most {limit}, the model's context")
     return sides["positive"], sides["negative"]
 
 
