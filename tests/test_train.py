@@ -318,8 +318,7 @@ ENUMERATED: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("head", "table", "seed"),
-    [("q", 0, 0), ("v", 1, 1)]
-    + [pytest.param(h, t, t + 7, marks=pytest.mark.slow) for h in "qv" for t in range(2, 6)],
+    [("q", 0, 0), ("v", 1, 1)] + [pytest.param(h, t, t + 7, marks=pytest.mark.slow) for h in "qv" for t in range(2, 6)],
 )
 def test_values_of_three_tokens_are_reached(
     head: str, table: int, seed: int, six_tokens: LanguageModel, tmp_path: Path
