@@ -1,10 +1,13 @@
-"""Train a value head by TD(lambda) on rollouts of the frozen model (Han et al. 2024; algorithm of the VAS trainer).
+"""Training of value heads by TD(lambda) on rollouts of the frozen model (Han et al. 2024).
 
-    A_T = r - V_T,   A_t = gamma V_{t+1} - V_t + gamma lambda A_{t+1},   G_t = A_t + V_t,   loss = mean (V_t - G_t)^2
-    / 2
+    A_T = r - V_T
+    A_t = gamma V_{t+1} - V_t + gamma lambda A_{t+1}
+    G_t = A_t + V_t
+    loss = mean (V_t - G_t)^2 / 2
 
-V_t is the value of the prefix that ends with token t, end-of-sequence included; the reward comes with the last token.
-For a Q-head V_t = Q(s_{t-1}, a_t). Rollouts and their features are drawn once and cached; the head alone is trained.
+V_t is the value of the prefix that ends with token t, end-of-sequence included; the reward comes with
+the last token. For a Q-head V_t = Q(s_{t-1}, a_t). Rollouts and their features are drawn once and
+cached; the head alone is trained.
 
 Letters: `N` rollouts, `T` tokens, `D` width.
 """

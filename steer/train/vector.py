@@ -38,10 +38,11 @@ def train_vector(
 
     Args:
         model: a language model from `steer.load`.
-        pairs: rows `{"positive": text, "negative": text}`; with a `"prompt"`, the texts are the assistant's replies
-        to it. method: "mean" (difference of means), "pca" (first principal axis of the pair differences, *not* centred:
-            centring removes the mean difference, which is the signal), "probe" (L2-regularised logistic regression; the
-            file also holds the probe, for gates).
+        pairs: rows `{"positive": text, "negative": text}`; with a `"prompt"`, the texts are the
+            assistant's replies to it.
+        method: "mean" (difference of means), "pca" (first principal axis of the pair differences,
+            *not* centred: centring removes the mean difference, which is the signal), "probe"
+            (L2-regularised logistic regression; the file also holds the probe, for gates).
         pool: state to read from each text: "mean" over its tokens, or "last".
         layers: layers that the artifact steers by default, such as "12-19"; default: those between two fifths and two
             thirds of the depth, where a shift of behaviour cost least fluency on the model that we measured.
