@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 
-.PHONY: quickstart model test test-slow lint types bench bench-peers vllm test-vllm test-vllm-slow bench-vllm clients clean
+.PHONY: quickstart model test test-slow lint types bench bench-peers vllm test-vllm test-vllm-slow bench-vllm clients gpu mutations clean
 
 $(BIN)/steer: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -83,6 +83,15 @@ build/clients/node_modules: tests/clients/package.json
 
 clients: model .venv-clients/bin/python build/clients/node_modules
 	OMP_NUM_THREADS=1 $(BIN)/python tests/clients/run.py .venv-clients/bin/python build/clients
+
+# Everything that needs a GPU, in ten minutes, into one JSON; VLLM=PYTHON names an interpreter with vLLM. Says loudly
+# that it did nothing where there is no card. `$(BIN)/python -m steer.bench.gpu --page out/gpu.json` prints the page.
+gpu: model
+	$(BIN)/python -m steer.bench.gpu --json out/gpu.json $(if $(VLLM),--vllm $(VLLM))
+
+# Device mistakes planted one at a time, each of which the shadow device must find.
+mutations: $(BIN)/steer
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py
 
 clean:
 	rm -rf $(VENV) .venv-* out build dist *.egg-info

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from steer.adapters.transformers import LanguageModel
     from steer.adapters.transformers.policy.tuning import train_policy
     from steer.artifacts import Artifact
+    from steer.chain import FunctionProcess
     from steer.core import Edit, InputError, RawText, Reward, Sampler, Samples, SteerError, UnsupportedError
     from steer.core.samples import Sample
     from steer.edits import load_artifact, load_edit, parse_edit
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from steer.methods.vector import Gate, SteeringVector
     from steer.model import generate
     from steer.pictures.charts import draw_report
+    from steer.prompt_files import generate_file
     from steer.rewards import as_reward, parse_reward
     from steer.rewards.scoring import score
     from steer.train.controller import train_controller
@@ -46,11 +48,13 @@ _HOMES = {
     "steer.adapters.transformers": ("LanguageModel",),
     "steer.adapters.transformers.policy.tuning": ("train_policy",),
     "steer.artifacts": ("Artifact",),
+    "steer.chain": ("FunctionProcess",),
     "steer.core": (
         "Edit", "InputError", "RawText", "Reward", "Sampler", "Samples", "SteerError", "UnsupportedError",
     ),
     "steer.core.samples": ("Sample",),
     "steer.edits": ("load_artifact", "load_edit", "parse_edit"),
+    "steer.prompt_files": ("generate_file",),
     "steer.loading": ("load",),
     "steer.measure.compare": ("compare",),
     "steer.measure.race": ("race",),
@@ -87,6 +91,7 @@ __all__ = [
     "Edit",
     "EndpointModel",
     "FKSteering",
+    "FunctionProcess",
     "Gate",
     "GradientGuidance",
     "InputError",
@@ -109,6 +114,7 @@ __all__ = [
     "draw_report",
     "evaluate",
     "generate",
+    "generate_file",
     "load",
     "load_artifact",
     "load_edit",

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from steer.core import InputError, check
-from steer.files import replacing
+from steer.core import InputError, SteerError, check
+from steer.files import is_pointer, replacing
 from steer.headers import check_safetensors
 
 __all__ = ["Artifact", "Card", "FORMAT", "data_hash", "load", "read_card", "save"]
@@ -188,6 +188,8 @@ def check_file(path: Path | str, allowed: str) -> Path:
             head = stream.read(9)
     except OSError as error:
         raise InputError("artifact", f"{file} ({error.strerror or error})", allowed) from error
+    if is_pointer(file):
+        raise SteerError(f"artifact: {file} is a Git LFS pointer, not the file itself; run `git lfs pull`")
     for magic, what in _PICKLES.items():
         # The length of a safetensors header may begin with the same bytes; then JSON follows at the ninth.
         pickled = head.startswith(magic) and head[8:] != b"{"

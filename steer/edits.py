@@ -259,8 +259,9 @@ def _value(tensors: dict[str, Tensor], card: Card, strength: float | None, optio
     check_model(card.model, info, "value head")
     hidden = tensors["inner.weight"].shape[0]
     kind = str(card.recipe.get("head", "q"))
+    horizon = len(tensors.get("gain.weight", ()))
     made = QHead if kind == "q" else ValueHead
-    head = _filled(lambda: made(info.width, hidden), tensors).to(model.device)
+    head = _filled(lambda: made(info.width, hidden, horizon), tensors).to(model.device)
     return ValueGuidance(
         HeadValue(head, info.unembedding() if kind == "q" else None),
         beta=None if settings.get("beta") is None else parse_number("beta", settings["beta"]),

@@ -15,6 +15,15 @@ from typing import Any
 from steer.core import SteerError, check
 
 
+def is_pointer(file: Path) -> bool:
+    """Whether a file is a Git LFS pointer: what Git leaves in the place of a large file that was not fetched."""
+    with file.open("rb") as stream:
+        return stream.read(len(_POINTER)) == _POINTER
+
+
+_POINTER = b"version https://git-lfs.github.com/"
+
+
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place, all at once, when the block ends well."""

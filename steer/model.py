@@ -206,8 +206,10 @@ def generate(source: Model | Process, prompts: Prompt | Sequence[Prompt] = "", *
         reward: a `Reward`, an expression such as "sentiment - 0.3*profanity", or a callable on texts.
         beta: KL coefficient of the target `p exp(reward / beta)`, for samplers that weigh.
         n: population for each prompt: outputs, best-of-n's candidates, particles.
-        seed: same seed, same result on the same machine; None draws one.
-        max_rows: rows generated at once.
+        seed: same seed, same result on the same machine, of the same call: rows of a batch share one stream of random
+            numbers, so that other prompts beside a prompt, another `n` or another `max_rows` change its outputs. None
+            draws one. (Rows of `steer serve` repeat in any company.)
+        max_rows: rows generated at once; it belongs to the seed.
         progress: show a bar on standard error.
 
     Raises:

@@ -1,11 +1,13 @@
 """A device `shadow` that holds its values on the CPU, and makes the device mistakes of a GPU visible without one.
 
-A tensor on it is a `Shadow`: a subclass with a CPU tensor inside, of which the dispatcher says that it is on `shadow:0` or
-`shadow:1`. As on CUDA, tensors of several devices in one operation raise, and so do a CPU tensor that is indexed by
-indices of the device, `numpy()`, and a generator of the CPU asked for numbers on the device. What makes the host wait for
-the device is counted: `item()`, `tolist()`, `bool()`, copies to the CPU, and operations whose shape depends on values
-(`nonzero`, boolean indices); copies from the host that are not `non_blocking`, after which PyTorch synchronises the
-stream too, are counted as uploads. Not covered: streams, generators of the device, fused kernels.
+A tensor on it is a `Shadow`: a subclass with a CPU tensor inside, of which the dispatcher says that it is on `shadow:0`
+or `shadow:1`. As on CUDA, tensors of several devices in one operation raise, and so do a CPU tensor that is indexed by
+indices of the device, `numpy()`, and a generator of the CPU asked for numbers on the device.
+
+What makes the host wait for the device is counted: `item()`, `tolist()`, `bool()`, copies to the CPU, operations whose
+shape depends on values (`nonzero`, boolean indices); and, as "upload", copies from the host that are not
+`non_blocking`, after which PyTorch waits for the stream too. Not covered: streams, generators of the device, fused
+kernels.
 
 Importing the module registers the device, for the whole process.
 """
@@ -182,6 +184,9 @@ class _Backend(_DummyBackendModule):
     def device_count(self) -> int:
         return COUNT
 
+    def synchronize(self, device: Any = None) -> None:
+        """Nothing is ever under way."""
+
     def get_rng_state(self, device: Any = None) -> Tensor:
         return torch.get_rng_state()
 
@@ -197,6 +202,8 @@ def _created(func: Any, *args: Any, **kwargs: Any) -> Any:
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0,
                causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False) -> Tensor:  # fmt: skip
     """PyTorch looks for the device's fused kernels, of which there are none."""
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
     return aten._scaled_dot_product_attention_math(
         query, key, value, mask, dropout, causal, scale=scale, enable_gqa=enable_gqa
     )[0]

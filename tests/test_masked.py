@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -60,13 +60,20 @@ def state_of(process: MaskedProcess, rows: Sequence[Sequence[int]], step: int = 
     return process.unpack([""], step, packed | dict.fromkeys(("log_prob", "base_log_prob", "kl"), zero))
 
 
-def enumerated(process: MaskedProcess) -> dict[tuple[int, ...], float]:
+def drawn_from(state: MaskedState) -> Tensor:
+    assert state.law is not None
+    return state.law
+
+
+def enumerated(
+    process: MaskedProcess, law_of: Callable[[MaskedState], Tensor] = drawn_from
+) -> dict[tuple[int, ...], float]:
     """The law of the finished rows, from the laws that the process shows of every partial row."""
     mask = process.network.mask_id
     weights = {(mask,) * process.length: 1.0}
     for step in range(process.num_steps):
         rows = list(weights)
-        law = process.read(state_of(process, rows, step)).law.exp()
+        law = law_of(process.read(state_of(process, rows, step))).exp()
         after: dict[tuple[int, ...], float] = {}
         reveal = 1 / (process.num_steps - step)
         for n, row in enumerate(rows):
@@ -254,6 +261,45 @@ def test_a_guided_edit_is_corrected(by: float, order: str) -> None:
     assert close(samples.log_z.exp(), z) and (order == "confidence" or right(samples))
     uncorrected = fk(replace(sampler, correct=False), process.edited(Pull(by)))
     assert not close(uncorrected.log_z.exp(), z)
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "settings"),
+    [
+        (2, 3, {"top_k": 2}),
+        (3, 3, {"top_p": 0.6, "order": "confidence"}),
+        (2, 4, {"top_k": 3, "top_p": 0.8, "temperature": 1.5}),
+    ],
+)
+@pytest.mark.parametrize("by", [0.0, 2.0])
+def test_evidence_under_truncation_is_that_of_the_law_that_is_drawn(
+    length: int, size: int, settings: dict[str, Any], by: float
+) -> None:
+    """ "truncated": E exp(r) under the law of unedited texts, edits or not; "full": that of the law before truncation,
+    restricted to what is drawn.
+    """
+
+    def full_law(state: MaskedState) -> Tensor:
+        assert state.base is not None
+        return torch.where(drawn_from(state).isneginf(), -torch.inf, state.base)
+
+    def evidence(law: dict[tuple[int, ...], float]) -> float:
+        return sum(p * math.exp(1.5 * (row.count(0) - row.count(1))) for row, p in law.items())
+
+    reward = lift(lambda texts: torch.tensor([1.5 * (t.count("0") - t.count("1")) for t in texts]))
+    process = chain(3, random_table(length, size, 4), **settings)
+    edited = process.edited(Pull(by)) if by else process
+    for base, truth in (
+        ("truncated", evidence(enumerated(process))),
+        ("full", evidence(enumerated(edited, full_law))),
+    ):
+        sampler, prompts = FKSteering(num_particles=4), ["x"] * 800
+        samples = sampler.run(
+            replace(edited, base=base), prompts, generator=torch.Generator().manual_seed(3), reward=reward
+        )
+        assert close(samples.log_z.exp(), truth), base
+    plain = Ancestral(40).run(edited, ["x"], generator=torch.Generator().manual_seed(3))
+    assert float(plain.kl.min()) > 0  # samplers that do not weigh report the drift from the full law
 
 
 @dataclass(frozen=True)

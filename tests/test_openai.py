@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -153,6 +154,40 @@ def test_fk_in_blocks_is_unbiased(server: Server, block: int, guided: bool) -> N
     assert abs(float(total.mean()) - float(wanted.sum())) < 5 * float(total.std()) / runs**0.5
 
 
+@pytest.mark.parametrize(
+    ("k", "settings"), [(20, {"top_k": 2}), (20, {"top_p": 0.7}), (3, {"top_k": 2, "min_p": 0.5, "temperature": 1.4})]
+)
+@pytest.mark.parametrize("guided", [False, True])
+def test_evidence_under_truncation_is_that_of_the_law_that_is_drawn(
+    k: int, settings: dict[str, Any], guided: bool
+) -> None:
+    """E exp(r) under the chain that the endpoint shows, truncated, edits or not; by default."""
+    rows = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.25, 0.65], [0.45, 0.2, 0.35], [0.3, 0.6, 0.1]], dtype=torch.float64)
+    whole = TabularProcess(rows[0], rows[1:], 3)
+    shown = cut(whole, k, settings.get("temperature", 1.0))
+    sizes = {name: x for name, x in settings.items() if name != "temperature"}
+    drawn = TabularProcess(*(_truncated(p, **sizes) for p in (shown.initial, shown.transition)), 3)
+    edits = [ValueGuidance(TextValue(score), beta=1.5)] if guided else []
+    with Server(Chain(LETTERS, rows[0].tolist(), rows[1:].tolist())).running() as server:
+        samples = connect(server).generate(
+            ["hello"] * 150, sampler=FKSteering(num_particles=6), reward=score, edits=edits, seed=2, max_rows=10_000,
+            block=1, max_new_tokens=3, top_logprobs=k, **settings,
+        )  # fmt: skip
+    z = samples.log_z.exp()
+    truth = math.exp(drawn.target(reward_of, 1.0)[1])
+    assert abs(float(z.mean()) - truth) < 5 * float(z.std()) / len(z) ** 0.5 + 1e-12
+
+
+def _truncated(p: Tensor, top_k: int = 3, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """Laws `[..., 3]` cut by hand."""
+    ordered, order = p.sort(dim=-1, descending=True)
+    first = torch.where(torch.arange(3) < top_k, ordered, 0.0)
+    first = first / first.sum(-1, keepdim=True)
+    keep = (first.cumsum(-1) - first < top_p) & (first >= min_p * first[..., :1]) & (first > 0)
+    kept = torch.where(keep, first, 0.0)
+    return torch.zeros_like(p).scatter(-1, order, kept / kept.sum(-1, keepdim=True))
+
+
 # ---------------------------------------------------------------------------------- the same texts as a model at hand
 
 
@@ -196,7 +231,7 @@ def test_greedy_texts_are_those_of_the_model_itself(
 
 def test_a_local_value_guides_an_endpoint_as_it_guides_its_own_model(words: Server, tiny_lm: Any) -> None:
     torch.manual_seed(0)
-    head = ValueHead(tiny_lm.info.width, 16)
+    head = ValueHead(tiny_lm.info.width, 16, horizon=5)
     torch.nn.init.normal_(head.outer.weight, std=2.0)
     settings: dict[str, Any] = {"temperature": 0, "max_new_tokens": 8, "beta": 0.3}
     local = ValueGuidance(HeadValue(head), top_k=6, tail="mask")

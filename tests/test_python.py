@@ -17,6 +17,7 @@ from torch import nn
 
 import steer
 from steer.core import InputError
+from steer.toy import TabularProcess
 
 PAIRS = [{"positive": f"a {w} dog", "negative": f"a {v} cat"} for w, v in
          (("good", "bad"), ("happy", "sad"), ("nice", "awful"), ("calm", "loud"))]  # fmt: skip
@@ -65,6 +66,25 @@ def test_save_and_load(tiny_lm: Any, calm: Any, tmp_path: Path) -> None:
     assert tiny_lm.generate(PROMPTS, edits=f"{tmp_path}/calm.safetensors:0.3", seed=0).tokens == want
 
 
+def test_prompts_of_a_file_with_resume(tiny_lm: Any, tmp_path: Path) -> None:
+    source, whole, part = (tmp_path / name for name in ("in.jsonl", "whole.jsonl", "part.jsonl"))
+    prompts = ["the sun", "hello", [{"role": "user", "content": "why"}], "a dog", "a cat"]
+    source.write_text("".join(json.dumps({"prompt": p, "id": i}) + "\n" for i, p in enumerate(prompts)))
+    settings: dict[str, Any] = {"n": 2, "max_new_tokens": 5, "reward": "length", "batch": 2}
+    assert steer.generate_file(tiny_lm, source, whole, **settings) == 5
+    lines = whole.read_bytes().splitlines(keepends=True)
+    assert [json.loads(line)["prompt"] for line in lines] == prompts
+    for kept in (0, 1, 3, 5):  # a run that was killed left whole lines and half of one
+        part.write_bytes(b"".join(lines[:kept]) + b"".join(lines[kept : kept + 1])[:20])
+        assert steer.generate_file(tiny_lm, source, part, **settings) == 5 - kept
+        assert part.read_bytes() == whole.read_bytes()
+    for other in ({**settings, "n": 3}, {**settings, "seed": 1}):
+        with pytest.raises(InputError, match="resume=False"):
+            steer.generate_file(tiny_lm, source, part, **other)
+    assert part.read_bytes() == whole.read_bytes()
+    assert steer.generate_file(tiny_lm, source, part, resume=False, **settings | {"seed": 1}) == 5
+
+
 def test_a_chat_with_history(tiny_lm: Any) -> None:
     chat = [
         {"role": "user", "content": "hello"},
@@ -107,13 +127,36 @@ def test_images_by_fk_and_a_grid(tmp_path: Path) -> None:
 
 
 def test_a_policy_of_ones_own() -> None:
-    """A process that is no network: two tokens, drawn with the probabilities that it says."""
-    from steer.toy import TabularProcess
+    """A network that is no language model: its law under best-of-n and FK is that of the same chain as a table."""
+    torch.manual_seed(0)
+    network = nn.Embedding(4, 3)  # logits after each of three tokens, and after none
 
-    process = TabularProcess.random(vocabulary=3, length=4, seed=0) if hasattr(TabularProcess, "random") else None
-    if process is None:
-        pytest.skip("the toy has no random maker")
-    assert len(steer.generate(process, ["x"], n=5, seed=0, sampler=steer.Ancestral())) == 5
+    def logits(prefix: torch.Tensor) -> torch.Tensor:
+        return network(prefix[:, -1] if prefix.shape[1] else torch.full((len(prefix),), 3))
+
+    process = steer.FunctionProcess(logits, length=3)
+    samples = steer.generate(process, "", n=5, seed=0)
+    assert len(samples) == 5 and samples.kl_kind == "exact" and len(samples[0].output) == 3
+    law = network.weight.detach().double().softmax(-1)
+    chain = TabularProcess(law[3], law[:3], 3)
+    for sampler, settings in ((None, {"n": 64}), (steer.FKSteering(64), {}), (steer.BestOfN(8), {})):
+        reward = lambda rows: torch.as_tensor([float(sum(r)) for r in rows])  # noqa: E731
+        ours = steer.generate(process, "", sampler=sampler, reward=reward, seed=1, **settings)
+        theirs = steer.generate(chain, "", sampler=sampler, reward=lambda x: x.sum(1).double(), seed=1, **settings)
+        assert ours.outputs == theirs.outputs.tolist()
+        assert torch.allclose(ours.log_prob, theirs.log_prob, atol=1e-6)  # the network is in float32
+
+
+def test_a_policy_that_ends_reads_prompts_and_writes_words() -> None:
+    def logits(prefix: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        wanted = torch.tensor([0 if prompt == "yes" else 1 for prompt in prompts])
+        return torch.nn.functional.one_hot(wanted if prefix.shape[1] < 2 else torch.full_like(wanted, 2), 3) * 100.0
+
+    process = steer.FunctionProcess(logits, length=5, end=2, words=["a", "b", "."])
+    samples = steer.generate(process, ["yes", "no"], n=2, seed=0)
+    assert samples.texts == ["aa", "aa", "bb", "bb"] and float(samples.log_prob.abs().max()) < 1e-9
+    with pytest.raises(InputError, match="logits"):
+        steer.generate(steer.FunctionProcess(lambda prefix: torch.zeros(1, 3), length=2), "", n=2)
 
 
 def _image_model() -> Any:

@@ -120,7 +120,7 @@ def vector(model: LanguageModel, seed: int, layers: tuple[int, ...] = (0, 1), **
 
 def edits_of_all_kinds(model: LanguageModel) -> list[list[Any]]:
     probe = Probe(torch.randn(32, generator=torch.Generator().manual_seed(5)), 0.0)
-    head = QHead(32, 8)
+    head = QHead(32, 8, horizon=9)
     torch.nn.init.normal_(head.outer.weight, generator=torch.Generator().manual_seed(2))
     guided = ValueGuidance(HeadValue(head.eval(), model.info.unembedding()), beta=0.2)
     return [
@@ -144,7 +144,7 @@ def test_rows_that_come_and_go_write_what_they_write_alone(tiny_lm: LanguageMode
             i, prompt, edits, new = waiting.pop(0)
             hidden = [(e, None) for e in edits if not isinstance(e, ValueGuidance)]
             guided = tuple(e for e in edits if isinstance(e, ValueGuidance))
-            track, _ = tracking.start(tiny_lm, [tiny_lm.encode(prompt)], hidden, 1, hidden=bool(guided))
+            track, _ = tracking.start(tiny_lm.body, [tiny_lm.encode(prompt)], hidden, 1, hidden=bool(guided))
             row = Row(tiny_lm, Sampling(temperature=0, max_tokens=new), i, 0, edits=guided, taken=lambda *new: None)
             results[i] = row
             with torch.inference_mode():
@@ -165,7 +165,7 @@ def test_rows_that_are_dropped_leave_the_others_as_they_are(tiny_lm: LanguageMod
     for i in range(9):
         hidden = [(e, None) for e in kinds[i] if not isinstance(e, ValueGuidance)]
         guided = tuple(e for e in kinds[i] if isinstance(e, ValueGuidance))
-        track, _ = tracking.start(tiny_lm, [tiny_lm.encode("a very good dog")], hidden, 1, hidden=bool(guided))
+        track, _ = tracking.start(tiny_lm.body, [tiny_lm.encode("a very good dog")], hidden, 1, hidden=bool(guided))
         rows.append(Row(tiny_lm, Sampling(temperature=0, max_tokens=12), i, 0, edits=guided, taken=lambda *new: None))
         with torch.inference_mode():
             batch.join([rows[-1]], track, [0])
@@ -184,7 +184,7 @@ def test_a_row_that_overflows_harms_nobody(tiny_lm: LanguageModel) -> None:
     told: list[Row] = []
 
     def join(prompt: str, edits: list[Any]) -> Row:
-        track, _ = tracking.start(tiny_lm, [tiny_lm.encode(prompt)], [(e, None) for e in edits], 1, hidden=False)
+        track, _ = tracking.start(tiny_lm.body, [tiny_lm.encode(prompt)], [(e, None) for e in edits], 1, hidden=False)
         row = Row(tiny_lm, Sampling(temperature=0, max_tokens=12), 0, 0, taken=lambda row, *_: told.append(row))
         with torch.inference_mode():
             batch.join([row], track, [0])
@@ -206,7 +206,7 @@ def test_measured_rows_know_their_drift(tiny_lm: LanguageModel) -> None:
     """Exact KL and log-probability of guided, truncated rows, against those of the process."""
     guided = edits_of_all_kinds(tiny_lm)[7]
     batch = Batch(tiny_lm)
-    track, _ = tracking.start(tiny_lm, [tiny_lm.encode(RawText("the sun"))], (), 1, hidden=True)
+    track, _ = tracking.start(tiny_lm.body, [tiny_lm.encode(RawText("the sun"))], (), 1, hidden=True)
     sampling = Sampling(temperature=0, top_k=5, max_tokens=8)
     row = Row(tiny_lm, sampling, 0, 0, edits=tuple(guided), measured=True, taken=lambda *new: None)
     batch.join([row], track, [0])

@@ -21,6 +21,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from shadow_device import Shadow, waits
 from tiny_pipelines import PIPELINES, ddim, network
 from torch import Tensor, nn
+from transformers import LlamaForSequenceClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
 from transformers.generation.logits_process import TemperatureLogitsWarper
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
@@ -28,6 +29,8 @@ import steer
 from steer import artifacts
 from steer.adapters import diffusers
 from steer.adapters.diffusers.policy.tuning import load_diffusion_policy, train_diffusion_policy
+from steer.adapters.rewards.images import ImageClassifierReward
+from steer.adapters.rewards.text import ModelReward
 from steer.adapters.transformers import LanguageModel, masked, tracking
 from steer.adapters.transformers.serving.batch import Batch, Row
 from steer.adapters.transformers.serving.engine import TransformersEngine
@@ -45,7 +48,7 @@ from steer.methods.rlg import RLGuidance
 from steer.methods.svdd import SVDD
 from steer.methods.value import HeadValue, LogitValue, QHead, ValueGuidance, ValueHead
 from steer.methods.vector import Gate, SteeringVector
-from steer.rewards import Brightness
+from steer.rewards import Brightness, as_reward
 from steer.sampling.lookahead import Rollouts
 from steer.serving.engine import Delta, NamedEdit, Sampling, Steering, Task
 from steer.serving.wire import EditRequest
@@ -80,11 +83,21 @@ def assert_equal(here: Samples, there: Samples, atol: float = 1e-4) -> None:
     assert there.cost.nfe == here.cost.nfe
 
 
+def both(load: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What `load` makes on the CPU and on the device."""
+    return tuple(load(*args, device=device, **options) for device in ("cpu", DEVICE))
+
+
+def compare(
+    models: Any, prompts: Any, edit: Callable[[Any], Any] | None = None, atol: float = 1e-4, **how: Any
+) -> None:
+    """The samples of both models under an edit that is made for each are equal."""
+    assert_equal(*(m.generate(prompts, edits=() if edit is None else edit(m), **how) for m in models), atol=atol)
+
+
 @pytest.fixture(scope="module")
 def pair(tiny_lm_dir: Path) -> Pair:
-    return tuple(
-        steer.load(tiny_lm_dir, dtype="float32", device=d, attn_implementation="eager") for d in ("cpu", DEVICE)
-    )
+    return both(steer.load, tiny_lm_dir, dtype="float32", attn_implementation="eager")
 
 
 def test_the_device_makes_mistakes_visible() -> None:
@@ -94,7 +107,8 @@ def test_the_device_makes_mistakes_visible() -> None:
     other = torch.zeros(2, 3, device="shadow:1")
     for wrong in (
         lambda: x + torch.ones(3), lambda: torch.arange(3)[row], lambda: x.numpy(), lambda: x + other,
-        lambda: torch.zeros(2, 3).add_(x), lambda: torch.cat([x, torch.ones(2, 3)]), lambda: torch.where(x.cpu() > 0, x, x),
+        lambda: torch.zeros(2, 3).add_(x), lambda: torch.cat([x, torch.ones(2, 3)]),
+        lambda: torch.where(x.cpu() > 0, x, x),
         lambda: x.masked_fill(torch.ones(2, 3, dtype=torch.bool), 0.0), lambda: x.index_select(0, torch.tensor([0])),
         lambda: torch.rand(3, device="shadow", generator=torch.Generator()), lambda: x @ torch.ones(3, 1),
     ):  # fmt: skip
@@ -180,8 +194,7 @@ EDITS: dict[str, Callable[[LanguageModel], Any]] = {
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_edits(edit: str, pair: Pair) -> None:
-    here, there = (m.generate(PROMPTS, edits=EDITS[edit](m), n=2, max_new_tokens=6, seed=0) for m in pair)
-    assert_equal(here, there)
+    compare(pair, PROMPTS, EDITS[edit], n=2, max_new_tokens=6, seed=0)
 
 
 DECODING: dict[str, Callable[[LanguageModel], dict[str, Any]]] = {
@@ -224,23 +237,25 @@ SAMPLERS: dict[str, Any] = {
     "dts, apart": DTS(n=1, rollouts=6, batch=2, merge=False, explore=0.1),
     "dts*": SearchDTS(n=2, rollouts=6, batch=3),
 }
-PROPOSALS = ("plain", "vector", "Q-head, top 5", "rlg")
+PROPOSALS = ("vector", "Q-head, top 5", "rlg")
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("proposal", PROPOSALS)
+def sampled(*more: str) -> list[Any]:
+    """Pairs of a sampler and something else: plain ones and one of `more` for each sampler, the others slow."""
+    pairs: list[Any] = [(sampler, "plain") for sampler in SAMPLERS]
+    for i, sampler in enumerate(SAMPLERS):
+        for j, other in enumerate(more):
+            marks = () if i % len(more) == j else (pytest.mark.slow,)
+            pairs.append(pytest.param(sampler, other, marks=marks))
+    return pairs
+
+
+@pytest.mark.parametrize(("sampler", "proposal"), sampled(*PROPOSALS))
 def test_samplers(sampler: str, proposal: str, pair: Pair) -> None:
-    """Of a third of the pairs of sampler and proposal; all in the slow suite."""
     made = SAMPLERS[sampler]
     if proposal == "vector" and hasattr(made, "correct"):
         made = replace(made, correct=False)  # the weight of a hidden edit is not known
-
-    def run(model: LanguageModel) -> Samples:
-        edits = EDITS[proposal](model) if proposal in EDITS else ()
-        return model.generate(PROMPTS, edits=edits, sampler=made, reward=good, beta=0.5, max_new_tokens=5, seed=2)
-
-    here, there = map(run, pair)
-    assert_equal(here, there)
+    compare(pair, PROMPTS, EDITS.get(proposal), sampler=made, reward=good, beta=0.5, max_new_tokens=5, seed=2)
 
 
 # ------------------------------------------------------------------------------------------------------------- serving
@@ -343,11 +358,7 @@ def test_values_are_trained(head: str, pair: Pair, tmp_path: Path) -> None:
     here, there = (train_value(m, PROMPTS, good, head=head, **settings) for m in pair)
     assert_alike(here.tensors, there.tensors)
     artifacts.save(tmp_path / "q.safetensors", *there)
-    drawn = [
-        m.generate(PROMPTS, edits=load_edit(tmp_path / "q.safetensors", model=m), seed=0, max_new_tokens=4)
-        for m in pair
-    ]
-    assert_equal(*drawn)
+    compare(pair, PROMPTS, lambda m: load_edit(tmp_path / "q.safetensors", model=m), seed=0, max_new_tokens=4)
 
 
 def test_controllers_are_trained(pair: Pair, tmp_path: Path) -> None:
@@ -356,8 +367,7 @@ def test_controllers_are_trained(pair: Pair, tmp_path: Path) -> None:
     here, there = (train_controller(m, positive, negative, batch_size=4, **settings) for m in pair)
     assert_alike(here.tensors, there.tensors)
     artifacts.save(tmp_path / "c.safetensors", *there)
-    drawn = [m.generate(PROMPTS, edits=load_edit(tmp_path / "c.safetensors"), seed=0, max_new_tokens=4) for m in pair]
-    assert_equal(*drawn)
+    compare(pair, PROMPTS, lambda m: load_edit(tmp_path / "c.safetensors"), seed=0, max_new_tokens=4)
 
 
 # -------------------------------------------------------------------------------------------------------------- masked
@@ -376,13 +386,11 @@ class Pull(TransitionEdit):
 @pytest.mark.parametrize("sampler", ["ancestral", "fk", "fk, marginal", "svdd", "dts", "dts*"])
 def test_masked_models(sampler: str, tiny_bert_dir: Path) -> None:
     made = {**SAMPLERS, "fk, marginal": FKSteering(num_particles=4, lookahead=MarginalDraws(2))}[sampler]
-    settings: dict[str, Any] = {"length": 6, "steps": 4, "reward": good, "beta": 0.5, "seed": 3, "edits": Pull(0.3)}
+    settings: dict[str, Any] = {"length": 6, "steps": 4, "reward": good, "beta": 0.5, "seed": 3}
     if sampler == "svdd":
         settings |= {"temperature": 0.8, "top_k": 8, "suppress": (0, 1), "order": "confidence"}
-    models = [
-        masked.load(tiny_bert_dir, dtype="float32", device=d, attn_implementation="eager") for d in ("cpu", DEVICE)
-    ]
-    assert_equal(*(m.generate(["the sun", "a dog"], sampler=made, **settings) for m in models))
+    models = both(masked.load, tiny_bert_dir, dtype="float32", attn_implementation="eager")
+    compare(models, ["the sun", "a dog"], lambda m: Pull(0.3), sampler=made, **settings)
 
 
 # ----------------------------------------------------------------------------------------------------------- diffusion
@@ -393,23 +401,24 @@ def fashion(device: str) -> Any:
     return steer.load("fashion-ddpm", device=device)
 
 
-@pytest.mark.parametrize("sampler", ["ancestral", "best-of-n", "fk", "fk, outputs", "svdd", "dts", "dts*"])
-@pytest.mark.parametrize("edit", ["plain", "gradient", "rlg"])
-def test_the_fashion_model(sampler: str, edit: str) -> None:
-    def run(device: str) -> Samples:
-        model = fashion(device)
-        edits: Any = {"plain": (), "gradient": GradientGuidance(Brightness(), strength=0.02)}.get(edit)
-        if edit == "rlg":
-            other = copy.deepcopy(model.source.network)
-            with torch.no_grad():
-                for weight in other.parameters():
-                    weight.mul_(1.01)
-            edits = RLGuidance(model.tuned(other).process(steps=4), 1.5)
-        reward = "class:bag" if edit == "plain" else "brightness"
-        made = SAMPLERS[sampler]
-        return model.generate(["bag", ""], sampler=made, edits=edits, reward=reward, beta=0.5, steps=4, seed=4)
+def weaker(model: Any) -> Any:
+    """RL guidance towards another network."""
+    other = copy.deepcopy(model.source.network)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.01)
+    return RLGuidance(model.tuned(other).process(steps=4), 1.5)
 
-    assert_equal(*map(run, ("cpu", DEVICE)), atol=1e-3)
+
+GUIDANCE: dict[str, Any] = {"gradient": lambda m: GradientGuidance(Brightness(), strength=0.02), "rlg": weaker}
+
+
+@pytest.mark.parametrize(("sampler", "edit"), sampled(*GUIDANCE))
+def test_the_fashion_model(sampler: str, edit: str) -> None:
+    reward = "class:bag" if edit == "plain" else "brightness"
+    settings: dict[str, Any] = {"reward": reward, "beta": 0.5, "steps": 4, "seed": 4}
+    models = [fashion(device) for device in ("cpu", DEVICE)]
+    compare(models, ["bag", ""], GUIDANCE.get(edit), 1e-3, sampler=SAMPLERS[sampler], **settings)
 
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -422,13 +431,13 @@ SIZES: dict[str, dict[str, Any]] = {
 @pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 @pytest.mark.parametrize("name", SIZES)
 def test_pipelines(name: str) -> None:
-    models = [steer.load(PIPELINES[name](), device=device) for device in ("cpu", DEVICE)]
+    models = both(lambda device: steer.load(PIPELINES[name](), device=device))
     for sampler in (Ancestral(2), FKSteering(num_particles=3, n=1), DTS(n=1, rollouts=4, batch=2)):
         noise = {} if name == "sd15" else {"eta": 1.0}
         if isinstance(sampler, DTS) and name != "sd15":
             continue
         settings = {**SIZES[name], **noise, "steps": 3, "reward": "brightness", "beta": 0.1, "seed": 5}
-        assert_equal(*(m.generate(["a cat", "the sun"], sampler=sampler, **settings) for m in models), atol=1e-3)
+        compare(models, ["a cat", "the sun"], atol=1e-3, sampler=sampler, **settings)
 
 
 # ------------------------------------------------------------------------------------------------------------ policies
@@ -471,7 +480,7 @@ def test_diffusion_policies_are_trained(method: str, tmp_path: Path) -> None:
     assert_equal(*drawn, atol=1e-2)
 
 
-# ------------------------------------------------------------------------------------------------- where the weights are
+# ----------------------------------------------------------------------------------------------- where the weights are
 
 
 def test_blocks_on_two_devices(tiny_lm_dir: Path, pair: Pair, tmp_path: Path) -> None:
@@ -486,13 +495,9 @@ def test_blocks_on_two_devices(tiny_lm_dir: Path, pair: Pair, tmp_path: Path) ->
     assert split.info.fingerprint == pair[0].info.fingerprint
     assert [str(next(block.parameters()).device) for block in split.blocks] == [first, second]
     for edit in ("vector", "ablate", "gate", "controller", "Q-head, top 5", "value head", "of one prompt"):
-        here, there = (
-            m.generate(PROMPTS, edits=EDITS[edit](m), n=2, max_new_tokens=5, seed=0) for m in (pair[0], split)
-        )
-        assert_equal(here, there)
-    settings = {"reward": good, "beta": 0.5, "max_new_tokens": 5, "seed": 2}
+        compare((pair[0], split), PROMPTS, EDITS[edit], n=2, max_new_tokens=5, seed=0)
     for sampler in ("fk", "dts"):
-        assert_equal(*(m.generate(PROMPTS, sampler=SAMPLERS[sampler], **settings) for m in (pair[0], split)))
+        compare((pair[0], split), PROMPTS, sampler=SAMPLERS[sampler], reward=good, max_new_tokens=5, seed=2)
     assert_alike(*(train_vector(m, PAIRS, pool="last")[0] for m in (pair[0], split)))
 
 
@@ -509,14 +514,44 @@ def test_offloaded_weights(place: str, pair: Pair, tmp_path: Path) -> None:
     assert next(away.blocks[0].parameters()).device.type == "meta" and away.device.type == DEVICE
     assert away.info.fingerprint == pair[0].info.fingerprint
     for edit in ("vector", "ablate", "keep norm", "gate", "Q-head", "of each prompt"):
-        here, there = (
-            m.generate(PROMPTS, edits=EDITS[edit](m), n=2, max_new_tokens=4, seed=0) for m in (pair[0], away)
-        )
-        assert_equal(here, there)
-    assert_equal(
-        *(m.generate(PROMPTS, sampler=SAMPLERS["fk"], reward=good, max_new_tokens=4, seed=2) for m in (pair[0], away))
-    )
+        compare((pair[0], away), PROMPTS, EDITS[edit], n=2, max_new_tokens=4, seed=0)
+    compare((pair[0], away), PROMPTS, sampler=SAMPLERS["fk"], reward=good, max_new_tokens=4, seed=2)
     assert_alike(*(train_vector(m, PAIRS, pool="last")[0] for m in (pair[0], away)))
+
+
+# ------------------------------------------------------------------------------------------------------------- rewards
+
+
+def test_reward_models(tiny_lm_dir: Path, pair: Pair, tmp_path: Path) -> None:
+    """A reward model of texts, and the likelihood under the model itself."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        judge = LlamaForSequenceClassification.from_pretrained(tiny_lm_dir, num_labels=1, pad_token_id=1)
+    judge.save_pretrained(tmp_path)
+    pair[0].tokenizer.save_pretrained(tmp_path)
+    samples = pair[0].generate(PROMPTS, n=3, seed=0, max_new_tokens=6)
+    here, there = both(lambda device: ModelReward(tmp_path, device=device)(samples))
+    assert there.device.type == "cpu" and torch.allclose(here, there, atol=1e-4) and float(here.std()) > 0
+    for name in ("fluency", "perplexity"):
+        here, there = (as_reward(name).bind(model)(samples) for model in pair)
+        assert there.device.type == "cpu" and torch.allclose(here, there, atol=1e-4)
+
+
+def test_classifiers_of_images(tmp_path: Path) -> None:
+    """Of images that are on the device, as pipelines make them, and of images that are not."""
+    shape: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **shape)).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def scores(device: str, place: str) -> Tensor:
+        made = Samples([""], images.to(place), torch.zeros(5, dtype=torch.long), torch.zeros(5))
+        return ImageClassifierReward(tmp_path, 0, device=device)(made)
+
+    here, *others = scores("cpu", "cpu"), scores(DEVICE, "cpu"), scores(DEVICE, DEVICE), scores("cpu", DEVICE)
+    assert all(torch.allclose(here, there, atol=1e-5) for there in others) and float(here.std()) > 0
 
 
 # ------------------------------------------------------------------------------------------------------- half precision
@@ -526,7 +561,7 @@ def test_offloaded_weights(place: str, pair: Pair, tmp_path: Path) -> None:
 @pytest.mark.parametrize("edit", ["vector", "ablate", "gate", "Q-head", "rlg", "controller"])
 def test_half_precision(dtype: str, edit: str, tiny_lm_dir: Path) -> None:
     """The same on both devices, and of the same law as in float32."""
-    models = [steer.load(tiny_lm_dir, dtype=dtype, device=d, attn_implementation="eager") for d in ("cpu", DEVICE)]
+    models = both(steer.load, tiny_lm_dir, dtype=dtype, attn_implementation="eager")
     here, there = (m.generate(PROMPTS, edits=EDITS[edit](m), n=2, max_new_tokens=4, seed=0) for m in models)
     if DEVICE == "shadow":
         assert_equal(here, there)
@@ -534,8 +569,9 @@ def test_half_precision(dtype: str, edit: str, tiny_lm_dir: Path) -> None:
     assert bool(torch.isfinite(there.kl).all())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("size", [60.0, 7e4, 1e30])
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("float32", 1e30), ("bfloat16", 1e30), ("bfloat16", 60.0), ("float16", 60.0), ("float16", 7e4)]
+)
 @pytest.mark.parametrize("sampler", ["best-of-n", "fk", "fk, sum", "fk, outputs", "svdd", "dts", "dts*"])
 def test_rewards_beyond_half_precision(dtype: str, size: float, sampler: str, pair: Pair) -> None:
     """A reward model in half precision returns its own numbers, which differ by more than exp can take, and weights
@@ -564,20 +600,16 @@ def test_rewards_beyond_half_precision(dtype: str, size: float, sampler: str, pa
 
 # ---------------------------------------------------------------------------------------------------------------- waits
 
-PER_TOKEN: dict[str, dict[str, int]] = {
-    "plain": {},
-    "greedy": {},
-    "top-p": {},
-    "repetition": {},
-    "vector": {},
-    "ablate": {},
-    "gate": {},
-    "controller": {},
-    "Q-head, top 5": {},
-    "rlg": {},
+PER_TOKEN = {
+    **dict.fromkeys(("greedy", "top-k", "top-p", "min-p", "repetition", "least", "words", "stop", "blocks"), 1.0),
+    **dict.fromkeys(("vector", "ablate", "gate", "controller", "Q-head, top 5", "rlg", "of one prompt"), 1.0),
+    "sentences": 2.0,  # which leave columns without a token
+    # A value that looks ahead asks whether the token was among the candidates.
+    "value head": 2.0,
 }
-"""The settings and edits under which waits are counted."""
-WAITS, UPLOADS = 3, 1
+"""Waits of a token under each setting and edit: whether any row goes on."""
+UPLOADS = {"stop": 2, "sentences": 6, "value head": 2, "of one prompt": 2}
+"""Copies to the device: a token's random numbers, what is known of its text, which rows asked for an edit."""
 
 
 @pytest.mark.parametrize("case", PER_TOKEN)
@@ -592,7 +624,7 @@ def test_waits_of_a_token(case: str, pair: Pair) -> None:
             model.generate(PROMPTS, edits=edits, n=2, max_new_tokens=tokens, eos_token_id=[], seed=0, **settings)
         return seen
 
-    few, many = count(6), count(16)
-    grown = {name: (many[name] - few[name]) / 10 for name in many}
+    few, many = count(4), count(10)
+    grown = {name: (many[name] - few[name]) / 6 for name in many}
     uploads = grown.pop("upload", 0)
-    assert sum(grown.values()) <= WAITS and uploads <= UPLOADS, (grown, uploads)
+    assert sum(grown.values()) <= PER_TOKEN[case] and uploads <= UPLOADS.get(case, 1), (grown, uploads)

@@ -159,8 +159,8 @@ def test_one_batch_different_edits(tiny_lm: LanguageModel) -> None:
 def test_logits_of_unsteered_rows_keep_their_bits(tiny_lm: LanguageModel) -> None:
     ids = [tiny_lm.encode("the sun"), tiny_lm.encode("hello cat")]
     steering = vector(tiny_lm, (0, 1), strength=5.0)
-    plain, _ = tracking.start(tiny_lm, ids, (), 1, hidden=False)
-    mixed, _ = tracking.start(tiny_lm, ids, [(steering, frozenset({0}))], 1, hidden=False)
+    plain, _ = tracking.start(tiny_lm.body, ids, (), 1, hidden=False)
+    mixed, _ = tracking.start(tiny_lm.body, ids, [(steering, frozenset({0}))], 1, hidden=False)
     assert torch.equal(plain.logits[1], mixed.logits[1]) and not torch.equal(plain.logits[0], mixed.logits[0])
     token = torch.tensor([5, 6])
     plain, _ = tracking.advance(plain, token)
@@ -170,7 +170,7 @@ def test_logits_of_unsteered_rows_keep_their_bits(tiny_lm: LanguageModel) -> Non
 
 def test_constants_are_merged_into_one_addition(tiny_lm: LanguageModel) -> None:
     edits = [(vector(tiny_lm, (0, 1), strength=s), None) for s in (1.0, -0.5, 2.0)]
-    track, _ = tracking.start(tiny_lm, [tiny_lm.encode("the sun")], edits, 2, hidden=False)
+    track, _ = tracking.start(tiny_lm.body, [tiny_lm.encode("the sun")], edits, 2, hidden=False)
     program = track.plan.decode(track.position)
     hidden = torch.randn(2, 1, 32)
     want = hidden + 2.5 * edits[0][0].directions[1]
@@ -390,7 +390,7 @@ def test_a_model_writes_the_hints(tiny_lm: LanguageModel) -> None:
 
 def heads(model: LanguageModel) -> tuple[QHead, ValueHead]:
     torch.manual_seed(3)
-    q, v = QHead(model.info.width, 8), ValueHead(model.info.width, 8)
+    q, v = QHead(model.info.width, 8, horizon=4), ValueHead(model.info.width, 8, horizon=4)
     for head in (q, v):
         torch.nn.init.normal_(head.outer.weight, std=1.0)
     return q.eval().requires_grad_(False), v.eval().requires_grad_(False)
@@ -409,16 +409,17 @@ def test_value_guidance_in_every_form(kind: str, tail: str, tiny_lm: LanguageMod
         out = greedy(tiny_lm, prompts, guide, new=6)
         for prompt, tokens in zip(prompts, out.tokens, strict=True):
             text = tiny_lm.encode(prompt)
-            for want in tokens:
+            for drawn, want in enumerate(tokens):
+                left = torch.tensor(5 - drawn)
                 with torch.no_grad():
                     hidden = tiny_lm.trunk(torch.tensor([text])).last_hidden_state[0, -1]
                     logits = torch.log_softmax(tiny_lm.network(torch.tensor([text])).logits[0, -1], -1)
                     top = logits.topk(5).indices
                     if kind == "q":
-                        score = q(hidden, embeddings[top])
+                        score = q(hidden, embeddings[top], left)
                     else:
                         after = [tiny_lm.trunk(torch.tensor([[*text, int(a)]])).last_hidden_state[0, -1] for a in top]
-                        score = v(torch.stack(after))
+                        score = v(torch.stack(after), left)
                 pushed = torch.full_like(logits, -torch.inf) if tail == "mask" else logits.clone()
                 pushed[top] = logits[top] + (score - score.mean()) / 0.5
                 assert int(pushed.argmax()) == want

@@ -1,4 +1,4 @@
-"""Finds a model's decoder blocks by structure, never by a list of names."""
+"""Finds a model's decoder blocks by structure, never by a list of names and never by size."""
 
 from __future__ import annotations
 
@@ -6,27 +6,70 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steer.core import SteerError
+from steer.core import SteerError, UnsupportedError
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     """The model's stack of decoder blocks, in order.
 
-    It is the `ModuleList` with one entry for each of the configuration's hidden layers that holds the most parameters,
-    the outermost where several hold the same. Raises `SteerError` where no list has that length.
+    It is the outermost `ModuleList` with one entry for each of the text configuration's hidden layers, looked for in
+    the module that the model names as its decoder, then in the one that owns the text configuration, then everywhere.
+    (A block of two attention layers counts twice in `num_hidden_layers`, and once in `num_layers`.) Raises `SteerError`
+    where there is no such list, or where several lie side by side.
     """
     config: Any = model.config
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    depth = text.num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not lists:
-        raise SteerError(f"model {type(model).__name__}: found no stack of {depth} decoder blocks to steer")
-    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+    for depth in (text.num_hidden_layers, getattr(text, "num_layers", None)):
+        for home in _homes(model, text):
+            stacks = [(n, m) for n, m in home.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+            if stacks:
+                return _outermost(model, stacks)
+    raise SteerError(
+        f"model {type(model).__name__}: found no stack of {text.num_hidden_layers} decoder blocks to steer"
+    )
 
 
-def residual_stream(output: Any) -> Tensor:
-    """A block's residual stream `[N, T, D]` from its output, which is a tensor or a tuple that starts with it."""
-    return output[0] if isinstance(output, tuple) else output
+def _homes(model: Any, text: Any) -> list[nn.Module]:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    owner = next((m for m in model.modules() if m is not model and getattr(m, "config", None) is text), None)
+    return [home for home in (decoder, owner, model) if isinstance(home, nn.Module)]
+
+
+def _outermost(model: nn.Module, stacks: list[tuple[str, nn.ModuleList]]) -> nn.ModuleList:
+    top = min(name.count(".") for name, _ in stacks)
+    found = [(name, stack) for name, stack in stacks if name.count(".") == top]
+    if len(found) > 1:
+        names = ", ".join(name for name, _ in found)
+        raise SteerError(
+            f"model {type(model).__name__}: has no single stack of decoder blocks, but {names} side by side"
+        )
+    return found[0][1]
+
+
+def trunk_of(model: Any, blocks: nn.ModuleList) -> nn.Module:
+    """The network without its output head: the library's base model, or where that is the model itself the module that
+    the model names as its decoder, or the one that holds the blocks. Raises `SteerError`.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    holders = [m for m in model.children() if any(inner is blocks for inner in m.modules())]
+    for trunk in (model.base_model, decoder, *holders):
+        if isinstance(trunk, nn.Module) and trunk is not model and any(inner is blocks for inner in trunk.modules()):
+            return trunk
+    raise SteerError(f"model {type(model).__name__}: has no base model under its output head")
+
+
+def residual_stream(output: Any, stream: int | None = None) -> Tensor:
+    """A block's residual stream `[N, T, D]` from its output, which is a tensor or a tuple that starts with it; the one
+    numbered `stream` of several, `[S, N, T, D]`. Raises `UnsupportedError` where there are several and no number.
+    """
+    hidden = output[0] if isinstance(output, tuple) else output
+    if hidden.dim() == 3:
+        return hidden
+    if stream is None:
+        raise UnsupportedError(
+            f"its blocks carry several residual streams {tuple(hidden.shape)}, of which none is named the active one"
+        )
+    return hidden[stream]
 
 
 def blocks_of(model: nn.Module, depth: int) -> dict[int, nn.Module]:

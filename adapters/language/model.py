@@ -260,6 +260,13 @@ class TextModel(Model):
         return total, torch.tensor([len(t) for t in tokens], dtype=torch.float64)
 
 
+def check_ids(ids: Sequence[Sequence[int]], vocabulary: int) -> None:
+    """Refuse prompts with tokens that the network has no embedding for, as a tokenizer of another model makes them."""
+    for i, row in enumerate(ids):
+        if row and max(row) >= vocabulary:
+            raise InputError(f"prompts[{i}]", f"token {max(row)}", f"tokens below {vocabulary}, the model's vocabulary")
+
+
 def check_lengths(ids: Sequence[Sequence[int]], new: int, limit: int | None) -> None:
     """Refuse prompts that leave no room for `new` tokens."""
     for i, row in enumerate(ids):

@@ -276,6 +276,7 @@ def _guided(block: _Block, base: Tensor, rows: Sequence[int], tokens: Sequence[t
             group=group[mine],
             texts=tuple(block.texts[rows[u]] for u in asking),
             stop=block.how.decoding.stop,
+            limit=block.how.decoding.max_new_tokens,
             law=base[mine],
             tokens=tuple(tokens[u] for u in asking),
         )

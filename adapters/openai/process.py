@@ -181,7 +181,8 @@ class EndpointProcess(Process):
         return error
 
     def context(self, state: EndpointState) -> EndpointContext:
-        return EndpointContext(state.step, state.prompts, state.group, state.texts, self.decoding.stop)
+        limit = self.decoding.max_new_tokens
+        return EndpointContext(state.step, state.prompts, state.group, state.texts, self.decoding.stop, limit)
 
     def gather(self, state: EndpointState, index: Tensor) -> EndpointState:
         return state.take(index)

@@ -59,6 +59,8 @@ class EndpointContext:
     """Texts so far `[N]`."""
     stop: tuple[str, ...] = ()
     """Strings before which texts end."""
+    limit: int = 0
+    """The most tokens that a text may have."""
     law: Tensor | None = None
     tokens: tuple[tuple[str | None, ...], ...] = field(default=(), repr=False)
     """Text of each candidate, None for one that ends the text."""
@@ -78,6 +80,10 @@ class EndpointContext:
     @property
     def hidden(self) -> Tensor:
         raise UnsupportedError("an endpoint shows no hidden states")
+
+    @property
+    def left(self) -> Tensor:
+        raise UnsupportedError("an endpoint counts tokens of its own: use context.limit")
 
     def after(self, candidates: Tensor) -> Samples:
         """The texts after each of `candidates` `[N, K]`, row-major: `N K` samples that a reward can score."""

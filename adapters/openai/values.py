@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from steer.adapters.openai.state import EndpointContext
 from steer.core import Context, InputError, Prompt, Reward
+from steer.methods.value import ValueHead
 from steer.rewards import as_reward
 
 __all__ = ["LocalValue", "TextValue"]
@@ -70,13 +71,12 @@ class LocalValue:
     """Q by a `ValueHead` on a local language model, which reads prompt and text after each candidate with its own
     tokenizer: N K passes over whole texts for each token.
 
-    Approximate where the head was trained on texts of another model than the endpoint's, and where prompts differ by
+    Tokens that may follow are counted by that tokenizer. Approximate where the head was trained on texts of another model than the endpoint's, and where prompts differ by
     the chat template.
     """
 
     model: Reader
-    head: nn.Module
-    """`[N, D] -> [N]`."""
+    head: ValueHead
     max_rows: int = 64
 
     @torch.inference_mode()
@@ -87,8 +87,10 @@ class LocalValue:
         prompts = [self.model.encode(prompt) for prompt in samples.prompts]
         rows = zip(samples.group.tolist(), samples.texts, ends, strict=True)
         ids = [[*prompts[b], *self._tokens(text, end)] for b, text, end in rows]
+        written = [len(row) - len(prompts[b]) for row, b in zip(ids, samples.group.tolist(), strict=True)]
+        left = (seen.limit - torch.tensor(written)).split(self.max_rows)
         parts = [ids[i : i + self.max_rows] for i in range(0, len(ids), self.max_rows)]
-        values = [self.head(self.model.features(part)) for part in parts]
+        values = [self.head(self.model.features(part), rest) for part, rest in zip(parts, left, strict=True)]
         return torch.cat(values).double().cpu().reshape(candidates.shape)
 
     def _tokens(self, text: str, end: bool) -> list[int]:

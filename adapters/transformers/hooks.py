@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from steer.adapters.language.blocks import residual_stream
@@ -67,22 +68,27 @@ class Hooks:
             if step is None:
                 return output
             if output.__class__ is tuple:
-                return (step(output[0]), *output[1:])
-            return step(output)
+                return (_on_streams(step, output[0]), *output[1:])
+            return _on_streams(step, output)
 
         return hooked
 
 
+def _on_streams(step: Rows, hidden: Tensor) -> Tensor:
+    """A step on the residual stream `[N, T, D]`, or on each of several `[S, N, T, D]`."""
+    return step(hidden) if hidden.dim() == 3 else torch.stack([step(stream) for stream in hidden])
+
+
 @contextmanager
-def recording(blocks: nn.ModuleList, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+def recording(blocks: nn.ModuleList, layers: Sequence[int], stream: int | None = None) -> Iterator[dict[int, Tensor]]:
     """Fills a dictionary with the residual stream `[N, T, D]` after each of `layers`, as edited, in our own hooks:
-    the library's `output_hidden_states` does not see what a hook changed.
+    the library's `output_hidden_states` does not see what a hook changed. `stream` is which is read of several.
     """
     seen: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Callable[[Any, Any, Any], None]:
         def hook(module: Any, args: Any, output: Any) -> None:
-            seen[layer] = residual_stream(output)
+            seen[layer] = residual_stream(output, stream)
 
         return hook
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from steer.adapters.transformers import tracking
-from steer.adapters.transformers.cache import full_attention
-from steer.adapters.transformers.hooks import recording
+from steer.adapters.transformers.cache import cache_argument, full_attention
 from steer.core import UnsupportedError, check
 
 if TYPE_CHECKING:
@@ -32,13 +31,13 @@ def read_prefix(
     `reply_tokens` tokens of the model's own greedy reply, and the residual stream of `layers` at the last token.
     """
     check(all(len(row) >= 2 for row in ids), "prompts", "a prompt of one token", "prompts of two tokens or more")
-    track, _ = tracking.start(model, [row[:-1] for row in ids], (), 1, hidden=False)
-    if not full_attention(track.cache):
+    track, _ = tracking.start(model.body, [row[:-1] for row in ids], (), 1, hidden=False)
+    if not isinstance(track, tracking.Track) or not full_attention(track.cache):
         raise UnsupportedError(f"{model.name}: training a controller needs a model whose layers attend to everything")
     keys = [(layer.keys, layer.values) for layer in track.cache.layers]
     mask = track.mask
     token = torch.tensor([row[-1] for row in ids], device=model.device)
-    with recording(model.blocks, layers) as seen:
+    with model.body.recording(layers) as seen:
         track, _ = tracking.advance(track, token)
     states = {layer: x[:, -1].float().cpu() for layer, x in seen.items()}
     drawn = [track.logits.argmax(-1)]
@@ -76,7 +75,11 @@ def reply_logits(
     position = (mask.sum(1, keepdim=True) + torch.arange(width, device=device)).long()
     with model.hooks.running(program):
         out: Any = model.network(
-            input_ids=fed, attention_mask=whole, position_ids=position, past_key_values=cache, use_cache=True
+            input_ids=fed,
+            attention_mask=whole,
+            position_ids=position,
+            use_cache=True,
+            **{cache_argument(model.body.takes, model.network): cache},
         )
     return out.logits, target, real
 
@@ -93,7 +96,7 @@ def rollout_features(model: LanguageModel, prompts: Sequence[Any], drawn: Any, *
     for at in range(0, len(order), 64):
         rows = order[at : at + 64]
         mine = sorted({owner[i] for i in rows})
-        track, _ = tracking.start(model, [ids[b] for b in mine], (), 1, hidden=True)
+        track, _ = tracking.start(model.body, [ids[b] for b in mine], (), 1, hidden=True)
         track = tracking.fork(track, torch.tensor([mine.index(owner[i]) for i in rows]))
         longest = max(len(drawn.tokens[i]) for i in rows)
         tokens = [[*drawn.tokens[i], *[0] * (longest - len(drawn.tokens[i]))] for i in rows]

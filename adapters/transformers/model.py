@@ -10,18 +10,23 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from steer.adapters.language.blocks import decoder_blocks
+from steer.adapters.language.blocks import decoder_blocks, trunk_of
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.facts import CALIBRATION, fingerprint
 from steer.adapters.language.generation import own_settings
 from steer.adapters.language.model import TextModel
 from steer.adapters.transformers import tracking
-from steer.adapters.transformers.hooks import Hooks, recording
+from steer.adapters.transformers.body import Body, Layout, bare, structure, taken
+from steer.adapters.transformers.cache import cache_argument
+from steer.adapters.transformers.checkpoint import check_causal, check_files, check_weights
+from steer.adapters.transformers.hooks import Hooks
+from steer.adapters.transformers.layouts import Trial
 from steer.adapters.transformers.process import TextProcess
 from steer.adapters.transformers.reading import Opening, means_of, same_lengths
-from steer.core import ModelInfo, SteerError, check
+from steer.core import ModelInfo, SteerError
+from steer.core import check as require
 from steer.core.errors import first_line
 from steer.model import Plan
 
@@ -37,60 +42,104 @@ def load(
     device_map: Any = None,
     name: str | None = None,
     trust_remote_code: bool = False,
+    check: bool = True,
+    partial_weights: bool = False,
+    context_length: int | None = None,
     **options: Any,
 ) -> LanguageModel:
     """A language model from a Hugging Face id, a local folder, a GGUF file, or a loaded module with its tokenizer.
 
-    `options` go to `from_pretrained`. Only safetensors and GGUF weights are read. Raises `SteerError` where nothing can
-    be loaded.
+    Args:
+        check: try a few tokens of two rows against single passes of the library, and refuse the model, or lay
+            its rows out otherwise, where they differ. Each layout is tried once, the first time that it is wanted.
+        partial_weights: load although the checkpoint lacks weights of the network, or has some that it has no place
+            for.
+        context_length: positions that prompt and text may take together; default: what the configuration says.
+        options: go to `from_pretrained`. Only safetensors and GGUF weights are read.
+
+    Raises:
+        SteerError: nothing can be loaded, or weights are missing or left over.
+        UnsupportedError: the model is no causal language model, or does not come out as in the library.
     """
+    made: dict[str, Any] = {"check": check, "context_length": context_length}
     if isinstance(model, nn.Module):
-        check(tokenizer is not None, "tokenizer", None, "the model's tokenizer, when a loaded model is given")
-        return LanguageModel(
-            model, tokenizer, name or getattr(model.config, "_name_or_path", "") or type(model).__name__
-        )
+        require(tokenizer is not None, "tokenizer", None, "the model's tokenizer, when a loaded model is given")
+        name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+        return _checked(LanguageModel(model, tokenizer, name, **made))
     where, extra = str(model), {}
     if where.endswith(".gguf"):
-        check(Path(where).is_file(), "model", where, "a GGUF file that exists")
+        require(Path(where).is_file(), "model", where, "a GGUF file that exists")
         where, extra = str(Path(where).parent), {"gguf_file": Path(where).name}
+    check_files(Path(model))
     try:
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+        check_causal(config, name or str(model))
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
-        network = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code,
+        network, found = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, output_loading_info=True,
             **({} if extra else {"use_safetensors": True}), **extra, **options,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise SteerError(f"model: could not load {str(model)!r}: {first_line(error)}") from error
+    check_causal(config, name or str(model), network, decoder_blocks(network))
+    if not partial_weights:
+        check_weights(found, name or str(model))
     if device is not None and device_map is None:
         network = network.to(device)
-    return LanguageModel(network, tokenizer, name or str(model))
+    return _checked(LanguageModel(network, tokenizer, name or str(model), **made))
+
+
+def _checked(model: LanguageModel) -> LanguageModel:
+    """The model, after the layouts that every use of it wants have been tried."""
+    model.body.allows("pads")
+    return model
 
 
 class LanguageModel(TextModel):
     """A causal language model and its tokenizer, ready to be steered. The network itself is never changed."""
 
-    def __init__(self, network: Any, tokenizer: Any, name: str) -> None:
+    def __init__(
+        self, network: Any, tokenizer: Any, name: str, *, check: bool = True, context_length: int | None = None
+    ) -> None:
         super().__init__(tokenizer, name)
+        self.blocks = decoder_blocks(bare(network))
+        check_causal(network.config, name, network, self.blocks)
         self.network = network.eval()
         self.network.requires_grad_(False)
         self.config = network.config.get_text_config(decoder=True)
-        self.blocks = decoder_blocks(network)
-        self.trunk = network.base_model
+        self.trunk = trunk_of(bare(network), self.blocks)
         """The network without its output head."""
-        if self.trunk is network:
-            raise SteerError(f"model {type(network).__name__}: has no base model under its output head")
         self.hooks = Hooks(self.blocks)
         self._norms: Tensor | None = None
+        self._context = context_length
+        self.body = self._body(check)
+        """What the parts of the adapter are handed."""
+
+    def _body(self, check: bool) -> Body:
+        trial: list[Trial] = []
+
+        def probe(body: Body, layout: str) -> str | None:
+            if not trial:
+                trial.append(Trial(body, self.tokenizer(CALIBRATION[0])["input_ids"]))
+            return trial[0](layout)
+
+        takes = taken(self.network)
+        cache_argument(takes, bare(self.network))
+        layout = Layout({}, probe if check else None)
+        body = Body(
+            name=self.name, network=self.network, trunk=self.trunk, blocks=self.blocks, hooks=self.hooks,
+            config=self.config, pad_token_id=self.pad_token_id, context=self.context_length, layout=layout,
+            describe=lambda: self.info,
+        )  # fmt: skip
+        layout.known.update(structure(body.new_cache(), takes))
+        return body
 
     # ---- facts
 
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        embedding = self.network.get_input_embeddings()
-        hook = getattr(embedding, "_hf_hook", None)
-        places = [getattr(h, "execution_device", None) for h in getattr(hook, "hooks", (hook,))]
-        return next((torch.device(p) for p in places if p is not None), embedding.weight.device)
+        return self.body.device
 
     @property
     def vocabulary(self) -> int:
@@ -98,14 +147,14 @@ class LanguageModel(TextModel):
 
     @property
     def context_length(self) -> int | None:
-        return getattr(self.config, "max_position_embeddings", None)
+        return self._context or _context(self.config)
 
     @property
     def pad_token_id(self) -> int:
-        for value in (self.tokenizer.pad_token_id, *self.eos_token_ids):
-            if value is not None:
-                return int(value)
-        return 0
+        """Padding is masked: any id that the network can read will do."""
+        rows = self.network.get_input_embeddings().weight.shape[0]
+        given = (self.tokenizer.pad_token_id, *self.eos_token_ids)
+        return next((int(value) for value in given if value is not None and 0 <= value < rows), 0)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -147,8 +196,8 @@ class LanguageModel(TextModel):
             norms: list[list[Tensor]] = [[] for _ in self.blocks]
             for text in CALIBRATION:
                 ids = torch.tensor([self.tokenizer(text)["input_ids"]], device=self.device)
-                with torch.inference_mode(), recording(self.blocks, range(len(self.blocks))) as seen:
-                    self.trunk(input_ids=ids, use_cache=False)
+                with torch.inference_mode(), self.body.recording(range(len(self.blocks))) as seen:
+                    self.body.read(ids)
                 for layer, x in seen.items():
                     norms[layer].append(x[0, 1:].float().norm(dim=-1).cpu())
             self._norms = torch.stack([torch.cat(x).median() for x in norms]).clone()
@@ -158,13 +207,14 @@ class LanguageModel(TextModel):
 
     def process(
         self, *, generation_config: GenerationConfig | str | None = None, block: int = 1, until: Sequence[str] = (),
-        **settings: Any,
+        base: str = "truncated", **settings: Any,
     ) -> TextProcess:  # fmt: skip
         """The model as a `Process`, with decoding settings as for `generate`. A step draws `block` tokens, or fewer
-        where a token holds one of the strings in `until`, such as sentence ends ".", "!", "?" and line breaks.
+        where a token holds one of the strings in `until`, such as sentence ends ".", "!", "?" and line breaks. `base`
+        says what the weights of samplers refer to under truncation: "truncated" or "full" (see `TextProcess`).
         """
         decoding = Decoding.create(generation_config, self.own_settings, **settings)
-        return TextProcess(self, decoding, block=block, until=tuple(until))
+        return TextProcess(self, decoding, block=block, until=tuple(until), base=base)
 
     def stream(self, plan: Plan, how: Any) -> Any:
         from steer.adapters.transformers.streaming import TextStream, feed_streamer
@@ -178,7 +228,7 @@ class LanguageModel(TextModel):
         """Final hidden states `[N, D]` after the last token of each row of token ids, on which the output head and
         value heads work; in one pass.
         """
-        track, _ = tracking.start(self, ids, (), 1, hidden=True)
+        track, _ = tracking.start(self.body, ids, (), 1, hidden=True)
         assert track.hidden is not None
         return track.hidden
 
@@ -200,11 +250,11 @@ class LanguageModel(TextModel):
         `max_tokens` (default: 512 on a CPU, whose caches hold no more, 4096 elsewhere). What all rows begin with, such
         as a chat's system prompt, is read once, and nothing above the last of `layers` is run, nor the output head.
         """
-        check(pool in ("last", "mean"), "pool", pool, "last, mean")
+        require(pool in ("last", "mean"), "pool", pool, "last, mean")
         wanted = list(range(len(self.blocks))) if layers is None else list(layers)
         with torch.inference_mode(False):  # what training starts from
             out = {layer: torch.empty(len(ids), self.info.width) for layer in wanted}
-        opening = Opening(self, ids, wanted)
+        opening = Opening(self.body, ids, wanted)
         for rows in same_lengths(ids, max_tokens or (512 if self.device.type == "cpu" else 4096)):
             length = len(ids[rows[0]])
             first = [length - 1 if pool == "last" else min(1, length - 1) if since is None else since[i] for i in rows]
@@ -221,3 +271,15 @@ def _weight(module: Any) -> Tensor:
     """A module's weight, brought back where accelerate had offloaded it."""
     with align_module_device(module):
         return module.weight
+
+
+def _context(config: Any) -> int | None:
+    """Positions that a text model reads: what it was made for, times the factor of a rope that stretches them."""
+    names = ("max_position_embeddings", "max_seq_len")
+    limit = next((value for value in (getattr(config, name, None) for name in names) if value), None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in [rope] if "rope_type" in rope else [x for x in rope.values() if isinstance(x, dict)]:
+        if limit and kind.get("rope_type") in ("yarn", "dynamic") and kind.get("factor"):
+            made_for = kind.get("original_max_position_embeddings") or limit
+            limit = max(limit, int(kind["factor"] * made_for))
+    return int(limit) if limit and limit > 0 else None

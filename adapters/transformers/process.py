@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from steer.adapters.language.decoding import Decoding
-from steer.adapters.language.model import check_lengths
+from steer.adapters.language.model import check_ids, check_lengths
 from steer.adapters.language.texts import pieces_of
 from steer.adapters.transformers import tracking
+from steer.adapters.transformers.body import Body
 from steer.adapters.transformers.scoring import divergence, log_likelihood, steps_are_exact, token_divergences
 from steer.adapters.transformers.state import TextContext, TextState, begin, reread, tokens_of, without_rows
-from steer.adapters.transformers.tracking import Track
+from steer.adapters.transformers.tracking import AnyTrack
 from steer.core import (
     Ability,
     Cost,
     Edit,
     HiddenEdit,
+    ModelInfo,
     Mounted,
     Process,
     Prompt,
@@ -37,10 +39,32 @@ from steer.core.context import aimed, among
 from steer.core.samples import TokenDrift
 from steer.sampling import laws
 
-if TYPE_CHECKING:
-    from steer.adapters.transformers.model import LanguageModel
+__all__ = ["TextProcess", "TokenModel"]
 
-__all__ = ["TextProcess"]
+
+class TokenModel(Protocol):
+    """What a process needs of a language model: its network, and the way from prompts to tokens and back."""
+
+    tokenizer: Any
+    body: Body
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    @property
+    def context_length(self) -> int | None: ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+    def encode(self, prompt: Prompt) -> list[int]: ...
+
+    def decode(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str: ...
+
+    def show(self, prompt: Prompt) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +84,7 @@ class TextProcess(Process):
     once it has drawn a token that holds one of the strings in `until` (sentence ends).
     """
 
-    model: LanguageModel
+    model: TokenModel
     decoding: Decoding
     edits: Mounted = ()
     block: int = 1
@@ -92,6 +116,11 @@ class TextProcess(Process):
         object.__setattr__(self, "decoding", self.decoding.with_eos(self.model.eos_token_ids))
         check_whole("block", self.block)
         check(self.base in ("truncated", "full"), "base", self.base, "truncated, full")
+
+    @property
+    def body(self) -> Body:
+        """The network that is run."""
+        return self.model.body
 
     @property
     def num_steps(self) -> int:
@@ -145,6 +174,7 @@ class TextProcess(Process):
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of every prompt after the prompt edits that it asked for; checks lengths."""
         ids = [self.model.encode(p) for p in self.rewritten(prompts)]
+        check_ids(ids, self.body.vocabulary)
         check_lengths(ids, self.decoding.max_new_tokens, self.model.context_length)
         return ids
 
@@ -157,18 +187,19 @@ class TextProcess(Process):
         exact = not (self.mounted(HiddenEdit) or self.mounted(PromptEdit))
         state = begin(prompts, n, self.columns, tracks, cost, exact)
         device = state.prefix.device
-        seen = tracking.left_padded(ids, self.model.pad_token_id, device)[0].repeat_interleave(n, 0)
+        seen = tracking.left_padded(ids, self.body.pad_token_id, device)[0].repeat_interleave(n, 0)
         processors = self.decoding.processors(seen.shape[1], self.decoding.eos_token_id or (), device)
         watched = bool(processors or self.decoding.stopping_criteria)
         return replace(state, processors=tuple(processors), ids=seen if watched else None)
 
-    def _tracks(self, ids: Sequence[Sequence[int]], n: int) -> tuple[list[Track], Cost]:
+    def _tracks(self, ids: Sequence[Sequence[int]], n: int) -> tuple[list[AnyTrack], Cost]:
         """This model's rows and those of every companion, `n` for each prompt."""
         shown = self.observe or bool(self.mounted(TransitionEdit))
-        track, cost = tracking.start(self.model, ids, self.mounted(HiddenEdit), n, hidden=shown)
+        new = self.columns
+        track, cost = tracking.start(self.body, ids, self.mounted(HiddenEdit), n, hidden=shown, new=new)
         tracks = [track]
         for process in self.companions():
-            other, spent = tracking.start(process.model, ids, process.mounted(HiddenEdit), n, hidden=True)
+            other, spent = tracking.start(process.body, ids, process.mounted(HiddenEdit), n, hidden=True, new=new)
             tracks.append(other)
             cost = cost + spent
         return tracks, cost
@@ -186,7 +217,7 @@ class TextProcess(Process):
         with ExitStack() as stack:
             for process in (self, *self.companions()):
                 terms = [term for edit, _ in process.mounted(HiddenEdit) for term in edit.terms(process.model.info)]
-                stack.enter_context(process.model.hooks.installed({term.layer for term in terms}))
+                stack.enter_context(process.body.hooks.installed({term.layer for term in terms}))
             yield
 
     def done(self, state: TextState) -> bool:
@@ -210,7 +241,7 @@ class TextProcess(Process):
         account = self._account(state)
         token = self.decoding.draw(account.law, generator)
         alive = ~state.finished if state.waiting is None else ~(state.finished | state.waiting)
-        token = torch.where(alive, token, self.model.pad_token_id)
+        token = torch.where(alive, token, self.body.pad_token_id)
         state = self._counted(state, token, alive, account)
         state.prefix[:, state.filled] = token
         state.real[:, state.filled] = alive
@@ -304,7 +335,8 @@ class TextProcess(Process):
 
         others = {id(p): t for p, t in zip(self.companions(), state.companions, strict=True)}
         prefix = state.prefix[:, : state.filled]
-        return TextContext(state.filled, prefix, law(state.track.logits), state.track, others, law)
+        left = self.decoding.max_new_tokens - 1 - state.length
+        return TextContext(state.filled, prefix, law(state.track.logits), left, state.track, others, law)
 
     def _ended(self, token: Tensor, state: TextState, filled: int) -> Tensor:
         eos = self.decoding.eos_token_id or ()
@@ -367,7 +399,7 @@ class TextProcess(Process):
     def unpack(self, prompts: Sequence[Prompt], step: int, packed: dict[str, Tensor]) -> TextState:
         """Rows that are all finished hold no cache. Others read their prompts, once each, and their tokens again."""
         over = bool(packed["finished"].all()) or step >= self.num_steps
-        start = without_rows(self.model, prompts) if over else self.init(prompts, 1, torch.Generator())
+        start = without_rows(self.body, prompts) if over else self.init(prompts, 1, torch.Generator())
         rows = TextState.unpacked(packed, start.prefix.device)
         state = replace(start, **rows, step=step, over=None)
         return replace(state, filled=self.columns) if over else reread(state)

@@ -4,39 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from steer.adapters.transformers.cache import full_attention, new_cache
-from steer.adapters.transformers.hooks import recording
+from steer.adapters.transformers.body import Body
+from steer.adapters.transformers.cache import full_attention
 from steer.core import InputError
-
-
-class Readable(Protocol):
-    """What reading needs of a language model."""
-
-    trunk: Any
-    blocks: Any
-    config: Any
-
-    @property
-    def device(self) -> torch.device: ...
 
 
 class Opening:
     """Tokens that all rows share, read once: `length` of them, 0 where sharing does not pay or cannot be done."""
 
-    def __init__(self, model: Readable, ids: Sequence[Sequence[int]], layers: Sequence[int]) -> None:
-        self.model, self.layers, self.length = model, layers, 0
+    def __init__(self, body: Body, ids: Sequence[Sequence[int]], layers: Sequence[int]) -> None:
+        self.body, self.layers, self.length = body, layers, 0
         common = 0
         if len(ids) > 1:
             columns = zip(*(row[:-1] for row in ids), strict=False)
             common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-        self.cache = new_cache(model.config)
-        if common >= 8 and full_attention(self.cache):
+        self.cache = body.new_cache()
+        if common >= 8 and full_attention(self.cache) and body.allows("chunks"):
             self.states = self._run([ids[0][:common]], self.cache)
             self.length = common
 
@@ -44,7 +33,7 @@ class Opening:
         """States `{layer: [N, T, D]}` of rows of one length, those of the shared tokens only where `whole`."""
         if not self.length:
             return self._run(ids, None)
-        cache = new_cache(self.model.config)
+        cache = self.body.new_cache()
         for source, target in zip(self.cache.layers, cache.layers, strict=True):
             if source.is_initialized:
                 target.update(*(x.expand(len(ids), -1, -1, -1) for x in (source.keys, source.values)))
@@ -54,12 +43,12 @@ class Opening:
         return {layer: torch.cat([self.states[layer].expand(len(ids), -1, -1), x], 1) for layer, x in seen.items()}
 
     def _run(self, ids: Sequence[Sequence[int]], cache: Cache | None) -> dict[int, Tensor]:
-        tokens = torch.tensor([list(row) for row in ids], device=self.model.device)
+        tokens = torch.tensor([list(row) for row in ids], device=self.body.device)
         top = max(self.layers, default=0)
-        with recording(self.model.blocks, self.layers) as seen:
-            handle = self.model.blocks[top].register_forward_hook(_stop)
+        with self.body.recording(self.layers) as seen:
+            handle = self.body.blocks[top].register_forward_hook(_stop)
             try:
-                self.model.trunk(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
+                self.body.read(tokens, cache)
             except _Enough:
                 pass
             finally:

@@ -3,38 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from steer.adapters.language.decoding import Decoding
 from steer.adapters.transformers import tracking
-from steer.core import HiddenEdit, Prompt, TransitionEdit
+from steer.adapters.transformers.body import Body
+from steer.core import HiddenEdit, Mounted, Prompt, TransitionEdit
 from steer.sampling import laws
-
-if TYPE_CHECKING:
-    from steer.adapters.transformers.process import TextProcess
-
 
 _LOGITS = 24_000_000
 """Numbers in one batch of logits, about."""
 
 
+class Scored(Protocol):
+    """What reading a finished text again needs of a process."""
+
+    @property
+    def body(self) -> Body: ...
+
+    @property
+    def decoding(self) -> Decoding: ...
+
+    @property
+    def edits(self) -> Mounted: ...
+
+    def mounted(self, kind: type) -> list[Any]: ...
+
+    def copy(self, edits: Mounted) -> Scored: ...
+
+    def unedited(self) -> Any: ...
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]: ...
+
+
 @torch.inference_mode()
 def sequence_logits(
-    process: TextProcess, ids: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
+    process: Scored, ids: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
 ) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
     """Yields `(rows, logits [n, T, V], targets [n, T], real [n, T])` in batches of similar length: the logits from
     which each row's `tokens` follow its prompt `ids`, under the process's hidden edits.
     """
-    model = process.model
-    for rows in _batches(ids, tokens, _LOGITS // model.vocabulary):
+    body = process.body
+    for rows in _batches(ids, tokens, _LOGITS // body.vocabulary):
         width = max(len(tokens[i]) for i in rows)
-        target = torch.tensor([[*tokens[i], *[0] * (width - len(tokens[i]))] for i in rows], device=model.device)
-        real = torch.tensor([[j < len(tokens[i]) for j in range(width)] for i in rows], device=model.device)
+        target = torch.tensor([[*tokens[i], *[0] * (width - len(tokens[i]))] for i in rows], device=body.device)
+        real = torch.tensor([[j < len(tokens[i]) for j in range(width)] for i in rows], device=body.device)
         edits = _by_row(process.mounted(HiddenEdit), rows)
-        track, _ = tracking.start(model, [ids[i] for i in rows], edits, 1, hidden=False)
+        track, _ = tracking.start(body, [ids[i] for i in rows], edits, 1, hidden=False, new=width)
         yield rows, tracking.continuation_logits(track, target), target, real
 
 
@@ -54,13 +72,13 @@ def _batches(ids: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], budg
 
 @torch.inference_mode()
 def log_likelihood(
-    process: TextProcess, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]]
+    process: Scored, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]]
 ) -> Tensor:
     """Summed log-probability `[N]` of each row's `tokens` after its prompt, at the process's temperature, under its
     hidden and prompt edits.
     """
     owner, ids = group.tolist(), process.encode(prompts)
-    mine = replace(process, edits=_by_row(process.edits, owner))
+    mine = process.copy(_by_row(process.edits, owner))
     total = torch.zeros(len(owner), dtype=torch.float64)
     for rows, logits, target, real in sequence_logits(mine, [ids[b] for b in owner], tokens):
         taken = process.decoding.tempered(logits).gather(2, target.unsqueeze(2)).squeeze(2)
@@ -69,7 +87,7 @@ def log_likelihood(
 
 
 def divergence(
-    process: TextProcess,
+    process: Scored,
     prompts: Sequence[Prompt],
     group: Tensor,
     tokens: Sequence[Sequence[int]],
@@ -88,13 +106,13 @@ def divergence(
     return total
 
 
-def steps_are_exact(process: TextProcess) -> bool:
+def steps_are_exact(process: Scored) -> bool:
     """Whether the law of every step can be read again from a finished text."""
-    return not (process.mounted(TransitionEdit) or process.decoding.processors(0, (), process.model.device))
+    return not (process.mounted(TransitionEdit) or process.decoding.processors(0, (), process.body.device))
 
 
 def token_divergences(
-    process: TextProcess, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]]
+    process: Scored, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]]
 ) -> list[Tensor]:
     """Exact KL of the edited law to the base at each token, `[T]` for each row; see `divergence`."""
     found = [torch.zeros(0, dtype=torch.float64) for _ in tokens]
@@ -105,16 +123,17 @@ def token_divergences(
 
 @torch.inference_mode()
 def divergence_of_steps(
-    process: TextProcess, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]]
+    process: Scored, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]]
 ) -> Iterator[tuple[int, Tensor]]:
     """Yields `(row, KL of each of its steps [T])` of rows that have tokens, in no order."""
     owner, base = group.tolist(), process.unedited()
-    mine = replace(process, edits=_by_row(process.edits, owner))
+    mine = process.copy(_by_row(process.edits, owner))
     edited_ids, base_ids = process.encode(prompts), base.encode(prompts)
     edited_rows = sequence_logits(mine, [edited_ids[b] for b in owner], tokens)
     for rows, logits, target, real in edited_rows:
         law = process.decoding.truncated(process.decoding.tempered(logits))
-        track, _ = tracking.start(base.model, [base_ids[owner[i]] for i in rows], (), 1, hidden=False)
+        prompts_of = [base_ids[owner[i]] for i in rows]
+        track, _ = tracking.start(process.body, prompts_of, (), 1, hidden=False, new=target.shape[1])
         reference = process.decoding.tempered(tracking.continuation_logits(track, target))
         steps = torch.where(real, laws.divergence(law, reference), 0.0).double().cpu()
         yield from ((i, row[: len(tokens[i])].clone()) for i, row in zip(rows, steps, strict=True))

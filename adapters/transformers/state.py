@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steer.adapters.transformers import tracking
-from steer.adapters.transformers.cache import new_cache
-from steer.adapters.transformers.tracking import Track
+from steer.adapters.transformers.body import Body
+from steer.adapters.transformers.tracking import AnyTrack, Track
 from steer.core import Context, Cost, Process, Prompt, Samples, UnsupportedError
 from steer.core.rows import Rows, beginning
-
-if TYPE_CHECKING:
-    from steer.adapters.transformers.model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -38,8 +35,8 @@ class TextState(Rows):
     finished: Tensor
     drawn: Tensor
     """Tokens drawn so far, by every row that ever lived."""
-    track: Track = field(repr=False)
-    companions: tuple[Track, ...] = field(repr=False)
+    track: AnyTrack = field(repr=False)
+    companions: tuple[AnyTrack, ...] = field(repr=False)
     processors: tuple[Any, ...] = field(default=(), repr=False)
     unread: bool = False
     """Whether the last column is still to be read by the model."""
@@ -53,7 +50,7 @@ class TextState(Rows):
     """Whether all rows are finished or waiting."""
 
     @property
-    def tracks(self) -> tuple[Track, ...]:
+    def tracks(self) -> tuple[AnyTrack, ...]:
         """The model's own rows and those of every companion."""
         return (self.track, *self.companions)
 
@@ -86,8 +83,9 @@ class TextContext:
     step: int
     prefix: Tensor
     base: Tensor
-    track: Track = field(repr=False)
-    others: dict[int, Track] = field(repr=False)
+    left: Tensor
+    track: AnyTrack = field(repr=False)
+    others: dict[int, AnyTrack] = field(repr=False)
     law: Callable[[Tensor], Tensor] = field(repr=False)
     """From a model's logits `[N, V]` to its log-law under the settings of the run, which hold for companions too."""
     seen: dict[int, Context] = field(default_factory=dict, repr=False)
@@ -106,13 +104,14 @@ class TextContext:
     def companion(self, process: Process) -> Context:
         if id(process) not in self.seen:
             track = self.others[id(process)]
-            made = TextContext(self.step, self.prefix, self.law(track.logits), track, self.others, self.law)
+            base = self.law(track.logits)
+            made = TextContext(self.step, self.prefix, base, self.left, track, self.others, self.law)
             self.seen[id(process)] = made
         return self.seen[id(process)]
 
 
 def begin(
-    prompts: Sequence[Prompt], n: int, columns: int, tracks: Sequence[Track], cost: Cost, exact: bool
+    prompts: Sequence[Prompt], n: int, columns: int, tracks: Sequence[AnyTrack], cost: Cost, exact: bool
 ) -> TextState:
     """`n` rows for each prompt before their first token, with room for `columns` of them; `exact` where the law of the
     base is known on the way.
@@ -121,7 +120,7 @@ def begin(
     return TextState(
         **{**beginning(prompts, n, exact=exact, device=device), "cost": cost},
         filled=0,
-        prefix=torch.full((rows, columns), tracks[0].model.pad_token_id, device=device),
+        prefix=torch.full((rows, columns), tracks[0].body.pad_token_id, device=device),
         real=torch.zeros(rows, columns, dtype=torch.bool, device=device),
         length=torch.zeros(rows, dtype=torch.long, device=device),
         finished=torch.zeros(rows, dtype=torch.bool, device=device),
@@ -131,11 +130,11 @@ def begin(
     )
 
 
-def without_rows(model: LanguageModel, prompts: Sequence[Prompt]) -> TextState:
+def without_rows(body: Body, prompts: Sequence[Prompt]) -> TextState:
     """A state without rows or caches, to be filled with finished rows."""
-    none = torch.zeros(0, device=model.device)
-    mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)
-    track = Track(model, new_cache(model.config), mask, False, none.long(), none, None, None)
+    none = torch.zeros(0, device=body.device)
+    mask = torch.zeros(0, 0, dtype=torch.long, device=body.device)
+    track = Track(body, body.new_cache(), mask, False, none.long(), none, None, None)
     return begin(prompts, 1, 0, [track], Cost(), exact=False)
 
 

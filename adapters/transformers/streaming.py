@@ -9,18 +9,16 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from steer.adapters.language.texts import GrowingText
+from steer.adapters.transformers.process import TokenModel
+from steer.adapters.transformers.state import TextState
 from steer.core import Samples, check
 from steer.methods.best_of_n import Ancestral
 from steer.model import Plan, execute
-
-if TYPE_CHECKING:
-    from steer.adapters.transformers.model import LanguageModel
-    from steer.adapters.transformers.state import TextState
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Piece:
 class Follower:
     """Calls `emit` with every new `Piece`: `step` is what `engine.execute` calls, `finish` shows what was held back."""
 
-    def __init__(self, model: LanguageModel, plan: Plan, emit: Callable[[Piece], None]) -> None:
+    def __init__(self, model: TokenModel, plan: Plan, emit: Callable[[Piece], None]) -> None:
         check(isinstance(plan.sampler, Ancestral), "stream", type(plan.sampler).__name__,
               "independent samples: others choose at the end")  # fmt: skip
         self._emit = emit
@@ -66,7 +64,7 @@ class Follower:
 class TextStream:
     """Iterate for `Piece`s; `samples` holds the result once the iterator has ended. Closing it stops the work."""
 
-    def __init__(self, model: LanguageModel, plan: Plan) -> None:
+    def __init__(self, model: TokenModel, plan: Plan) -> None:
         self.samples: Samples | None = None
         self._plan = plan
         self._pieces: queue.Queue[Any] = queue.Queue()
@@ -105,7 +103,7 @@ class _Stopped(Exception):
     """The reader went away."""
 
 
-def feed_streamer(model: LanguageModel, plan: Plan, streamer: Any) -> Samples:
+def feed_streamer(model: TokenModel, plan: Plan, streamer: Any) -> Samples:
     """Feed a transformers streamer: the prompt, then every token, then `end()`; as that library does, one row only."""
     rows = len(plan.prompts) * getattr(plan.sampler, "n", 1)
     check(rows == 1, "streamer", f"{rows} rows", "one row")

@@ -1,337 +1,236 @@
-"""One model following rows of tokens: prompt pass, next tokens, forks and lookahead, under a plan of hidden edits.
+"""One network following rows of tokens, laid out as is right for it: in one rectangle, or where rows of unequal length
+would change each other in groups, each a rectangle of its own.
 
 Letters: `B` prompts, `N` rows, `T` positions, `K` candidates, `D` width, `V` vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
-from steer.adapters.transformers.cache import copy_rows, crop_last, full_attention, new_cache
-from steer.adapters.transformers.hidden import Plan, Rows
-from steer.adapters.transformers.hooks import recording
-from steer.core import Cost, HiddenEdit, UnsupportedError
+from steer.adapters.transformers import rectangle
+from steer.adapters.transformers.body import Body
+from steer.adapters.transformers.cache import full_attention
+from steer.adapters.transformers.cache import nbytes as cache_bytes
+from steer.adapters.transformers.rectangle import Mounted, Track, left_padded
+from steer.core import Cost, UnsupportedError
 
-if TYPE_CHECKING:
-    from steer.adapters.transformers.model import LanguageModel
-
-
-Mounted = Sequence[tuple[HiddenEdit, frozenset[int] | None]]
+__all__ = ["AnyTrack", "Groups", "Track", "advance", "continuation_hidden", "continuation_logits", "fork",
+           "left_padded", "look", "nbytes", "replay", "stack", "start"]  # fmt: skip
 
 
 @dataclass
-class Track:
-    """Rows of one model in mid-text. `logits` and `hidden` belong to the last token of each row."""
+class Groups:
+    """Rows of one network in several rectangles: part i holds the rows numbered `parts[i][0]`."""
 
-    model: LanguageModel
-    cache: Cache
-    mask: Tensor
-    """1 where a cached position is real, `[N, T]`."""
-    padded: bool
-    """Whether any position is padding; without padding no mask is passed, which the attention kernels like."""
-    position: Tensor
-    """Position of the next token of each row, without padding `[N]`."""
-    logits: Tensor
-    hidden: Tensor | None
-    plan: Plan | None
-    branch: tuple[Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
-    """Candidates `[N, K]`, their logits `[N, K, V]` and hidden states, while they hang from the cache."""
+    parts: tuple[tuple[Tensor, Track], ...]
 
+    @property
+    def body(self) -> Body:
+        return self.parts[0][1].body
 
-def left_padded(ids: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask `[B, T]`."""
-    width = max(len(row) for row in ids)
-    tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in ids], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
-    return tokens, mask
+    @property
+    def logits(self) -> Tensor:
+        return self.ordered([part.logits for _, part in self.parts])
+
+    @property
+    def hidden(self) -> Tensor | None:
+        found = [part.hidden for _, part in self.parts if part.hidden is not None]
+        return self.ordered(found) if found else None
+
+    def ordered(self, values: Sequence[Tensor]) -> Tensor:
+        """One value for each row of each part, by the rows' numbers."""
+        numbers = torch.cat([rows for rows, _ in self.parts])
+        return torch.cat(list(values))[numbers.argsort().to(values[0].device)]
 
 
-def _forward(
-    model: LanguageModel, tokens: Tensor, mask: Tensor, padded: bool, position: Tensor, cache: Cache,
-    program: dict[int, Rows], keep: int = 1, hidden: bool = False, attention: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Logits `[N, keep, V]` (0 keeps every position) and, if asked, the final hidden states of every position, on which
-    the output head works.
-    """
-    seen: list[Tensor] = []
-    handle = model.trunk.register_forward_hook(lambda m, args, out: seen.append(out[0])) if hidden else None
-    try:
-        with model.hooks.running(program):
-            out: Any = model.network(
-                input_ids=tokens,
-                attention_mask=attention if attention is not None else (mask if padded else None),
-                position_ids=position if position.dim() == 2 else position.unsqueeze(1),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=keep,
-            )
-    finally:
-        if handle is not None:
-            handle.remove()
-    # Where a device map spreads the blocks, logits come back to where the tokens were.
-    return out.logits, seen[0].to(out.logits.device) if seen else None
+AnyTrack = Track | Groups
 
 
 def start(
-    model: LanguageModel, ids: Sequence[Sequence[int]], edits: Mounted, n: int, hidden: bool
-) -> tuple[Track, Cost]:
-    """The prompt pass: every prompt is read once, then its cache serves `n` rows."""
-    tokens, mask = left_padded(ids, model.pad_token_id, model.device)
-    position = (mask.cumsum(1) - 1).clamp_min(0)
-    padded = bool((mask == 0).any())
-    lengths = [len(row) for row in ids]
-    cost = Cost(prompt_tokens=sum(lengths), model_calls=1, nfe=sum(lengths))
-    cache = new_cache(model.config)
-    args = (mask, padded)
-    reads = sorted({layer for edit, _ in edits for layer in edit.reads})
-    if not reads:
-        plan = Plan.compile(edits, model.info, lengths, [None] * len(edits)) if edits else None
-        program = plan.chunk(position.cpu()) if plan else {}
-        logits, last = _forward(model, tokens, *args, position, cache, program, hidden=hidden)
+    body: Body, ids: Sequence[Sequence[int]], edits: Mounted, n: int, hidden: bool, new: int = 0
+) -> tuple[AnyTrack, Cost]:
+    """The prompt pass: every prompt is read once, then its cache serves `n` rows, of up to `new` more tokens."""
+    body.layout.check(body)
+    lengths = sorted({len(row) for row in ids})
+    if len(lengths) == 1 or (body.alike(lengths[-1] + new) and body.allows("pads")):
+        track, cost = rectangle.start(body, ids, edits, hidden)
+        whole: AnyTrack = track
     else:
-        with recording(model.blocks, reads) as seen:
-            logits, last = _forward(model, tokens, *args, position, cache, {}, hidden=hidden)
-        at_end = {layer: x[:, -1].float() for layer, x in seen.items()}
-        weights = [
-            edit.weights({layer: at_end[layer] for layer in edit.reads}) if edit.reads else None for edit, _ in edits
-        ]
-        plan = Plan.compile(edits, model.info, lengths, weights)
-        logits, last, cache, more = _read_again(
-            model, tokens, mask, padded, position, cache, plan, logits, last, hidden
-        )
-        cost = cost + more
-    track = Track(model, cache, mask, padded, position[:, -1] + 1, logits[:, -1], _last(last), plan or None)
-    return (fork(track, torch.arange(len(ids)).repeat_interleave(n)) if n > 1 else track), cost
+        parts, cost = [], Cost()
+        for length in lengths:
+            rows = [i for i, row in enumerate(ids) if len(row) == length]
+            part, more = rectangle.start(body, [ids[i] for i in rows], _numbered(edits, rows), hidden)
+            parts.append((torch.tensor(rows), part))
+            cost = cost + more
+        whole = Groups(tuple(parts))
+    return (fork(whole, torch.arange(len(ids)).repeat_interleave(n)) if n > 1 else whole), cost
 
 
-def _last(hidden: Tensor | None) -> Tensor | None:
-    return None if hidden is None else hidden[:, -1]
+def _numbered(edits: Mounted, rows: Sequence[int]) -> Mounted:
+    """Edits of some rows, by their numbers among these."""
+    return [
+        (edit, None if wanted is None else frozenset(i for i, row in enumerate(rows) if row in wanted))
+        for edit, wanted in edits
+    ]
 
 
-def _read_again(
-    model: LanguageModel, tokens: Tensor, mask: Tensor, padded: bool, position: Tensor, cache: Cache, plan: Plan,
-    logits: Tensor, last: Tensor | None, hidden: bool,
-) -> tuple[Tensor, Tensor | None, Cache, Cost]:  # fmt: skip
-    """Now that the prompt has been read and its edits are known, redo what they change of it: nothing, the last
-    position alone, or the whole prompt.
+def fork(track: AnyTrack, index: Tensor) -> AnyTrack:
+    """New rows; row i is row `index[i]`. The old rows stay usable."""
+    if isinstance(track, Track):
+        return rectangle.fork(track, index)
+    index, parts = index.cpu(), []
+    for rows, part in track.parts:
+        inside = torch.full((_count(track),), -1).index_copy(0, rows, torch.arange(len(rows)))[index]
+        mine = (inside >= 0).nonzero().squeeze(1)
+        if len(mine):
+            parts.append((mine, rectangle.fork(part, inside[mine])))
+    return Groups(tuple(parts) or ((index, rectangle.fork(track.parts[0][1], index)),))
+
+
+def advance(track: AnyTrack, tokens: Tensor, real: Tensor | None = None) -> tuple[AnyTrack, int]:
+    """Every row takes its token `[N]`; returns the rows (the same cache, moved on) and the model calls spent. Rows
+    that are not `real` `[N]` wait.
     """
-    first = plan.first_position()
-    end = position[:, -1].cpu()
-    acts = first <= end
-    if not bool(acts.any()):
-        return logits, last, cache, Cost()
-    old = [(layer.keys, layer.values) for layer in cache.layers] if full_attention(cache) else []
-    if old and bool((first >= end).all()):
-        crop_last(cache, 1)
-        tokens, position = tokens[:, -1:], position[:, -1:]
-    else:
-        cache = new_cache(model.config)
-    program = plan.chunk(position.cpu())
-    again, last_again = _forward(model, tokens, mask, padded, position, cache, program, hidden=hidden)
-    # Rows on which nothing acts keep every bit of the first pass.
-    idle = (~acts).nonzero().squeeze(1).to(logits.device)
-    if len(idle):
-        again[idle] = logits[idle]
-        if last is not None and last_again is not None:
-            last_again[idle, -1] = last[idle, -1]
-        for layer, (keys, values) in zip(cache.layers, old, strict=bool(old)):
-            at = idle.to(keys.device)
-            layer.keys[at], layer.values[at] = keys[at], values[at]
-    return again, last_again, cache, Cost(model_calls=1)
+    if isinstance(track, Track) and (real is None or _may_wait(track)):
+        return rectangle.advance(track, tokens, real)
+    if real is not None and bool(real.all()):
+        return advance(track, tokens)
+    parts, calls = [], 0
+    for rows, part in _parts(track):
+        for mine, sub, goes in _split(rows, part, None if real is None else real[rows.to(real.device)]):
+            moved, more = rectangle.advance(sub, tokens[mine.to(tokens.device)]) if goes else (sub, 0)
+            parts.append((mine, moved))
+            calls += more
+    return _joined(parts), calls
 
 
-def fork(track: Track, index: Tensor) -> Track:
-    """New rows; row i is row `index[i]`. The old track stays usable. The prompt's cache is indexed once, here."""
-    at = index.to(track.mask.device)
-    return replace(
-        track,
-        cache=copy_rows(track.cache, at, track.model.config),
-        mask=track.mask[at],
-        position=track.position[at],
-        logits=track.logits[at],
-        hidden=None if track.hidden is None else track.hidden[at],
-        plan=track.plan.rows(index) if track.plan else None,
-        branch=None if track.branch is None else tuple(x[at] for x in track.branch),  # type: ignore[arg-type]
-    )
+def _may_wait(track: Track) -> bool:
+    return track.body.alike(None) and track.body.allows("gaps")
 
 
-def advance(track: Track, tokens: Tensor, real: Tensor | None = None) -> tuple[Track, int]:
-    """Every row takes its token `[N]`; returns the track (the same cache, moved on) and the model calls spent. Rows
-    that are not `real` `[N]` wait: their position stays, and what the cache gets is masked.
+def _split(rows: Tensor, part: Track, real: Tensor | None) -> Iterator[tuple[Tensor, Track, bool]]:
+    """The rows of a part that go on, and those that wait."""
+    if real is None or bool(real.all()) or not bool(real.any()):
+        yield rows, part, real is None or bool(real.any())
+        return
+    for goes in (True, False):
+        mine = (real.cpu() == goes).nonzero().squeeze(1)
+        yield rows[mine], rectangle.fork(part, mine), goes
+
+
+def replay(track: AnyTrack, tokens: Tensor, real: Tensor) -> AnyTrack:
+    """The rows after several tokens `[N, T]`. They are aligned on the right: where they are not `real` `[N, T]`, on the
+    left, there is no token. Consumes the track.
     """
-    if real is not None:
-        return _advance_some(track, tokens, real)
-    if track.branch is not None:
-        taken = _take_branch(track, tokens)
-        if taken is not None:
-            return taken, 0
-    hidden = track.hidden is not None
-    mask = torch.cat([track.mask, track.mask.new_ones(len(track.mask), 1)], 1)
-    program = track.plan.decode(track.position) if track.plan else {}
-    logits, last = _forward(
-        track.model, tokens.unsqueeze(1), mask, track.padded, track.position, track.cache, program, hidden=hidden
-    )
-    return replace(
-        track, mask=mask, position=track.position + 1, logits=logits[:, -1], hidden=_last(last), branch=None
-    ), 1
+    chunks = track.body.allows("chunks")
+    if isinstance(track, Track) and chunks and (bool(real.all()) or _may_wait(track)):
+        return rectangle.replay(track, tokens, real)
+    parts = []
+    for rows, part in _parts(track):
+        mine = rows.to(tokens.device)
+        counts = real[mine].sum(1).cpu()
+        for count in counts.unique().tolist():
+            at = (counts == count).nonzero().squeeze(1)
+            fed = tokens[mine[at.to(mine.device)], tokens.shape[1] - count :]
+            parts.append((rows[at], _fed(rectangle.fork(part, at), fed, chunks)))
+    return _joined(parts)
 
 
-def _advance_some(track: Track, tokens: Tensor, real: Tensor) -> tuple[Track, int]:
-    if track.branch is not None:
-        crop_last(track.cache, track.branch[0].shape[1])
-        track.branch = None
-    mask = torch.cat([track.mask, real.to(track.mask).unsqueeze(1)], 1)
-    program = track.plan.decode(track.position) if track.plan else {}
-    # A waiting row must still attend to something: its junk key, which no later step will see.
-    seen = mask.clone()
-    seen[:, -1] = 1
-    logits, last = _forward(
-        track.model, tokens.unsqueeze(1), seen, True, track.position, track.cache, program,
-        hidden=track.hidden is not None,
-    )  # fmt: skip
-    hidden = _last(last)
-    keep = real.unsqueeze(1)
-    moved = replace(
-        track, mask=mask, padded=True, position=track.position + real, branch=None,
-        logits=torch.where(keep, logits[:, -1], track.logits),
-        hidden=hidden if hidden is None or track.hidden is None else torch.where(keep, hidden, track.hidden),
-    )  # fmt: skip
-    return moved, 1
+def _fed(track: Track, tokens: Tensor, chunks: bool) -> Track:
+    """The track after tokens `[N, T]`, all real."""
+    if chunks and tokens.shape[1]:
+        return rectangle.replay(track, tokens, torch.ones_like(tokens, dtype=torch.bool))
+    for column in tokens.unbind(1):
+        track, _ = rectangle.advance(track, column)
+    return track
 
 
-def replay(track: Track, tokens: Tensor, real: Tensor) -> Track:
-    """The track after several tokens `[N, T]` in one pass. Rows are aligned on the right: where they are not `real`
-    `[N, T]`, on the left, there is no token. Consumes the track.
-    """
-    position = track.position.unsqueeze(1) + (real.long().cumsum(1) - 1).clamp_min(0)
-    mask = torch.cat([track.mask, real.to(track.mask)], 1)
-    whole = bool(real.all())
-    program = track.plan.chunk(position.cpu()) if track.plan else {}
-    logits, hidden = _forward(
-        track.model, tokens, mask, track.padded or not whole, position, track.cache, program, keep=1,
-        hidden=track.hidden is not None,
-    )  # fmt: skip
-    return replace(
-        track, mask=mask, padded=track.padded or not whole, position=track.position + real.sum(1),
-        logits=logits[:, -1], hidden=_last(hidden), branch=None,
-    )  # fmt: skip
+def stack(tracks: Sequence[AnyTrack]) -> AnyTrack:
+    """The rows of several tracks of one model as one. Copies."""
+    whole = [t for t in tracks if isinstance(t, Track)]
+    if len(whole) == len(tracks) and all(full_attention(t.cache) for t in whole) and _may_wait(whole[0]):
+        return rectangle.stack(whole)
+    parts, first = [], 0
+    for track in tracks:
+        parts += [(rows + first, replace(part, branch=None)) for rows, part in _parts(track)]
+        first += _count(track)
+    return _joined(parts)
 
 
-def stack(tracks: Sequence[Track]) -> Track:
-    """The rows of several tracks of one model as one. Copies; caches that are narrower are padded."""
-    if not all(full_attention(track.cache) for track in tracks):
-        raise UnsupportedError("a tree over text needs a model in which every layer attends to the whole prefix")
-    first, width = tracks[0], max(track.mask.shape[1] for track in tracks)
-    short = [width - track.mask.shape[1] for track in tracks]
-
-    def wide(x: Tensor, missing: int) -> Tensor:
-        return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
-
-    cache = new_cache(first.model.config)
-    for i, layer in enumerate(cache.layers):
-        parts = [(t.cache.layers[i], n) for t, n in zip(tracks, short, strict=True)]
-        layer.update(*(torch.cat([wide(getattr(p, name), n) for p, n in parts]) for name in ("keys", "values")))
-    masks = [torch.nn.functional.pad(t.mask, (0, n)) for t, n in zip(tracks, short, strict=True)]
-    plans = [t.plan for t in tracks]
-    return replace(
-        first,
-        cache=cache,
-        mask=torch.cat(masks),
-        padded=any(t.padded for t in tracks) or any(short),
-        position=torch.cat([t.position for t in tracks]),
-        logits=torch.cat([t.logits for t in tracks]),
-        hidden=None if first.hidden is None else torch.cat([t.hidden for t in tracks if t.hidden is not None]),
-        plan=Plan.stack([p for p in plans if p is not None]) if any(plans) else None,
-        branch=None,
-    )
-
-
-def nbytes(track: Track) -> int:
-    """Memory of the cache."""
-    return sum(
-        x.numel() * x.element_size()
-        for layer in track.cache.layers
-        for x in (layer.keys, layer.values)
-        if x is not None
-    )
-
-
-def look(track: Track, candidates: Tensor) -> Tensor:
+def look(track: AnyTrack, candidates: Tensor) -> Tensor:
     """Hidden states after each of `candidates` `[N, K]` in one pass of tree attention: all K share the row's prefix and
-    its next position, and none sees another. `[N, K, D]`. What was computed is kept for `advance`.
+    its next position, and none sees another. `[N, K, D]`. What was computed is kept for `advance`. Raises
+    `UnsupportedError` of models in which the candidates would see each other.
     """
-    if not full_attention(track.cache):
+    if not track.body.allows("branches"):
         raise UnsupportedError(
-            "lookahead over candidates needs a model in which every layer attends to the whole prefix; "
-            "use a Q-head, which needs no lookahead"
+            "lookahead over candidates needs a model in which every layer attends to the whole prefix, by positions "
+            "that can be given; use a Q-head, which needs no lookahead"
         )
-    n, k = candidates.shape
-    old = track.mask.shape[1]
-    blocked = torch.full((n, 1, k, old + k), torch.finfo(track.logits.dtype).min, dtype=track.logits.dtype)
-    blocked = blocked.to(track.logits.device)
-    blocked[..., :old].masked_fill_(track.mask[:, None, None, :].bool(), 0.0)
-    blocked[..., old:].masked_fill_(torch.eye(k, dtype=torch.bool, device=blocked.device), 0.0)
-    position = track.position.unsqueeze(1).expand(n, k)
-    program = track.plan.decode(track.position) if track.plan else {}
-    logits, hidden = _forward(
-        track.model, candidates, track.mask, True, position, track.cache, program, keep=0, hidden=True,
-        attention=blocked,
-    )  # fmt: skip
-    assert hidden is not None
-    track.branch = (candidates, logits, hidden)
-    return hidden
+    if isinstance(track, Track):
+        return rectangle.look(track, candidates)
+    return track.ordered([rectangle.look(part, candidates[rows.to(candidates.device)]) for rows, part in track.parts])
 
 
-def _take_branch(track: Track, tokens: Tensor) -> Track | None:
-    """The track after `tokens` where each is among the candidates that were looked at; otherwise drop the branch."""
-    assert track.branch is not None
-    candidates, logits, hidden = track.branch
-    found = candidates == tokens.unsqueeze(1)
-    width = candidates.shape[1]
-    track.branch = None
-    if not bool(found.any(1).all()):
-        crop_last(track.cache, width)
-        return None
-    choice = found.int().argmax(1)
-    for layer in track.cache.layers:
-        layer.keep_branch(width, choice)
-    rows = torch.arange(len(choice), device=choice.device)
-    return replace(
-        track,
-        mask=torch.cat([track.mask, track.mask.new_ones(len(track.mask), 1)], 1),
-        position=track.position + 1,
-        logits=logits[rows, choice],
-        hidden=hidden[rows, choice],
-        branch=None,
-    )
+def continuation_logits(track: AnyTrack, tokens: Tensor) -> Tensor:
+    """Logits `[N, T, V]` that each of `tokens` `[N, T]` was predicted from. Consumes the track."""
+    if tokens.shape[1] == 1 or not track.body.allows("chunks"):
+        return torch.stack([rows.logits for rows in _along(track, tokens[:, :-1])], 1)
+    if isinstance(track, Track):
+        return rectangle.continuation_logits(track, tokens)
+    parts = [rectangle.continuation_logits(part, tokens[rows.to(tokens.device)]) for rows, part in track.parts]
+    return track.ordered(parts)
 
 
-def continuation_logits(track: Track, tokens: Tensor) -> Tensor:
-    """Logits `[N, T, V]` that each of `tokens` `[N, T]` was predicted from, in one pass. Consumes the track."""
-    if tokens.shape[1] == 1:
-        return track.logits.unsqueeze(1)
-    logits, _ = _continued(track, tokens[:, :-1], hidden=False)
-    return torch.cat([track.logits.unsqueeze(1), logits], 1)
-
-
-def continuation_hidden(track: Track, tokens: Tensor) -> Tensor:
+def continuation_hidden(track: AnyTrack, tokens: Tensor) -> Tensor:
     """Final hidden states `[N, T + 1, D]` before the first of `tokens` `[N, T]` and after each. Consumes the track."""
-    assert track.hidden is not None
-    _, hidden = _continued(track, tokens, hidden=True)
-    assert hidden is not None
-    return torch.cat([track.hidden.unsqueeze(1), hidden], 1)
+    if not track.body.allows("chunks"):
+        return torch.stack([rows.hidden for rows in _along(track, tokens) if rows.hidden is not None], 1)
+    if isinstance(track, Track):
+        return rectangle.continuation_hidden(track, tokens)
+    parts = [rectangle.continuation_hidden(part, tokens[rows.to(tokens.device)]) for rows, part in track.parts]
+    return track.ordered(parts)
 
 
-def _continued(track: Track, fed: Tensor, hidden: bool) -> tuple[Tensor, Tensor | None]:
-    position = track.position.unsqueeze(1) + torch.arange(fed.shape[1], device=fed.device)
-    mask = torch.cat([track.mask, track.mask.new_ones(fed.shape)], 1)
-    program = track.plan.chunk(position.cpu()) if track.plan else {}
-    return _forward(
-        track.model, fed, mask, track.padded, position, track.cache, program, keep=1 if hidden else 0, hidden=hidden
-    )
+def _along(track: AnyTrack, tokens: Tensor) -> Iterator[AnyTrack]:
+    """The rows before the first of `tokens` `[N, T]` and after each, token by token."""
+    yield track
+    for column in tokens.unbind(1):
+        track, _ = advance(track, column)
+        yield track
+
+
+def nbytes(track: AnyTrack) -> int:
+    """Memory of the cache."""
+    return sum(cache_bytes(part.cache) for _, part in _parts(track))
+
+
+def _parts(track: AnyTrack) -> tuple[tuple[Tensor, Track], ...]:
+    return track.parts if isinstance(track, Groups) else ((torch.arange(_count(track)), track),)
+
+
+def _count(track: AnyTrack) -> int:
+    return sum(len(rows) for rows, _ in track.parts) if isinstance(track, Groups) else len(track.mask)
+
+
+def _joined(parts: Sequence[tuple[Tensor, Track]]) -> AnyTrack:
+    """Parts of one width are made one; where that leaves one part, it stands alone."""
+    widths: dict[tuple[int, bool], list[tuple[Tensor, Track]]] = {}
+    for rows, part in parts:
+        widths.setdefault((part.mask.shape[1], part.branch is None), []).append((rows, part))
+    made = []
+    for (_, plain), mine in widths.items():
+        if len(mine) == 1 or not plain:
+            made += mine
+        else:
+            made.append((torch.cat([rows for rows, _ in mine]), rectangle.join([part for _, part in mine])))
+    if len(made) == 1:
+        rows, part = made[0]
+        order = rows.argsort()
+        return part if bool((order == torch.arange(len(rows))).all()) else rectangle.fork(part, order)
+    return Groups(tuple(made))

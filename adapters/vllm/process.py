@@ -221,7 +221,10 @@ class VLLMProcess(Process):
         for i in rows:
             b, mine = int(state.group[i]), state.tokens[i]
             tag = self._tag(state, i) if self._reads(asked[b]) else None
-            inside = Inside(tuple(asked[b]), prompt_length=len(state.ids[b]), weights=state.weights[i], tag=tag)
+            inside = Inside(
+                tuple(asked[b]), prompt_length=len(state.ids[b]), weights=state.weights[i], tag=tag,
+                ends=len(state.ids[b]) + self.decoding.max_new_tokens,
+            )  # fmt: skip
             prompts.append(_tokens_prompt([*state.ids[b], *mine]))
             params.append(self._params(seeds[i], len(mine), inside))
         return self._client.draw(prompts, params, took)

@@ -7,14 +7,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from math import comb
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["Bench", "Row", "Task", "alternate", "cpu_seconds", "interval", "ratios", "recipes"]
+__all__ = ["Bench", "Row", "Task", "alternate", "cpu_seconds", "device_seconds", "interval", "ratios", "recipes"]
 
 
 MODEL = "smollm2-135m"
@@ -41,6 +41,17 @@ def cpu_seconds(task: Task) -> float:
     began = time.process_time()
     task()
     return time.process_time() - began
+
+
+def device_seconds(task: Task, device: str) -> float:
+    """Wall time of one call, from an idle device to an idle device."""
+    place = torch.device(device)
+    wait = torch.get_device_module(place.type).synchronize
+    wait(place)
+    began = time.perf_counter()
+    task()
+    wait(place)
+    return time.perf_counter() - began
 
 
 def alternate(tasks: Sequence[Task], repeats: int, clock: Callable[[Task], float] = cpu_seconds) -> list[list[float]]:
@@ -101,12 +112,19 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 
 @dataclass
 class Bench:
-    """What figures share. `model` is loaded on first use unless one is given."""
+    """What figures share. `model` is loaded on first use unless one is given. Times are CPU time on the CPU, and wall
+    time on another `device`.
+    """
 
     repeats: int = 5
     tokens: int = 64
     peers: str | None = None
     given: Any = field(default=None, repr=False)
+    device: str = "cpu"
+
+    @property
+    def clock(self) -> Callable[[Task], float]:
+        return cpu_seconds if self.device == "cpu" else partial(device_seconds, device=self.device)
 
     @cached_property
     def model(self) -> Any:
@@ -114,7 +132,7 @@ class Bench:
             return self.given
         import steer
 
-        return steer.load(MODEL, dtype="float32", device="cpu")
+        return steer.load(MODEL, dtype="float32", device=self.device)
 
     def prompts(self, count: int) -> list[Any]:
         """Texts of different lengths, continued as they stand."""
@@ -139,10 +157,10 @@ class Bench:
         return SteeringVector(noise, 0.02).normalised()
 
     def compare(self, tasks: Sequence[Task], repeats: int | None = None) -> list[list[float]]:
-        """CPU seconds of each task, alternating, after one call of each."""
+        """Seconds of each task, alternating, after one call of each."""
         for task in tasks:
             task()
-        return alternate(tasks, repeats or self.repeats)
+        return alternate(tasks, repeats or self.repeats, self.clock)
 
 
 def recipes() -> Path:

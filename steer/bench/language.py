@@ -32,7 +32,7 @@ def steered(bench: Bench) -> Iterator[Row]:
 
 
 def _in_turns(bench: Bench, rows: int, edits: Sequence[Sequence[tuple[Any, Any]]]) -> list[list[float]]:
-    """CPU seconds of every decode step under each set of edits. The runs take their steps in turns, so that each pair
+    """Seconds of every decode step under each set of edits. The runs take their steps in turns, so that each pair
     of times is a fraction of a second apart.
     """
     seen: list[list[float]] = [[] for _ in edits]
@@ -40,7 +40,7 @@ def _in_turns(bench: Bench, rows: int, edits: Sequence[Sequence[tuple[Any, Any]]
         steps = [_decoding(bench, rows, mounted, seed) for mounted in edits]
         for step in steps:
             step()
-        for mine, times in zip(seen, alternate(steps, bench.tokens - 2), strict=True):
+        for mine, times in zip(seen, alternate(steps, bench.tokens - 2, bench.clock), strict=True):
             mine.extend(times)
     return seen
 
@@ -224,7 +224,7 @@ def best_of_n(bench: Bench, length: int = 512, n: int = 32, tokens: int = 16) ->
     ours = _best_of(bench, prompt, n, tokens)
     with _no_end(model.network):
         seen = bench.compare([ours], min(3, bench.repeats))[0]
-        theirs = cpu_seconds(_library(bench, [prompt], tokens, n))
+        theirs = bench.clock(_library(bench, [prompt], tokens, n))
     name = f"{n} x {tokens} tokens after {len(model.encode(prompt))}: network.generate / steer"
     yield Row("best-of-n", name, [theirs / mine for mine in seen], at_least=6.0)
 
@@ -243,7 +243,7 @@ def value(bench: Bench) -> Iterator[Row]:
 
     head = QHead(bench.model.info.width)
     nn.init.normal_(head.outer.weight, std=0.02)
-    guidance = ValueGuidance(HeadValue(head, bench.model.info.unembedding()), beta=1.0, top_k=20)
+    guidance = ValueGuidance(HeadValue(head.to(bench.model.device), bench.model.info.unembedding()), beta=1.0, top_k=20)
     for rows in (1, 8):
         plain, guided = _in_turns(bench, rows, [[], [(guidance, None)]])
         yield Row("value", f"Q-head / plain, cost of a token, batch {rows}", ratios(guided, plain), at_most=1.1)

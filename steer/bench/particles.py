@@ -66,7 +66,7 @@ def calls(bench: Bench) -> Iterator[Row]:
 
 
 def text(bench: Bench) -> Iterator[Row]:
-    """Tokens a CPU second of FK, weighed every eight tokens, over those of best-of-N with as many candidates."""
+    """Tokens a second of FK, weighed every eight tokens, over those of best-of-N with as many candidates."""
     reward = parse_reward("sentiment").bind(bench.model)
     process = bench.model.process(max_new_tokens=bench.tokens, block=8, eos_token_id=[])
     (prompt,) = bench.prompts(1)
@@ -74,7 +74,7 @@ def text(bench: Bench) -> Iterator[Row]:
     for seed in range(-1, 2 * bench.repeats):
         pair = list(enumerate((BestOfN(16), FKSteering(16, ess_threshold=None))))
         for i, sampler in pair if seed % 2 else reversed(pair):
-            seconds = cpu_seconds(_run(process, prompt, sampler, reward, seed + 1, 0.2))
+            seconds = bench.clock(_run(process, prompt, sampler, reward, seed + 1, 0.2))
             if seed >= 0:
                 spent[i].append(seconds)
     yield Row("text-fk", "FK / best-of-N tokens/s, 16 rows", ratios(*spent), at_least=0.8)

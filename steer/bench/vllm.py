@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from steer.bench import vllm_peer
-from steer.bench.harness import MODEL, Bench, Row, Task, alternate, cpu_seconds, ratios, recipes
+from steer.bench.harness import MODEL, Bench, Row, Task, alternate, ratios, recipes
 
 __all__ = ["GROUPS", "VLLMBench", "main"]
 
@@ -35,10 +35,10 @@ class VLLMBench(Bench):
 
     @cached_property
     def model(self) -> Any:
-        """The transformers adapter, in the same precision."""
+        """The transformers adapter, in the same precision, where vLLM is."""
         import steer
 
-        return steer.load(MODEL, dtype=self.dtype, device="cpu")
+        return steer.load(MODEL, dtype=self.dtype, device=self.device)
 
     @cached_property
     def engine(self) -> Any:
@@ -59,9 +59,10 @@ class VLLMBench(Bench):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Those of every engine."""
+        """Those of every engine; two share a card."""
+        share = {} if self.device == "cpu" else {"gpu_memory_utilization": 0.3}
         return {
-            "dtype": self.dtype, "enforce_eager": not self.compiled, "max_model_len": 1024, "block_size": 32,
+            **share, "dtype": self.dtype, "enforce_eager": not self.compiled, "max_model_len": 1024, "block_size": 32,
             "max_num_seqs": self.rows,
         }  # fmt: skip
 
@@ -91,7 +92,7 @@ class VLLMBench(Bench):
         tasks = [self.drawing(rows, mine, tokens) for mine in ([], *edits)]
         for task in tasks:
             task()
-        plain, *others = alternate(tasks, self.repeats)
+        plain, *others = alternate(tasks, self.repeats, self.clock)
         return [ratios(plain, other) for other in others]
 
 
@@ -163,7 +164,7 @@ def peers(bench: VLLMBench) -> Iterator[Row]:
         return
     vector = peer_vector()
     for rows in (8, 32):
-        ours = [partial(cpu_seconds, bench.drawing(rows, edits)) for edits in ([], [vector] * rows)]
+        ours = [partial(bench.clock, bench.drawing(rows, edits)) for edits in ([], [vector] * rows)]
         with vllm_peer.working(peer_job(bench, rows, vector), bench.peers) as ask:
             tasks = [*ours, *(partial(ask, what) for what in ("plain", "steered", "unsteered"))]
             for task in tasks:
@@ -174,8 +175,24 @@ def peers(bench: VLLMBench) -> Iterator[Row]:
         yield Row("peers", f"unsteered beside it / plain, batch {rows}", ratios(without, beside))
 
 
+def graphs(bench: VLLMBench) -> Iterator[Row]:
+    """Greedy texts under vectors in an engine that replays captured graphs, against those of an eager one: the same
+    tokens but where rounding parts two texts, and how much faster they come.
+    """
+    eager = replace(bench, compiled=False)
+    edits, rows = [bench_vector(seed % 8) for seed in range(32)], 32
+    prompts, settings = bench.prompts(rows), {"temperature": 0, "max_new_tokens": 32, "eos_token_id": []}
+    for what, mine in (("plain", ()), ("under 8 vectors", [[edit] for edit in edits])):
+        texts = [b.engine.generate(prompts, edits=mine, **settings).tokens for b in (bench, eager)]
+        alike = [sum(a == b for a, b in zip(*pair, strict=True)) / 32 for pair in zip(*texts, strict=True)]
+        yield Row("graphs", f"tokens that graphs and eager share, {what}", [sum(alike) / rows], "", at_least=0.9)
+    slow, fast = bench.compare([b.drawing(rows, edits) for b in (eager, bench)])
+    yield Row("graphs", f"steered tokens/s, graphs / eager, batch {rows}", ratios(slow, fast))
+
+
 GROUPS = {
-    "steered": steered, "decided": decided, "transformers": against_transformers, "guided": guided, "peers": peers
+    "steered": steered, "decided": decided, "transformers": against_transformers, "guided": guided, "peers": peers,
+    "graphs": graphs,
 }  # fmt: skip
 """What can be measured, by name."""
 
@@ -264,11 +281,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_LENS_DISABLE"] = "1"  # where it is installed, it would turn itself on in this process
     bench = VLLMBench(
-        repeats=chosen.repeats, tokens=chosen.tokens, compiled=chosen.compiled, dtype=chosen.dtype, peers=chosen.peers
-    )
-    print(f"engine: vLLM, {'compiled' if chosen.compiled else 'eager'}, {chosen.dtype}, in this process", flush=True)
+        repeats=chosen.repeats, tokens=chosen.tokens, compiled=chosen.compiled, dtype=chosen.dtype, peers=chosen.peers,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )  # fmt: skip
+    how = "compiled" if chosen.compiled else "eager"
+    print(f"engine: vLLM, {how}, {chosen.dtype}, on {bench.device}, in this process", flush=True)
     rows = []
-    for name in chosen.groups or GROUPS:
+    groups = chosen.groups or [name for name in GROUPS if name != "graphs" or chosen.compiled]
+    for name in groups:
         for row in GROUPS[name](bench):
             rows.append(row)
             print(row, flush=True)

@@ -52,8 +52,11 @@ def check_model(options: ModelOptions) -> None:
     if is_endpoint(options.model):
         check(options.dtype == "auto", "dtype", options.dtype, "unset: an endpoint has its own")
         check(options.device is None, "device", options.device, "unset: an endpoint has its own")
+        check(options.check, "check", False, "unset: nothing is loaded")
         return
     resolve(options.model)
+    causal = options.check or not (draws_images(options) or denoises_text(options))
+    check(causal, "check", False, "unset: no causal language model")
     check(options.dtype in _DTYPES, "dtype", options.dtype, ", ".join(_DTYPES))
     if options.device is None:
         return

@@ -52,6 +52,9 @@ class ModelOptions(Options):
     ]
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
     device: Annotated[str | None, typer.Option(help="For example cuda:0; default: the CPU.")] = None
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Try a language model against the library when it is loaded.")
+    ] = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ class Session:
 
     out: TextIO
     progress: bool = True
-    models: dict[tuple[str, str, str | None], Any] = field(default_factory=dict)
+    models: dict[tuple[str, str, str | None, bool], Any] = field(default_factory=dict)
 
     def say(self, text: str, end: str = "\n") -> None:
         """Write to the results."""
@@ -29,9 +29,9 @@ class Session:
 
     def load(self, options: ModelOptions) -> Any:
         """The model that `options` name."""
-        key = (options.model, options.dtype, options.device)
+        key = (options.model, options.dtype, options.device, options.check)
         if key not in self.models:
-            given = {"dtype": options.dtype, "device": options.device}
+            given = {"dtype": options.dtype, "device": options.device} | ({} if options.check else {"check": False})
             settings: dict[str, Any] = {} if is_endpoint(options.model) else given
             self.models[key] = load(options.model, **settings)
         return self.models[key]

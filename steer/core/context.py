@@ -23,6 +23,10 @@ class Opaque:
     def hidden(self) -> Tensor:
         raise UnsupportedError(self.no_hidden)
 
+    @property
+    def left(self) -> Tensor:
+        raise UnsupportedError(self.no_hidden)
+
     def lookahead(self, candidates: Tensor) -> Tensor:
         raise UnsupportedError(self.no_lookahead)
 

@@ -38,6 +38,10 @@ class Context(Protocol):
     def base(self) -> Tensor:
         """The quantity before any transition edit, log-probabilities `[N, V]` for chains of tokens."""
 
+    @property
+    def left(self) -> Tensor:
+        """How many tokens may still follow the one that is drawn next `[N]` (language models)."""
+
     def lookahead(self, candidates: Tensor) -> Tensor:
         """Final hidden states after appending each of `candidates` `[N, K]` to its row: `[N, K, D]`."""
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from steer.core import Ability, Cost, Process, Prompt, Reward, Sampler, Samples, UnsupportedError, check
 from steer.sampling.lookahead import Lookahead, Preview
-from steer.sampling.weights import RESAMPLERS, effective_sample_size, log_mean_exp, resample
+from steer.sampling.weights import RESAMPLERS, effective_sample_size, gained, log_mean_exp, resample
 
 __all__ = ["FKSteering", "Generation"]
 
@@ -240,7 +240,7 @@ class _Particles:
         self.total = self.total + step
         if self.sampler.correct:
             ratio = (state.aim_log_prob - state.log_prob).double().cpu()
-            step, self.ratio = step + (ratio - self.ratio), ratio
+            step, self.ratio = step + gained(ratio, self.ratio), ratio
         self.log_weight = self.log_weight + step.reshape(self.log_weight.shape)
 
     def _factor(self, rho: Tensor, last: bool) -> Tensor:

@@ -3,6 +3,9 @@
 Q is the value of the frozen policy, learnt by regression on its own rollouts; it is not the soft value, so the tilt is
 exact only where one stochastic step remains. The paper's beta multiplies the value: it is 1 / beta here.
 
+A value depends on how much text may still follow, which a hidden state does not say: attention averages, and texts that
+are alike have like states wherever they end. So a head reads the number of tokens that remain, `left`, beside the state.
+
 Letters: `N` rows, `K` candidates, `D` width, `V` vocabulary.
 """
 
@@ -23,17 +26,44 @@ Value = Callable[[Context, Tensor], Tensor]
 """`(context, candidates [N, K]) -> [N, K]`: the value of the prefix after each candidate."""
 
 
-class QHead(nn.Module):
-    """`Q(s, a) = <f(h), E_a> / sqrt(D) + v(h)` on the hidden state h that predicts a; E is the frozen output embedding.
-
-    f is a residual MLP `D -> hidden -> D`; v, the part that all candidates share, cancels when they are centred and
-    only helps the fit. Costs one small matrix product a token and the embeddings of the K candidates.
+class _Timed(nn.Module):
+    """The inner layer of a head: `silu(W norm(h) * (1 + gain[left]))`, with a gain of every unit for each number of
+    tokens that may still follow; more than the `horizon` of the texts that it was trained on count as the horizon. Half
+    of the units begin with the same gain everywhere, so that what does not depend on the time is learnt at all times
+    together. A horizon of 0 is a head that is not told, as heads saved by earlier versions are.
     """
 
-    def __init__(self, width: int, hidden: int = 256) -> None:
+    def __init__(self, width: int, hidden: int, horizon: int) -> None:
         super().__init__()
+        self.horizon = horizon
         self.norm = nn.LayerNorm(width)
         self.inner = nn.Linear(width, hidden)
+        if horizon:
+            self.gain = nn.Embedding(horizon, hidden)
+            with torch.no_grad():
+                self.gain.weight.mul_(2.0)[:, ::2] = 0.0
+
+    def read(self, hidden: Tensor, left: Tensor | None) -> Tensor:
+        """Inner units `[..., hidden]` of states `[..., D]` after which, and after the token that each predicts, `left`
+        `[...]` tokens may follow.
+        """
+        units = self.inner(self.norm(hidden.float()))
+        if self.horizon:
+            check(left is not None, "left", None, "how many tokens may follow: this head was trained to be told")
+            assert left is not None
+            units = units * (1 + self.gain(left.to(units.device).clamp(0, self.horizon - 1)))
+        return nn.functional.silu(units)
+
+
+class QHead(_Timed):
+    """`Q(s, a) = <f(h), E_a> / sqrt(D) + v(h)` on the hidden state h that predicts a; E is the frozen output embedding.
+
+    f is an MLP `D -> hidden -> D`; v, the part that all candidates share, cancels when they are centred and only helps
+    the fit. Costs one small matrix product a token and the embeddings of the K candidates.
+    """
+
+    def __init__(self, width: int, hidden: int = 256, horizon: int = 0) -> None:
+        super().__init__(width, hidden, horizon)
         self.outer = nn.Linear(hidden, width)
         self.shared = nn.Linear(hidden, 1)
         nn.init.zeros_(self.outer.weight)
@@ -41,34 +71,34 @@ class QHead(nn.Module):
         nn.init.zeros_(self.shared.weight)
         nn.init.zeros_(self.shared.bias)
 
-    def forward(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
-        """`hidden` `[..., D]` and `embeddings` `[..., K, D]` of the candidates: values `[..., K]`."""
-        inner = nn.functional.silu(self.inner(self.norm(hidden.float())))
+    def forward(self, hidden: Tensor, embeddings: Tensor, left: Tensor | None = None) -> Tensor:
+        """`hidden` `[..., D]`, `embeddings` `[..., K, D]` of the candidates and how many tokens may follow each of them,
+        `left` `[...]`: values `[..., K]`.
+        """
+        inner = self.read(hidden, left)
         query = self.outer(inner)
         return (embeddings.float() @ query.unsqueeze(-1)).squeeze(-1) / query.shape[-1] ** 0.5 + self.shared(inner)
 
 
-class ValueHead(nn.Module):
+class ValueHead(_Timed):
     """`V(s)`, a scalar on the hidden state after a prefix; candidates are looked at in one tree-attention pass."""
 
-    def __init__(self, width: int, hidden: int = 256) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.inner = nn.Linear(width, hidden)
+    def __init__(self, width: int, hidden: int = 256, horizon: int = 0) -> None:
+        super().__init__(width, hidden, horizon)
         self.outer = nn.Linear(hidden, 1)
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """`[..., D]` to `[...]`."""
-        return self.outer(nn.functional.silu(self.inner(self.norm(hidden.float())))).squeeze(-1)
+    def forward(self, hidden: Tensor, left: Tensor | None = None) -> Tensor:
+        """States `[..., D]` after which `left` `[...]` tokens may follow, to `[...]`."""
+        return self.outer(self.read(hidden, left)).squeeze(-1)
 
 
 @dataclass(frozen=True, eq=False)
 class HeadValue:
     """A head as a `Value`, on the model itself or on another one that follows in lockstep with its own cache."""
 
-    head: nn.Module
+    head: QHead | ValueHead
     embeddings: Tensor | None = None
     """Output embeddings `[V, D]` for a `QHead`."""
     source: Process | None = None
@@ -76,10 +106,11 @@ class HeadValue:
     @torch.inference_mode()
     def __call__(self, context: Context, candidates: Tensor) -> Tensor:
         seen = context if self.source is None else context.companion(self.source)
+        left = context.left if self.head.horizon else None
         if self.embeddings is None:
-            return self.head(seen.lookahead(candidates))
+            return self.head(seen.lookahead(candidates), None if left is None else left.unsqueeze(1))
         hidden = seen.hidden
-        return self.head(hidden, self.embeddings[candidates.to(self.embeddings.device)].to(hidden.device))
+        return self.head(hidden, self.embeddings[candidates.to(self.embeddings.device)].to(hidden.device), left)
 
 
 @dataclass(frozen=True)

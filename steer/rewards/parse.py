@@ -85,7 +85,8 @@ def as_reward(x: Any, label: str | int | None = None) -> Reward | None:
     transformers scores by the log-probability of `label`, which it needs where it knows several. Raises `InputError`.
     """
     if any(kind.__module__.startswith("transformers.pipelines") for kind in type(x).__mro__):
-        check(getattr(x, "task", None) == "text-classification", "reward", x, "a pipeline of text-classification")
+        named = any(kind.__name__ == "TextClassificationPipeline" for kind in type(x).__mro__)
+        check(named, "reward", type(x).__name__, "a pipeline of text-classification")
         from steer.adapters.rewards.text import ModelReward
 
         return ModelReward((x.model, x.tokenizer), label)

@@ -117,7 +117,9 @@ def draw(law: Tensor, at: Tensor) -> Tensor:
     """
     cdf = law.exp().cumsum(-1)
     whole = cdf[:, -1:].contiguous()
-    token = torch.searchsorted(cdf, at.to(cdf) * whole, right=True)
+    # Without waiting for the device: CUDA has read pageable memory when the copy returns; MPS has not.
+    at = at.to(cdf.device, cdf.dtype, non_blocking=cdf.device.type != "mps")
+    token = torch.searchsorted(cdf, at * whole, right=True)
     # Rounding can put a point at the very end, where tokens may have no mass.
     return torch.minimum(token, torch.searchsorted(cdf, whole))
 

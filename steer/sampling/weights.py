@@ -27,6 +27,11 @@ def log_mean_exp(log_weights: Tensor) -> Tensor:
     return torch.logsumexp(log_weights, -1) - math.log(log_weights.shape[-1])
 
 
+def gained(after: Tensor, before: Tensor) -> Tensor:
+    """`after - before` of running sums of log-weights; a sum that has reached -infinity stays there."""
+    return torch.where(after.isneginf(), after, after - before)
+
+
 def effective_sample_size(log_weights: Tensor) -> Tensor:
     """`1 / sum w^2` of the normalised weights, between 1 and N."""
     return 1 / normalise(log_weights).square().sum(-1)

@@ -7,16 +7,15 @@ over a Gaussian or a mixture whose denoiser is exact.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steer.core import Ability, Context, Cost, Mounted, Process, Prompt, Samples, Site
-from steer.core.context import Opaque, aimed, shifted
-from steer.core.rows import Rows, accounted, beginning
-from steer.sampling.laws import divergence
+from steer.chain import ChainContext, ChainState, TokenChain
+from steer.core import Mounted
+from steer.core.context import shifted
 
 __all__ = ["TabularProcess", "markov_lm"]
 
@@ -24,33 +23,11 @@ __all__ = ["TabularProcess", "markov_lm"]
 # ---------------------------------------------------------------------------------------------------------- tabular
 
 
-@dataclass(frozen=True)
-class TabularState(Rows):
-    """Prefixes `x` `[N, step]`."""
-
-    each = packed = ("x",)
-
-    x: Tensor
+TabularState = ChainState
 
 
 @dataclass(frozen=True)
-class TabularContext(Opaque):
-    """`Context` of a tabular process; `base` is the unedited log-law `[N, V]`."""
-
-    no_hidden = no_lookahead = "a toy process has no hidden states"
-
-    prefix: Tensor
-    step: int
-    base: Tensor
-
-    def companion(self, process: Process) -> Context:
-        """The same rows under another tabular process."""
-        assert isinstance(process, TabularProcess)
-        return process.view(self.prefix)
-
-
-@dataclass(frozen=True)
-class TabularProcess(Process):
+class TabularProcess(TokenChain):
     """A Markov chain `x_1 .. x_T` over `V` tokens, in float64.
 
     Attributes:
@@ -64,78 +41,19 @@ class TabularProcess(Process):
     length: int
     edits: Mounted = ()
 
-    sites = frozenset({Site.TRANSITION})
-
-    @property
-    def abilities(self) -> frozenset[Ability]:
-        return frozenset({Ability.FORK, Ability.BRANCH, Ability.LOG_PROB, Ability.PREVIEW})
-
-    @property
-    def num_steps(self) -> int:
-        return self.length
-
     @property
     def vocabulary(self) -> int:
         return len(self.initial)
 
-    def copy(self, edits: Mounted) -> TabularProcess:
-        return replace(self, edits=edits)
-
-    def done(self, state: TabularState) -> bool:
-        return state.step >= self.length
-
-    def init(self, prompts: Sequence[Prompt], n: int, generator: torch.Generator) -> TabularState:
-        common = beginning(prompts, n)
-        return TabularState(torch.zeros(len(common["group"]), 0, dtype=torch.long), **common)
-
-    def view(self, prefix: Tensor) -> TabularContext:
-        """What an edit sees of rows `prefix` `[N, step]`."""
+    def view(self, prefix: Tensor, prompts: Sequence[Any] | None = None) -> ChainContext:
         step = prefix.shape[1]
         p = self.transition[prefix[:, -1]] if step else self.initial.expand(len(prefix), -1)
-        return TabularContext(prefix, step, p.double().log())
-
-    def context(self, state: TabularState) -> TabularContext:
-        return self.view(state.x)
-
-    def gather(self, state: TabularState, index: Tensor) -> TabularState:
-        return state.take(index)
-
-    def stack(self, states: Sequence[TabularState]) -> TabularState:
-        return TabularState.join(states)
-
-    def settle(self, state: TabularState) -> tuple[TabularState, Cost]:
-        return replace(state, cost=Cost()), state.cost
-
-    def pack(self, state: TabularState) -> dict[str, Tensor]:
-        return state.pack()
-
-    def unpack(self, prompts: Sequence[Prompt], step: int, packed: dict[str, Tensor]) -> TabularState:
-        return TabularState.unpack(packed, step, prompts)
-
-    def identify(self, state: TabularState) -> list[Any]:
-        return [tuple(row) for row in state.x.tolist()]
-
-    def preview(self, state: TabularState) -> Samples:
-        """The prefixes `[N, step]`."""
-        return self.decode(state)
-
-    def decode(self, state: TabularState) -> Samples:
-        zero = torch.zeros(len(state), dtype=torch.float64)
-        return accounted(Samples(state.prompts, state.x, state.group, zero), state)
+        return ChainContext(prefix, step, p.double().log())
 
     def step_laws(self, prefix: Tensor, group: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Log-law of the next token under the edits and under the base, both `[N, V]`."""
         context = self.view(prefix)
         return torch.log_softmax(shifted(self.edits, context, group), -1), context.base
-
-    def propose(self, state: TabularState, generator: torch.Generator) -> TabularState:
-        law, base = self.step_laws(state.x, state.group)
-        token = torch.multinomial(law.exp(), 1, generator=generator)
-        drawn = law.gather(1, token).squeeze(1)
-        aim = aimed(self.edits, self.view(state.x), state.group, token)
-        after = state.add(drawn, base.gather(1, token).squeeze(1), aim, divergence(law, base))
-        spent = Cost(model_calls=1, nfe=len(state), generated_tokens=len(state))
-        return replace(after, x=torch.cat([state.x, token], 1), step=state.step + 1, cost=state.cost + spent)
 
     def law(self) -> tuple[Tensor, Tensor]:
         """Every sequence `[V^T, T]` in lexicographic order with its exact log-probability `[V^T]` under the edits."""

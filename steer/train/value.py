@@ -105,7 +105,7 @@ def train_value(
 
     torch.manual_seed(seed)
     width = model.info.width
-    network: nn.Module = QHead(width, hidden) if head == "q" else ValueHead(width, hidden)
+    network: nn.Module = (QHead if head == "q" else ValueHead)(width, hidden, max_new_tokens)
     embeddings = model.info.unembedding() if head == "q" else None
     center = float(rolled["reward"].mean())
     data = _Rollouts(rolled, embeddings, center, spread)
@@ -133,15 +133,17 @@ def train_value(
             "explained": data.explained(network, torch.arange(cut, len(rolled["reward"]))),
         },
     )  # fmt: skip
-    return Artifact(_unscaled(network, spread), card)
+    return Artifact(_unscaled(network, spread, data.unit), card)
 
 
-def _unscaled(network: nn.Module, spread: float) -> dict[str, Tensor]:
-    """The head's tensors in units of the reward: it was trained on standardised scores. The offset cancels in Q."""
+def _unscaled(network: nn.Module, spread: float, unit: float) -> dict[str, Tensor]:
+    """The head's tensors in units of the reward and of the embeddings: it was trained on standardised scores, and on
+    embeddings in units of their root mean square. The offset cancels in Q.
+    """
     tensors = {k: v.detach().clone() for k, v in network.state_dict().items()}
     for name in ("outer.weight", "outer.bias", "shared.weight", "shared.bias"):
         if name in tensors:
-            tensors[name] = tensors[name] * spread
+            tensors[name] = tensors[name] * (spread / unit if name.startswith("outer") else spread)
     return tensors
 
 
@@ -151,6 +153,8 @@ class _Rollouts:
     def __init__(self, rolled: dict[str, Tensor], embeddings: Tensor | None, center: float, spread: float) -> None:
         self.features, self.tokens, self.length = rolled["features"], rolled["tokens"], rolled["length"]
         self.embeddings = embeddings
+        self.unit = 1.0 if embeddings is None else float(embeddings.float().square().mean().sqrt())
+        """Entries of embeddings are small; in this unit the query learns as fast as the rest of the head."""
         self.reward = ((rolled["reward"] - center) / spread).float()
 
     def values(self, module: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,10 +162,11 @@ class _Rollouts:
         longest = int(self.length[rows].max())
         real = torch.arange(longest) < self.length[rows].unsqueeze(1)
         features = self.features[rows, :longest].float()
+        left = (self.tokens.shape[1] - 1 - torch.arange(longest)).expand(len(rows), -1)
         if self.embeddings is None:
-            return module(features), real
-        chosen = self.embeddings[self.tokens[rows, :longest].to(self.embeddings.device)].float().cpu()
-        return module(features, chosen.unsqueeze(2)).squeeze(2), real
+            return module(features, left), real
+        chosen = self.embeddings[self.tokens[rows, :longest].to(self.embeddings.device)].float().cpu() / self.unit
+        return module(features, chosen.unsqueeze(2), left).squeeze(2), real
 
     def explained(self, module: nn.Module, rows: Tensor) -> dict[str, float]:
         """Share of the reward's variance that the value explains on held-out prompts, half way and at the end."""

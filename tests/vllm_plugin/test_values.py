@@ -13,7 +13,7 @@ from steer.core import InputError
 from steer.methods.value import HeadValue, ValueGuidance, ValueHead
 
 
-@pytest.mark.parametrize("more", [{}, {"tail": "mask", "top_k": 5}, {"top_k": 0}, {"strength": -2.0}])
+@pytest.mark.parametrize("more", [{}, {"tail": "mask", "top_k": 5}, {"top_k": 0}, {"strength": -2.0}, {"horizon": 6}])
 def test_greedy(more: dict[str, Any], engine: Any, reference: Any) -> None:
     """Guided and unguided requests in one batch, some steered as well, some under two heads."""
     one, two = guide(reference.info.unembedding(), **more), guide(reference.info.unembedding(), 1)
@@ -36,7 +36,7 @@ def test_beta_is_the_runs_unless_the_head_has_its_own(engine: Any, reference: An
 
 def test_the_tilt_acts_after_temperature(engine: Any, reference: Any) -> None:
     """The probability of each drawn token is what the transformers adapter gives the same text."""
-    made = guide(reference.info.unembedding(), beta=0.05)
+    made = guide(reference.info.unembedding(), beta=0.05, horizon=8)
     samples = engine.generate(PROMPTS[:2], edits=made, temperature=0.7, max_new_tokens=8, seed=1, eos_token_id=[])
     process = reference.process(temperature=0.7, max_new_tokens=8, eos_token_id=[]).edited(made)
     for b, tokens in enumerate(samples.tokens):

@@ -18,7 +18,7 @@ from steer.adapters.language.texts import GrowingText, token_text
 from steer.adapters.transformers.serving import rowwise
 from steer.adapters.transformers.serving.slots import SlotRows, TrackRows
 from steer.adapters.transformers.state import TextContext
-from steer.adapters.transformers.tracking import Track
+from steer.adapters.transformers.tracking import AnyTrack, Track
 from steer.core import Context, InputError, Process, Samples, SteerError, TransitionEdit, UnsupportedError
 from steer.sampling.laws import divergence
 from steer.serving.engine import Sampling, TokenLogprob
@@ -66,6 +66,11 @@ class Row:
         return self._text.text
 
     @property
+    def left(self) -> int:
+        """Tokens that may follow the one that is drawn next."""
+        return (self.sampling.max_tokens or 0) - 1 - len(self.tokens)
+
+    @property
     def ended(self) -> bool:
         return self.reason is not None or self.error is not None
 
@@ -99,6 +104,7 @@ class _RowsContext:
     prefix: Tensor
     hidden: Tensor
     base: Tensor
+    left: Tensor
 
     def lookahead(self, candidates: Tensor) -> Tensor:
         raise UnsupportedError("rows of a shared batch cannot look ahead")
@@ -113,11 +119,11 @@ class _RowsContext:
 class Batch:
     """Rows that decode together. Of a `shared` batch rows join and leave between steps; others are read once."""
 
-    def __init__(self, model: LanguageModel, track: Track | None = None) -> None:
+    def __init__(self, model: LanguageModel, track: AnyTrack | None = None) -> None:
         self.model = model
         self.rows: list[Row] = []
         self.shared = track is None
-        self._view: SlotRows | TrackRows = SlotRows(model) if track is None else TrackRows(track)
+        self._view: SlotRows | TrackRows = SlotRows(model.body) if track is None else TrackRows(track)
 
     @property
     def nbytes(self) -> int:
@@ -187,10 +193,11 @@ class Batch:
         pad = self.model.pad_token_id
         prefix = torch.tensor([[*tokens, *[pad] * (width - len(tokens))] for tokens in written], dtype=torch.long)
         prefix = prefix.to(base.device)
+        left = torch.tensor([self.rows[i].left for i in rows]).to(base.device)
         if isinstance(self._view, TrackRows):
-            return TextContext(width, prefix, base, self._view.track, {}, torch.nn.LogSoftmax(-1))
+            return TextContext(width, prefix, base, left, self._view.track, {}, torch.nn.LogSoftmax(-1))
         assert self._view.hidden is not None
-        return _RowsContext(width, prefix, self._view.hidden[torch.tensor(list(rows), device=base.device)], base)
+        return _RowsContext(width, prefix, self._view.hidden[torch.tensor(list(rows), device=base.device)], base, left)
 
     def _measure(self, base: Tensor, law: Tensor, token: Tensor) -> None:
         rows = [i for i, row in enumerate(self.rows) if row.measured]

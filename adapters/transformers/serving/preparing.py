@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from steer.adapters.language.decoding import Decoding
-from steer.adapters.language.model import check_lengths
-from steer.adapters.transformers.cache import full_attention, new_cache
+from steer.adapters.language.model import check_ids, check_lengths
 from steer.adapters.transformers.process import TextProcess
 from steer.adapters.transformers.state import TextState
 from steer.core import Edit, HiddenEdit, Prompt, Reward, TransitionEdit
@@ -54,6 +53,7 @@ class ServedProcess(TextProcess):
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         ids = token_ids(prompts, self.model)
+        check_ids(ids, self.model.body.vocabulary)
         check_lengths(ids, self.decoding.max_new_tokens, self.model.context_length)
         return ids
 
@@ -82,7 +82,7 @@ class Preparer:
 
     def __init__(self, model: LanguageModel, max_rows: int, cache_tokens: int) -> None:
         self.model, self.max_rows, self.cache_tokens = model, max_rows, cache_tokens
-        self.full_attention = full_attention(new_cache(model.config))
+        self.shares = model.body.allows("shares")
         self._edits: OrderedDict[Any, Edit] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -98,11 +98,12 @@ class Preparer:
             ),
         )  # fmt: skip
         guided = tuple(e for e in edits if isinstance(e, TransitionEdit))
+        columns = max(map(len, read.ids)) + sampling.max_tokens
         prepared = Prepared(
             task, read.prompts, read.ids, sampling, process,
             tuple(e for e in edits if isinstance(e, HiddenEdit)), guided,
             None if steering.reward is None else steering.reward.bind(self.model), seed_of(sampling), None,
-            self.full_attention and all(map(_needs_only_its_row, guided)),
+            self.shares and self.model.body.alike(columns) and all(map(_needs_only_its_row, guided)),
         )  # fmt: skip
         if steering.sampler is not None:
             return replace(prepared, plan=self._plan(prepared, steering, edits))

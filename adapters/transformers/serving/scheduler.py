@@ -210,10 +210,12 @@ class Scheduler:
         prepared = ticket.prepared
         try:
             edits = [(edit, None) for edit in prepared.hidden]
-            track, ticket.cost = tracking.start(self.model, prepared.ids, edits, 1, hidden=bool(prepared.guided))
+            track, ticket.cost = tracking.start(
+                self.model.body, prepared.ids, edits, 1, hidden=bool(prepared.guided), new=prepared.sampling.max_tokens
+            )
             owners = [choice // prepared.task.n for choice in range(prepared.choices)]
             ticket.rows = [self._row(ticket, choice) for choice in range(prepared.choices)]
-            if prepared.shares:
+            if prepared.shares and isinstance(track, tracking.Track):
                 self._shared.join(ticket.rows, track, owners)
             else:
                 batch = Batch(self.model, tracking.fork(track, torch.tensor(owners)))

@@ -7,18 +7,16 @@ row that leaves costs one copy. Letters: `N` rows, `T` columns, `H` heads, `D` w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from steer.adapters.transformers import tracking
+from steer.adapters.transformers.body import Body
 from steer.adapters.transformers.hidden import Plan, Rows, adding
-from steer.adapters.transformers.tracking import Track
-
-if TYPE_CHECKING:
-    from steer.adapters.transformers.model import LanguageModel
+from steer.adapters.transformers.rectangle import Track
 
 
 class _Layout:
@@ -71,12 +69,14 @@ class SlotRows:
     where some row asked for it.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
-        self.model = model
+    def __init__(self, body: Body) -> None:
+        self.body = body
+        self.width = 0
+        """Columns of the rectangle at least."""
         self.logits: Tensor | None = None
         self.hidden: Tensor | None = None
         self._layout = _Layout()
-        self._layers = [SlotLayer(self._layout) for _ in model.blocks]
+        self._layers = [SlotLayer(self._layout) for _ in body.new_cache().layers]
         self._lengths: list[int] = []
         self._watching: list[bool] = []
         self._plans: list[_RowPlan | None] = []
@@ -103,7 +103,7 @@ class SlotRows:
         self.logits = _joined(self.logits, track.logits[at], first)
         watched = track.hidden is not None
         if watched or self.hidden is not None:
-            width = self.model.info.width
+            width = self.body.info.width
             mine = track.hidden[at] if track.hidden is not None else track.logits.new_zeros(len(owners), width)
             self.hidden = _joined(self.hidden, mine, first)
         for row in owners:
@@ -142,8 +142,8 @@ class SlotRows:
 
     def advance(self, tokens: Tensor) -> None:
         """Every row takes its token `[N]`."""
-        device = self.model.device
-        width = max(self._lengths) + 1
+        device = self.body.device
+        width = max(self.width, max(self._lengths) + 1)
         if width > self._layers[0].rooms[0].shape[2]:
             for layer in self._layers:
                 layer.reserve(layer.rooms, len(self), width + width // 2)
@@ -151,9 +151,9 @@ class SlotRows:
         self._layout.rows = torch.arange(len(self), device=device)
         self._layout.columns, self._layout.width = position, width
         mask = (torch.arange(width, device=device) <= position.unsqueeze(1)).long()
-        logits, hidden = tracking._forward(
-            self.model, tokens.unsqueeze(1), mask, min(self._lengths) + 1 < width, position, Cache(layers=self._layers),
-            self._steps(), hidden=any(self._watching),
+        logits, hidden = self.body.forward(
+            tokens.unsqueeze(1), mask if min(self._lengths) + 1 < width else None, position.unsqueeze(1),
+            Cache(layers=self._layers), self._steps(), hidden=any(self._watching),
         )  # fmt: skip
         self.logits, self.hidden = logits[:, -1], None if hidden is None else hidden[:, -1]
         self._lengths = [length + 1 for length in self._lengths]
@@ -254,7 +254,7 @@ class TrackRows:
     edits that look ahead. Nobody joins.
     """
 
-    def __init__(self, track: Track) -> None:
+    def __init__(self, track: tracking.AnyTrack) -> None:
         self.track = track
 
     @property

@@ -122,7 +122,7 @@ def _process_inputs(
     request = original(processor, request_id, prompt, params, *args, **more)
     own = request.sampling_params
     with _refusing():
-        resolved = front.resolve(asked, len(request.prompt_token_ids or request.prompt_embeds))
+        resolved = front.resolve(asked, len(request.prompt_token_ids or request.prompt_embeds), own.max_tokens)
     own.extra_args = {**own.extra_args, "steer": resolved.pack()}
     return request
 

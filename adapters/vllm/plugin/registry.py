@@ -178,8 +178,8 @@ class FrontEnd:
         need(self.settings, reads=edit.reads, layers=tuple({layer for layer, _ in compiled.operators}))
         return _Mounted(key, digest, json.loads(options), edit, compiled)
 
-    def resolve(self, asked: Inside, length: int) -> Resolved:
-        """What the engine is told, for a prompt of `length` tokens. Raises `InputError` where buffers of a fixed size
+    def resolve(self, asked: Inside, length: int, max_tokens: int | None = None) -> Resolved:
+        """What the engine is told, for a prompt of `length` tokens and at most `max_tokens` more. Raises `InputError` where buffers of a fixed size
         could overflow.
         """
         prompt = asked.prompt_length or length
@@ -201,7 +201,8 @@ class FrontEnd:
         first = min((e.start for e in hidden if e.stop is None or e.stop > e.start), default=None)
         rewind = first if reads and first is not None and first < prompt else None
         resolved = Resolved(
-            tuple(hidden), tuple(values), tuple(tuned), asked.beta, prompt, reads, rewind,
+            tuple(hidden), tuple(values), tuple(tuned), asked.beta, prompt, length,
+            ends=asked.ends or length + (max_tokens or 0), reads=reads, rewind=rewind,
             private=rewind is not None and rewind < prompt - 1, measure=asked.measure, tag=asked.tag,
         )  # fmt: skip
         need(self.settings, rows=resolved.rows)

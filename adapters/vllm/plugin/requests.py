@@ -21,6 +21,8 @@ class Inside:
     beta: float = 1.0
     prompt_length: int | None = None
     """Where the request continues a text: the length of the prompt that scopes count from."""
+    ends: int | None = None
+    """Where the request draws but a part of a text: the most tokens that prompt and text may have together."""
     weights: tuple[tuple[float, ...] | None, ...] = ()
     """Weights that the edits decided on when they read the prompt, in the order of the hidden edits."""
     measure: bool = False
@@ -57,6 +59,10 @@ class Resolved:
     beta: float = 1.0
     prompt: int = 0
     """Length of the prompt that scopes count from."""
+    length: int = 0
+    """Tokens of the request before it draws any."""
+    ends: int = 0
+    """The most tokens that prompt and text may have together, from which value heads know how many may follow."""
     reads: bool = False
     """Whether an edit has yet to read the prompt."""
     rewind: int | None = None

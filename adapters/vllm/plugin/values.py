@@ -34,15 +34,21 @@ class _Guided:
     heads: tuple[tuple[str, ValueGuidance], ...]
     """Guidances with the digests of their heads."""
     temperature: float
+    resolved: Resolved
+    drawn: Sequence[int]
+    """V1: the tokens that it has drawn, which grow."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """Rows `[R]` that share a head, a number of candidates and a tail, with the scale of each row's tilt `[R, 1]`."""
+    """Rows `[R]` that share a head, a number of candidates and a tail, with the scale of each row's tilt `[R, 1]` and
+    the length at which its text must end `[R]`.
+    """
 
     guidance: ValueGuidance
     rows: Tensor
     scale: Tensor
+    ends: Tensor
     every: bool
     """Whether these are all rows, in order."""
 
@@ -64,14 +70,14 @@ class ValueProcessor(ProcessorV1, ProcessorV2):
 
     # ---- requests
 
-    def _asked(self, params: Any, *_: Any) -> _Guided | None:
+    def _asked(self, params: Any, prompt: Any = None, drawn: Sequence[int] = ()) -> _Guided | None:
         resolved = Resolved.of(params)
         if resolved is None or not resolved.values:
             return None
         self._worker = self._worker or of_config(self._config)
         assert self._worker is not None
         heads = tuple((head.artifact, self._worker.guidance(head, resolved.beta)) for head in resolved.values)
-        return _Guided(heads, float(params.temperature) or 1.0)
+        return _Guided(heads, float(params.temperature) or 1.0, resolved, drawn)
 
     def update_state(self, batch_update: Any) -> None:
         """V1: rows by their number in the batch."""
@@ -102,38 +108,49 @@ class ValueProcessor(ProcessorV1, ProcessorV2):
         states = self._worker.hidden[:, : self._worker.info.width]  # beside them stand those of tuned models
         # Every guidance of a request chooses its candidates by the law before any of them.
         law = logits if mixture is None else mixture.unmixed(logits)
-        pushes = [self._push(law, states, group) for group in self._groups]
+        seen = self._lengths(slots, logits.device) if ctx is None else ctx.pos + 1
+        pushes = [self._push(law, states, seen, group) for group in self._groups]
         for group, (candidates, push) in zip(self._groups, pushes, strict=True):
             _tilt(logits, group, candidates, push)
         return logits
 
+    def _lengths(self, slots: Sequence[int], device: torch.device) -> Tensor:
+        """V1: how many tokens of prompt and text each row has read `[N]`; 0 for rows without guidance."""
+        asked = [self._guided.get(slot) for slot in slots]
+        read = [a.resolved.length + len(a.drawn) if a else 0 for a in asked]
+        return torch.tensor(read).to(device, non_blocking=True)
+
     def _grouped(self, slots: Sequence[int], device: torch.device) -> list[_Group]:
-        found: dict[tuple[int, str, int, str], list[tuple[int, float, ValueGuidance]]] = {}
+        found: dict[tuple[int, str, int, str], list[tuple[int, float, int, ValueGuidance]]] = {}
         for row, slot in enumerate(slots):
             asked = self._guided.get(slot)
             for order, (digest, g) in enumerate(asked.heads if asked else ()):
                 assert asked is not None
                 scale = asked.temperature * g.strength / (1.0 if g.beta is None else g.beta)
-                found.setdefault((order, digest, g.top_k, g.tail), []).append((row, scale, g))
+                found.setdefault((order, digest, g.top_k, g.tail), []).append((row, scale, asked.resolved.ends, g))
         return [
             _Group(
-                guidance=members[0][2],
-                rows=torch.tensor([row for row, _, _ in members], device=device),
-                scale=torch.tensor([[scale] for _, scale, _ in members], device=device),
+                guidance=members[0][3],
+                rows=torch.tensor([row for row, _, _, _ in members], device=device),
+                scale=torch.tensor([[scale] for _, scale, _, _ in members], device=device),
+                ends=torch.tensor([ends for _, _, ends, _ in members], device=device),
                 every=len(members) == len(slots),
             )
             for _, members in sorted(found.items(), key=lambda item: item[0])
         ]
 
-    def _push(self, logits: Tensor, hidden: Tensor, group: _Group) -> tuple[Tensor, Tensor]:
-        """Candidates of the group's rows `[R, K]` and what is added to their logits."""
+    def _push(self, logits: Tensor, hidden: Tensor, seen: Tensor, group: _Group) -> tuple[Tensor, Tensor]:
+        """Candidates of the group's rows `[R, K]` and what is added to their logits; `seen` `[N]` counts the tokens
+        that each row has read.
+        """
         mine = logits if group.every else logits.index_select(0, group.rows)
         states = hidden if group.every else hidden.index_select(0, group.rows)
+        left = group.ends - 1 - (seen if group.every else seen.index_select(0, group.rows))
         guidance, vocabulary = group.guidance, logits.shape[1]
         k = vocabulary if guidance.top_k == 0 else min(guidance.top_k, vocabulary)
         candidates = likeliest(mine, k)
         assert isinstance(guidance.value, HeadValue) and isinstance(guidance.value.head, QHead)
-        q = guidance.value.head(states, nn.functional.embedding(candidates, self._embedding()))
+        q = guidance.value.head(states, nn.functional.embedding(candidates, self._embedding()), left)
         return candidates, ((q - q.mean(-1, keepdim=True)) * group.scale).to(logits.dtype)
 
     def _embedding(self) -> Tensor:

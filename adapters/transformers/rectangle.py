@@ -1,0 +1,303 @@
+"""Rows of one network in one rectangle of positions: prompt pass, next tokens, forks and lookahead, under a plan of
+hidden edits. Padding is on the left, or in the middle where the network's layout allows gaps.
+
+Letters: `B` prompts, `N` rows, `T` positions, `K` candidates, `D` width, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from steer.adapters.transformers.body import Body
+from steer.adapters.transformers.cache import copy_rows, crop_last, full_attention, join_rows
+from steer.adapters.transformers.hidden import Plan, Rows
+from steer.core import Cost, HiddenEdit
+
+Mounted = Sequence[tuple[HiddenEdit, frozenset[int] | None]]
+
+
+@dataclass
+class Track:
+    """Rows of one model in mid-text. `logits` and `hidden` belong to the last token of each row."""
+
+    body: Body
+    cache: Cache
+    mask: Tensor
+    """1 where a cached position is real, `[N, T]`."""
+    padded: bool
+    """Whether any position is padding; without padding no mask is passed, which the attention kernels like."""
+    position: Tensor
+    """Position of the next token of each row, without padding `[N]`."""
+    logits: Tensor
+    hidden: Tensor | None
+    plan: Plan | None
+    branch: tuple[Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
+    """Candidates `[N, K]`, their logits `[N, K, V]` and hidden states, while they hang from the cache."""
+
+
+def left_padded(ids: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask `[B, T]`."""
+    width = max(len(row) for row in ids)
+    tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in ids], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
+    return tokens, mask
+
+
+def _forward(
+    body: Body, tokens: Tensor, mask: Tensor, padded: bool, position: Tensor, cache: Cache,
+    program: dict[int, Rows], keep: int = 1, hidden: bool = False, attention: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    seen = attention if attention is not None else (mask if padded else None)
+    position = position if position.dim() == 2 else position.unsqueeze(1)
+    return body.forward(tokens, seen, position, cache, program, keep=keep, hidden=hidden)
+
+
+def start(body: Body, ids: Sequence[Sequence[int]], edits: Mounted, hidden: bool) -> tuple[Track, Cost]:
+    """The prompt pass: every prompt is read once."""
+    tokens, mask = left_padded(ids, body.pad_token_id, body.device)
+    position = (mask.cumsum(1) - 1).clamp_min(0)
+    padded = bool((mask == 0).any())
+    lengths = [len(row) for row in ids]
+    cost = Cost(prompt_tokens=sum(lengths), model_calls=1, nfe=sum(lengths))
+    cache = body.new_cache()
+    args = (mask, padded)
+    reads = sorted({layer for edit, _ in edits for layer in edit.reads})
+    if not reads:
+        plan = Plan.compile(edits, body.info, lengths, [None] * len(edits)) if edits else None
+        program = plan.chunk(position.cpu()) if plan else {}
+        logits, last = _forward(body, tokens, *args, position, cache, program, hidden=hidden)
+    else:
+        with body.recording(reads) as seen:
+            logits, last = _forward(body, tokens, *args, position, cache, {}, hidden=hidden)
+        at_end = {layer: x[:, -1].float() for layer, x in seen.items()}
+        weights = [
+            edit.weights({layer: at_end[layer] for layer in edit.reads}) if edit.reads else None for edit, _ in edits
+        ]
+        plan = Plan.compile(edits, body.info, lengths, weights)
+        logits, last, cache, more = _read_again(body, tokens, mask, padded, position, cache, plan, logits, last, hidden)
+        cost = cost + more
+    return Track(body, cache, mask, padded, position[:, -1] + 1, logits[:, -1], _last(last), plan or None), cost
+
+
+def _last(hidden: Tensor | None) -> Tensor | None:
+    return None if hidden is None else hidden[:, -1]
+
+
+def _read_again(
+    body: Body, tokens: Tensor, mask: Tensor, padded: bool, position: Tensor, cache: Cache, plan: Plan,
+    logits: Tensor, last: Tensor | None, hidden: bool,
+) -> tuple[Tensor, Tensor | None, Cache, Cost]:  # fmt: skip
+    """Now that the prompt has been read and its edits are known, redo what they change of it: nothing, the last
+    position alone, or the whole prompt.
+    """
+    first = plan.first_position()
+    end = position[:, -1].cpu()
+    acts = first <= end
+    if not bool(acts.any()):
+        return logits, last, cache, Cost()
+    old = [(layer.keys, layer.values) for layer in cache.layers] if full_attention(cache) else []
+    if old and bool((first >= end).all()):
+        crop_last(cache, 1)
+        tokens, position = tokens[:, -1:], position[:, -1:]
+    else:
+        cache = body.new_cache()
+    program = plan.chunk(position.cpu())
+    again, last_again = _forward(body, tokens, mask, padded, position, cache, program, hidden=hidden)
+    # Rows on which nothing acts keep every bit of the first pass.
+    idle = (~acts).nonzero().squeeze(1).to(logits.device)
+    if len(idle):
+        again[idle] = logits[idle]
+        if last is not None and last_again is not None:
+            last_again[idle, -1] = last[idle, -1]
+        for layer, (keys, values) in zip(cache.layers, old, strict=bool(old)):
+            at = idle.to(keys.device)
+            layer.keys[at], layer.values[at] = keys[at], values[at]
+    return again, last_again, cache, Cost(model_calls=1)
+
+
+def fork(track: Track, index: Tensor) -> Track:
+    """New rows; row i is row `index[i]`. The old track stays usable. The prompt's cache is indexed once, here."""
+    at = index.to(track.mask.device)
+    return replace(
+        track,
+        cache=copy_rows(track.cache, at),
+        mask=track.mask[at],
+        position=track.position[at],
+        logits=track.logits[at],
+        hidden=None if track.hidden is None else track.hidden[at],
+        plan=track.plan.rows(index) if track.plan else None,
+        branch=None if track.branch is None else tuple(x[at] for x in track.branch),  # type: ignore[arg-type]
+    )
+
+
+def advance(track: Track, tokens: Tensor, real: Tensor | None = None) -> tuple[Track, int]:
+    """Every row takes its token `[N]`; returns the track (the same cache, moved on) and the model calls spent. Rows
+    that are not `real` `[N]` wait: their position stays, and what the cache gets is masked.
+    """
+    if real is not None:
+        return _advance_some(track, tokens, real)
+    if track.branch is not None:
+        taken = _take_branch(track, tokens)
+        if taken is not None:
+            return taken, 0
+    hidden = track.hidden is not None
+    mask = torch.cat([track.mask, track.mask.new_ones(len(track.mask), 1)], 1)
+    program = track.plan.decode(track.position) if track.plan else {}
+    logits, last = _forward(
+        track.body, tokens.unsqueeze(1), mask, track.padded, track.position, track.cache, program, hidden=hidden
+    )
+    return replace(
+        track, mask=mask, position=track.position + 1, logits=logits[:, -1], hidden=_last(last), branch=None
+    ), 1
+
+
+def _advance_some(track: Track, tokens: Tensor, real: Tensor) -> tuple[Track, int]:
+    if track.branch is not None:
+        crop_last(track.cache, track.branch[0].shape[1])
+        track.branch = None
+    mask = torch.cat([track.mask, real.to(track.mask).unsqueeze(1)], 1)
+    program = track.plan.decode(track.position) if track.plan else {}
+    # A waiting row must still attend to something: its junk key, which no later step will see.
+    seen = mask.clone()
+    seen[:, -1] = 1
+    logits, last = _forward(
+        track.body, tokens.unsqueeze(1), seen, True, track.position, track.cache, program,
+        hidden=track.hidden is not None,
+    )  # fmt: skip
+    hidden = _last(last)
+    keep = real.unsqueeze(1)
+    moved = replace(
+        track, mask=mask, padded=True, position=track.position + real, branch=None,
+        logits=torch.where(keep, logits[:, -1], track.logits),
+        hidden=hidden if hidden is None or track.hidden is None else torch.where(keep, hidden, track.hidden),
+    )  # fmt: skip
+    return moved, 1
+
+
+def replay(track: Track, tokens: Tensor, real: Tensor) -> Track:
+    """The track after several tokens `[N, T]` in one pass. Rows are aligned on the right: where they are not `real`
+    `[N, T]`, on the left, there is no token. Consumes the track.
+    """
+    position = track.position.unsqueeze(1) + (real.long().cumsum(1) - 1).clamp_min(0)
+    mask = torch.cat([track.mask, real.to(track.mask)], 1)
+    whole = bool(real.all())
+    program = track.plan.chunk(position.cpu()) if track.plan else {}
+    logits, hidden = _forward(
+        track.body, tokens, mask, track.padded or not whole, position, track.cache, program, keep=1,
+        hidden=track.hidden is not None,
+    )  # fmt: skip
+    return replace(
+        track, mask=mask, padded=track.padded or not whole, position=track.position + real.sum(1),
+        logits=logits[:, -1], hidden=_last(hidden), branch=None,
+    )  # fmt: skip
+
+
+def stack(tracks: Sequence[Track]) -> Track:
+    """The rows of several tracks of one model as one. Copies; caches that are narrower are padded."""
+    first, width = tracks[0], max(track.mask.shape[1] for track in tracks)
+    short = [width - track.mask.shape[1] for track in tracks]
+
+    def wide(x: Tensor, missing: int) -> Tensor:
+        return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
+
+    cache = first.body.new_cache()
+    for i, layer in enumerate(cache.layers):
+        parts = [(t.cache.layers[i], n) for t, n in zip(tracks, short, strict=True)]
+        layer.update(*(torch.cat([wide(getattr(p, name), n) for p, n in parts]) for name in ("keys", "values")))
+    masks = [torch.nn.functional.pad(t.mask, (0, n)) for t, n in zip(tracks, short, strict=True)]
+    return _as_one(tracks, cache, torch.cat(masks), any(short))
+
+
+def join(tracks: Sequence[Track]) -> Track:
+    """The rows of several tracks of one model and width as one. Copies."""
+    return _as_one(tracks, join_rows([t.cache for t in tracks]), torch.cat([t.mask for t in tracks]), False)
+
+
+def _as_one(tracks: Sequence[Track], cache: Cache, mask: Tensor, padded: bool) -> Track:
+    first, plans = tracks[0], [t.plan for t in tracks]
+    return replace(
+        first,
+        cache=cache,
+        mask=mask,
+        padded=padded or any(t.padded for t in tracks),
+        position=torch.cat([t.position for t in tracks]),
+        logits=torch.cat([t.logits for t in tracks]),
+        hidden=None if first.hidden is None else torch.cat([t.hidden for t in tracks if t.hidden is not None]),
+        plan=Plan.stack([p for p in plans if p is not None]) if any(plans) else None,
+        branch=None,
+    )
+
+
+def look(track: Track, candidates: Tensor) -> Tensor:
+    """Hidden states after each of `candidates` `[N, K]` in one pass of tree attention: all K share the row's prefix and
+    its next position, and none sees another. `[N, K, D]`. What was computed is kept for `advance`.
+    """
+    n, k = candidates.shape
+    old = track.mask.shape[1]
+    blocked = torch.full((n, 1, k, old + k), torch.finfo(track.logits.dtype).min, dtype=track.logits.dtype)
+    blocked = blocked.to(track.logits.device)
+    blocked[..., :old].masked_fill_(track.mask[:, None, None, :].bool(), 0.0)
+    blocked[..., old:].masked_fill_(torch.eye(k, dtype=torch.bool, device=blocked.device), 0.0)
+    position = track.position.unsqueeze(1).expand(n, k)
+    program = track.plan.decode(track.position) if track.plan else {}
+    logits, hidden = _forward(
+        track.body, candidates, track.mask, True, position, track.cache, program, keep=0, hidden=True,
+        attention=blocked,
+    )  # fmt: skip
+    assert hidden is not None
+    track.branch = (candidates, logits, hidden)
+    return hidden
+
+
+def _take_branch(track: Track, tokens: Tensor) -> Track | None:
+    """The track after `tokens` where each is among the candidates that were looked at; otherwise drop the branch."""
+    assert track.branch is not None
+    candidates, logits, hidden = track.branch
+    found = candidates == tokens.unsqueeze(1)
+    width = candidates.shape[1]
+    track.branch = None
+    if not bool(found.any(1).all()):
+        crop_last(track.cache, width)
+        return None
+    choice = found.int().argmax(1)
+    for layer in track.cache.layers:
+        layer.keep_branch(width, choice)
+    rows = torch.arange(len(choice), device=choice.device)
+    return replace(
+        track,
+        mask=torch.cat([track.mask, track.mask.new_ones(len(track.mask), 1)], 1),
+        position=track.position + 1,
+        logits=logits[rows, choice],
+        hidden=hidden[rows, choice],
+        branch=None,
+    )
+
+
+def continuation_logits(track: Track, tokens: Tensor) -> Tensor:
+    """Logits `[N, T, V]` that each of `tokens` `[N, T]` was predicted from, in one pass. Consumes the track."""
+    if tokens.shape[1] == 1:
+        return track.logits.unsqueeze(1)
+    logits, _ = _continued(track, tokens[:, :-1], hidden=False)
+    return torch.cat([track.logits.unsqueeze(1), logits], 1)
+
+
+def continuation_hidden(track: Track, tokens: Tensor) -> Tensor:
+    """Final hidden states `[N, T + 1, D]` before the first of `tokens` `[N, T]` and after each. Consumes the track."""
+    assert track.hidden is not None
+    _, hidden = _continued(track, tokens, hidden=True)
+    assert hidden is not None
+    return torch.cat([track.hidden.unsqueeze(1), hidden], 1)
+
+
+def _continued(track: Track, fed: Tensor, hidden: bool) -> tuple[Tensor, Tensor | None]:
+    position = track.position.unsqueeze(1) + torch.arange(fed.shape[1], device=fed.device)
+    mask = torch.cat([track.mask, track.mask.new_ones(fed.shape)], 1)
+    program = track.plan.chunk(position.cpu()) if track.plan else {}
+    return _forward(
+        track.body, fed, mask, track.padded, position, track.cache, program, keep=1 if hidden else 0, hidden=hidden
+    )

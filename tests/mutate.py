@@ -1,0 +1,222 @@
+"""Device mistakes planted one at a time in a copy of the tree: the shadow device must find each.
+
+Run with `python tests/mutate.py [WORD]`; a word takes the mutations whose names have it. A mutation whose text is not
+found exactly once, tests that fail without any, and mutations that no test finds end with status 1.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MAPPED = ("adapters", "recipes")
+"""Folders that are installed under steer/."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old` becomes `new` in the one file that has it; `tests` says which tests are to fail, as pytest's -k does."""
+
+    name: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTATIONS = [
+    Mutation(
+        "random numbers of a draw stay on the CPU",
+        'at = at.to(cdf.device, cdf.dtype, non_blocking=cdf.device.type != "mps")',
+        "at = at.to(cdf.dtype)",
+        "test_decoding and temperature",
+    ),
+    Mutation(
+        "a draw waits for its random numbers",
+        'at = at.to(cdf.device, cdf.dtype, non_blocking=cdf.device.type != "mps")',
+        "at = at.to(cdf)",
+        "test_waits_of_a_token and plain",
+    ),
+    Mutation(
+        "a generator of the CPU for numbers on the device",
+        "uniform = torch.rand(shape, dtype=kind, generator=generator, device=generator.device)",
+        "uniform = torch.rand(shape, dtype=kind, generator=generator, device=log_law.device)",
+        "test_decoding and temperature",
+    ),
+    Mutation(
+        "a mask of the rows that an edit is for is made on the CPU",
+        "touched = base, torch.zeros(len(state), 1, dtype=torch.bool, device=base.device)",
+        "touched = base, torch.zeros(len(state), 1, dtype=torch.bool)",
+        "test_edits and (Q or one)",
+    ),
+    Mutation(
+        "room for tokens is made on the CPU",
+        "real=torch.zeros(rows, columns, dtype=torch.bool, device=device),",
+        "real=torch.zeros(rows, columns, dtype=torch.bool),",
+        "test_decoding and greedy",
+    ),
+    Mutation(
+        "added vectors stay on the CPU",
+        "constant = constant.to(hidden.device, hidden.dtype)",
+        "constant = constant.to(hidden.dtype)",
+        "test_edits and vector",
+    ),
+    Mutation(
+        "operators go to the device with every token",
+        "operator, weight = _moved(operator, placed), weight.to(placed)",
+        "weight = weight.to(placed)",
+        "test_waits_of_a_token and ablate",
+    ),
+    Mutation(
+        "candidates are numbered on the CPU",
+        "candidates = torch.arange(vocabulary, device=x.device).expand(len(x), -1)",
+        "candidates = torch.arange(vocabulary).expand(len(x), -1)",
+        "test_edits and logits",
+    ),
+    Mutation(
+        "embeddings stay where the output head is",
+        "self.embeddings[candidates.to(self.embeddings.device)].to(hidden.device))",
+        "self.embeddings[candidates.to(self.embeddings.device)])",
+        "test_blocks_on_two_devices",
+    ),
+    Mutation(
+        "hidden states stay where the last block is",
+        "seen[0].to(out.logits.device) if seen else None",
+        "seen[0] if seen else None",
+        "test_blocks_on_two_devices",
+    ),
+    Mutation(
+        "the place of an offloaded model is that of its weights",
+        "next((torch.device(p) for p in places if p is not None), embedding.weight.device)",
+        "embedding.weight.device",
+        "test_offloaded_weights and cpu",
+    ),
+    Mutation(
+        "a loaded value head stays on the CPU",
+        "head = head.eval().requires_grad_(False).to(model.device)",
+        "head = head.eval().requires_grad_(False)",
+        "test_values_are_trained",
+    ),
+    Mutation(
+        "a trained push stays on the CPU",
+        "(amount[:, layer, None, None] * push).to(h.device, h.dtype)",
+        "(amount[:, layer, None, None] * push)",
+        "test_controllers_are_trained",
+    ),
+    Mutation(
+        "a classifier that comes with a model stays on the CPU",
+        "Classifier(load_net(folder / kind), classes).eval().to(source.device)",
+        "Classifier(load_net(folder / kind), classes).eval()",
+        "test_the_fashion_model and plain and best",
+    ),
+    Mutation(
+        "a reward model's batch stays on the CPU",
+        "return model(**{key: x.to(device) for key, x in batch.items()}).logits.double().cpu()",
+        "return model(**batch).logits.double().cpu()",
+        "test_reward_models",
+    ),
+    Mutation(
+        "a reward model's scores are added up on the device",
+        "return model(**{key: x.to(device) for key, x in batch.items()}).logits.double().cpu()",
+        "return model(**{key: x.to(device) for key, x in batch.items()}).logits.double()",
+        "test_reward_models",
+    ),
+    Mutation(
+        "noise of a step stays on the CPU",
+        "    return z.to(like.device)",
+        "    return z",
+        "test_the_fashion_model and fk",
+    ),
+    Mutation(
+        "masked positions are made on the CPU",
+        "tokens = torch.full((rows, self.length), self.network.mask_id, device=self.network.device)",
+        "tokens = torch.full((rows, self.length), self.network.mask_id)",
+        "test_masked_models and ancestral",
+    ),
+    Mutation(
+        "scores are rounded to half precision",
+        "torch.as_tensor(self.score(samples)).detach().cpu().double()",
+        "torch.as_tensor(self.score(samples)).detach().cpu().half().double()",
+        "test_rewards_beyond_half_precision and best",
+    ),
+    Mutation(
+        "a batch of a server is put together on the CPU",
+        "law = law.index_copy(0, at, torch.log_softmax(changed, -1))",
+        "law = law.index_copy(0, at.cpu(), torch.log_softmax(changed, -1))",
+        "test_rows_that_come_and_go",
+    ),
+]
+
+
+def copied(to: Path) -> Path:
+    """The tree as it is installed, with its tests."""
+    skip = shutil.ignore_patterns("__pycache__", "*.pyc")
+    shutil.copytree(ROOT / "steer", to / "steer", ignore=skip)
+    for name in MAPPED:
+        shutil.copytree(ROOT / name, to / "steer" / name, ignore=skip)
+    shutil.copytree(ROOT / "tests", to / "tests", ignore=skip)
+    shutil.copy(ROOT / "pyproject.toml", to)
+    return to
+
+
+def place(tree: Path, mutation: Mutation) -> Path:
+    """The one file that has the mutation's text. Raises `LookupError`."""
+    found = [p for p in sorted((tree / "steer").rglob("*.py")) if p.read_text(encoding="utf-8").count(mutation.old)]
+    if len(found) != 1 or found[0].read_text(encoding="utf-8").count(mutation.old) != 1:
+        raise LookupError(f"{mutation.name}: its text is in {[str(p.relative_to(tree)) for p in found] or 'no file'}")
+    return found[0]
+
+
+def status(tree: Path, tests: str) -> int:
+    """Exit status of the chosen shadow tests on this tree: 0 passed, 1 failed."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_shadow.py",
+        "-k",
+        tests,
+    ]
+    place = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=tree, env=place, capture_output=True, text=True)
+    if done.returncode > 1:
+        raise RuntimeError(f"tests {tests!r} could not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode
+
+
+def main(word: str = "") -> int:
+    chosen = [m for m in MUTATIONS if word in m.name]
+    with tempfile.TemporaryDirectory() as folder:
+        tree = copied(Path(folder))
+        try:
+            files = [place(tree, mutation) for mutation in chosen]
+        except LookupError as error:
+            print(error)
+            return 1
+        if status(tree, " or ".join(sorted({f"({m.tests})" for m in chosen}))):
+            print("the tests fail without a mutation")
+            return 1
+        missed = 0
+        for mutation, file in zip(chosen, files, strict=True):
+            began, text = time.monotonic(), file.read_text(encoding="utf-8")
+            file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+            found = status(tree, mutation.tests) == 1
+            file.write_text(text, encoding="utf-8")
+            missed += not found
+            print(f"{'found ' if found else 'MISSED'} {mutation.name} ({time.monotonic() - began:.0f} s)", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} mutations found")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:2]))
