@@ -2,8 +2,8 @@
 
 A comment before a block says what a test needs to know: `<!-- slow -->` for the slow suite, `<!-- not run: WHY -->` for
 what needs another machine or the network. `steer serve` is started on a port of its own, which later blocks of the page
-then ask. The root's README runs with the embedded language model where it has been fetched, the other pages with the tiny
-one of the tests, and in the slow suite with the embedded one too.
+then ask. The root's README runs with the embedded language model where it has been fetched, the other pages with the
+tiny one of the tests, and in the slow suite with the embedded one too.
 """
 
 from __future__ import annotations

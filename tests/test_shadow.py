@@ -50,6 +50,7 @@ from steer.methods.value import HeadValue, LogitValue, QHead, ValueGuidance, Val
 from steer.methods.vector import Gate, SteeringVector
 from steer.rewards import Brightness, as_reward
 from steer.sampling.lookahead import Rollouts
+from steer.serving.artifact_store import digest
 from steer.serving.engine import Delta, NamedEdit, Sampling, Steering, Task
 from steer.serving.wire import EditRequest
 from steer.train.controller import train_controller
@@ -270,7 +271,7 @@ SAMPLING = [
 def served(model: LanguageModel, path: Path) -> list[dict[int, str]]:
     """Texts of requests of all kinds, answered at once, with what was drawn of each."""
     engine = TransformersEngine(model)
-    edit = NamedEdit(path, "digest", EditRequest(name="v", strength=1.0))
+    edit = NamedEdit(path, digest(path), EditRequest(name="v", strength=1.0))
     steered = Steering(edits=(edit,))
 
     async def one(task: Task) -> dict[int, str]:

@@ -162,9 +162,9 @@ SHRINKAGE = 0.03
 
 
 class _Rollouts:
-    """Padded views of the rollouts, as they are learnt from: rewards are standardised, embeddings in units of their root
-    mean square, and states whitened. What tells one text from another is a small part of a state's variance (most of it
-    says which token came last), and gradient descent learns small directions last.
+    """Padded views of the rollouts, as they are learnt from: rewards are standardised, embeddings in units of their
+    root mean square, and states whitened. What tells one text from another is a small part of a state's variance (most
+    of it says which token came last), and gradient descent learns small directions last.
     """
 
     def __init__(self, rolled: dict[str, Tensor], embeddings: Tensor | None, center: float, spread: float) -> None:
