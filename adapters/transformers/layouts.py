@@ -17,6 +17,7 @@ from steer.adapters.transformers.body import Body
 from steer.adapters.transformers.hidden import Rows
 from steer.adapters.transformers.rectangle import Track
 from steer.adapters.transformers.serving.slots import SlotRows
+from steer.core import UnsupportedError
 from steer.core.errors import first_line
 
 __all__ = ["Trial"]
@@ -43,6 +44,8 @@ class Trial:
         try:
             with torch.inference_mode():
                 worst = max(self._errors(layout))
+        except UnsupportedError as error:
+            return str(error)
         except Exception as error:  # of any library's model
             return f"{type(error).__name__}: {first_line(error)}"
         allowed = self.tolerance * (4 if layout == "single" else 1)
@@ -73,9 +76,11 @@ class Trial:
             out = self.body.network(input_ids=tokens, **{k: v for k, v in given.items() if k in self.body.takes})
         wanted = (*tokens.shape, int(self.body.config.hidden_size))
         for layer in layers:
-            shape = tuple(seen[layer].shape) if layer in seen else None
-            if shape != wanted:
-                raise ValueError(f"block {layer} gives {shape} where {wanted} is one residual stream")
+            if layer not in seen:
+                raise UnsupportedError(f"block {layer} is not run on text alone")
+            if seen[layer].shape != wanted:
+                shape = tuple(seen[layer].shape)
+                raise UnsupportedError(f"block {layer} gives {shape} where {wanted} is one residual stream")
         return [out.logits[0, length - 1 : length + _NEW].float() for length in (_SHORT, _LONG)]
 
     def _error(self, logits: Tensor, row: int, step: int) -> float:
