@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from steer.adapters.openai import EndpointModel
     from steer.adapters.transformers import LanguageModel
     from steer.adapters.transformers.policy.tuning import train_policy
-    from steer.artifacts import Artifact
     from steer.chain import FunctionProcess
     from steer.core import Edit, InputError, RawText, Reward, Sampler, Samples, SteerError, UnsupportedError
     from steer.core.samples import Sample
-    from steer.edits import load_artifact, load_edit, parse_edit
+    from steer.edits import Artifact, load_artifact, load_edit, parse_edit
     from steer.loading import load
     from steer.measure.compare import compare
+    from steer.measure.frontier import frontier
     from steer.measure.race import race
     from steer.measure.report import evaluate
     from steer.methods.best_of_n import Ancestral, BestOfN
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from steer.methods.value import ValueGuidance
     from steer.methods.vector import Gate, SteeringVector
     from steer.model import generate
-    from steer.pictures.charts import draw_report
+    from steer.pictures.charts import draw_frontier, draw_report
     from steer.prompt_files import generate_file
     from steer.rewards import as_reward, parse_reward
     from steer.rewards.scoring import score
@@ -47,16 +47,16 @@ _HOMES = {
     "steer.adapters.openai": ("EndpointModel",),
     "steer.adapters.transformers": ("LanguageModel",),
     "steer.adapters.transformers.policy.tuning": ("train_policy",),
-    "steer.artifacts": ("Artifact",),
     "steer.chain": ("FunctionProcess",),
     "steer.core": (
         "Edit", "InputError", "RawText", "Reward", "Sampler", "Samples", "SteerError", "UnsupportedError",
     ),
     "steer.core.samples": ("Sample",),
-    "steer.edits": ("load_artifact", "load_edit", "parse_edit"),
+    "steer.edits": ("Artifact", "load_artifact", "load_edit", "parse_edit"),
     "steer.prompt_files": ("generate_file",),
     "steer.loading": ("load",),
     "steer.measure.compare": ("compare",),
+    "steer.measure.frontier": ("frontier",),
     "steer.measure.race": ("race",),
     "steer.measure.report": ("evaluate",),
     "steer.methods.best_of_n": ("Ancestral", "BestOfN"),
@@ -70,7 +70,7 @@ _HOMES = {
     "steer.methods.value": ("ValueGuidance",),
     "steer.methods.vector": ("Gate", "SteeringVector"),
     "steer.model": ("generate",),
-    "steer.pictures.charts": ("draw_report",),
+    "steer.pictures.charts": ("draw_frontier", "draw_report"),
     "steer.rewards": ("as_reward", "parse_reward"),
     "steer.rewards.scoring": ("score",),
     "steer.train.controller": ("train_controller",),
@@ -111,8 +111,10 @@ __all__ = [
     "__version__",
     "as_reward",
     "compare",
+    "draw_frontier",
     "draw_report",
     "evaluate",
+    "frontier",
     "generate",
     "generate_file",
     "load",

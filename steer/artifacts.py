@@ -13,23 +13,23 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from steer.core import InputError, SteerError, check
-from steer.files import is_pointer, replacing
+from steer.core import InputError, check
+from steer.core.edit import ranges
+from steer.files import check_file, check_finite, replacing
 from steer.headers import check_safetensors
 
-__all__ = ["Artifact", "Card", "FORMAT", "data_hash", "load", "read_card", "save"]
+__all__ = ["Card", "FORMAT", "data_hash", "load", "read_card", "save"]
 
 
 FORMAT = 1
 _KEY = "steer"
 _ALLOWED = "an artifact saved by steer (safetensors with a card)"
-_PICKLES = {b"\x80": "a pickle", b"PK\x03\x04": "a zip archive (torch.save)"}
 
 
 def _version() -> str:
@@ -67,58 +67,6 @@ class Card:
             if entries := getattr(self, name):
                 lines.append(f"{name}: {', '.join(f'{k} {_short(v)}' for k, v in entries.items())}")
         return "\n".join(lines)
-
-
-class Artifact(NamedTuple):
-    """What training returns, and what a file holds: tensors and a card.
-
-    It is used wherever an edit is: `edits=calm` takes the card's settings, `calm(0.15, layers=range(10, 15))` others;
-    `calm * 0.5` and `calm + other` are edits too. `save` writes it; `tensors, card = artifact` takes it apart.
-    """
-
-    tensors: dict[str, Tensor]
-    card: Card
-
-    def __call__(self, strength: float | None = None, *, model: Any = None, **options: Any) -> Any:
-        """The edit at `strength`, with the options of `steer.load_edit`. Raises `InputError`."""
-        from steer.edits import edit_of  # edits are made of artifacts; nothing else here knows what one does
-
-        return edit_of(self.tensors, self.card, strength, model=model, **options)
-
-    def save(self, path: Path | str) -> None:
-        """Write it to one file; see `save`."""
-        save(path, self.tensors, self.card)
-
-    def __mul__(self, factor: Any) -> Any:
-        return self() * factor
-
-    def __rmul__(self, factor: Any) -> Any:
-        return self() * factor
-
-    def __neg__(self) -> Any:
-        return self() * -1.0
-
-    def __add__(self, other: Any) -> Any:
-        return self() + (other() if isinstance(other, Artifact) else other)
-
-    def __sub__(self, other: Any) -> Any:
-        return self() + (other() if isinstance(other, Artifact) else other) * -1.0
-
-    def __repr__(self) -> str:
-        name, depth = Path(str(self.card.model.get("name", "?"))).name, self.card.model.get("num_layers", "?")
-        layers = f", layers {ranges(self.card.layers)} of {depth}" if self.card.layers else ""
-        return f"Artifact({self.card.kind} for {name}{layers})"
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """`0-3, 7` for 0, 1, 2, 3, 7."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
 
 
 def _short(value: object) -> str:
@@ -171,30 +119,6 @@ def data_hash(rows: Iterable[Any]) -> str:
             raise InputError(f"rows[{i}]", row, "JSON data") from error
         digest.update(text.encode() + b"\n")
     return digest.hexdigest()
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
-        raise InputError(name, "a tensor with NaN or infinity", "finite numbers")
-
-
-def check_file(path: Path | str, allowed: str) -> Path:
-    """`path`, where it is a file that could be what is wanted."""
-    file = Path(path)
-    check(not file.is_dir(), "artifact", f"{file} (a folder)", allowed)
-    check(file.is_file(), "artifact", f"{file} (no such file)", allowed)
-    try:
-        with file.open("rb") as stream:
-            head = stream.read(9)
-    except OSError as error:
-        raise InputError("artifact", f"{file} ({error.strerror or error})", allowed) from error
-    if is_pointer(file):
-        raise SteerError(f"artifact: {file} is a Git LFS pointer, not the file itself; run `git lfs pull`")
-    for magic, what in _PICKLES.items():
-        # The length of a safetensors header may begin with the same bytes; then JSON follows at the ninth.
-        pickled = head.startswith(magic) and head[8:] != b"{"
-        check(not pickled, "artifact", f"{file} ({what}, which may run code)", allowed)
-    return file
 
 
 @contextmanager

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from steer.artifacts import MAX_STRENGTH, Artifact, Card, load
+from steer.artifacts import MAX_STRENGTH, Card, load, save
 from steer.core import Edit, InputError, check
+from steer.core.edit import ranges
 from steer.core.names import check_known
+from steer.core.notebook import text_html
 from steer.gguf import load_gguf
 from steer.methods.controller import Controller, ControllerNetwork
 from steer.methods.operators import Probe
@@ -20,6 +22,48 @@ from steer.methods.value import HeadValue, QHead, ValueGuidance, ValueHead
 from steer.methods.vector import Gate, SteeringVector, check_model
 
 __all__ = ["KINDS", "as_edit", "as_edits", "edit_of", "load_artifact", "load_edit", "parse_edit"]
+
+
+class Artifact(NamedTuple):
+    """What training returns, and what a file holds: tensors and a card.
+
+    It is used wherever an edit is: `edits=calm` takes the card's settings, `calm(0.15, layers=range(10, 15))` others;
+    `calm * 0.5` and `calm + other` are edits too. `save` writes it; `tensors, card = artifact` takes it apart.
+    """
+
+    tensors: dict[str, Tensor]
+    card: Card
+
+    def __call__(self, strength: float | None = None, *, model: Any = None, **options: Any) -> Any:
+        """The edit at `strength`, with the options of `steer.load_edit`. Raises `InputError`."""
+        return edit_of(self.tensors, self.card, strength, model=model, **options)
+
+    def save(self, path: Path | str) -> None:
+        """Write it to one file; see `steer.artifacts.save`."""
+        save(path, self.tensors, self.card)
+
+    def __mul__(self, factor: Any) -> Any:
+        return self() * factor
+
+    def __rmul__(self, factor: Any) -> Any:
+        return self() * factor
+
+    def __neg__(self) -> Any:
+        return self() * -1.0
+
+    def __add__(self, other: Any) -> Any:
+        return self() + (other() if isinstance(other, Artifact) else other)
+
+    def __sub__(self, other: Any) -> Any:
+        return self() + (other() if isinstance(other, Artifact) else other) * -1.0
+
+    def _repr_html_(self) -> str:
+        return text_html(self.card.describe())
+
+    def __repr__(self) -> str:
+        name, depth = Path(str(self.card.model.get("name", "?"))).name, self.card.model.get("num_layers", "?")
+        layers = f", layers {ranges(self.card.layers)} of {depth}" if self.card.layers else ""
+        return f"Artifact({self.card.kind} for {name}{layers})"
 
 
 def as_edit(given: Any, model: Any = None, field: str = "edits") -> Edit:

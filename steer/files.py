@@ -12,7 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from steer.core import SteerError, check
+from torch import Tensor
+
+from steer.core.errors import InputError, SteerError, check
+
+_PICKLES = {b"\x80": "a pickle", b"PK\x03\x04": "a zip archive (torch.save)"}
 
 
 def is_pointer(file: Path) -> bool:
@@ -83,3 +87,27 @@ def replacing_folder(final: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(before, ignore_errors=True)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+        raise InputError(name, "a tensor with NaN or infinity", "finite numbers")
+
+
+def check_file(path: Path | str, allowed: str) -> Path:
+    """`path`, where it is a file that could be what is wanted."""
+    file = Path(path)
+    check(not file.is_dir(), "artifact", f"{file} (a folder)", allowed)
+    check(file.is_file(), "artifact", f"{file} (no such file)", allowed)
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(9)
+    except OSError as error:
+        raise InputError("artifact", f"{file} ({error.strerror or error})", allowed) from error
+    if is_pointer(file):
+        raise SteerError(f"artifact: {file} is a Git LFS pointer, not the file itself; run `git lfs pull`")
+    for magic, what in _PICKLES.items():
+        # The length of a safetensors header may begin with the same bytes; then JSON follows at the ninth.
+        pickled = head.startswith(magic) and head[8:] != b"{"
+        check(not pickled, "artifact", f"{file} ({what}, which may run code)", allowed)
+    return file

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.artifacts import check_file, check_finite
 from steer.core import InputError, check
-from steer.files import replacing
+from steer.files import check_file, check_finite, replacing
 from steer.headers import check_gguf
 
 log = logging.getLogger("steer")
@@ -117,3 +116,5 @@ def _check_directions(directions: Mapping[int, Tensor]) -> None:
         given = tuple(direction.shape)
         check(given == (width,) and width > 0, f"directions[{layer}]", given, f"shape ({width},), one width for all")
         check_finite(f"directions[{layer}]", direction)
+    some = any(bool(direction.any()) for direction in directions.values())
+    check(some, "directions", "zeros alone", "a direction that is not 0, without which nothing is steered")

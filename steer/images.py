@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steer.core import check
+from steer.core.errors import check
 from steer.files import replacing
 
 if TYPE_CHECKING:

@@ -90,7 +90,7 @@ def test_json_alone_goes_to_stdout(tmp_path: Path, tiny_lm_dir: Path) -> None:
     done = subprocess.run(command + more, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert set(found) == {"model", "prompts", "cost", "seed"} and found["seed"] == 5
+    assert set(found) == {"model", "prompts", "kl_kind", "cost", "seed"} and found["seed"] == 5
     assert [set(s) for s in found["prompts"][0]["samples"]] == [{"text", "reward", "log_weight", "kl"}] * 2
     assert "noise" in done.stderr and "noise" not in done.stdout and "Loading" not in done.stderr
     assert json.loads((tmp_path / "deep" / "out.json").read_text()) == found

@@ -65,6 +65,7 @@ class Scripted(TabularProcess):
         return replace(
             state, x=torch.cat([state.x, token], 1), step=state.step + 1,
             log_prob=state.log_prob + taken, base_log_prob=state.base_log_prob + taken,
+            aim_log_prob=state.aim_log_prob + taken,
         )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from steer.adapters.openai.dialect import END_TOKENS, Dialect
 from steer.adapters.openai.endpoint import Endpoint
 from steer.adapters.openai.process import EndpointProcess
 from steer.adapters.openai.results import Results
-from steer.core import InputError, Process, Prompt, Sampler, Samples, check
+from steer.core import InputError, Process, Prompt, Run, Sampler, Samples, check
 from steer.model import Model, Plan, execute
 
 __all__ = ["EndpointModel", "load"]
@@ -190,5 +190,11 @@ class _Keeping(Sampler):
         return self.inner.updates(process)
 
     def run(self, process: Process, prompts: Sequence[Prompt], **settings: Any) -> Samples:
-        self.batches.append(self.inner.run(process, prompts, **settings))
+        self.batches.append(super().run(process, prompts, **settings))
         return self.batches[-1]
+
+    def begin(self, process: Process, prompts: Sequence[Prompt], **settings: Any) -> Run:
+        return self.inner.begin(process, prompts, **settings)
+
+    def draw(self, run: Run) -> Samples:
+        return self.inner.draw(run)

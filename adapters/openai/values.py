@@ -71,8 +71,8 @@ class LocalValue:
     """Q by a `ValueHead` on a local language model, which reads prompt and text after each candidate with its own
     tokenizer: N K passes over whole texts for each token.
 
-    Tokens that may follow are counted by that tokenizer. Approximate where the head was trained on texts of another model than the endpoint's, and where prompts differ by
-    the chat template.
+    Tokens that may follow are counted by that tokenizer. Approximate where the head was trained on texts of another
+    model than the endpoint's, and where prompts differ by the chat template.
     """
 
     model: Reader

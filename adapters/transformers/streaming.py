@@ -17,7 +17,6 @@ from steer.adapters.language.texts import GrowingText
 from steer.adapters.transformers.process import TokenModel
 from steer.adapters.transformers.state import TextState
 from steer.core import Samples, check
-from steer.methods.best_of_n import Ancestral
 from steer.model import Plan, execute
 
 
@@ -34,7 +33,7 @@ class Follower:
     """Calls `emit` with every new `Piece`: `step` is what `engine.execute` calls, `finish` shows what was held back."""
 
     def __init__(self, model: TokenModel, plan: Plan, emit: Callable[[Piece], None]) -> None:
-        check(isinstance(plan.sampler, Ancestral), "stream", type(plan.sampler).__name__,
+        check(plan.sampler.keeps_all, "stream", type(plan.sampler).__name__,
               "independent samples: others choose at the end")  # fmt: skip
         self._emit = emit
         stop: Sequence[str] = plan.process.decoding.stop  # type: ignore[attr-defined]
@@ -105,7 +104,7 @@ class _Stopped(Exception):
 
 def feed_streamer(model: TokenModel, plan: Plan, streamer: Any) -> Samples:
     """Feed a transformers streamer: the prompt, then every token, then `end()`; as that library does, one row only."""
-    rows = len(plan.prompts) * getattr(plan.sampler, "n", 1)
+    rows = len(plan.prompts) * plan.sampler.rows
     check(rows == 1, "streamer", f"{rows} rows", "one row")
     streamer.put(torch.tensor([model.encode(plan.prompts[0])]))
 

@@ -35,11 +35,8 @@ from steer.core import (
     check_whole,
 )
 from steer.core.rows import Rows, beginning
-from steer.methods.best_of_n import BestOfN
-from steer.methods.fk import FKSteering
 from steer.model import Plan
 from steer.rewards.early import Early
-from steer.sampling.lookahead import Preview
 from steer.serving.wire import EditRequest
 
 _MISSING = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "logits_processor", "stopping_criteria")
@@ -118,6 +115,8 @@ class VLLMProcess(Process):
     """
     announces_all: bool = False
     """Whether rows whose text goes on after this step are announced too."""
+    proposal: bool = False
+    """Whether its weights refer to the law that unedited texts are drawn from (`as_proposal`)."""
 
     sites = frozenset({Site.PROMPT, Site.HIDDEN, Site.TRANSITION})
 
@@ -147,6 +146,10 @@ class VLLMProcess(Process):
     def copy(self, edits: Mounted) -> VLLMProcess:
         return replace(self, edits=edits)
 
+    def as_proposal(self) -> VLLMProcess:
+        """The process for samplers that weigh. Without edits it draws from its base law, truncated or not."""
+        return replace(self, proposal=True)
+
     def validate(self, edit: Edit) -> None:
         if isinstance(edit, Named):
             edit.check(self.model.front)
@@ -168,7 +171,7 @@ class VLLMProcess(Process):
         return ids
 
     def init(self, prompts: Sequence[Prompt], n: int, generator: torch.Generator) -> VLLMState:
-        common = beginning(prompts, n, exact=not self.edits and not self._truncates)
+        common = beginning(prompts, n, exact=not self.edits and (self.proposal or not self._truncates))
         ids, rows = self.encode(prompts), len(common["group"])
         read = sum(map(len, ids))
         return VLLMState(
@@ -366,11 +369,8 @@ def scored_early(plan: Plan) -> Iterator[Plan]:
     if reward is None or not reward.alone or not isinstance(process, VLLMProcess):
         yield plan
         return
-    each_step = (isinstance(sampler, FKSteering) and isinstance(sampler.lookahead, Preview) and sampler.every == 1) or (
-        isinstance(sampler, BestOfN) and sampler.reject > 0
-    )
     with Early(reward) as early:
-        announcing = replace(process, announce=early.announce, announces_all=each_step)
+        announcing = replace(process, announce=early.announce, announces_all=sampler.scores_steps)
         yield replace(plan, process=announcing, reward=early)
 
 

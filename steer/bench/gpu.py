@@ -149,7 +149,9 @@ def _laws(model: Any, prompts: Sequence[Any], texts: Sequence[Sequence[int]], ed
             token = torch.tensor([[text[context.step]] for text in texts], device=x.device)
             return torch.full_like(x, -torch.inf).scatter(1, token, 0.0)
 
-    model.generate(prompts, edits=[*edits, Along()], seed=0, max_new_tokens=len(texts[0]), eos_token_id=[])
+    model.generate(
+        prompts, edits=[[*edits, Along()]] * len(prompts), seed=0, max_new_tokens=len(texts[0]), eos_token_id=[]
+    )
     return torch.cat(seen)
 
 

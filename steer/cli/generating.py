@@ -14,24 +14,17 @@ from steer.cli.checks import Coming
 from steer.cli.options import GenerateOptions, SampleOptions
 from steer.cli.session import Run, Session
 from steer.cli.values import coerce, pairs, spelled, typed
-from steer.core import Edit, InputError, RawText, Reward, Sampler, Samples, check
+from steer.core import Ability, Edit, InputError, RawText, Reward, Sampler, Samples, check
 from steer.loading import is_endpoint
-from steer.methods.dts import DTS
-from steer.methods.fk import FKSteering
 from steer.methods.gradient import GradientGuidance
 from steer.methods.rlg import RLGuidance
 from steer.methods.samplers import SAMPLERS, make_sampler
-from steer.methods.svdd import SVDD
 from steer.model import Plan, execute, prepare
 from steer.rewards import parse_reward
 from steer.rewards.algebra import check_reward
 from steer.sampling.lookahead import Lookahead, Preview, Rollouts
 
 __all__ = ["Request", "generate", "request"]
-
-
-_FORKING = (FKSteering, SVDD, DTS)
-"""Samplers that copy rows and want the copies to part ways again."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ def request(options: SampleOptions, images: bool, coming: Coming, *, keep_previe
 
 
 def _sampler(options: SampleOptions, keep_previews: bool) -> Sampler:
-    check(options.sampler in SAMPLERS, "sampler", options.sampler, ", ".join(SAMPLERS))
+    check(options.sampler in SAMPLERS, "sampler", options.sampler, str(SAMPLERS))
     check(options.n is None or options.n >= 1, "n", options.n, "an integer of 1 or more")
     kind = SAMPLERS[options.sampler]
     hints = get_type_hints(kind)
@@ -83,7 +76,7 @@ def _sampler(options: SampleOptions, keep_previews: bool) -> Sampler:
         found["lookahead"] = _lookahead(given.pop("lookahead"), type(None) in get_args(settable["lookahead"]))
     settings = typed(given, settable, f"setting of {options.sampler}") | found
     check(options.n is None or "n" not in settings, "n", options.n, "one of --n and --set n=...")
-    if keep_previews:
+    if keep_previews and "lineage" in kind.shows:
         settings["keep_previews"] = True
     # n=none is a choice of its own, and not that of the default.
     return kind(**settings) if "n" in settings else make_sampler(options.sampler, options.n, **settings)
@@ -158,7 +151,7 @@ def _texts(options: GenerateOptions, coming: Coming) -> Run:
     check(options.block >= 1, "block", options.block, "an integer of 1 or more")
     check(all(options.until), "until", options.until, "texts that are not empty")
     asked = request(options, False, coming)
-    single = len(prompts) == 1 and options.sampler == "ancestral" and getattr(asked.sampler, "n", 1) == 1
+    single = len(prompts) == 1 and asked.sampler.keeps_all and asked.sampler.rows == 1
     check(
         not options.stream or (single and not options.json), "stream", True, "one prompt, n=1, ancestral, without json"
     )
@@ -227,8 +220,8 @@ def _images(options: GenerateOptions, coming: Coming) -> Run:
     for name in ("guidance_scale", "gradient"):
         value = getattr(options, name)
         check(value is None or math.isfinite(value), name, value, "a finite number")
-    asked = request(options, True, coming, keep_previews=options.lineage is not None and options.sampler == "fk")
-    forking = isinstance(asked.sampler, _FORKING)
+    asked = request(options, True, coming, keep_previews=options.lineage is not None)
+    forking = Ability.BRANCH in asked.sampler.needs
     way_out = f"above 0, such as 1.0, for {options.sampler}: copies of a row part ways only where steps have noise"
     check(options.eta > 0 or not forking, "eta", options.eta, way_out)
     check(

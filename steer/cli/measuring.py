@@ -73,7 +73,7 @@ def evaluation(options: EvalOptions, coming: Coming = frozenset()) -> Run:
 
 def compare(options: CompareOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to compare samplers."""
-    from steer.measure.compare import METHODS, Task
+    from steer.measure.compare import Task, methods_by_name
     from steer.measure.compare import compare as measure
     from steer.pictures.charts import draw_curves
 
@@ -84,7 +84,7 @@ def compare(options: CompareOptions, coming: Coming = frozenset()) -> Run:
     for task in tasks:
         check_reward(parse_reward(task.reward), images=True)
     for name in options.method:
-        check(name in METHODS, "method", name, ", ".join(METHODS))
+        check(name in methods_by_name(), "method", name, ", ".join(methods_by_name()))
     _positive(options, "outputs", "particles", "steps", "seeds", "pool")
     budgets = None if options.budgets is None else _sizes("budgets", options.budgets)
     names = [task.name for task in tasks]
@@ -106,7 +106,7 @@ def compare(options: CompareOptions, coming: Coming = frozenset()) -> Run:
 
 def race(options: RaceOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to race searches."""
-    from steer.measure.race import METHODS
+    from steer.measure.race import methods_by_name
     from steer.measure.race import race as measure
     from steer.pictures.charts import draw_race
 
@@ -114,11 +114,13 @@ def race(options: RaceOptions, coming: Coming = frozenset()) -> Run:
     reward = parse_reward(options.reward)
     check_reward(reward, images=images)
     checks.check_beta(options.beta)
+    known = methods_by_name()
     for name in options.method:
-        check(name in METHODS, "method", name, ", ".join(METHODS))
-        check(bool(options.edit) or not METHODS[name].guided, "method", name, "methods without guidance, or --edit")
+        check(name in known, "method", name, ", ".join(known))
+        check(bool(options.edit) or not known[name].guided, "method", name, "methods without guidance, or --edit")
     _positive(options, "seeds", "steps", "max_new_tokens", "block")
     budgets = _sizes("budgets", options.budgets)
+    check(options.reach is None or options.reach >= max(budgets), "reach", options.reach, "the largest budget or more")
     settings = _by_method(options)
     edits = [checks.edit_maker(text, coming) for text in options.edit]
     checks.check_folder(options.out)
@@ -129,8 +131,8 @@ def race(options: RaceOptions, coming: Coming = frozenset()) -> Run:
         about = {"model": options.model, "edits": [Path(text).name for text in options.edit]}
         found = measure(
             process, prompts, reward.bind(model), budgets, options.out, methods=options.method,
-            edits=[make(model) for make in edits], beta=options.beta, seeds=options.seeds, options=settings,
-            about=about, progress=session.progress,
+            edits=[make(model) for make in edits], beta=options.beta, seeds=options.seeds, reach=options.reach,
+            options=settings, about=about, progress=session.progress,
         )  # fmt: skip
         draw_race(found, options.out / "race.png")
         session.say(f"{found.table()}\nwrote {options.out / 'race.json'} and {options.out / 'race.png'}")
@@ -140,7 +142,7 @@ def race(options: RaceOptions, coming: Coming = frozenset()) -> Run:
 
 def _by_method(options: RaceOptions) -> dict[str, dict[str, Any]]:
     """`METHOD.KEY=VALUE`, against the settings of each method's sampler."""
-    from steer.measure.race import METHODS
+    from steer.measure.race import methods_by_name
 
     found: dict[str, dict[str, str]] = {}
     for key, value in pairs(options.set).items():
@@ -154,7 +156,7 @@ def _by_method(options: RaceOptions) -> dict[str, dict[str, Any]]:
         found.setdefault(name, {})[setting] = value
     made = {}
     for name, given in found.items():
-        kind: type[Sampler] = type(METHODS[name].make(1, 1))
+        kind: type[Sampler] = type(methods_by_name()[name].make(1, 1))
         hints = get_type_hints(kind)
         settable = {f: hints[f] for f in kind.__dataclass_fields__}  # type: ignore[attr-defined]
         made[name] = typed(given, settable, f"setting of {name}")

@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from steer.methods.samplers import SAMPLERS
+
 __all__ = [
     "COMMANDS",
     "CompareOptions",
@@ -63,9 +65,7 @@ class SampleOptions(ModelOptions):
 
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="One prompt.")] = None
     prompts: Annotated[Path | None, _Prompts] = None
-    sampler: Annotated[
-        str, typer.Option(metavar="NAME", help="How to draw: ancestral, best-of-n, fk, svdd, dts or dts-star.")
-    ] = "ancestral"
+    sampler: Annotated[str, typer.Option(metavar="NAME", help=f"How to draw: {SAMPLERS}.")] = "ancestral"
     set: _Settings = field(default_factory=list)
     reward: Annotated[str | None, _Reward] = None
     beta: Annotated[float, typer.Option(help="KL coefficient of the target p exp(reward / beta).")] = 1.0
@@ -289,6 +289,9 @@ class RaceOptions(ModelOptions):
     steps: Annotated[int, typer.Option(help="Denoising steps (diffusion models, masked language models).")] = 25
     max_new_tokens: Annotated[int, typer.Option(help="The longest output (language models).")] = 48
     block: Annotated[int, typer.Option(help="Tokens in a step (language models).")] = 6
+    reach: Annotated[
+        int | None, typer.Option(metavar="N", help="Best-of-n goes on to N evaluations, to say how many more it needs.")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,10 +163,10 @@ def _from_recipe(source: str) -> _Default:
     settings: dict[str, Any] = {}
     candidates = job.n
     if job.sampler != "ancestral":
-        check(job.sampler in SAMPLERS, "sampler", job.sampler, ", ".join(SAMPLERS))
-        settings = typed(pairs(job.set), get_type_hints(SAMPLERS[job.sampler]), f"setting of {job.sampler}")
-        for name in ("num_particles", "num_candidates", "rollouts"):
-            candidates = settings.pop(name, candidates)
+        check(job.sampler in SAMPLERS, "sampler", job.sampler, str(SAMPLERS))
+        kind = SAMPLERS[job.sampler]
+        settings = typed(pairs(job.set), get_type_hints(kind), f"setting of {job.sampler}")
+        candidates = settings.pop(kind.population, candidates)
     request = SteerRequest.parse(
         {
             "edits": [edit for edit, _ in edits], "sampler": job.sampler, "settings": settings,

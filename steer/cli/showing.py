@@ -17,6 +17,7 @@ from steer.cli.options import GenerateOptions, SampleOptions
 from steer.cli.session import Session
 from steer.core import Samples, check
 from steer.files import as_json, write_text
+from steer.methods.samplers import SAMPLERS
 from steer.model import Plan
 
 __all__ = ["Pictures", "by_weight", "is_weighted", "show_samples", "summary"]
@@ -137,11 +138,11 @@ class Pictures:
     def of(cls, options: GenerateOptions, prompts: int) -> Pictures:
         """Check what can be drawn with this sampler."""
         files = {"png": options.png or Path("steer.png")}
-        fits = {"lineage": ("fk",), "tree": ("dts", "dts-star"), "previews": ("ancestral", "svdd")}
-        for name, samplers in fits.items():
+        for name in ("lineage", "tree", "previews"):
             path = getattr(options, name)
             if path is None:
                 continue
+            samplers = [known for known, kind in SAMPLERS.items() if name in kind.shows]
             check(options.sampler in samplers, name, str(path), f"unset, or --sampler {' or '.join(samplers)}")
             check(prompts == 1 or name == "previews", name, str(path), f"one prompt ({prompts} are given)")
             files[name] = path

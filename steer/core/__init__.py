@@ -16,7 +16,7 @@ from __future__ import annotations
 from steer.core.edit import Edit, HiddenEdit, ModelInfo, Operator, Prompt, PromptEdit, RawText, Scope, Site, Term
 from steer.core.errors import InputError, RewardError, SteerError, UnsupportedError, check, check_whole
 from steer.core.process import Ability, Context, Mounted, Process, State, TransitionEdit
-from steer.core.sampler import Sampler
+from steer.core.sampler import Run, Sampler
 from steer.core.samples import Cost, Reward, Samples
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "RawText",
     "Reward",
     "RewardError",
+    "Run",
     "Sampler",
     "Samples",
     "Scope",

@@ -366,7 +366,7 @@ class Samples:
         return f"Samples({', '.join(facts)})"
 
     def _repr_html_(self) -> str:
-        from steer.pictures.notebook import samples_html
+        from steer.core.notebook import samples_html
 
         return samples_html(self)
 

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from steer.measure.tables import aligned
 from steer.methods.best_of_n import Ancestral, BestOfN
 from steer.methods.dts import DTS
 from steer.methods.fk import FKSteering
+from steer.methods.samplers import SAMPLERS
 from steer.methods.svdd import SVDD
 from steer.progress import ticking
 from steer.rewards import parse_reward
 from steer.sampling.lookahead import Preview
 from steer.sampling.weights import resample
 
-__all__ = ["METHODS", "Comparison", "Line", "Task", "compare"]
+__all__ = ["METHODS", "Comparison", "Line", "Task", "compare", "methods_by_name"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,16 @@ METHODS: dict[str, Make] = {
     "DTS": lambda s: (_tree(s), False),
     "DTS, x0-hat": lambda s: (_tree(s, **_LOOKING), False),
 }
+
+
+def methods_by_name() -> dict[str, Make]:
+    """`METHODS`, and every registered sampler by its own name with its own settings."""
+    return METHODS | {name: partial(_registered, kind) for name, kind in SAMPLERS.items()}
+
+
+def _registered(kind: type[Sampler], s: Setting) -> tuple[Sampler, bool]:
+    candidates = s.particles * s.outputs if kind.shares else s.particles
+    return kind.sized(candidates, s.outputs), kind.population == "n"
 
 
 @dataclass(frozen=True)
@@ -255,17 +267,18 @@ def compare(
         tasks: rewards and their KL coefficients.
         out: folder for results.json, pool.safetensors and pictures.
         prompt: what the base law is asked for.
-        methods: of `METHODS`; all by default.
+        methods: of `methods_by_name()`; those of `METHODS` by default.
         outputs, particles, steps: `outputs` images at `particles * steps` network evaluations each.
         pool: base samples that stand for the target.
-        budgets: sizes of one population or tree at which to draw distance against budget, with `outputs` drawn from
-        each.
+        budgets: sizes of one population or tree at which to draw distance against budget, with
+            `outputs` drawn from each.
 
     Raises `InputError` for a method that is not known and `UnsupportedError` for a model without a judge.
     """
     chosen = list(METHODS) if methods is None else methods
+    makers = methods_by_name()
     for name in chosen:
-        check(name in METHODS, "methods", name, ", ".join(METHODS))
+        check(name in makers, "methods", name, ", ".join(makers))
     names = [task.name for task in tasks]
     for name in curves or []:
         check(name in names, "curves", name, ", ".join(names))
@@ -283,7 +296,7 @@ def compare(
         for task, method, seed in jobs:
             reward, target = _target(model, task, points, found)
             if not found.has(task.name, method, seed):
-                samples = _once(METHODS[method](setting), process, prompt, reward, task.beta, seed, outputs)
+                samples = _once(makers[method](setting), process, prompt, reward, task.beta, seed, outputs)
                 found.lines.append(_line(model, task, method, seed, samples, target))
                 found.write(out / "results.json")
             tick(1)

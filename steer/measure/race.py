@@ -2,7 +2,8 @@
 
 A budget counts what the network reads for one prompt: tokens of prompt and continuation, of every candidate that ever
 lived (language models), or rows times steps (diffusion). Every method gets the same budgets and prompts, and returns
-its one best output.
+its one best output. Best-of-n is read off one pool for all its budgets (`reward_curve`: the expected best of n of it),
+which may reach beyond those of the others, to say how many more evaluations it needs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,14 @@ from steer.core import Edit, Process, Prompt, Reward, Sampler, Samples, check
 from steer.files import replacing
 from steer.measure.distances import interval
 from steer.measure.tables import aligned
-from steer.methods.best_of_n import BestOfN
+from steer.methods.best_of_n import BestOfN, reward_curve
 from steer.methods.dts import SearchDTS
 from steer.methods.fk import FKSteering
+from steer.methods.samplers import SAMPLERS
 from steer.methods.svdd import SVDD
 from steer.progress import ticking
 
-__all__ = ["METHODS", "Heat", "Race", "race"]
+__all__ = ["METHODS", "Heat", "Race", "methods_by_name", "race"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,16 @@ METHODS: dict[str, Entry] = {
     "vas+fk": Entry(lambda chains, nfe: FKSteering(chains, n=1, select="best"), guided=True, sharpness=5.0),
 }
 """By name. The methods that are guided need an edit."""
+
+
+def methods_by_name() -> dict[str, Entry]:
+    """`METHODS`, and every other registered sampler that goes by a reward, its whole budget spent on one output."""
+    others = {name: kind for name, kind in SAMPLERS.items() if kind.needs_reward and name not in METHODS}
+    return METHODS | {name: Entry(partial(_sized, kind)) for name, kind in others.items()}
+
+
+def _sized(kind: type[Sampler], chains: int, nfe: int) -> Sampler:
+    return kind.sized(chains)
 
 
 @dataclass(frozen=True)
@@ -89,34 +102,47 @@ class Race:
     heats: list[Heat] = field(default_factory=list)
 
     def table(self) -> str:
-        """Plain text: a row for each method, a column for each budget, and how much less it needs than best-of-n."""
+        """Plain text: a row for each method, a column for each budget, how much less it needs than best-of-n at its
+        largest, and how much more best-of-n needs than the method at its own largest.
+        """
         budgets = sorted({h.budget for h in self.heats})
-        rows = [["", *(f"{b} evaluations" for b in budgets), "saves"]]
+        rows = [["", *(f"{b} evaluations" for b in budgets), "saves", "best-of-n needs"]]
         for method in dict.fromkeys(h.method for h in self.heats):
             mine = {h.budget: h for h in self.heats if h.method == method}
             cells = [f"{mine[b].mean:.3f} ±{mine[b].half:.3f}" if b in mine else "" for b in budgets]
             saved = self.saving(method)
-            rows.append([method, *cells, "" if saved is None else f"{saved:.1f}x"])
+            rows.append([method, *cells, "" if saved is None else f"{saved:.1f}x", self._needs(method)])
         return aligned(rows)
 
     def saving(self, method: str) -> float | None:
         """Evaluations that best-of-n took at its largest budget over those at which `method` reaches the same mean
         reward, between its budgets on a logarithmic scale; None where it never does.
         """
-        base = sorted((h for h in self.heats if h.method == "best-of-n"), key=lambda h: h.nfe)
-        mine = sorted((h for h in self.heats if h.method == method), key=lambda h: h.nfe)
+        base, mine = self._curve("best-of-n"), self._curve(method)
         if not base or method == "best-of-n":
             return None
-        goal = base[-1].mean
-        before: Heat | None = None
-        for heat in mine:
-            if heat.mean >= goal:
-                if before is None:
-                    return base[-1].nfe / heat.nfe
-                share = (goal - before.mean) / (heat.mean - before.mean)
-                return base[-1].nfe / math.exp(math.log(before.nfe) + share * math.log(heat.nfe / before.nfe))
-            before = heat
-        return None
+        there = _reached(mine, base[-1].mean)
+        return None if there is None else base[-1].nfe / there
+
+    def needs(self, method: str) -> float | None:
+        """Evaluations at which best-of-n reaches the mean reward that `method` has at its largest budget, over those
+        that it took there; infinite where best-of-n never does in its budgets, None without it.
+        """
+        base, mine = self._curve("best-of-n"), self._curve(method)
+        if not base or method == "best-of-n":
+            return None
+        there = _reached(base, mine[-1].mean)
+        return math.inf if there is None else there / mine[-1].nfe
+
+    def _needs(self, method: str) -> str:
+        factor = self.needs(method)
+        if factor is None:
+            return ""
+        most = self._curve("best-of-n")[-1].nfe / self._curve(method)[-1].nfe
+        return f"over {most:.1f}x" if math.isinf(factor) else f"{factor:.1f}x"
+
+    def _curve(self, method: str) -> list[Heat]:
+        return sorted((h for h in self.heats if h.method == method), key=lambda h: h.nfe)
 
     def write(self, path: Path) -> None:
         """As JSON, in one step."""
@@ -135,6 +161,19 @@ class Race:
         return cls(settings)
 
 
+def _reached(curve: list[Heat], goal: float) -> float | None:
+    """Evaluations at which a curve comes to a mean reward, on a logarithmic scale between its budgets, or None."""
+    before: Heat | None = None
+    for heat in curve:
+        if heat.mean >= goal:
+            if before is None:
+                return heat.nfe
+            share = (goal - before.mean) / (heat.mean - before.mean)
+            return math.exp(math.log(before.nfe) + share * math.log(heat.nfe / before.nfe))
+        before = heat
+    return None
+
+
 def race(
     process: Process,
     prompts: Sequence[Prompt],
@@ -147,6 +186,7 @@ def race(
     beta: float = 0.1,
     seeds: int = 3,
     at_once: int = 64,
+    reach: int | None = None,
     options: dict[str, dict[str, Any]] | None = None,
     about: dict[str, Any] | None = None,
     progress: bool = False,
@@ -158,16 +198,18 @@ def race(
         reward: bound.
         budgets: evaluations for each prompt.
         out: folder for race.json and race.png.
-        methods: of `METHODS`.
+        methods: of `methods_by_name()`.
         edits: what guided methods are guided by; correct weights keep FK's law.
         beta: KL coefficient for FK and for edits.
         at_once: rows generated at once.
+        reach: evaluations to which best-of-n goes on from the largest budget, doubling it.
         options: settings of samplers in place of the defaults here, by method.
         about: what else identifies the run: model, texts of reward and edits.
     """
+    known = methods_by_name()
     for name in methods:
-        check(name in METHODS, "methods", name, ", ".join(METHODS))
-        check(bool(edits) or not METHODS[name].guided, "methods", name, "methods without guidance, or an edit to guide")
+        check(name in known, "methods", name, ", ".join(known))
+        check(bool(edits) or not known[name].guided, "methods", name, "methods without guidance, or an edit to guide")
     check(bool(budgets) and all(b > 0 for b in budgets), "budgets", budgets, "numbers above 0")
     settings = {
         **(about or {}), "prompts": list(prompts), "beta": beta, "seeds": seeds, "steps": process.num_steps,
@@ -179,23 +221,45 @@ def race(
     for edit in edits:
         guided = guided.edited(edit.with_beta(beta))
     lengths = {False: _per_chain(process, prompts), True: _per_chain(guided, prompts) if edits else (0.0, 1.0)}
-    jobs = [(m, b) for b in budgets for m in methods if not any((h.method, h.budget) == (m, b) for h in found.heats)]
+    rejecting = bool((options or {}).get("best-of-n", {}).get("reject"))
+    jobs = _jobs(found, methods, budgets, reach, rejecting)
     with ticking(progress, "racing", len(jobs) * seeds) as tick:
-        for name, budget in jobs:
-            entry = METHODS[name]
+        for name, some in jobs:
+            entry = known[name]
             first, each = lengths[entry.guided]
-            sampler = entry.make(max(1, int((budget - first) / each)), budget)
-            sampler = type(sampler)(**{**_fields(sampler), **(options or {}).get(name, {})})
-            rewards, spent = [], 0.0
+            made = [entry.make(max(1, int((budget - first) / each)), budget) for budget in some]
+            samplers = [type(s)(**{**_fields(s), **(options or {}).get(name, {})}) for s in made]
+            rewards: list[list[list[float]]] = [[] for _ in some]
+            spent = 0.0
             for seed in range(seeds):
-                best, nfe = _heat(guided if entry.guided else process, prompts, sampler, reward,
+                best, nfe = _heat(guided if entry.guided else process, prompts, samplers, reward,
                                   beta / entry.sharpness, seed, at_once)  # fmt: skip
-                rewards.append(best)
+                for mine, of_seed in zip(rewards, best, strict=True):
+                    mine.append(of_seed)
                 spent += nfe / len(prompts) / seeds
                 tick(1)
-            found.heats.append(Heat(name, budget, rewards, spent))
+            for budget, sampler, mine in zip(some, samplers, rewards, strict=True):
+                share = sampler.rows / samplers[-1].rows
+                found.heats.append(Heat(name, budget, mine, first + (spent - first) * share))
             found.write(out / "race.json")
     return found
+
+
+def _jobs(
+    found: Race, methods: Sequence[str], budgets: Sequence[int], reach: int | None, rejecting: bool
+) -> list[tuple[str, list[int]]]:
+    """Methods with the budgets that are still to be measured: all that can be read off one pool together."""
+    further, last = [], max(budgets)
+    while reach is not None and last < reach:
+        last = min(2 * last, reach)
+        further.append(last)
+    jobs = []
+    for name in methods:
+        wanted = [*budgets, *further] if name == "best-of-n" else budgets
+        missing = sorted({b for b in wanted if not any((h.method, h.budget) == (name, b) for h in found.heats)})
+        pooled = isinstance(methods_by_name()[name].make(1, 1), BestOfN) and not rejecting
+        jobs += [(name, missing)] if pooled and missing else [(name, [b]) for b in missing]
+    return jobs
 
 
 def _fields(sampler: Sampler) -> dict[str, Any]:
@@ -217,20 +281,38 @@ def _per_chain(process: Process, prompts: Sequence[Prompt]) -> tuple[float, floa
 
 
 def _heat(
-    process: Process, prompts: Sequence[Prompt], sampler: Sampler, reward: Reward, beta: float, seed: int, at_once: int
-) -> tuple[list[float], float]:
-    """Best reward for each prompt, and evaluations in all."""
-    best: list[float] = []
+    process: Process,
+    prompts: Sequence[Prompt],
+    samplers: Sequence[Sampler],
+    reward: Reward,
+    beta: float,
+    seed: int,
+    at_once: int,
+) -> tuple[list[list[float]], float]:
+    """Best reward for each prompt, by sampler, and evaluations in all: of the last sampler, whose pool tells what
+    smaller ones would have found.
+    """
+    best: list[list[float]] = [[] for _ in samplers]
     nfe = 0.0
-    size = max(1, at_once // sampler.rows)
+    size = max(1, at_once // samplers[-1].rows)
     for first in range(0, len(prompts), size):
         some = prompts[first : first + size]
         generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
         with process.session():
-            samples = sampler.run(process, some, generator=generator, reward=reward, beta=beta)
-        best += _best(samples, len(some)).tolist()
+            samples = samplers[-1].run(process, some, generator=generator, reward=reward, beta=beta)
+        for mine, found in zip(best, _found(samples, len(some), samplers), strict=True):
+            mine += found.tolist()
         nfe += samples.cost.nfe
     return best, nfe
+
+
+def _found(samples: Samples, prompts: int, samplers: Sequence[Sampler]) -> list[Tensor]:
+    """Best reward for each prompt, by sampler."""
+    if len(samplers) == 1:
+        return [_best(samples, prompts)]
+    assert samples.pool is not None and samples.pool.reward is not None
+    scores = samples.pool.reward.reshape(prompts, -1)
+    return list(reward_curve(scores, [sampler.rows for sampler in samplers]).T)
 
 
 def _best(samples: Samples, prompts: int) -> Tensor:

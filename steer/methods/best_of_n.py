@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,35 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.core import Ability, Cost, Process, Prompt, Reward, Sampler, Samples, check, check_whole
+from steer.core import Ability, Process, Run, Sampler, Samples, check, check_whole
 
 __all__ = ["Ancestral", "BestOfN", "best_of_n_kl", "best_of_n_law", "reward_curve"]
 
 
-def _rollouts(
-    process: Process,
-    prompts: Sequence[Prompt],
-    n: int,
-    generator: torch.Generator,
-    reward: Reward | None,
-    on_step: Callable[[Any], None] | None,
-    narrow: Callable[[Any], tuple[Any, int]] | None = None,
-) -> Samples:
-    """`n` outputs for each prompt with their rewards. `narrow` gives rows up between steps, for some reward calls."""
-    began, calls = time.perf_counter(), 0
-    state = process.init(prompts, n, generator)
+def _rollouts(run: Run, n: int, narrow: Callable[[Any], Any] | None = None) -> Samples:
+    """`n` outputs for each prompt with their rewards. `narrow` gives rows up between steps."""
+    process = run.process
+    state = process.init(run.prompts, n, run.generator)
     while not process.done(state):
-        state = process.propose(state, generator)
+        state = process.propose(state, run.generator)
         if narrow is not None and not process.done(state):
-            state, asked = narrow(state)
-            calls += asked
-        if on_step is not None:
-            on_step(state)
+            state = narrow(state)
+        run.step(state)
     samples = process.decode(state)
-    scores = None if reward is None else reward(samples)
-    calls += 0 if reward is None else len(samples)
-    spent = Cost(reward_calls=calls, seconds=time.perf_counter() - began)
-    return replace(samples, reward=scores, cost=samples.cost + spent)
+    return samples if run.given is None else replace(samples, reward=run.score(samples))
 
 
 @dataclass(frozen=True)
@@ -49,6 +35,10 @@ class Ancestral(Sampler):
 
     n: int = 1
 
+    title = "plain sampling"
+    keeps_all = True
+    shows = frozenset({"previews"})
+
     @property
     def rows(self) -> int:
         return self.n
@@ -56,25 +46,18 @@ class Ancestral(Sampler):
     def __post_init__(self) -> None:
         check_whole("n", self.n)
 
-    def run(
-        self,
-        process: Process,
-        prompts: Sequence[Prompt],
-        *,
-        generator: torch.Generator,
-        reward: Reward | None = None,
-        beta: float = 1.0,
-        on_step: Callable[[Any], None] | None = None,
-    ) -> Samples:
-        return _rollouts(process, prompts, self.n, generator, reward, on_step)
+    def draw(self, run: Run) -> Samples:
+        return _rollouts(run, self.n)
 
 
 @dataclass(frozen=True)
 class BestOfN(Sampler):
     """Draw `n` outputs for each prompt and keep the one with the highest reward.
 
-    Ties are broken uniformly. `samples.pool` holds every candidate, `samples.kl` adds the bound `log n - (n - 1) / n`
-    to the drift of the process itself. `beta` plays no part: n sets the strength (Stiennon et al. 2020).
+    Ties are broken uniformly. `samples.pool` holds every candidate. The mean of `samples.kl` estimates without bias an
+    upper bound on the KL to the base: `log n - (n - 1) / n` nats against the edited process (Beirami et al. 2024), and
+    `log q - log p` of the chosen outputs for its edits; None where edits leave log p unknown. `beta` plays no part: n
+    sets the strength (Stiennon et al. 2020).
 
     With `reject` above 0 that share of each prompt's candidates is given up after every step, those whose unfinished
     outputs have the lowest reward (speculative rejection, Sun et al. 2024, 2410.20290): cheaper, and no longer the law
@@ -83,6 +66,8 @@ class BestOfN(Sampler):
 
     n: int = 8
     reject: float = 0.0
+
+    title = "best-of-n"
     needs_reward = True
     kl_kind = "bound"
 
@@ -90,46 +75,45 @@ class BestOfN(Sampler):
     def rows(self) -> int:
         return self.n
 
+    @property
+    def chooses_whole(self) -> bool:
+        return self.reject == 0
+
+    @property
+    def scores_steps(self) -> bool:
+        return self.reject > 0
+
     def __post_init__(self) -> None:
         check_whole("n", self.n)
         check(0 <= self.reject < 1, "reject", self.reject, "a share of the candidates in [0, 1)")
 
-    def run(
-        self,
-        process: Process,
-        prompts: Sequence[Prompt],
-        *,
-        generator: torch.Generator,
-        reward: Reward | None = None,
-        beta: float = 1.0,
-        on_step: Callable[[Any], None] | None = None,
-    ) -> Samples:
-        check(reward is not None, "reward", None, "a reward: best-of-n needs something to be best at")
-        assert reward is not None
-        narrow = partial(self._narrowed, process, reward, generator) if self.reject else None
-        if narrow is not None:
+    def check_process(self, process: Process) -> None:
+        if self.reject:
             process.require(Ability.PREVIEW, "rejecting candidates")
             steps = process.num_steps
             check(steps > 1, "reject", self.reject, "0 here: the output is one step; draw it in several (block)")
-        pool = _rollouts(process, prompts, self.n, generator, reward, on_step, narrow)
+
+    def draw(self, run: Run) -> Samples:
+        pool = _rollouts(run, self.n, partial(self._narrowed, run) if self.reject else None)
         scores = pool.reward
         assert scores is not None
         chosen = []
-        for b in range(len(prompts)):
+        for b in range(len(run.prompts)):
             rows = (pool.group == b).nonzero().squeeze(1)
             best = rows[scores[rows] == scores[rows].max()]
-            chosen.append(best[torch.randint(len(best), (1,), generator=generator)])
+            chosen.append(best[torch.randint(len(best), (1,), generator=run.generator)])
         index = torch.cat(chosen)
         kept = pool.select(index)
         bound = math.log(self.n) if self.reject else best_of_n_kl(self.n)
-        own = kept.kl_estimate
-        drift = (lambda: own() + bound) if callable(own) else None if own is None else own + bound
+        # A sum of each step's KL is right along outputs as they are drawn, not along those that a reward chose.
+        q, p = kept.log_prob, kept.base_log_prob
+        drift = None if q is None or p is None else q - p + bound
         return replace(kept, pool=pool, lineage=index, kl_estimate=drift)
 
-    def _narrowed(self, process: Process, reward: Reward, generator: torch.Generator, state: Any) -> tuple[Any, int]:
-        """The state without the candidates that are given up, and the reward calls that it took."""
-        score = reward(process.preview(state))
-        order = torch.randperm(len(score), generator=generator)  # among equals, anyone
+    def _narrowed(self, run: Run, state: Any) -> Any:
+        """The state without the candidates that are given up."""
+        score = run.score(run.process.preview(state))
+        order = torch.randperm(len(score), generator=run.generator)  # among equals, anyone
         order = order[score[order].argsort(descending=True, stable=True)]
         group = state.group[order]
         kept = []
@@ -137,7 +121,7 @@ class BestOfN(Sampler):
             mine = order[group == b]
             kept.append(mine[: len(mine) - int(self.reject * len(mine))])
         index = torch.cat(kept).sort().values
-        return (process.gather(state, index) if len(index) < len(score) else state), len(score)
+        return run.process.gather(state, index) if len(index) < len(score) else state
 
 
 def best_of_n_kl(n: int) -> float:
@@ -157,7 +141,7 @@ def best_of_n_law(log_prob: Tensor, reward: Tensor, n: int) -> Tensor:
     mass = torch.zeros(len(levels), dtype=torch.float64).index_add(0, which, p)
     upto = mass.cumsum(0)
     below = upto - mass
-    return p / mass[which] * (upto**n - below**n)[which]
+    return torch.where(p > 0, p / mass[which] * (upto**n - below**n)[which], 0.0)
 
 
 def reward_curve(scores: Tensor, sizes: Sequence[int], evaluated: Tensor | None = None) -> Tensor:
@@ -178,7 +162,9 @@ def reward_curve(scores: Tensor, sizes: Sequence[int], evaluated: Tensor | None 
         for i in range(pool, n - 1, -1):
             weights[i - 1] = weight
             weight = weight * (i - n) / (i - 1) if i > 1 else 0.0
-        curves.append(g @ torch.tensor(weights, dtype=torch.float64))
+        # A score of -infinity among those that cannot be the best of n plays no part.
+        w = torch.tensor(weights, dtype=torch.float64)
+        curves.append(torch.where(w > 0, g * w, 0.0).sum(-1))
     return torch.stack(curves, -1)
 
 

@@ -12,23 +12,29 @@ and, for max and sum, a last factor `exp(r(x_0) / beta)` over the product of all
 Everything is in log space. Edits of the process act as a *proposal*: every weight also takes `p(step) / q(step)`, so
 that guidance of any strength is corrected for. The paper's lambda is 1 / beta.
 
-K particles are biased by O(1 / K) (about -1.3 / K of the reward's spread in a toy with K of 4 to 64): K = 4 is
-nowhere near the target. Only `exp(log_z)` and self-normalised sums over *many* runs are exact.
+**What is exact.** For any K, potential, schedule, resampler, threshold and lookahead, `exp(log_z)` is an unbiased
+estimate of `E_p[exp(r / beta)]`, and so is `exp(log_z)` times any weighted sum over the population, of the same under
+`exp(r / beta)`. Here p is what the process calls its base law (`base_log_prob`), and a proposal must reach everything
+that p reaches. Means of *one* population are biased by O(1 / K) (about -1.3 / K of the reward's spread in a toy with K
+of 4 to 64): K = 4 is nowhere near the target.
+
+A lookahead may say -infinity of a row whose end is possible, so it never kills: until the last step such a row keeps
+the weight of one particle in K (`_raised`), and adds nothing to a sum. Only a reward of -infinity at the end is a
+weight of 0.
 
 Letters: `B` prompts, `P` populations (prompts, or prompts times outputs), `K` particles in one, `N = P K` rows.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steer.core import Ability, Cost, Process, Prompt, Reward, Sampler, Samples, UnsupportedError, check
+from steer.core import Ability, Process, Run, Sampler, Samples, UnsupportedError, check
 from steer.sampling.lookahead import Lookahead, Preview
 from steer.sampling.weights import RESAMPLERS, effective_sample_size, gained, log_mean_exp, resample
 
@@ -58,11 +64,11 @@ class FKSteering(Sampler):
 
     Attributes:
         num_particles: K for each output.
-        n: outputs for each prompt; None returns the weighted population itself (`log_weight`), an integer draws that
-        many
-            from *one* population of `n * num_particles` (at equal cost far closer to the target than n populations of
-            K).
-        per_output: n populations of K instead, one output from each, as the paper does.
+        n: outputs for each prompt; None returns the weighted population itself (`log_weight`), an
+            integer draws that many from *one* population of `n * num_particles` (at equal cost far
+            closer to the target than n populations of K).
+        per_output: n populations of K instead, one output from each, as the paper does. An output is
+            weighed against its own population alone; only the pool's weights compare populations.
         potential: "difference", "max" or "sum".
         terminal: "exact", the paper's rule, or "running", as in the released code: for max and sum the last factor has
             the running value in place of `r(x_0)`, so that the target is `p exp(max rho / beta)` or
@@ -76,15 +82,15 @@ class FKSteering(Sampler):
         lookahead: what values unfinished particles: `Preview()`, `Rollouts(m)` or `StateValue(v)`.
         select: "weighted" (needs n = None), "draw" (by weight, as distinct as the resampler makes them) or "best" (by
             reward, then weight); by default weighted without n and draw with it.
-        correct: weigh edits as a proposal. Off, the edited process is itself the base law: for edits whose weight is
-        not
-            known (hidden states, prompts), or by choice.
+        correct: weigh edits as a proposal. Off, the edited process is itself the base law: for edits
+            whose weight is not known (hidden states, prompts), or by choice.
         floor: the value that a running max or sum and the difference start from, for the released code's convention 0;
             None is the right one: -infinity for max, 0 for the others.
         keep_previews: keep what the reward saw, for pictures.
 
-    Returns from `run`: the samples with `log_z`, an unbiased estimate of `E_p[exp(r / beta)]` in the log, `pool` (the
-    whole weighted population), `lineage` (rows of the pool) and `trace`.
+    Returns from `run`: the samples with `log_z` (`exp(log_z)` is unbiased, see above), `kl`, the population's estimate
+    of the target's KL to the base (infinite where no particle is possible), `pool` (the whole weighted population),
+    `lineage` (rows of the pool) and `trace`.
     """
 
     num_particles: int = 8
@@ -103,12 +109,24 @@ class FKSteering(Sampler):
     correct: bool = True
     floor: float | None = None
     keep_previews: bool = False
+
+    title = "FK steering"
+    needs = frozenset({Ability.BRANCH})
     needs_reward = True
+    tilts = True
+    population = "num_particles"
+    chooses_whole = False
+    shows = frozenset({"lineage"})
+    own_settings = frozenset({"keep_previews"})
     kl_kind = "population"
 
     @property
     def rows(self) -> int:
         return self.num_particles * (self.n or 1)
+
+    @property
+    def scores_steps(self) -> bool:
+        return isinstance(self.lookahead, Preview) and self.every == 1
 
     def __post_init__(self) -> None:
         for name in ("num_particles", "n", "start", "stop", "every"):
@@ -125,62 +143,60 @@ class FKSteering(Sampler):
         check(self.select in (None, "weighted", "draw", "best"), "select", self.select, "weighted, draw, best")
         check(not (self.select == "weighted" and self.n), "select", "weighted", "draw or best where n is given")
 
-    def run(
-        self,
-        process: Process,
-        prompts: Sequence[Prompt],
-        *,
-        generator: torch.Generator,
-        reward: Reward | None = None,
-        beta: float = 1.0,
-        on_step: Callable[[Any], None] | None = None,
-    ) -> Samples:
-        check(reward is not None, "reward", None, "a reward: FK steering weighs by it")
-        assert reward is not None
-        process.require(Ability.BRANCH, "FK steering")
+    def check_process(self, process: Process) -> None:
+        super().check_process(process)
         self.lookahead.check(process)
-        began = time.perf_counter()
-        process = self.lookahead.prepared(process.as_proposal() if self.correct else process)
-        populations = len(prompts) * ((self.n or 1) if self.per_output else 1)
+
+    def prepared(self, process: Process) -> Process:
+        return self.lookahead.prepared(process.as_proposal() if self.correct else process)
+
+    def draw(self, run: Run) -> Samples:
+        process, prompts = run.process, len(run.prompts)
+        populations = prompts * ((self.n or 1) if self.per_output else 1)
         size = self.num_particles * (1 if self.per_output else (self.n or 1))
-        state = process.init(prompts, populations * size // len(prompts), generator)
+        state = process.init(run.prompts, populations * size // prompts, run.generator)
         if self.correct and state.base_log_prob is None:
             raise UnsupportedError(
                 "FK steering cannot weigh edits of prompts or hidden states, whose law against the base is not known "
                 "while generating: set correct=False to steer the edited process itself"
             )
-        particles = _Particles(self, beta, populations, size, len(state))
-        spent, trace = Cost(), []
+        particles = _Particles(self, run.beta, populations, size, len(state))
+        trace: list[Generation] = []
         finished: Samples | None = None
         while not process.done(state):
-            state = process.propose(state, generator)
-            done = process.done(state)
-            if done or self._weighed(state.step):
-                state = process.read(state) if self.lookahead.reads and not done else state
-                if done:
-                    finished = process.decode(state)
-                    value, cost = reward(finished), Cost(reward_calls=len(state))
-                else:
-                    value, cost = self.lookahead(process, state, reward, beta, generator)
-                shown = None
-                if self.keep_previews:
-                    shown = (process.preview(state) if finished is None else finished).outputs
-                spent = spent + cost
-                particles.weigh(value, state, done)
-                ancestors, step = particles.resample(generator, process.diverges(state))
-                trace.append(Generation(state.step, ancestors, value, *step, shown))
-                if bool(step[1].any()):
-                    state = process.gather(state, ancestors)
-            if on_step is not None:
-                on_step(state)
+            state = process.propose(state, run.generator)
+            if process.done(state):
+                finished = process.decode(state)
+            if finished is not None or self._weighed(state.step):
+                state, generation = self._generation(run, state, particles, finished)
+                trace.append(generation)
+            run.step(state)
         samples = process.decode(state) if finished is None else finished
-        cost = replace(samples.cost + spent, seconds=time.perf_counter() - began)
         pool = replace(
-            samples, log_weight=particles.log_weight.flatten(), reward=particles.value, cost=cost, trace=trace,
-            log_z=particles.evidence(len(prompts)),
+            samples, log_weight=particles.among(prompts), reward=particles.value, trace=trace,
+            log_z=particles.evidence(prompts),
         )  # fmt: skip
-        pool = replace(pool, kl_estimate=_drift(pool, beta) if self.correct else None)
-        return self._selected(pool, particles, generator)
+        pool = replace(pool, kl_estimate=_drift(pool, run.beta) if self.correct else None)
+        return self._selected(pool, particles, run.generator)
+
+    def _generation(
+        self, run: Run, state: Any, particles: _Particles, finished: Samples | None
+    ) -> tuple[Any, Generation]:
+        """Weigh rows, `finished` or by the lookahead, and resample where it is due."""
+        process = run.process
+        if finished is not None:
+            value = run.score(finished)
+        else:
+            state = process.read(state) if self.lookahead.reads else state
+            value, cost = self.lookahead(process, state, run.reward, run.beta, run.generator)
+            run.pay(cost)
+        shown = None
+        if self.keep_previews:
+            shown = (process.preview(state) if finished is None else finished).outputs
+        particles.weigh(value, state, finished is not None)
+        ancestors, ess, resampled = particles.resample(run.generator, process.diverges(state))
+        generation = Generation(state.step, ancestors, value, ess, resampled, shown)
+        return process.gather(state, ancestors) if bool(resampled.any()) else state, generation
 
     def _weighed(self, step: int) -> bool:
         return step >= self.start and (step - self.start) % self.every == 0 and step <= (self.stop or step)
@@ -204,10 +220,14 @@ class FKSteering(Sampler):
 
 
 def _drift(pool: Samples, beta: float) -> Tensor:
-    """KL of the target to the base, `E[r / beta + tilt] - log Z`, as the population estimates it, by row `[N]`."""
+    """KL of the target to the base, `E[r / beta + tilt] - log Z`, as the population estimates it, by row `[N]`;
+    infinite where Z is 0.
+    """
     assert pool.log_z is not None and pool.tilt is not None
-    tilt = torch.zeros(len(pool.prompts), dtype=torch.float64).index_add(0, pool.group, pool.weights * pool.tilt)
-    return (pool.mean_reward() / beta + tilt - pool.log_z)[pool.group]
+    w = pool.weights
+    tilt = torch.zeros_like(pool.log_z).index_add(0, pool.group, torch.where(w > 0, w * pool.tilt, 0.0))
+    drift = pool.mean_reward() / beta + tilt - pool.log_z
+    return torch.where(pool.log_z.isneginf(), torch.inf, drift)[pool.group]
 
 
 def _whole(value: Any) -> bool:
@@ -245,18 +265,28 @@ class _Particles:
 
     def _factor(self, rho: Tensor, last: bool) -> Tensor:
         """Log of the potential, from `rho / beta`."""
-        sampler, before = self.sampler, self.carried
-        if sampler.potential == "difference":
+        potential, before = self.sampler.potential, self.carried
+        running = self.sampler.terminal == "running" and potential != "difference"
+        if not (last or running):
+            rho = torch.where(rho.isneginf(), 0.0, rho) if potential == "sum" else self._raised(rho, before)
+        if potential == "difference":
             self.carried = rho
-            # Where both are -infinity (an impossible particle) the weight already says so.
-            return torch.where(torch.isneginf(rho), rho, rho - torch.where(torch.isneginf(before), 0.0, before))
-        self.carried = torch.maximum(before, rho) if sampler.potential == "max" else before + rho
-        if not last:
-            return self.carried
-        end = rho if sampler.terminal == "exact" else self.carried
-        return torch.where(torch.isneginf(end), end, end - torch.where(torch.isneginf(self.total), 0.0, self.total))
+            return rho - (self.total if last else before)
+        self.carried = torch.maximum(before, rho) if potential == "max" else before + rho
+        if last:
+            return (self.carried if running else rho) - self.total
+        return self._raised(self.carried, torch.zeros_like(rho))
 
-    def resample(self, generator: torch.Generator, worth: bool) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _raised(self, rho: Tensor, known: Tensor) -> Tensor:
+        """`rho` with a finite value in place of -infinity, which would be a weight of 0 for good: 1 / K of the mean of
+        `exp(rho)` over the population, or, where nothing in it is above -infinity, what was `known` before.
+        """
+        rows = rho.reshape(-1, self.size)
+        floor = (log_mean_exp(rows) - math.log(self.size)).unsqueeze(1).expand_as(rows).flatten()
+        known = torch.where(known.isneginf(), 0.0, known)
+        return torch.where(rho.isneginf(), torch.where(floor.isneginf(), known, floor), rho)
+
+    def resample(self, generator: torch.Generator, worth: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Ancestors `[N]`, ESS `[P]` and which populations were resampled `[P]`. Without noise to come copies would
         stay copies, so the last weights are left to be read or drawn from.
         """
@@ -266,7 +296,7 @@ class _Particles:
             due &= ess < self.sampler.ess_threshold * self.size
         own = torch.arange(self.log_weight.numel()).reshape(self.log_weight.shape)
         if not bool(due.any()):
-            return own.flatten(), (ess, due)
+            return own.flatten(), ess, due
         drawn = resample(self.log_weight[due], generator, self.sampler.resampler)
         ancestors = own.clone()
         ancestors[due] = own[due].gather(1, drawn)
@@ -275,7 +305,14 @@ class _Particles:
         index = ancestors.flatten()
         for name in ("carried", "total", "ratio", "value"):
             setattr(self, name, getattr(self, name)[index])
-        return index, (ess, due)
+        return index, ess, due
+
+    def among(self, prompts: int) -> Tensor:
+        """Log-weights `[N]` of particles among all of their prompt's, whose populations count by their own log Z."""
+        whole = self.log_z.reshape(prompts, -1)
+        shares = whole - log_mean_exp(whole).unsqueeze(1)
+        shares = torch.where(whole.isneginf(), whole, shares).reshape(-1, 1)
+        return (self.log_weight + shares).flatten()
 
     def evidence(self, prompts: int) -> Tensor:
         """log Z `[B]`; a prompt's populations are averaged, which keeps `exp(log_z)` unbiased."""

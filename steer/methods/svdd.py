@@ -7,14 +7,12 @@ M = 4 it already overshoots it. Rows never interact, so diversity between rows i
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from steer.core import Ability, Cost, Process, Prompt, Reward, Sampler, Samples, check, check_whole
+from steer.core import Ability, Process, Run, Sampler, Samples, check, check_whole
 from steer.sampling.lookahead import Lookahead, Preview
 from steer.sampling.weights import resample
 
@@ -36,7 +34,13 @@ class SVDD(Sampler):
     num_candidates: int = 4
     choose: str = "soft"
     lookahead: Lookahead = field(default_factory=Preview)
+
+    title = "SVDD"
+    needs = frozenset({Ability.BRANCH})
     needs_reward = True
+    population = "num_candidates"
+    chooses_whole = False
+    shows = frozenset({"previews"})
     kl_kind = "none: the law of what is chosen among candidates at every step is not known"
 
     @property
@@ -49,47 +53,45 @@ class SVDD(Sampler):
             check_whole(name, value)
         check(self.choose in ("soft", "argmax"), "choose", self.choose, "soft, argmax")
 
-    def run(
-        self,
-        process: Process,
-        prompts: Sequence[Prompt],
-        *,
-        generator: torch.Generator,
-        reward: Reward | None = None,
-        beta: float = 1.0,
-        on_step: Callable[[Any], None] | None = None,
-    ) -> Samples:
-        check(reward is not None, "reward", None, "a reward: SVDD chooses by it")
-        assert reward is not None
-        process.require(Ability.BRANCH, "SVDD")
+    @property
+    def tilts(self) -> bool:
+        return self.choose == "soft"
+
+    def check_process(self, process: Process) -> None:
+        super().check_process(process)
         self.lookahead.check(process)
-        began, m = time.perf_counter(), self.num_candidates
-        process = self.lookahead.prepared(process)
-        state = process.init(prompts, self.n, generator)
-        spent = Cost()
+
+    def prepared(self, process: Process) -> Process:
+        return self.lookahead.prepared(process)
+
+    def draw(self, run: Run) -> Samples:
+        process, m = run.process, self.num_candidates
+        state = process.init(run.prompts, self.n, run.generator)
         while not process.done(state):
-            if m > 1 and process.diverges(state):
+            several = m > 1 and process.diverges(state)
+            if several:
                 state = process.gather(process.read(state), torch.arange(len(state)).repeat_interleave(m))
-            rows = len(state)
-            state = process.propose(state, generator)
-            if rows > self.n * len(prompts):
-                if self.lookahead.reads:
-                    state = process.read(state)
-                if process.done(state):
-                    value, cost = reward(process.decode(state)), Cost(reward_calls=rows)
-                else:
-                    value, cost = self.lookahead(process, state, reward, beta, generator)
-                spent = spent + cost
-                value = value.reshape(-1, m)
-                if self.choose == "soft":
-                    best = resample(value / beta, generator, "multinomial", 1).squeeze(1)
-                else:
-                    best = value.argmax(1)
-                state = process.gather(state, torch.arange(len(value)) * m + best)
-            if on_step is not None:
-                on_step(state)
+            state = process.propose(state, run.generator)
+            if several:
+                state = self._kept(run, state)
+            run.step(state)
         samples = process.decode(state)
-        scores = reward(samples)
-        cost = samples.cost + spent + Cost(reward_calls=len(samples), seconds=time.perf_counter() - began)
         # What was proposed is not what was drawn, so the proposal's probabilities say nothing here.
-        return replace(samples, reward=scores, cost=cost, log_prob=None, base_log_prob=None, kl_estimate=None)
+        return replace(samples, reward=run.score(samples), log_prob=None, base_log_prob=None, kl_estimate=None)
+
+    def _kept(self, run: Run, state: Any) -> Any:
+        """One of every `num_candidates` rows, by its value."""
+        process, m = run.process, self.num_candidates
+        if self.lookahead.reads:
+            state = process.read(state)
+        if process.done(state):
+            value = run.score(process.decode(state))
+        else:
+            value, cost = self.lookahead(process, state, run.reward, run.beta, run.generator)
+            run.pay(cost)
+        value = value.reshape(-1, m)
+        if self.choose == "soft":
+            best = resample(value / run.beta, run.generator, "multinomial", 1).squeeze(1)
+        else:
+            best = value.argmax(1)
+        return process.gather(state, torch.arange(len(value)) * m + best)

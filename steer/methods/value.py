@@ -3,8 +3,9 @@
 Q is the value of the frozen policy, learnt by regression on its own rollouts; it is not the soft value, so the tilt is
 exact only where one stochastic step remains. The paper's beta multiplies the value: it is 1 / beta here.
 
-A value depends on how much text may still follow, which a hidden state does not say: attention averages, and texts that
-are alike have like states wherever they end. So a head reads the number of tokens that remain, `left`, beside the state.
+A value depends on how much text may still follow, which a hidden state does not say: attention averages, and texts
+that are alike have like states wherever they end. So a head reads the number of tokens that remain, `left`, beside the
+state.
 
 Letters: `N` rows, `K` candidates, `D` width, `V` vocabulary.
 """
@@ -72,7 +73,7 @@ class QHead(_Timed):
         nn.init.zeros_(self.shared.bias)
 
     def forward(self, hidden: Tensor, embeddings: Tensor, left: Tensor | None = None) -> Tensor:
-        """`hidden` `[..., D]`, `embeddings` `[..., K, D]` of the candidates and how many tokens may follow each of them,
+        """`hidden` `[..., D]`, `embeddings` `[..., K, D]` of the candidates and how many tokens may follow each,
         `left` `[...]`: values `[..., K]`.
         """
         inner = self.read(hidden, left)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.artifacts import ranges
 from steer.core import HiddenEdit, InputError, ModelInfo, Operator, Scope, Term, check
+from steer.core.edit import ranges
 from steer.methods.operators import Ablate, Add, Clamp, KeepNorm, Probe, Rotate, Where
 
 __all__ = ["OPERATORS", "Gate", "SteeringVector", "check_model"]

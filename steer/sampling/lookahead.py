@@ -1,7 +1,8 @@
 """What unfinished rows are worth: estimates of the soft value `V = beta log E[exp(r / beta) | state]`.
 
 Samplers that weigh or choose in mid-generation take one of these. All are approximate except where they say otherwise;
-weighted samplers stay right with any of them, and are the better the closer it is.
+weighted samplers (FK steering, DTS) stay right with any of them, -infinity included, and are the better the closer it
+is. Samplers that choose (SVDD, DTS*) inherit what it gets wrong.
 """
 
 from __future__ import annotations

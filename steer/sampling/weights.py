@@ -13,7 +13,15 @@ from torch import Tensor
 
 from steer.core import check
 
-__all__ = ["RESAMPLERS", "effective_sample_size", "log_mean_exp", "normalise", "resample", "temper"]
+__all__ = [
+    "RESAMPLERS",
+    "effective_sample_size",
+    "gained",
+    "log_mean_exp",
+    "normalise",
+    "resample",
+    "temper",
+]
 
 
 def normalise(log_weights: Tensor) -> Tensor:

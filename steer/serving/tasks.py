@@ -21,11 +21,6 @@ from steer.serving.wire import SteerRequest
 __all__ = ["Tasks"]
 
 
-_POPULATION = {"best-of-n": "n", "fk": "num_particles", "svdd": "num_candidates", "dts": "rollouts",
-               "dts-star": "rollouts"}  # fmt: skip
-"""What `candidates` is called by each sampler."""
-_OURS = ("n", "keep_previews", "max_bytes", "max_nfe")
-"""Settings of samplers that are the server's to choose."""
 _COMPLETION_TOKENS = 16
 """OpenAI's default for `/v1/completions`."""
 
@@ -103,10 +98,11 @@ class Tasks:
             _check_budget(asked, most)
             return Steering(edits, reward=reward, beta=asked.beta, kl=asked.kl)
         name = str(asked.sampler)
-        check(name in SAMPLERS, "steer.sampler", name, ", ".join(SAMPLERS))
-        check(reward is not None, "steer.reward", None, f"a reward: {name} chooses by it")
+        check(name in SAMPLERS, "steer.sampler", name, str(SAMPLERS))
+        kind = SAMPLERS[name]
+        check(reward is not None or not kind.needs_reward, "steer.reward", None, f"a reward: {name} chooses by it")
         sampler, candidates = self._sampler(asked, name, sampling, prompts, n)
-        repeats = n if name == "best-of-n" else 1
+        repeats = n if kind.population == "n" else 1  # one output from all its candidates
         return Steering(edits, sampler, repeats, candidates, reward, asked.beta, asked.block, asked.kl)
 
     def _edit(self, asked: SteerRequest, i: int) -> NamedEdit:
@@ -126,14 +122,13 @@ class Tasks:
     def _sampler(self, asked: SteerRequest, name: str, sampling: Sampling, prompts: int, n: int) -> tuple[Sampler, int]:
         """The sampler, with as many candidates as were asked for or as the budget allows; and how many in all."""
         kind: Any = SAMPLERS[name]
-        population = _POPULATION[name]
-        allowed = [f for f in kind.__dataclass_fields__ if f not in (*_OURS, population)]
+        population = kind.population
+        allowed = [f for f in kind.__dataclass_fields__ if f not in {"n", population, *kind.own_settings}]
         settings: dict[str, Any] = {}
         for key, value in asked.settings.items():
             check(key in allowed, f"steer.settings.{key}", value, f"settings of {name}: {', '.join(allowed) or 'none'}")
             settings[key] = _lookahead(value) if key == "lookahead" else _typed(kind, key, value)
-        tree = population == "rollouts"
-        texts = prompts * (1 if tree else n)
+        texts = prompts * (1 if kind.shares else n)
         each = sampling.max_tokens * texts
         candidates = asked.candidates
         if asked.budget is not None and candidates is None:
@@ -144,13 +139,9 @@ class Tasks:
             candidates = min(default, max(1, self.limits.candidates // texts))
         _check_budget(asked, candidates * each)
         self._check_size(candidates * texts, candidates * each * getattr(settings.get("lookahead"), "m", 1))
-        if tree:
-            check(n <= candidates, "n", n, f"at most {candidates}, the rollouts of the tree")
-            settings["batch"] = min(settings.get("batch", 8), candidates)
-        if name != "best-of-n":
-            settings["n"] = n
+        check(n <= candidates or not kind.shares, "n", n, f"at most {candidates}, the {population} of {name}")
         try:
-            return kind(**{population: candidates, **settings}), candidates * texts
+            return kind.sized(candidates, n, **settings), candidates * texts
         except InputError as error:
             raise InputError(f"steer.settings.{error.field}", error.given, error.allowed) from error
         except (TypeError, ValueError) as error:

@@ -64,7 +64,9 @@ def controller(inputs: Sequence[int] = (8,), strength: float = 0.3, threshold: f
 def guide(
     unembedding: Any = None, seed: int = 0, beta: float | None = 0.02, horizon: int = 0, **more: Any
 ) -> ValueGuidance:
-    """Guidance by a Q-head with random weights, told how many tokens may follow where it has a `horizon`; the transformers adapter needs the output embedding with it."""
+    """Guidance by a Q-head with random weights, told how many tokens may follow where it has a `horizon`; the
+    transformers adapter needs the output embedding with it.
+    """
     torch.manual_seed(seed)
     head = QHead(WIDTH, 32, horizon)
     for parameter in head.outer.parameters():

@@ -58,10 +58,10 @@ def train_policy(
 
     Args:
         model: a language model from `steer.load`.
-        data: rows `{"prompt", "completion"}` (sft), `{"prompt", "chosen", "rejected"}` (dpo), `{"prompt",
-            "completion", "label": bool}` (kto); for grpo and raft, and for dpo with a reward, prompts, or rows
-            `{"prompt"}`. A prompt is text or
-            messages and is encoded as for `generate`; completions are text, and end-of-sequence is added.
+        data: rows `{"prompt", "completion"}` (sft), `{"prompt", "chosen", "rejected"}` (dpo),
+            `{"prompt", "completion", "label": bool}` (kto); for grpo and raft, and for dpo with a
+            reward, prompts, or rows `{"prompt"}`. A prompt is text or messages and is encoded as for
+            `generate`; completions are text, and end-of-sequence is added.
         method: "sft", "dpo", "kto", "grpo" (KL to the model in the loss), "raft" (in each of `rounds` rounds the best
             of `group_size` samples for each prompt, then SFT on them).
         out: folder; an older policy there is replaced in one step, anything else is refused.

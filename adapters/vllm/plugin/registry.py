@@ -179,8 +179,8 @@ class FrontEnd:
         return _Mounted(key, digest, json.loads(options), edit, compiled)
 
     def resolve(self, asked: Inside, length: int, max_tokens: int | None = None) -> Resolved:
-        """What the engine is told, for a prompt of `length` tokens and at most `max_tokens` more. Raises `InputError` where buffers of a fixed size
-        could overflow.
+        """What the engine is told, for a prompt of `length` tokens and at most `max_tokens` more. Raises `InputError`
+        where buffers of a fixed size could overflow.
         """
         prompt = asked.prompt_length or length
         hidden: list[ResolvedEdit] = []

@@ -13,7 +13,6 @@ from steer.adapters.vllm.model import VLLMModel
 from steer.adapters.vllm.plugin.requests import Inside
 from steer.adapters.vllm.process import Named, VLLMProcess, VLLMState
 from steer.core import InputError, Prompt, Samples, check
-from steer.methods.best_of_n import Ancestral, BestOfN
 from steer.serving.engine import NamedEdit, Sampling, Steering
 from steer.serving.requests import AGAIN, Request, edit_errors, token_ids
 
@@ -87,8 +86,7 @@ class Preparer(language.Preparer[Prepared]):
 
     def block(self, steering: Steering, tokens: int) -> int:
         """Whole texts for samplers that choose among those alone, otherwise as many as the engine's cache can share."""
-        sampler = steering.sampler
-        whole = isinstance(sampler, Ancestral) or (isinstance(sampler, BestOfN) and not sampler.reject)
+        whole = steering.sampler is None or steering.sampler.chooses_whole
         return tokens if whole else 16
 
     def check_edits(self, made: Prepared) -> None:

@@ -1,18 +1,16 @@
-"""Results as HTML, for notebooks: tables of texts whose tokens are tinted by their KL, and grids of images."""
+"""HTML of results, for notebooks: tables of texts whose tokens are tinted by their KL, and grids of images."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
-from steer.core import Samples
-
-__all__ = ["facts_html", "samples_html"]
+__all__ = ["samples_html", "text_html"]
 
 _SHOWN = 24
 """Rows of a table or images of a grid at most."""
@@ -23,7 +21,7 @@ _FULL = 2.0
 _STYLE = "text-align:left;vertical-align:top;padding:2px 8px;max-width:44em;white-space:pre-wrap"
 
 
-def samples_html(samples: Samples) -> str:
+def samples_html(samples: Any) -> str:
     """A table of texts, or a grid of images, with what is known of each."""
     shown = samples[:_SHOWN]
     more = len(samples) - len(shown)
@@ -32,13 +30,12 @@ def samples_html(samples: Samples) -> str:
     return f"<div><p><b>{html.escape(repr(samples))}</b></p>{body}{note}</div>"
 
 
-def facts_html(title: str, facts: Mapping[str, Any]) -> str:
-    """A small table of names and values."""
-    rows = "".join(_row([html.escape(str(k)), html.escape(str(v))]) for k, v in facts.items())
-    return f"<div><p><b>{html.escape(title)}</b></p><table>{rows}</table></div>"
+def text_html(text: str) -> str:
+    """A plain-text table as it stands."""
+    return f"<pre>{html.escape(text)}</pre>"
 
 
-def _table(samples: Samples) -> str:
+def _table(samples: Any) -> str:
     names = ["prompt", "text", "reward", "weight", "KL"]
     texts = _texts(samples)
     head = _row([f"<b>{name}</b>" for name in names])
@@ -49,7 +46,7 @@ def _table(samples: Samples) -> str:
     return f"<table>{head}{''.join(_row(row) for row in cells)}</table>"
 
 
-def _texts(samples: Samples) -> list[str]:
+def _texts(samples: Any) -> list[str]:
     """Texts, their tokens tinted by the KL of their laws where that is known."""
     there = samples.token_drift is not None and (len(samples) <= _TINTED or not callable(samples.token_drift))
     if not there:
@@ -66,7 +63,7 @@ def _tinted(piece: str, kl: float) -> str:
     return f'<span style="{tint}" title="KL {kl:.3f}">{html.escape(piece)}</span>'
 
 
-def _grid(samples: Samples) -> str:
+def _grid(samples: Any) -> str:
     figures = []
     for sample in samples:
         buffer = io.BytesIO()
