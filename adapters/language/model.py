@@ -1,4 +1,4 @@
-"""What models of tokens have in common, whatever runs them: prompts to token ids, and tokens to text."""
+"""Prompts to token ids and tokens to text, for any engine."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ class EndpointModel(Model):
         results: str | Path | None = None,
         **request: Any,
     ) -> Any:
-        """Generate for every prompt; `request` is as for other models (`steer.engine.Model.generate`). See
+        """Generate for every prompt; `request` is as for other models (`steer.model.Model.generate`). See
         `EndpointProcess` for what is exact and what is not.
 
         Args:

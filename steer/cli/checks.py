@@ -1,4 +1,4 @@
-"""Everything that can be told wrong before a model is loaded."""
+"""Checks of options that need no loaded model."""
 
 from __future__ import annotations
 

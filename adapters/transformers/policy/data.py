@@ -1,4 +1,4 @@
-"""What a policy is tuned on and how: hyper-parameters, checked, and rows of text as token ids.
+"""Data of text policies: checked hyper-parameters, and rows of text as token ids.
 
 Prompts go through `LanguageModel.encode`, so that a policy is tuned on the tokens that it will see; completions are
 followed by the model's end-of-sequence token.
