@@ -1,4 +1,4 @@
-"""What clients really send: messages sent back as they came, fields that say nothing, bodies as people write them, web
+"""Requests that clients really send: messages sent back as they came, fields that say nothing, bodies as people write them, web
 pages; and fields of any type and size.
 """
 
