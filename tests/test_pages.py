@@ -33,6 +33,7 @@ _SHORT = [
     (r"(max_new_tokens=|--max-new-tokens |max_tokens=)\d+", r"\g<1>5"),
     (r"neutral_prompts|value_prompts|keyword_prompts|race_prompts", "quickstart_prompts"),
     (r"recipes/sentiment_pairs.jsonl", "pairs.jsonl"),
+    (r"--strengths [\d.,]+", "--strengths 0.1"),
     (r"--set samples=\d+", "--set samples=2"),
 ]
 """What makes an example shorter, and neither what it calls nor what it shows."""
