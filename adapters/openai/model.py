@@ -16,6 +16,7 @@ from steer.adapters.openai.endpoint import Endpoint
 from steer.adapters.openai.process import EndpointProcess
 from steer.adapters.openai.results import Results
 from steer.core import InputError, Process, Prompt, Run, Sampler, Samples, check
+from steer.core.edit import Prompts
 from steer.model import Model, Plan, execute
 
 __all__ = ["EndpointModel", "load"]
@@ -149,7 +150,7 @@ class EndpointModel(Model):
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt] = "",
+        prompts: Prompts = "",
         *,
         seed: int | None = None,
         results: str | Path | None = None,
