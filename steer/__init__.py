@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from steer.edits import Artifact, load_artifact, load_edit, parse_edit
     from steer.loading import load
     from steer.measure.compare import compare
+    from steer.measure.frontier import frontier
     from steer.measure.race import race
     from steer.measure.report import evaluate
     from steer.methods.best_of_n import Ancestral, BestOfN
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from steer.methods.value import ValueGuidance
     from steer.methods.vector import Gate, SteeringVector
     from steer.model import generate
-    from steer.pictures.charts import draw_report
+    from steer.pictures.charts import draw_frontier, draw_report
     from steer.prompt_files import generate_file
     from steer.rewards import as_reward, parse_reward
     from steer.rewards.scoring import score
@@ -55,6 +56,7 @@ _HOMES = {
     "steer.prompt_files": ("generate_file",),
     "steer.loading": ("load",),
     "steer.measure.compare": ("compare",),
+    "steer.measure.frontier": ("frontier",),
     "steer.measure.race": ("race",),
     "steer.measure.report": ("evaluate",),
     "steer.methods.best_of_n": ("Ancestral", "BestOfN"),
@@ -68,7 +70,7 @@ _HOMES = {
     "steer.methods.value": ("ValueGuidance",),
     "steer.methods.vector": ("Gate", "SteeringVector"),
     "steer.model": ("generate",),
-    "steer.pictures.charts": ("draw_report",),
+    "steer.pictures.charts": ("draw_frontier", "draw_report"),
     "steer.rewards": ("as_reward", "parse_reward"),
     "steer.rewards.scoring": ("score",),
     "steer.train.controller": ("train_controller",),
@@ -109,8 +111,10 @@ __all__ = [
     "__version__",
     "as_reward",
     "compare",
+    "draw_frontier",
     "draw_report",
     "evaluate",
+    "frontier",
     "generate",
     "generate_file",
     "load",

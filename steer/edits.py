@@ -1,4 +1,4 @@
-"""From artifacts to edits: an artifact's card says what it is, so one loader takes vectors, controllers and values."""
+"""Edits from artifacts: a card says what an artifact is, so one loader takes vectors, controllers and values."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from steer.artifacts import MAX_STRENGTH, Card, load, save
 from steer.core import Edit, InputError, check
 from steer.core.edit import ranges
 from steer.core.names import check_known
+from steer.core.notebook import text_html
 from steer.gguf import load_gguf
 from steer.methods.controller import Controller, ControllerNetwork
 from steer.methods.operators import Probe
@@ -55,6 +56,9 @@ class Artifact(NamedTuple):
 
     def __sub__(self, other: Any) -> Any:
         return self() + (other() if isinstance(other, Artifact) else other) * -1.0
+
+    def _repr_html_(self) -> str:
+        return text_html(self.card.describe())
 
     def __repr__(self) -> str:
         name, depth = Path(str(self.card.model.get("name", "?"))).name, self.card.model.get("num_layers", "?")

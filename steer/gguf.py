@@ -116,3 +116,5 @@ def _check_directions(directions: Mapping[int, Tensor]) -> None:
         given = tuple(direction.shape)
         check(given == (width,) and width > 0, f"directions[{layer}]", given, f"shape ({width},), one width for all")
         check_finite(f"directions[{layer}]", direction)
+    some = any(bool(direction.any()) for direction in directions.values())
+    check(some, "directions", "zeros alone", "a direction that is not 0, without which nothing is steered")

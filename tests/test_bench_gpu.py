@@ -53,7 +53,7 @@ def test_every_section_runs_and_the_page_shows_it(
     shown = capsys.readouterr().out
     for part in ("# GPU checks on shadow (quick)", "## parity: ok", "| bfloat16 |", "## waits: skipped", "- why: only"):
         assert part in shown
-    assert shown.count("tokens/s") >= 5
+    assert all(row["what"] in shown for row in found["costs"]["rows"])
 
 
 def test_a_section_that_fails_is_a_finding(card: gpu.Card, monkeypatch: pytest.MonkeyPatch) -> None:

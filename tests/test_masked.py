@@ -267,7 +267,7 @@ def test_a_guided_edit_is_corrected(by: float, order: str) -> None:
     ("length", "size", "settings"),
     [
         (2, 3, {"top_k": 2}),
-        (3, 3, {"top_p": 0.6, "order": "confidence"}),
+        (3, 3, {"top_p": 0.6}),
         (2, 4, {"top_k": 3, "top_p": 0.8, "temperature": 1.5}),
     ],
 )

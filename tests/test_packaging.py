@@ -83,6 +83,39 @@ def test_methods_import_no_method_of_another_family() -> None:
             assert name in shared, (path, name)
 
 
+def test_an_engine_imports_no_other_engine() -> None:
+    """Adapters share `steer.adapters.language`; what else two of them need belongs to the core."""
+    for name, imports in IMPORTS.items():
+        mine = name.split(".")[2:3] if name.startswith("steer.adapters.") else None
+        others = {other.split(".")[2] for other in imports if other.startswith("steer.adapters.")}
+        assert mine is None or others <= {*mine, "language"}, (name, others)
+
+
+def test_only_these_modules_of_steer_reach_up_to_the_adapters() -> None:
+    """Commands and benchmarks stand above the engines, and `steer.loading` knows them all. One arrow points upward on
+    purpose: a reward's name leads to the model that computes it.
+    """
+    above = ("steer.adapters", "steer.cli", "steer.bench", "steer.demo", "steer.loading", "steer.rewards.parse")
+    for name, imports in IMPORTS.items():
+        face = name == "steer"  # public names, loaded when first used
+        assert face or name.startswith(above) or not any(other.startswith("steer.adapters") for other in imports), name
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    """Imports inside functions and those for types alone count too."""
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for other in sorted(IMPORTS[name]):
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in IMPORTS:
+        visit(name, ())
+
+
 def test_no_module_begins_with_an_underscore() -> None:
     """What is public in a package is what its `__init__` lists."""
     for name in MODULES:

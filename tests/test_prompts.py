@@ -206,6 +206,20 @@ def test_a_model_answers_the_question_and_its_options_reach_the_prompt(chat: Any
     assert 4 in chat.encode("hi<|im_end|>")
 
 
+def test_behind_the_server_control_tokens_in_messages_are_text(chat: Any) -> None:
+    from steer.adapters.transformers.serving.engine import TransformersEngine
+    from steer.serving.engine import Sampling, Task
+
+    task = Task(prompts=((*user("hi<|im_end|>"),),), sampling=Sampling(max_tokens=4))
+    for text in (False, True):
+        engine = TransformersEngine(chat, **({} if text else {"split_special_tokens": False}))
+        try:
+            assert (4 in engine.prepare(task).ids[0]) is not text
+        finally:
+            engine.close()
+            chat.split_special_tokens = False
+
+
 def test_half_an_emoji_is_named_wherever_it_enters(chat: Any) -> None:
     for prompts, field in (
         ("a \ud83d", "prompt"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 import shutil
 import subprocess
@@ -49,6 +50,7 @@ def test_some_layers_and_generated_tokens_only(tiny_lm: Any, calm: Any) -> None:
 def test_a_dose_response_picture(tiny_lm: Any, calm: Any, tmp_path: Path) -> None:
     report = steer.evaluate(tiny_lm, PROMPTS, calm, strengths=[-0.2, 0.2], reward="length", max_new_tokens=6)
     steer.draw_report(report, tmp_path / "report.png")
+    assert len(repr(report)) < 200 and "reward" in report._repr_html_() and "vector for" in calm._repr_html_()
     assert [row.strength for row in report.of("steered")] == [-0.2, 0.0, 0.2]
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -104,12 +106,34 @@ def test_kl_by_token(tiny_lm: Any, calm: Any) -> None:
         assert len(ids) > 0 and float(samples.kl_tokens[row].min()) >= 0
 
 
-def test_methods_by_reward_and_drift(tiny_lm: Any) -> None:
-    methods = {"plain": None, "best-of-n": "best-of-n", "fk": "fk"}
-    made = {k: tiny_lm.generate(PROMPTS, sampler=s, n=4, reward="length", seed=0, block=2) for k, s in methods.items()}
-    rows = {k: (float(s.mean_reward().mean()), float(s.mean(s.kl).mean()), s.kl_kind) for k, s in made.items()}
-    assert [row[2] for row in rows.values()] == ["exact", "bound", "population"]
-    assert rows["plain"][1] == 0 and rows["best-of-n"][0] > rows["plain"][0]
+def test_three_methods_at_equal_kl(tiny_lm: Any, calm: Any, tmp_path: Path) -> None:
+    chosen = [{"sampler": "best-of-n", "n": n} for n in (2, 8)]
+    methods = {"calm": [{"edits": calm(s)} for s in (0.5, 2.0)], "best-of-n": chosen, "svdd": [{"sampler": "svdd"}]}
+    found = steer.frontier(tiny_lm, PROMPTS, "length", methods, max_new_tokens=6)
+    at = found.at_kl(0.4)
+    assert list(at) == ["calm", "best-of-n", "svdd"] and at["svdd"] is None
+    # By hand: best of 2 and of 8 are log n - (n - 1) / n nats from the base at most (Beirami et al. 2024).
+    base, two, eight = (next(p for p in found.points if (p.method, p.setting) == key).reward[0]
+                        for key in (("base", "n 8"), ("best-of-n", "n 2"), ("best-of-n", "n 8")))  # fmt: skip
+    low, high = (math.log(n) - (n - 1) / n for n in (2, 8))
+    share = (0.4 - low) / (high - low)
+    assert at["best-of-n"] == pytest.approx(two + share * (eight - two)) and base < eight
+    assert found.at_kl(50)["best-of-n"] is None and found.points[0].kl[0] == 0
+    assert {p.method: p.kl_kind.split(":")[0] for p in found.points} == {
+        "base": "exact", "calm": "exact", "best-of-n": "bound", "svdd": "none",
+    }  # fmt: skip
+    steer.draw_frontier(found, tmp_path / "frontier.png")
+    assert len(found.table().splitlines()) == 7 and len(repr(found)) < 120
+    for wrong in (["dts"], {"x": []}, {"base": [{}]}):
+        with pytest.raises(InputError, match="methods"):
+            steer.frontier(tiny_lm, PROMPTS, "length", wrong)
+
+
+def test_the_shipped_sweeps_weigh_and_choose(tiny_lm: Any) -> None:
+    found = steer.frontier(tiny_lm, PROMPTS, "length", n=4, max_new_tokens=4, block=2)
+    assert found.methods == ["best-of-n", "fk"]
+    assert all(p.kl is not None and p.kl[0] > 0 for p in found.of("best-of-n")[1:])
+    assert [p.kl_kind for p in found.of("fk")[1:]] == ["population"] * 3
 
 
 def test_images_by_fk_and_a_grid(tmp_path: Path) -> None:
@@ -347,7 +371,6 @@ def test_a_network_of_ones_own_needs_its_tokenizer() -> None:
         steer.load(nn.Linear(2, 2), kind="images")
 
 
-@pytest.mark.slow
 def test_a_strict_type_checker_finds_nothing(tmp_path: Path) -> None:
     """mypy --strict on `public_api.py` against the package as it is installed, and one mistake that it finds."""
     pytest.importorskip("mypy")
@@ -360,8 +383,10 @@ def test_a_strict_type_checker_finds_nothing(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text(
         'import steer\n\nsteer.load("smollm2-135m").generate("a", max_new_tokens="b").text\n'
     )
+    others = ",".join(f"{name}.*" for name in ("torch", "numpy", "transformers", "diffusers", "pandas", "PIL", "rich"))
     (tmp_path / "mypy.ini").write_text(
         "[mypy]\nignore_missing_imports = True\n[mypy-steer.*]\nfollow_imports = silent\n"
+        f"[mypy-{others}]\nfollow_imports = skip\n"
     )
 
     def checked(name: str) -> str:
@@ -399,3 +424,9 @@ def test_a_classifier_as_reward(tmp_path: Path, tiny_lm: Any) -> None:
     for wrong in (lambda texts: 3.0, lambda texts: [{"score": 1}] * len(texts), lambda texts: None):
         with pytest.raises(steer.SteerError, match="one number for each"):
             steer.score(texts, wrong)
+
+
+def test_texts_in_place_of_token_ids_are_told(tiny_lm: Any) -> None:
+    for given in ("the sun", ["the sun"]):
+        with pytest.raises(InputError, match="encode"):
+            tiny_lm.hidden_states(given)

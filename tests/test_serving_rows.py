@@ -1,4 +1,4 @@
-"""What the server's engine is made of: drawing by rows, growing text, rows in slots, turns."""
+"""Parts of the server's engine: drawing by rows, growing text, rows in slots, turns."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from steer.edits import load_edit
 from steer.methods.operators import Probe
 from steer.methods.value import HeadValue, QHead, ValueGuidance, ValueHead
 from steer.methods.vector import Gate, SteeringVector
+from steer.serving.artifact_store import digest
 from steer.serving.engine import Delta, Load, NamedEdit, Sampling, Steering, Task, TooLargeError
 from steer.serving.wire import EditRequest
 
@@ -316,7 +317,7 @@ def test_values_that_look_ahead_are_served(tiny_lm: LanguageModel, tmp_path: Pat
     path = tmp_path / "ahead.safetensors"
     card = Card("value", tiny_lm.info.entry(), [], {"beta": 0.1, "top_k": 5}, {"head": "v"})
     artifacts.save(path, head.state_dict(), card)
-    named = NamedEdit(path, "digest", EditRequest(name="ahead"))
+    named = NamedEdit(path, digest(path), EditRequest(name="ahead"))
     engine = TransformersEngine(tiny_lm)
     try:
         texts = answers(

@@ -310,13 +310,15 @@ def value_error(model: LanguageModel, prompt: str, reward: Table, head: nn.Modul
     return (wrong / spread) ** 0.5
 
 
-ENUMERATED: dict[str, Any] = {"max_new_tokens": 3, "held_out": 0.0, "max_rows": 6000, "batch_size": 64}
+ENUMERATED: dict[str, Any] = {
+    "samples": 4000, "max_new_tokens": 3, "held_out": 0.0, "max_rows": 6000, "batch_size": 64, "epochs": 12,
+    "learning_rate": 4e-3,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("head", "table", "seed"),
-    [("q", 0, 0), ("q", 1, 1), ("v", 2, 0)]
-    + [pytest.param(h, t, t + 7, marks=pytest.mark.slow) for h in "qv" for t in range(3, 7)],
+    [("q", 0, 0), ("v", 1, 1)] + [pytest.param(h, t, t + 7, marks=pytest.mark.slow) for h in "qv" for t in range(2, 6)],
 )
 def test_values_of_three_tokens_are_reached(
     head: str, table: int, seed: int, six_tokens: LanguageModel, tmp_path: Path
@@ -325,9 +327,7 @@ def test_values_of_three_tokens_are_reached(
     and .68 of it; plain means over as many rollouts have .11 to .18.
     """
     reward, prompts = Table(table), ["a b", "b"]
-    made = train_value(
-        six_tokens, prompts, reward, head=head, samples=2500, epochs=20, learning_rate=3e-3, seed=seed, **ENUMERATED
-    )
+    made = train_value(six_tokens, prompts, reward, head=head, seed=seed, **ENUMERATED)
     artifacts.save(tmp_path / "head.safetensors", *made)
     edit = load_edit(tmp_path / "head.safetensors", model=six_tokens)
     assert isinstance(edit, ValueGuidance) and isinstance(edit.value, HeadValue) and edit.value.head.horizon == 3

@@ -1,4 +1,4 @@
-"""What training through a frozen language model needs: prompts read once, differentiable replies, features of rollouts.
+"""Training through a frozen language model: prompts read once, differentiable replies, features of rollouts.
 
 Letters: `N` rows, `T` reply positions, `V` vocabulary, `D` width.
 """
@@ -6,26 +6,42 @@ Letters: `N` rows, `T` reply positions, `V` vocabulary, `D` width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from steer.adapters.transformers import tracking
+from steer.adapters.transformers.body import Body
 from steer.adapters.transformers.cache import cache_argument, full_attention
-from steer.core import UnsupportedError, check
-
-if TYPE_CHECKING:
-    from steer.adapters.transformers.model import LanguageModel
-
+from steer.adapters.transformers.hooks import Hooks
+from steer.core import ModelInfo, Prompt, UnsupportedError, check
 
 Keys = list[tuple[Tensor, Tensor]]
 
 
+class FrozenModel(Protocol):
+    """What this needs of a language model."""
+
+    name: str
+    network: Any
+    config: Any
+    hooks: Hooks
+    body: Body
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def info(self) -> ModelInfo: ...
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+    def encode(self, prompt: Prompt) -> list[int]: ...
+
+
 @torch.no_grad()
 def read_prefix(
-    model: LanguageModel, ids: Sequence[Sequence[int]], reply_tokens: int, layers: Sequence[int]
+    model: FrozenModel, ids: Sequence[Sequence[int]], reply_tokens: int, layers: Sequence[int]
 ) -> tuple[Keys, Tensor, list[list[int]], dict[int, Tensor]]:
     """Every prompt in one pass: keys and values without its last token, their mask `[N, T]` (left-padded), the first
     `reply_tokens` tokens of the model's own greedy reply, and the residual stream of `layers` at the last token.
@@ -52,7 +68,7 @@ def read_prefix(
 
 
 def reply_logits(
-    model: LanguageModel,
+    model: FrozenModel,
     last: Sequence[int],
     replies: Sequence[Sequence[int]],
     keys: Keys,
@@ -85,7 +101,7 @@ def reply_logits(
 
 
 @torch.no_grad()
-def rollout_features(model: LanguageModel, prompts: Sequence[Any], drawn: Any, *, after: bool, width: int) -> Tensor:
+def rollout_features(model: FrozenModel, prompts: Sequence[Any], drawn: Any, *, after: bool, width: int) -> Tensor:
     """Final hidden states `[N, width, D]` in half precision of finished texts: the one that predicts each token, or
     with `after` the one that follows it. Each prompt is read once for all of its texts.
     """

@@ -17,7 +17,7 @@ from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.facts import CALIBRATION, fingerprint
 from steer.adapters.language.generation import own_settings
 from steer.adapters.language.model import TextModel
-from steer.adapters.transformers import tracking
+from steer.adapters.transformers import learning, tracking
 from steer.adapters.transformers.body import Body, Layout, bare, structure, taken
 from steer.adapters.transformers.cache import cache_argument
 from steer.adapters.transformers.checkpoint import check_causal, check_files, check_weights
@@ -25,7 +25,7 @@ from steer.adapters.transformers.hooks import Hooks
 from steer.adapters.transformers.layouts import Trial
 from steer.adapters.transformers.process import TextProcess
 from steer.adapters.transformers.reading import Opening, means_of, same_lengths
-from steer.core import ModelInfo, SteerError
+from steer.core import ModelInfo, Prompt, Samples, SteerError
 from steer.core import check as require
 from steer.core.errors import first_line
 from steer.model import Plan
@@ -250,7 +250,13 @@ class LanguageModel(TextModel):
         `max_tokens` (default: 512 on a CPU, whose caches hold no more, 4096 elsewhere). What all rows begin with, such
         as a chat's system prompt, is read once, and nothing above the last of `layers` is run, nor the output head.
         """
+        texts = isinstance(ids, str) or any(isinstance(row, str) for row in ids)
+        require(not texts, "ids", ids, "rows of token ids: model.encode(text) of each text")
         require(pool in ("last", "mean"), "pool", pool, "last, mean")
+        limit = self.context_length
+        for i, row in enumerate(ids):
+            fits = limit is None or len(row) <= limit
+            require(fits, f"ids[{i}]", f"{len(row)} tokens", f"at most {limit}, the model's context")
         wanted = list(range(len(self.blocks))) if layers is None else list(layers)
         with torch.inference_mode(False):  # what training starts from
             out = {layer: torch.empty(len(ids), self.info.width) for layer in wanted}
@@ -265,6 +271,29 @@ class LanguageModel(TextModel):
             if on_batch is not None:
                 on_batch(len(rows))
         return out
+
+    # ---- what training through the frozen network needs, see `learning`
+
+    def read_prefix(
+        self, ids: Sequence[Sequence[int]], reply_tokens: int, layers: Sequence[int]
+    ) -> tuple[learning.Keys, Tensor, list[list[int]], dict[int, Tensor]]:
+        """Prompts read once: caches, their mask, the model's own greedy replies, states at the last token."""
+        return learning.read_prefix(self, ids, reply_tokens, layers)
+
+    def reply_logits(
+        self,
+        last: Sequence[int],
+        replies: Sequence[Sequence[int]],
+        keys: learning.Keys,
+        mask: Tensor,
+        program: dict[int, Callable[[Tensor], Tensor]],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Differentiable logits `[N, T, V]` of replies, the replies, and where they are real."""
+        return learning.reply_logits(self, last, replies, keys, mask, program)
+
+    def rollout_features(self, prompts: Sequence[Prompt], drawn: Samples, *, after: bool, width: int) -> Tensor:
+        """Final hidden states `[N, width, D]` of finished texts, in half precision."""
+        return learning.rollout_features(self, prompts, drawn, after=after, width=width)
 
 
 def _weight(module: Any) -> Tensor:

@@ -115,6 +115,8 @@ class VLLMProcess(Process):
     """
     announces_all: bool = False
     """Whether rows whose text goes on after this step are announced too."""
+    proposal: bool = False
+    """Whether its weights refer to the law that unedited texts are drawn from (`as_proposal`)."""
 
     sites = frozenset({Site.PROMPT, Site.HIDDEN, Site.TRANSITION})
 
@@ -144,6 +146,10 @@ class VLLMProcess(Process):
     def copy(self, edits: Mounted) -> VLLMProcess:
         return replace(self, edits=edits)
 
+    def as_proposal(self) -> VLLMProcess:
+        """The process for samplers that weigh. Without edits it draws from its base law, truncated or not."""
+        return replace(self, proposal=True)
+
     def validate(self, edit: Edit) -> None:
         if isinstance(edit, Named):
             edit.check(self.model.front)
@@ -165,7 +171,7 @@ class VLLMProcess(Process):
         return ids
 
     def init(self, prompts: Sequence[Prompt], n: int, generator: torch.Generator) -> VLLMState:
-        common = beginning(prompts, n, exact=not self.edits and not self._truncates)
+        common = beginning(prompts, n, exact=not self.edits and (self.proposal or not self._truncates))
         ids, rows = self.encode(prompts), len(common["group"])
         read = sum(map(len, ids))
         return VLLMState(

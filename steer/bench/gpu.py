@@ -1,4 +1,5 @@
-"""What only a GPU can show: `python -m steer.bench.gpu [--json FILE]`, or `make gpu`; under ten minutes on one card.
+"""Measurements that only a GPU can show: `python -m steer.bench.gpu [--json FILE]`, or
+`make gpu`; under ten minutes on one card.
 
 Tests on the device, parity of its precisions with float32 on the CPU, waits of the host for the device, what steering
 costs there, memory, and vLLM with captured graphs where an environment has it. One JSON holds all of it, and
@@ -149,7 +150,9 @@ def _laws(model: Any, prompts: Sequence[Any], texts: Sequence[Sequence[int]], ed
             token = torch.tensor([[text[context.step]] for text in texts], device=x.device)
             return torch.full_like(x, -torch.inf).scatter(1, token, 0.0)
 
-    model.generate(prompts, edits=[*edits, Along()], seed=0, max_new_tokens=len(texts[0]), eos_token_id=[])
+    model.generate(
+        prompts, edits=[[*edits, Along()]] * len(prompts), seed=0, max_new_tokens=len(texts[0]), eos_token_id=[]
+    )
     return torch.cat(seen)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["facts_html", "samples_html"]
+__all__ = ["samples_html", "text_html"]
 
 _SHOWN = 24
 """Rows of a table or images of a grid at most."""
@@ -30,10 +30,9 @@ def samples_html(samples: Any) -> str:
     return f"<div><p><b>{html.escape(repr(samples))}</b></p>{body}{note}</div>"
 
 
-def facts_html(title: str, facts: Mapping[str, Any]) -> str:
-    """A small table of names and values."""
-    rows = "".join(_row([html.escape(str(k)), html.escape(str(v))]) for k, v in facts.items())
-    return f"<div><p><b>{html.escape(title)}</b></p><table>{rows}</table></div>"
+def text_html(text: str) -> str:
+    """A plain-text table as it stands."""
+    return f"<pre>{html.escape(text)}</pre>"
 
 
 def _table(samples: Any) -> str:

@@ -270,8 +270,8 @@ def compare(
         methods: of `methods_by_name()`; those of `METHODS` by default.
         outputs, particles, steps: `outputs` images at `particles * steps` network evaluations each.
         pool: base samples that stand for the target.
-        budgets: sizes of one population or tree at which to draw distance against budget, with `outputs` drawn from
-        each.
+        budgets: sizes of one population or tree at which to draw distance against budget, with
+            `outputs` drawn from each.
 
     Raises `InputError` for a method that is not known and `UnsupportedError` for a model without a judge.
     """

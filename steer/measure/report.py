@@ -1,4 +1,4 @@
-"""What steering buys and costs: reward, drift, fluency and diversity as the strength grows, and where it breaks.
+"""Reports of an edit: reward, drift, fluency and diversity as the strength grows, and where texts break.
 
 Letters: `B` prompts, `N` texts.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from steer.core import Edit, Reward, Samples, check
+from steer.core.notebook import text_html
 from steer.edits import Artifact, as_edit
 from steer.files import as_json, write_text
 from steer.measure.tables import aligned
@@ -112,6 +113,13 @@ class Report:
             ])  # fmt: skip
         title = f"{self.artifact} on {self.model}, reward {self.reward}"
         return f"{title}\n\n{aligned(rows)}\n\n{self.verdict}"
+
+    def __repr__(self) -> str:
+        strengths = [row.strength for row in self.of("steered")]
+        return f"Report({self.artifact} on {self.model}, {self.reward}, {len(strengths)} strengths; {self.verdict})"
+
+    def _repr_html_(self) -> str:
+        return text_html(self.table())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

@@ -64,12 +64,11 @@ class FKSteering(Sampler):
 
     Attributes:
         num_particles: K for each output.
-        n: outputs for each prompt; None returns the weighted population itself (`log_weight`), an integer draws that
-        many
-            from *one* population of `n * num_particles` (at equal cost far closer to the target than n populations of
-            K).
-        per_output: n populations of K instead, one output from each, as the paper does. An output is weighed against
-            its own population alone; only the pool's weights compare populations.
+        n: outputs for each prompt; None returns the weighted population itself (`log_weight`), an
+            integer draws that many from *one* population of `n * num_particles` (at equal cost far
+            closer to the target than n populations of K).
+        per_output: n populations of K instead, one output from each, as the paper does. An output is
+            weighed against its own population alone; only the pool's weights compare populations.
         potential: "difference", "max" or "sum".
         terminal: "exact", the paper's rule, or "running", as in the released code: for max and sum the last factor has
             the running value in place of `r(x_0)`, so that the target is `p exp(max rho / beta)` or
@@ -83,9 +82,8 @@ class FKSteering(Sampler):
         lookahead: what values unfinished particles: `Preview()`, `Rollouts(m)` or `StateValue(v)`.
         select: "weighted" (needs n = None), "draw" (by weight, as distinct as the resampler makes them) or "best" (by
             reward, then weight); by default weighted without n and draw with it.
-        correct: weigh edits as a proposal. Off, the edited process is itself the base law: for edits whose weight is
-        not
-            known (hidden states, prompts), or by choice.
+        correct: weigh edits as a proposal. Off, the edited process is itself the base law: for edits
+            whose weight is not known (hidden states, prompts), or by choice.
         floor: the value that a running max or sum and the difference start from, for the released code's convention 0;
             None is the right one: -infinity for max, 0 for the others.
         keep_previews: keep what the reward saw, for pictures.

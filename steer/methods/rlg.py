@@ -28,9 +28,8 @@ class RLGuidance(TransitionEdit):
     """Extrapolates from the base towards a tuned policy.
 
     Attributes:
-        tuned: the policy's process: the same vocabulary, or the same noise levels. It follows the rows in lockstep,
-        at one
-            network evaluation more a step.
+        tuned: the policy's process: the same vocabulary, or the same noise levels. It follows the
+            rows in lockstep, at one network evaluation more a step.
         w: any number. 0 and 1 are the base and the policy, bit for bit.
         aim: what samplers that weigh correct towards: "base", the law `p exp(r / beta)` of their own reward, or
             "product", `p^(1 - w) p_tuned^w exp(r / beta)` over whole paths, which needs no reward: where the policy is

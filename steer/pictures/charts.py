@@ -12,11 +12,12 @@ from steer.pictures.style import FAINT, GRID, STYLE
 
 if TYPE_CHECKING:
     from steer.measure.compare import Comparison
+    from steer.measure.frontier import Frontier
     from steer.measure.guide import Sweep
     from steer.measure.race import Race
     from steer.measure.report import Report, Row
 
-__all__ = ["draw_curves", "draw_guide", "draw_race", "draw_report"]
+__all__ = ["draw_curves", "draw_frontier", "draw_guide", "draw_race", "draw_report"]
 
 
 _COLOURS = {"steered": "#0f62a8", "random": "#9aa4ae", "system": "#c2571a"}
@@ -156,6 +157,25 @@ def draw_race(found: Race, path: Path) -> None:
         _budgets(axis, {h.budget for h in found.heats})
         axis.set_xlabel("network evaluations for each prompt")
         axis.set_ylabel("mean reward of the best output, 95% interval")
+        _key(figure, axis)
+
+
+def draw_frontier(found: Frontier, path: Path) -> None:
+    """Reward against KL, a line for each method; methods whose KL is not known are named below."""
+    with _canvas(path, (8, 5), "Reward against drift from the base model") as figure:
+        axis = figure.subplots()
+        figure.subplots_adjust(left=0.09, right=0.97, top=0.86, bottom=0.17)
+        unknown = [m for m in found.methods if all(p.kl is None for p in found.of(m) if p.method == m)]
+        for i, method in enumerate(m for m in found.methods if m not in unknown):
+            mine = [(p.kl, p.reward) for p in found.of(method) if p.kl is not None]
+            xs, ys, halves = [k[0] for k, _ in mine], [r[0] for _, r in mine], [r[1] for _, r in mine]
+            _line(axis, i, xs, ys, halves, method, bars=True)
+            sides = [0.0 if k[1] != k[1] else k[1] for k, _ in mine]
+            axis.errorbar(xs, ys, xerr=sides, fmt="none", ecolor=_LINES[i % len(_LINES)], alpha=0.35, elinewidth=1.2)
+        axis.set_xlabel("KL to the base model, nats, 95% interval")
+        axis.set_ylabel("mean reward, 95% interval")
+        if unknown:
+            figure.text(0.09, 0.02, f"KL not known: {', '.join(unknown)}", fontsize=8, color=FAINT)
         _key(figure, axis)
 
 

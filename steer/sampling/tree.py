@@ -1,12 +1,12 @@
 """A search tree over a stochastic process, as arrays.
 
-Children of a node are draws from the process, so a node's soft value is the log-mean of theirs (Jain et al. 2025, eq.
-6):
+Children of a node are draws from the process, so a node's soft value is the log-mean of theirs
+(Jain et al. 2025, equation 6):
 
     V(s) = beta log mean over children c of exp(log_edge(c) + V(c) / beta)
 
-`log_edge` is `log p - log q` where the draw came from a proposal q, else 0. Children that are equal count by their
-multiplicity. Values are in units of the reward.
+`log_edge` is `log p - log q` where the draw came from a proposal q, else 0. Children that are equal
+count by their multiplicity. Values are in units of the reward.
 """
 
 from __future__ import annotations

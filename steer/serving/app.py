@@ -22,8 +22,7 @@ from steer.serving.limits import Limits
 from steer.serving.metrics import CountedRequests, Metrics
 from steer.serving.protocol import RegisterRequest
 from steer.serving.reward_store import Rewards
-from steer.serving.routes import completions, registry
-from steer.serving.routes.models import add_own_routes, add_small_routes
+from steer.serving.routes import completions, models, registry
 from steer.serving.server import Server
 from steer.serving.tasks import Tasks
 from steer.serving.wire import SteerRequest
@@ -84,11 +83,8 @@ def create_app(
                   docs_url=None, redoc_url=None, redirect_slashes=False)  # fmt: skip
     app.state.server = server
     errors.install(app)
-    app.include_router(completions.router(server))
-    app.include_router(registry.router(server))
-    if alone:
-        add_small_routes(app, server)
-    add_own_routes(app, server)
+    for routes in (completions.router, registry.router, *([models.router] if alone else []), models.own_router):
+        app.include_router(routes(server))
     app.add_middleware(Guard, keys=tuple(keys), local=local and not keys, body_bytes=limits.body_bytes,
                        artifact_bytes=limits.artifact_bytes, origins=tuple(origins))  # fmt: skip
     app.add_middleware(CountedRequests, metrics=metrics)
@@ -99,7 +95,7 @@ def create_app(
     return app
 
 
-def _describe(app: FastAPI, models: Sequence[str], keys: bool) -> None:
+def _describe(app: FastAPI, names: Sequence[str], keys: bool) -> None:
     """The OpenAPI description as the server behaves: bad input is 400, and keys are named where they are needed."""
     made = app.openapi
 
@@ -109,7 +105,7 @@ def _describe(app: FastAPI, models: Sequence[str], keys: bool) -> None:
             schemas = schema["components"]["schemas"]
             schemas["RegisterRequest"] = RegisterRequest.model_json_schema()
             for name in ("ChatRequest", "CompletionRequest"):
-                schemas[name]["properties"]["model"]["enum"] = list(models)
+                schemas[name]["properties"]["model"]["enum"] = list(names)
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
             for path, methods in schema["paths"].items():

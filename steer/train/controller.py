@@ -289,14 +289,12 @@ class _Lesson:
         """Read every prompt once: states of the layers in `reads` `[N, len(reads) * D]` for all, and for the training
         rows their caches and, on the negative ones, the model's own reply.
         """
-        from steer.adapters.transformers.learning import read_prefix
-
         self.states = torch.empty(len(self.ids), len(reads) * self.model.info.width)
         with ticking(progress, "reading prompts", len(self.ids)) as tick:
             for rows, wanted in ((train, reply_tokens), (test, 0)):
                 ordered = sorted(rows, key=lambda i: len(self.ids[i]))
                 for chunk in (ordered[i : i + size] for i in range(0, len(ordered), size)):
-                    keys, mask, replies, states = read_prefix(self.model, [self.ids[i] for i in chunk], wanted, reads)
+                    keys, mask, replies, states = self.model.read_prefix([self.ids[i] for i in chunk], wanted, reads)
                     self.states[chunk] = torch.cat([states[layer] for layer in reads], -1)
                     self.replies.update(dict(zip(chunk, replies, strict=True)))
                     if rows is train:
@@ -337,10 +335,8 @@ class _Lesson:
         return total
 
     def _reply(self, batch: _Batch, replies: list[list[int]], program: dict[int, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        from steer.adapters.transformers.learning import reply_logits
-
         last = [self.ids[i][-1] for i in batch.rows]
-        return reply_logits(self.model, last, replies, batch.keys, batch.mask, program)
+        return self.model.reply_logits(last, replies, batch.keys, batch.mask, program)
 
     def _program(self, amount: Tensor) -> dict[int, Any]:
         """Differentiable additions at every layer, `amount` `[N, L]`."""

@@ -1,10 +1,13 @@
-"""Train a value head by TD(lambda) on rollouts of the frozen model (Han et al. 2024; algorithm of the VAS trainer).
+"""Training of value heads by TD(lambda) on rollouts of the frozen model (Han et al. 2024).
 
-    A_T = r - V_T,   A_t = gamma V_{t+1} - V_t + gamma lambda A_{t+1},   G_t = A_t + V_t,   loss = mean (V_t - G_t)^2
-    / 2
+    A_T = r - V_T
+    A_t = gamma V_{t+1} - V_t + gamma lambda A_{t+1}
+    G_t = A_t + V_t
+    loss = mean (V_t - G_t)^2 / 2
 
-V_t is the value of the prefix that ends with token t, end-of-sequence included; the reward comes with the last token.
-For a Q-head V_t = Q(s_{t-1}, a_t). Rollouts and their features are drawn once and cached; the head alone is trained.
+V_t is the value of the prefix that ends with token t, end-of-sequence included; the reward comes with
+the last token. For a Q-head V_t = Q(s_{t-1}, a_t). Rollouts and their features are drawn once and
+cached; the head alone is trained.
 
 Letters: `N` rollouts, `T` tokens, `D` width.
 """
@@ -109,6 +112,7 @@ def train_value(
     network: nn.Module = (QHead if head == "q" else ValueHead)(width, hidden, max_new_tokens)
     embeddings = model.info.unembedding() if head == "q" else None
     center = float(rolled["reward"].mean())
+    network.norm = nn.Identity()  # features are normalised and whitened once
     data = _Rollouts(rolled, embeddings, center, spread)
     cut = int(len(prompts) * (1 - held_out)) * samples
     order = torch.arange(cut)[torch.randperm(cut, generator=torch.Generator().manual_seed(seed))]
@@ -134,22 +138,34 @@ def train_value(
             "explained": data.explained(network, torch.arange(cut, len(rolled["reward"]))),
         },
     )  # fmt: skip
-    return Artifact(_unscaled(network, spread, data.unit), card)
+    return Artifact(_in_plain_units(network, data, spread), card)
 
 
-def _unscaled(network: nn.Module, spread: float, unit: float) -> dict[str, Tensor]:
-    """The head's tensors in units of the reward and of the embeddings: it was trained on standardised scores, and on
-    embeddings in units of their root mean square. The offset cancels in Q.
+def _in_plain_units(network: nn.Module, data: _Rollouts, spread: float) -> dict[str, Tensor]:
+    """The head's tensors for plain states, embeddings and rewards: it was trained on whitened states, embeddings in
+    units of their root mean square, and standardised scores. The offset of the scores cancels in Q.
     """
     tensors = {k: v.detach().clone() for k, v in network.state_dict().items()}
+    width = len(data.center)
+    tensors |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    inner = tensors["inner.weight"].double() @ data.whitening
+    tensors["inner.bias"] = (tensors["inner.bias"].double() - inner @ data.center).float()
+    tensors["inner.weight"] = inner.float()
     for name in ("outer.weight", "outer.bias", "shared.weight", "shared.bias"):
         if name in tensors:
-            tensors[name] = tensors[name] * (spread / unit if name.startswith("outer") else spread)
+            tensors[name] = tensors[name] * (spread / data.unit if name.startswith("outer") else spread)
     return tensors
 
 
+SHRINKAGE = 0.03
+"""Share of the mean variance that is added to that of every direction before states are whitened."""
+
+
 class _Rollouts:
-    """Padded views of the rollouts; rewards are standardised for training."""
+    """Padded views of the rollouts, as they are learnt from: rewards are standardised, embeddings in units of their
+    root mean square, and states whitened. What tells one text from another is a small part of a state's variance (most
+    of it says which token came last), and gradient descent learns small directions last.
+    """
 
     def __init__(self, rolled: dict[str, Tensor], embeddings: Tensor | None, center: float, spread: float) -> None:
         self.features, self.tokens, self.length = rolled["features"], rolled["tokens"], rolled["length"]
@@ -157,6 +173,29 @@ class _Rollouts:
         self.unit = 1.0 if embeddings is None else float(embeddings.float().square().mean().sqrt())
         """Entries of embeddings are small; in this unit the query learns as fast as the rest of the head."""
         self.reward = ((rolled["reward"] - center) / spread).float()
+        self._whiten()
+
+    def _whiten(self) -> None:
+        """Whiten the normalised states in place, `W (x - center)` with a symmetric W `[D, D]`; both in float64."""
+        width, total = self.features.shape[-1], int(self.length.sum())
+        real = torch.arange(self.features.shape[1]) < self.length.unsqueeze(1)
+        parts = range(0, len(self.features), 256)
+
+        def states(first: int) -> Tensor:
+            return nn.functional.layer_norm(self.features[first : first + 256].float(), (width,)).double()
+
+        self.center = sum((states(i)[real[i : i + 256]].sum(0) for i in parts), torch.zeros(width).double()) / total
+        spread = torch.zeros(width, width, dtype=torch.float64)
+        for i in parts:
+            x = states(i)[real[i : i + 256]] - self.center
+            spread += x.T @ x / total
+        values, axes = torch.linalg.eigh(spread)
+        values = values.clamp_min(0) + SHRINKAGE * values.mean().clamp_min(1e-12)
+        self.whitening = axes @ (axes / values.sqrt()).T
+        whitened = torch.empty_like(self.features)
+        for i in parts:
+            whitened[i : i + 256] = ((states(i) - self.center) @ self.whitening).to(whitened.dtype)
+        self.features = whitened
 
     def values(self, module: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Values `[n, T]` of every prefix of these rollouts and where they are real."""
@@ -223,15 +262,13 @@ def _read(path: Path, identity: str) -> dict[str, Tensor]:
 def _roll(
     model: Any, prompts: Sequence[Prompt], reward: Reward, settings: dict[str, Any], first: int
 ) -> dict[str, Tensor]:
-    from steer.adapters.transformers.learning import rollout_features
-
     drawn = model.generate(
         list(prompts), n=settings["samples"], temperature=settings["temperature"], reward=reward,
         max_new_tokens=settings["max_new_tokens"], seed=settings["seed"] * 100_003 + first,
         max_rows=len(prompts) * settings["samples"],
     )  # fmt: skip
     after = settings["head"] == "v"
-    features = rollout_features(model, list(prompts), drawn, after=after, width=settings["max_new_tokens"])
+    features = model.rollout_features(list(prompts), drawn, after=after, width=settings["max_new_tokens"])
     tokens = torch.zeros(len(drawn), settings["max_new_tokens"], dtype=torch.long)
     for i, row in enumerate(drawn.tokens):
         tokens[i, : len(row)] = torch.tensor(row)

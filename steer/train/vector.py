@@ -38,10 +38,11 @@ def train_vector(
 
     Args:
         model: a language model from `steer.load`.
-        pairs: rows `{"positive": text, "negative": text}`; with a `"prompt"`, the texts are the assistant's replies
-        to it. method: "mean" (difference of means), "pca" (first principal axis of the pair differences, *not* centred:
-            centring removes the mean difference, which is the signal), "probe" (L2-regularised logistic regression; the
-            file also holds the probe, for gates).
+        pairs: rows `{"positive": text, "negative": text}`; with a `"prompt"`, the texts are the
+            assistant's replies to it.
+        method: "mean" (difference of means), "pca" (first principal axis of the pair differences,
+            *not* centred: centring removes the mean difference, which is the signal), "probe"
+            (L2-regularised logistic regression; the file also holds the probe, for gates).
         pool: state to read from each text: "mean" over its tokens, or "last".
         layers: layers that the artifact steers by default, such as "12-19"; default: those between two fifths and two
             thirds of the depth, where a shift of behaviour cost least fluency on the model that we measured.
@@ -69,6 +70,9 @@ def train_vector(
 
     accuracy = _held_out_accuracy(up, down, method, l2, held_out, seed)
     directions, bias = METHODS[method](up, down, l2)
+    for layer in chosen:
+        told = "pairs whose states differ; this layer's do not on average"
+        check(bool(directions[layer].any()), f"layers[{layer}]", "a direction of length 0", told)
     tensors = {f"direction.{layer}": directions[layer].contiguous() for layer in range(depth)}
     tensors |= {f"reference.{layer}": stacked[layer].mean(0) for layer in range(depth)}
     if bias is not None:
@@ -108,6 +112,11 @@ def encode_pairs(model: Any, pairs: Sequence[Mapping[str, str]]) -> tuple[list[l
                 ids.append(model.encode([*before, {"role": "assistant", "content": text}]))
             else:
                 ids.append(model.encode(RawText(text)))
+    for i, (up, down) in enumerate(zip(sides["positive"], sides["negative"], strict=True)):
+        check(up != down, f"pairs[{i}]", "two sides of the same tokens", "texts that differ")
+        longest, limit = max(len(up), len(down)), model.context_length
+        fits = limit is None or longest <= limit
+        check(fits, f"pairs[{i}]", f"{longest} tokens", f"at most {limit}, the model's context")
     return sides["positive"], sides["negative"]
 
 

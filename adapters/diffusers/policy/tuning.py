@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from steer.adapters.diffusers.loading import load
 from steer.adapters.diffusers.model import DiffusionModel
 from steer.adapters.diffusers.policy.data import read_data
 from steer.adapters.diffusers.policy.folder import save_network, write_cards
@@ -21,6 +22,7 @@ from steer.adapters.diffusers.policy.network import copied, fingerprint, network
 from steer.adapters.diffusers.policy.own_samples import measure, own_pairs
 from steer.artifacts import Card
 from steer.core import Ability, Reward, check, check_whole
+from steer.embedded import resolve
 from steer.files import replacing_folder
 from steer.rewards import as_reward
 from steer.train.diffusion_policy.inputs import METHODS, PolicySettings
@@ -174,9 +176,7 @@ def load_diffusion_policy(base: DiffusionModel | None, folder: Path | str) -> Di
     path = Path(folder)
     card = read_policy_card(path)
     if base is None:
-        from steer.loading import load
-
-        base = load(card.model["name"])
+        base = load(resolve(card.model["name"]), name=card.model["name"])
     check(isinstance(base, DiffusionModel), "policy", str(path), "a policy of a diffusion model")
     ours, theirs = fingerprint(network_of(base)), card.model["fingerprint"]
     given = f"{path} (tuned from {card.model.get('name')}, fingerprint {theirs})"

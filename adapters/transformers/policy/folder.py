@@ -10,6 +10,7 @@ from steer.adapters.transformers.model import LanguageModel
 from steer.adapters.transformers.model import load as load_network
 from steer.adapters.transformers.policy.trl import quiet, require_libraries, shared_copy
 from steer.core import SteerError, check
+from steer.embedded import resolve
 from steer.train.policy_folder import POLICY, read_policy_card
 
 _ADAPTER = "adapter_config.json"
@@ -36,9 +37,8 @@ def load_policy(base: LanguageModel | None, folder: Path | str, *, merge: bool =
         given = f"{path} (tuned from {card.model.get('name')}, fingerprint {theirs})"
         check(ours == theirs, "policy", given, f"a policy tuned from {base.name} (fingerprint {ours})")
     elif not whole:
-        from steer.loading import load
-
-        return load_policy(load(card.model["name"]), path, merge=merge)
+        named = card.model["name"]
+        return load_policy(load_network(resolve(named), name=named), path, merge=merge)
     name = f"{card.model.get('name') if base is None else base.name}+{path.name}"
     if whole:
         return load_network(path, name=name, device=None if base is None else base.device)

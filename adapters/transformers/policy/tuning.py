@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from steer.adapters.transformers.model import LanguageModel
-from steer.adapters.transformers.policy.data import Tuning, check_targets, prompt_of, read_rows
+from steer.adapters.transformers.policy.data import Tuning, check_targets, read_rows
 from steer.adapters.transformers.policy.folder import open_network, save_network
 from steer.adapters.transformers.policy.raft import mean_reward, own_pairs, run_raft
 from steer.adapters.transformers.policy.trl import Online, fit, quiet, require_libraries
 from steer.artifacts import Card, data_hash
 from steer.core import Reward, check
+from steer.data import prompt_of
 from steer.files import replacing_folder
 from steer.progress import ticking
 from steer.rewards import as_reward
@@ -58,10 +59,10 @@ def train_policy(
 
     Args:
         model: a language model from `steer.load`.
-        data: rows `{"prompt", "completion"}` (sft), `{"prompt", "chosen", "rejected"}` (dpo), `{"prompt",
-            "completion", "label": bool}` (kto); for grpo and raft, and for dpo with a reward, prompts, or rows
-            `{"prompt"}`. A prompt is text or
-            messages and is encoded as for `generate`; completions are text, and end-of-sequence is added.
+        data: rows `{"prompt", "completion"}` (sft), `{"prompt", "chosen", "rejected"}` (dpo),
+            `{"prompt", "completion", "label": bool}` (kto); for grpo and raft, and for dpo with a
+            reward, prompts, or rows `{"prompt"}`. A prompt is text or messages and is encoded as for
+            `generate`; completions are text, and end-of-sequence is added.
         method: "sft", "dpo", "kto", "grpo" (KL to the model in the loss), "raft" (in each of `rounds` rounds the best
             of `group_size` samples for each prompt, then SFT on them).
         out: folder; an older policy there is replaced in one step, anything else is refused.

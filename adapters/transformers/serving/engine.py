@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from steer.adapters.language.serving import ServedModel
 from steer.adapters.transformers.serving.preparing import Prepared, Preparer
 from steer.adapters.transformers.serving.scheduler import Scheduler, Ticket
 from steer.core import check, check_whole
-from steer.serving.engine import Event, Load, Task
-from steer.serving.idle import give_back_memory
+from steer.serving.engine import Event, Load
 from steer.serving.requests import Emit, relayed
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["TransformersEngine"]
 
 
-class TransformersEngine:
+class TransformersEngine(ServedModel[Prepared]):
     """One language model that serves many requests at once.
 
     Args:
@@ -46,32 +45,11 @@ class TransformersEngine:
         for field, value in (("max_rows", max_rows), ("cache_tokens", cache_tokens), ("searches", searches)):
             check_whole(field, value)
         check(0 < search_share < 1, "search_share", search_share, "a share of the time between 0 and 1")
-        model.forget_prompts()
-        model.split_special_tokens = split_special_tokens
+        self.serve(Preparer(model, max_rows, cache_tokens), name or model.name, split_special_tokens)
         model.residual_norms()
-        self._model, self._name = model, name or model.name
-        self._preparer = Preparer(model, max_rows, cache_tokens)
         self._scheduler = Scheduler(
             model, max_rows=max_rows, cache_tokens=cache_tokens, searches=searches, search_share=search_share
         )
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def context_length(self) -> int | None:
-        return self._model.context_length
-
-    @property
-    def own_edits(self) -> tuple[str, ...]:
-        return ()
-
-    def check_artifact(self, path: Path) -> None:
-        self._preparer.check_artifact(path)
-
-    def prepare(self, task: Task) -> Prepared:
-        return self._preparer(task)
 
     def run(self, prepared: Prepared) -> AsyncGenerator[Event]:
         def begin(emit: Emit) -> Callable[[], None]:
@@ -88,9 +66,6 @@ class TransformersEngine:
 
     def load(self) -> Load:
         return self._scheduler.load()
-
-    def give_back_memory(self) -> None:
-        give_back_memory()
 
     def close(self) -> None:
         self._scheduler.close()

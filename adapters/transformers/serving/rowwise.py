@@ -38,12 +38,13 @@ def penalised(logits: Tensor, settings: Sequence[Sampling], counts: Sequence[Cou
 
 def column(settings: Sequence[Sampling], name: str) -> Tensor:
     """One setting of each row `[N, 1]`, as `sampling.laws` takes it."""
-    return torch.tensor([[getattr(s, name)] for s in settings])
+    kind = torch.long if name == "top_k" else torch.float64
+    return torch.tensor([[getattr(s, name)] for s in settings], dtype=kind)
 
 
 def tempered(logits: Tensor, settings: Sequence[Sampling]) -> Tensor:
     """Log-law `[N, V]` of each row at its temperature."""
-    return laws.temper(logits, column(settings, "temperature").double())
+    return laws.temper(logits, column(settings, "temperature"))
 
 
 def truncated(law: Tensor, settings: Sequence[Sampling]) -> Tensor:

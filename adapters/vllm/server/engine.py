@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from steer.adapters.language.serving import ServedModel
 from steer.adapters.vllm.client import Asynchronous, Stopped
 from steer.adapters.vllm.model import VLLMModel
 from steer.adapters.vllm.server.preparing import Prepared, Preparer, hold
 from steer.adapters.vllm.server.writing import measured, search, spent, written
 from steer.core import Cost, InputError, SteerError, check_whole
-from steer.serving.engine import Event, Finished, Load, Task
-from steer.serving.idle import give_back_memory
+from steer.serving.engine import Event, Finished, Load
 from steer.serving.requests import Emit, relayed
 
 __all__ = ["VLLMEngine"]
@@ -28,7 +28,7 @@ T = TypeVar("T")
 log = logging.getLogger("steer.serving")
 
 
-class VLLMEngine:
+class VLLMEngine(ServedModel[Prepared]):
     """A vLLM engine that serves many requests at once; requests of others may run beside.
 
     The drift of a choice (`Ended.kl`) is 0 without edits and truncation, and otherwise `log q(y) - log p(y)` of its
@@ -60,11 +60,9 @@ class VLLMEngine:
             check_whole(field, value)
         self._client, self._loop = Asynchronous(client, loop), loop
         given = client.vllm_config.model_config.served_model_name
-        self._name = name or str(given if isinstance(given, str) else given[0])
-        self.model = VLLMModel(self._client, self._name)
-        self.model.forget_prompts()
-        self.model.split_special_tokens = split_special_tokens
-        self._preparer = Preparer(self.model, rows)
+        called = name or str(given if isinstance(given, str) else given[0])
+        self.model = VLLMModel(self._client, called)
+        self.serve(Preparer(self.model, rows), called, split_special_tokens)
         self._searches = ThreadPoolExecutor(searches, "steer-search")
         self._measures = ThreadPoolExecutor(2, "steer-measure")
         self._jobs: set[Future[None]] = set()
@@ -73,22 +71,8 @@ class VLLMEngine:
         self._closed = False
 
     @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def context_length(self) -> int | None:
-        return self.model.context_length
-
-    @property
     def own_edits(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.model.front.settings.tuned)
-
-    def check_artifact(self, path: Path) -> None:
-        self._preparer.check_artifact(path)
-
-    def prepare(self, task: Task) -> Prepared:
-        return self._preparer(task)
 
     def run(self, prepared: Prepared) -> AsyncGenerator[Event]:
         def begin(emit: Emit) -> Callable[[], None]:
@@ -115,7 +99,7 @@ class VLLMEngine:
         return Load(rows, len(self._searching), max(0, waiting), int(size))
 
     def give_back_memory(self) -> None:
-        give_back_memory()
+        super().give_back_memory()
         with suppress(Stopped):
             if not self._closed:
                 self._client.rpc("steer_give_back_memory")

@@ -1,4 +1,4 @@
-"""From a request to what a vLLM engine runs: artifacts are registered, everything is checked."""
+"""Preparation of requests for a vLLM engine: registered artifacts, and a process that knows its drift."""
 
 from __future__ import annotations
 
@@ -7,25 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from steer.adapters.language.decoding import Decoding
+from steer.adapters.language import serving as language
 from steer.adapters.language.model import check_lengths
 from steer.adapters.vllm.model import VLLMModel
 from steer.adapters.vllm.plugin.requests import Inside
 from steer.adapters.vllm.process import Named, VLLMProcess, VLLMState
-from steer.core import InputError, Prompt, Reward, Samples, check
-from steer.model import Plan, prepare
-from steer.serving import requests
-from steer.serving.engine import NamedEdit, Sampling, Steering, Task
-from steer.serving.requests import (
-    AGAIN,
-    Request,
-    check_card,
-    check_rows,
-    check_search,
-    edit_errors,
-    seed_of,
-    token_ids,
-)
+from steer.core import InputError, Prompt, Samples, check
+from steer.serving.engine import NamedEdit, Sampling, Steering
+from steer.serving.requests import AGAIN, Request, edit_errors, token_ids
 
 __all__ = ["Prepared", "Preparer", "ServedProcess", "hold"]
 
@@ -53,18 +42,18 @@ class ServedProcess(VLLMProcess):
 
 
 @dataclass(frozen=True)
-class Prepared(Request):
+class Prepared(language.Prepared):
     """A task, ready to run."""
 
-    edits: tuple[Named, ...]
-    files: dict[str, Path]
-    """What the edits need, by the name that the engine knows it by."""
-    process: ServedProcess
-    reward: Reward | None
-    drift: Drift | None
-    """None where it is not wanted, or cannot be told."""
-    plan: Plan | None
-    """For searches."""
+    @property
+    def files(self) -> dict[str, Path]:
+        """What the edits need, by the name that the engine knows it by."""
+        return {name_of(edit): edit.path for edit in self.steering.edits if edit.path is not None}
+
+    @property
+    def drift(self) -> Drift | None:
+        """None where it is not wanted, or cannot be told."""
+        return self.process.drift
 
     @property
     def measures(self) -> bool:
@@ -72,50 +61,38 @@ class Prepared(Request):
         return self.reward is not None or self.drift == "estimate"
 
 
-class Preparer:
+@dataclass(frozen=True)
+class _Read(Named):
+    """An edit of a request."""
+
+    guides: bool = False
+    """Whether it changes the law of the next token."""
+
+
+class Preparer(language.Preparer[Prepared]):
     """Checks tasks against one model; its methods are for other threads than the engine's loop, and wait for it."""
 
+    kind = Prepared
+
     def __init__(self, model: VLLMModel, max_rows: int) -> None:
-        self.model, self.max_rows = model, max_rows
+        super().__init__(model, max_rows)
+        self.model = model
         self.raw = str(model.config.model_config.logprobs_mode) == "raw_logprobs"
 
-    def __call__(self, task: Task) -> Prepared:
-        read = requests.read(task, self.model)
-        steering, sampling = read.steering, read.sampling
-        self._check_logprobs(sampling)
-        named = [self._named(edit, steering.beta) for edit in steering.edits]
-        edits = tuple(edit for edit, _ in named)
-        drift = self._drift(read, [guides for _, guides in named]) if task.steering and steering.kl else None
-        process = ServedProcess(
-            self.model,
-            Decoding(
-                max_new_tokens=sampling.max_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
-                top_p=sampling.top_p, min_p=sampling.min_p, stop=sampling.stop,
-            ),
-            block=_block(steering, sampling.max_tokens), drift=drift, weighs=drift == "estimate",
-        )  # fmt: skip
-        prepared = Prepared(
-            task, read.prompts, read.ids, sampling, edits,
-            {name_of(edit): edit.path for edit in steering.edits if edit.path is not None}, process,
-            None if steering.reward is None else steering.reward.bind(self.model), drift, None,
-        )  # fmt: skip
-        if steering.sampler is None:
-            self.model.front.parse(Inside(tuple(edit.request for edit in edits)))  # all of them together
-            check_rows(prepared, self.max_rows)
-            return prepared
-        return replace(prepared, plan=self._plan(prepared))
+    def process(self, read: Request, edits: Sequence[_Read]) -> ServedProcess:
+        asked = read.task.steering is not None and read.steering.kl
+        drift = self._drift(read, [edit.guides for edit in edits]) if asked else None
+        return ServedProcess(self.model, language.decoding(read.sampling), drift=drift, weighs=drift == "estimate")
 
-    def _plan(self, prepared: Prepared) -> Plan:
-        check_search(prepared, self.max_rows)
-        steering = prepared.steering
-        prompts = [p for p in prepared.prompts for _ in range(steering.repeats)]
-        return prepare(
-            prepared.process, prompts, edits=[list(prepared.edits)] * len(prompts), sampler=steering.sampler,
-            reward=prepared.reward, beta=steering.beta, seed=seed_of(prepared.sampling), max_rows=self.max_rows,
-            model=self.model,
-        )  # fmt: skip
+    def block(self, steering: Steering, tokens: int) -> int:
+        """Whole texts for samplers that choose among those alone, otherwise as many as the engine's cache can share."""
+        whole = steering.sampler is None or steering.sampler.chooses_whole
+        return tokens if whole else 16
 
-    def _check_logprobs(self, sampling: Sampling) -> None:
+    def check_edits(self, made: Prepared) -> None:
+        self.model.front.parse(Inside(tuple(edit.request for edit in made.edits)))
+
+    def check_sampling(self, sampling: Sampling) -> None:
         if sampling.logprobs is None:
             return
         most = int(self.model.config.model_config.max_logprobs)
@@ -137,19 +114,14 @@ class Preparer:
 
     # ---- artifacts
 
-    def check_artifact(self, path: Path) -> None:
-        """Raise `InputError` where an artifact does not fit the model, or asks for other files."""
-        check_card(path)
-        with edit_errors(path, {}):
-            self.model.inspect(path)
+    def try_artifact(self, path: Path) -> None:
+        self.model.inspect(path)
 
-    def _named(self, named: NamedEdit, beta: float) -> tuple[Named, bool]:
-        """The edit, registered and checked, and whether it changes the law of the next token. Raises `InputError` with
-        `steer.edits`.
-        """
+    def read_edit(self, named: NamedEdit, beta: float) -> _Read:
+        """The edit, registered and checked. Raises `InputError` with `steer.edits`."""
         request, name = named.request, name_of(named)
         if named.path is None:
-            return self.model.edit(name, request.strength, **request.options()), True
+            return _Read(self.model.edit(name, request.strength, **request.options()).request, guides=True)
         with edit_errors(named.path, request.options()):
             files = {name: named.path}
             hold(self.model, files)
@@ -158,17 +130,10 @@ class Preparer:
                 options = request.options()
                 if card.kind == "value" and card.settings.get("beta") is None:
                     options.setdefault("beta", beta)
-                return self.model.edit(name, request.strength, **options), card.kind == "value"
+                made = self.model.edit(name, request.strength, **options)
+                return _Read(made.request, guides=card.kind == "value")
             finally:
                 self.model.release(files)
-
-
-def _block(steering: Steering, tokens: int) -> int:
-    """Tokens of a step; where the request does not say, whole texts for samplers that choose among those alone, and
-    otherwise as many as the engine's cache can share.
-    """
-    whole = steering.sampler is None or steering.sampler.chooses_whole
-    return min(steering.block or (tokens if whole else 16), tokens)
 
 
 def name_of(named: NamedEdit) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from steer.serving.errors import Refused
@@ -17,19 +17,19 @@ _DENIED: dict[int | str, dict[str, Any]] = {
 }
 
 
-def add_small_routes(app: FastAPI, server: Server) -> None:
+def router(server: Server) -> APIRouter:
     """What every server of OpenAI's kind has."""
-    engine = server.engine
+    routes, engine = APIRouter(), server.engine
 
     def model() -> Model:
         return Model(id=engine.name, created=server.created, max_model_len=engine.context_length)
 
-    @app.get("/v1/models", response_model=ModelList, responses=_DENIED, tags=["openai"])
+    @routes.get("/v1/models", response_model=ModelList, responses=_DENIED, tags=["openai"])
     async def models() -> ModelList:
         """The one model that is served."""
         return ModelList(data=[model()])
 
-    @app.get(
+    @routes.get(
         "/v1/models/{name:path}", response_model=Model, tags=["openai"],
         responses={**_DENIED, 404: {"model": ErrorAnswer, "description": "No such model."}},
     )  # fmt: skip
@@ -39,7 +39,7 @@ def add_small_routes(app: FastAPI, server: Server) -> None:
             raise Refused(404, f"model: got {name!r}; allowed: {engine.name}", "model", "model_not_found")
         return model()
 
-    @app.get(
+    @routes.get(
         "/health", response_model=Health, tags=["server"],
         responses={503: {"model": Health, "description": "The server is shutting down."}},
     )  # fmt: skip
@@ -48,23 +48,28 @@ def add_small_routes(app: FastAPI, server: Server) -> None:
         draining = server.gate.draining
         return JSONResponse({"status": "draining" if draining else "ok"}, 503 if draining else 200)
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=_DENIED, tags=["server"])
+    @routes.get("/metrics", response_class=PlainTextResponse, responses=_DENIED, tags=["server"])
     async def metrics() -> PlainTextResponse:
         """Counters in Prometheus's text format."""
         return _counters(server)
 
+    return routes
 
-def add_own_routes(app: FastAPI, server: Server) -> None:
+
+def own_router(server: Server) -> APIRouter:
     """The same under steer's own path, where it is not the server's only application."""
+    routes = APIRouter(prefix="/v1/steer")
 
-    @app.get("/v1/steer/metrics", response_class=PlainTextResponse, responses=_DENIED, tags=["steer"])
+    @routes.get("/metrics", response_class=PlainTextResponse, responses=_DENIED, tags=["steer"])
     async def metrics() -> PlainTextResponse:
         """Counters of steering in Prometheus's text format."""
         return _counters(server)
 
-    @app.get("/v1/steer/openapi.json", include_in_schema=False)
-    async def description() -> JSONResponse:
-        return JSONResponse(app.openapi())
+    @routes.get("/openapi.json", include_in_schema=False)
+    async def description(request: Request) -> JSONResponse:
+        return JSONResponse(request.app.openapi())
+
+    return routes
 
 
 def _counters(server: Server) -> PlainTextResponse:

@@ -1,0 +1,152 @@
+"""The way from a request to what can run, which the engines behind the server share: artifacts become edits, prompts
+become tokens, everything is checked.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from steer.adapters.language.decoding import Decoding
+from steer.core import Edit, Reward
+from steer.model import Plan, prepare
+from steer.serving import requests
+from steer.serving.engine import NamedEdit, Sampling, Steering, Task
+from steer.serving.idle import give_back_memory
+from steer.serving.requests import Request, Words, check_card, check_rows, check_search, edit_errors, seed_of
+
+__all__ = ["Prepared", "Preparer", "ServedModel"]
+
+
+class ServableModel(Words, Protocol):
+    """A language model that takes requests one by one."""
+
+    split_special_tokens: bool
+
+    def forget_prompts(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Prepared(Request):
+    """A task, ready to run."""
+
+    process: Any
+    edits: tuple[Any, ...]
+    reward: Reward | None
+    seed: int
+    plan: Plan | None = None
+    """For searches."""
+
+
+P = TypeVar("P", bound=Prepared)
+
+
+class Preparer(ABC, Generic[P]):
+    """Checks tasks against one model, with room for `max_rows` rows and, where it has one of its own, a cache of
+    `cache_tokens`. Called in several threads; none of them may be the engine's own.
+    """
+
+    kind: type[P]
+
+    def __init__(self, model: ServableModel, max_rows: int, cache_tokens: int | None = None) -> None:
+        self.text, self.max_rows, self.cache_tokens = model, max_rows, cache_tokens
+
+    def __call__(self, task: Task) -> P:
+        read = requests.read(task, self.text)
+        steering, sampling = read.steering, read.sampling
+        self.check_sampling(sampling)
+        edits = tuple(self.read_edit(named, steering.beta) for named in steering.edits)
+        reward = None if steering.reward is None else steering.reward.bind(self.text)
+        made = self.kind(
+            read.task, read.prompts, read.ids, sampling, self.process(read, edits), edits, reward, seed_of(sampling)
+        )
+        if steering.sampler is not None:
+            return replace(made, plan=self._plan(made))
+        self.check_edits(made)
+        check_rows(made, self.max_rows, self.cache_tokens)
+        return made
+
+    def _plan(self, made: P) -> Plan:
+        check_search(made, self.max_rows, self.cache_tokens)
+        steering = made.steering
+        block = min(steering.block or self.block(steering, made.sampling.max_tokens), made.sampling.max_tokens)
+        prompts = [p for p in made.prompts for _ in range(steering.repeats)]
+        return prepare(
+            replace(made.process, block=block), prompts, edits=[list(made.edits)] * len(prompts),
+            sampler=steering.sampler, reward=made.reward, beta=steering.beta, seed=made.seed, max_rows=self.max_rows,
+            model=self.text,
+        )  # fmt: skip
+
+    def check_artifact(self, path: Path) -> None:
+        """Raise `InputError` where an artifact does not fit the model, or asks for other files."""
+        check_card(path)
+        with edit_errors(path, {}):
+            self.try_artifact(path)
+
+    # ---- what an engine gives
+
+    @abstractmethod
+    def read_edit(self, named: NamedEdit, beta: float) -> Edit:
+        """The edit of a request. Raises `InputError` with `steer.edits`."""
+
+    @abstractmethod
+    def process(self, read: Request, edits: Sequence[Any]) -> Any:
+        """What draws for a request."""
+
+    @abstractmethod
+    def try_artifact(self, path: Path) -> None:
+        """Raise where an artifact cannot be used."""
+
+    @abstractmethod
+    def check_edits(self, made: P) -> None:
+        """Raise `InputError` where the edits do not go together."""
+
+    @abstractmethod
+    def block(self, steering: Steering, tokens: int) -> int:
+        """Tokens in one step of a search, where the request does not say."""
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Raise `InputError` for what the engine cannot draw or report."""
+
+
+def decoding(sampling: Sampling) -> Decoding:
+    """How each token is drawn, as processes know it."""
+    return Decoding(
+        max_new_tokens=sampling.max_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
+        top_p=sampling.top_p, min_p=sampling.min_p, stop=sampling.stop,
+    )  # fmt: skip
+
+
+class ServedModel(Generic[P]):
+    """What every engine behind the server is and does before something runs: `preparer` reads requests for a model that
+    is called `name`. See `steer.serving.engine.Engine`.
+    """
+
+    name: str
+    preparer: Preparer[P]
+
+    def serve(self, preparer: Preparer[P], name: str, split_special_tokens: bool) -> None:
+        """Take a model over: requests are read one by one, and control tokens that messages spell are text."""
+        self.preparer, self.name = preparer, name
+        preparer.text.forget_prompts()
+        preparer.text.split_special_tokens = split_special_tokens
+
+    @property
+    def context_length(self) -> int | None:
+        return self.preparer.text.context_length
+
+    @property
+    def own_edits(self) -> tuple[str, ...]:
+        return ()
+
+    def check_artifact(self, path: Path) -> None:
+        self.preparer.check_artifact(path)
+
+    def prepare(self, task: Task) -> P:
+        return self.preparer(task)
+
+    def give_back_memory(self) -> None:
+        give_back_memory()
