@@ -90,6 +90,17 @@ def random_chain(rng: random.Random, v: int, length: int, zeros: float, ends: bo
     return (Ending if ends else TabularProcess)(rows[0], rows[1:], length)
 
 
+def near(rng: random.Random, chain: TabularProcess) -> TabularProcess:
+    """A chain whose log-laws are within 0.7 of another's, before they are normalised."""
+    g = torch.Generator().manual_seed(rng.randrange(1 << 30))
+    initial, transition = (
+        p * torch.exp(1.4 * torch.rand(p.shape, dtype=torch.float64, generator=g) - 0.7)
+        for p in (chain.initial, chain.transition)
+    )
+    transition = transition / transition.sum(1, keepdim=True)
+    return replace(chain, initial=initial / initial.sum(), transition=transition)
+
+
 @dataclass
 class Case:
     """What a seed drew. Prompts come in turns of `len(aims)` kinds; runs are repetitions of all kinds."""
@@ -130,9 +141,10 @@ def random_case(rng: random.Random, runs: int, product: bool = True) -> Case:
         wanted = None if rng.random() < 0.3 else [k for k in range(kinds) if rng.random() < 0.5]
         w = rng.choice([0.0, 0.5, 1.0, 1.5]) if not zeros else rng.choice([0.0, 0.5])
         if kind == "lean":
-            edit: TransitionEdit = Lean(torch.tensor([rng.uniform(-1, 1) for _ in range(v)], dtype=torch.float64))
+            edit: TransitionEdit = Lean(torch.tensor([rng.uniform(-0.5, 0.5) for _ in range(v)], dtype=torch.float64))
         else:
-            tuned = random_chain(rng, v, length, 0.0 if kind == "rlg" else zeros, ends)
+            # Weights towards the base have long tails where the other law is far from it.
+            tuned = near(rng, base) if kind == "rlg" else random_chain(rng, v, length, zeros, ends)
             edit = RLGuidance(tuned, w, "product" if kind == "product" else "base")
         asked = range(kinds) if wanted is None else wanted
         process = process.edited(edit, None if wanted is None else
