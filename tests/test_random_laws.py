@@ -90,6 +90,17 @@ def random_chain(rng: random.Random, v: int, length: int, zeros: float, ends: bo
     return (Ending if ends else TabularProcess)(rows[0], rows[1:], length)
 
 
+def near(rng: random.Random, chain: TabularProcess) -> TabularProcess:
+    """A chain whose log-laws are within 0.7 of another's, before they are normalised."""
+    g = torch.Generator().manual_seed(rng.randrange(1 << 30))
+    initial, transition = (
+        p * torch.exp(1.4 * torch.rand(p.shape, dtype=torch.float64, generator=g) - 0.7)
+        for p in (chain.initial, chain.transition)
+    )
+    transition = transition / transition.sum(1, keepdim=True)
+    return replace(chain, initial=initial / initial.sum(), transition=transition)
+
+
 @dataclass
 class Case:
     """What a seed drew. Prompts come in turns of `len(aims)` kinds; runs are repetitions of all kinds."""
@@ -130,9 +141,10 @@ def random_case(rng: random.Random, runs: int, product: bool = True) -> Case:
         wanted = None if rng.random() < 0.3 else [k for k in range(kinds) if rng.random() < 0.5]
         w = rng.choice([0.0, 0.5, 1.0, 1.5]) if not zeros else rng.choice([0.0, 0.5])
         if kind == "lean":
-            edit: TransitionEdit = Lean(torch.tensor([rng.uniform(-1, 1) for _ in range(v)], dtype=torch.float64))
+            edit: TransitionEdit = Lean(torch.tensor([rng.uniform(-0.5, 0.5) for _ in range(v)], dtype=torch.float64))
         else:
-            tuned = random_chain(rng, v, length, 0.0 if kind == "rlg" else zeros, ends)
+            # Weights towards the base have long tails where the other law is far from it.
+            tuned = near(rng, base) if kind == "rlg" else random_chain(rng, v, length, zeros, ends)
             edit = RLGuidance(tuned, w, "product" if kind == "product" else "base")
         asked = range(kinds) if wanted is None else wanted
         process = process.edited(edit, None if wanted is None else
@@ -140,7 +152,8 @@ def random_case(rng: random.Random, runs: int, product: bool = True) -> Case:
         for k in asked:
             mounted[k].append(edit)
             if kind == "product":
-                aims[k] = aims[k] * tuned.law()[1].exp() ** w * base.law()[1].exp().clamp_min(1e-300) ** -w
+                p, q = base.law()[1].exp(), tuned.law()[1].exp()
+                aims[k] = aims[k] * torch.where(p > 0, q / p.clamp_min(1e-300), 0.0) ** w
         words.append(f"{kind}(w={w}, wanted={wanted})")
     laws = []
     for edits in mounted:
@@ -183,7 +196,7 @@ def deviations(values: Tensor, truth: Tensor, bias: Any = 0.0, spread: Any = 0.0
     """Distances `[F]` of the means of independent runs `[R, F]` from the truth, in standard errors, of the sample or
     of a `spread` that is known; what rounding leaves, and a known bias of that share, are taken off.
     """
-    assert bool(values.isfinite().all())
+    assert bool(values.isfinite().all()) and bool(truth.isfinite().all())
     error = torch.maximum(values.std(0), torch.as_tensor(spread)) / len(values) ** 0.5
     gap = (values.mean(0) - truth).abs() - bias * truth.abs() - 1e-9 * (1 + truth.abs())
     return torch.where(gap <= 0, 0.0, gap / error.clamp_min(1e-12))
@@ -336,10 +349,10 @@ def worst_of_gaussian(rng: random.Random, seed: int, more: int) -> tuple[float, 
     sharp, centre, beta = rng.uniform(0.2, 1), rng.uniform(-1, 1), rng.choice([0.7, 1.0, 2.0])
     reward = lift(lambda outputs: -sharp / 2 * (outputs[:, 0] - centre) ** 2)
     process: Process = base
-    # With eta below 1 steps have so little noise that no weight makes up for a mean that was moved.
+    # Late steps have so little noise that no weight makes up for a mean that was moved far, or at all with eta below 1.
     edit: Any = rng.choice([None, "rlg", "gradient"]) if base.eta == 1 else None
     if edit == "rlg":
-        tuned = replace(base, means=(rng.uniform(-0.5, 0.5),))
+        tuned = replace(base, means=(base.means[0] + rng.uniform(-0.1, 0.1),))
         process = process.edited(RLGuidance(tuned, rng.choice([0.5, 1.0])), prompts=range(0, 2 * runs, 2))
     elif edit == "gradient":
         process = process.edited(GradientGuidance(reward, beta=4 * beta), prompts=range(0, 2 * runs, 2))
