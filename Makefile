@@ -18,8 +18,9 @@ quickstart: model
 model: $(BIN)/steer
 	$(BIN)/steer models fetch smollm2-135m
 
+# Two processes, a file of tests in one of them.
 test: $(BIN)/steer
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(BIN)/steer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow

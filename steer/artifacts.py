@@ -1,4 +1,4 @@
-"""What training leaves behind: one safetensors file with a card, or a control vector in llama.cpp's GGUF layout.
+"""Artifacts of training: one safetensors file with a card, or a control vector in llama.cpp's GGUF layout.
 
 Nothing here unpickles. A file that cannot be read is refused with one line that names the file and the reason.
 """

@@ -14,7 +14,7 @@ from steer.core import InputError, check
 from steer.core.errors import check_unicode, first_line
 from steer.core.messages import plain_messages
 
-__all__ = ["FORMATS", "plain_pair", "plain_row", "read_json", "read_table", "read_text"]
+__all__ = ["FORMATS", "plain_pair", "plain_row", "prompt_of", "read_json", "read_table", "read_text"]
 
 FORMATS = "JSON lines, a JSON list, CSV or parquet"
 _ENCODED = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -110,6 +110,12 @@ def _parquet(field: str, path: Path, allowed: str) -> list[dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------------------------- conversations
+
+
+def prompt_of(row: Any) -> Any:
+    """The prompt of a row, its column `prompt` or `messages`; a row that is no mapping is one itself."""
+    named = (row[name] for name in ("prompt", "messages") if name in row) if isinstance(row, Mapping) else iter(())
+    return next(named, row)
 
 
 def plain_row(row: Any, field: str) -> Any:

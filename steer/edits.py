@@ -1,4 +1,4 @@
-"""From artifacts to edits: an artifact's card says what it is, so one loader takes vectors, controllers and values."""
+"""Edits from artifacts: a card says what an artifact is, so one loader takes vectors, controllers and values."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from steer.core import Edit, Process, Prompt, Reward, Sampler, Samples, UnsupportedError, check, check_whole
+from steer.core.edit import Prompts
 from steer.core.errors import check_unicode
 from steer.core.names import check_known, check_meant, meant, our_names
 from steer.edits import as_edits
@@ -40,7 +41,7 @@ class Plan:
 
 def prepare(
     process: Process,
-    prompts: Prompt | Sequence[Prompt],
+    prompts: Prompts,
     *,
     edits: Any = (),
     sampler: Sampler | str | None = None,
@@ -120,7 +121,7 @@ class Model(ABC):
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt] = "",
+        prompts: Prompts = "",
         *,
         edits: Any = (),
         sampler: Sampler | str | None = None,
@@ -193,7 +194,7 @@ class Model(ABC):
         raise UnsupportedError(f"stream: {type(self).__name__} gives results when they are whole")
 
 
-def generate(source: Model | Process, prompts: Prompt | Sequence[Prompt] = "", **settings: Any) -> Samples:
+def generate(source: Model | Process, prompts: Prompts = "", **settings: Any) -> Samples:
     """Draw from a model or a process under edits, with a sampler and a reward.
 
     Args:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from steer.core import SteerError, check, check_whole
-from steer.data import FORMATS, read_table
+from steer.data import FORMATS, prompt_of, read_table
 from steer.files import as_json
 from steer.model import Model
 from steer.progress import ticking
@@ -51,7 +51,7 @@ def generate_file(
     """
     check_whole("batch", batch)
     rows = read_table("source", Path(source), f"prompts in {FORMATS}")
-    prompts = [_prompt(row) for _, row in rows]
+    prompts = [prompt_of(row) for _, row in rows]
     check(bool(prompts), "source", f"{source} (no prompts)", "at least one prompt")
     run = hashlib.sha256(repr([model.name, batch, seed, sorted((k, repr(v)) for k, v in settings.items())]).encode())
     name, target = run.hexdigest()[:12], Path(out)
@@ -73,10 +73,6 @@ def generate_file(
     except OSError as error:
         raise SteerError(f"cannot write {target}: {error.strerror or error}") from error
     return len(prompts) - done
-
-
-def _prompt(row: Any) -> Any:
-    return next((row[name] for name in ("prompt", "messages") if name in row), row) if isinstance(row, dict) else row
 
 
 def _kept(out: Path, run: str, prompts: list[Any]) -> int:

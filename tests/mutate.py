@@ -77,17 +77,17 @@ MUTATIONS = [
         "candidates are numbered on the CPU",
         "candidates = torch.arange(vocabulary, device=x.device).expand(len(x), -1)",
         "candidates = torch.arange(vocabulary).expand(len(x), -1)",
-        "test_edits and logits",
+        "test_edits and all",
     ),
     Mutation(
         "embeddings stay where the output head is",
-        "self.embeddings[candidates.to(self.embeddings.device)].to(hidden.device))",
-        "self.embeddings[candidates.to(self.embeddings.device)])",
+        "self.embeddings[candidates.to(self.embeddings.device)].to(hidden.device), left)",
+        "self.embeddings[candidates.to(self.embeddings.device)], left)",
         "test_blocks_on_two_devices",
     ),
     Mutation(
         "hidden states stay where the last block is",
-        "seen[0].to(out.logits.device) if seen else None",
+        "seen[0].to(logits.device) if seen else None",
         "seen[0] if seen else None",
         "test_blocks_on_two_devices",
     ),
@@ -99,8 +99,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a loaded value head stays on the CPU",
-        "head = head.eval().requires_grad_(False).to(model.device)",
-        "head = head.eval().requires_grad_(False)",
+        "head = _filled(lambda: made(info.width, hidden, horizon), tensors).to(model.device)",
+        "head = _filled(lambda: made(info.width, hidden, horizon), tensors)",
         "test_values_are_trained",
     ),
     Mutation(

@@ -1,4 +1,4 @@
-"""What the real `openai` client must find at every server: subclass `Contract` and give it a fixture `target`."""
+"""The contract of every server with the real `openai` client: subclass `Contract` and give it a fixture `target`."""
 
 from __future__ import annotations
 

@@ -126,6 +126,16 @@ def test_half_precision_is_no_fault() -> None:
             assert all(lm.body.allows(name) for name in ("pads", "chunks", "gaps", "branches", "shares"))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.ao.quantization", "ignore:.*quantize")
+def test_eight_bits_are_no_fault() -> None:
+    """Whose activations are rounded by the largest of the batch, so that rows do change each other a little."""
+    net = torch.ao.quantization.quantize_dynamic(llama(hidden_size=64), {torch.nn.Linear}, torch.qint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lm = steer.load(net, tokenizer=tokenizer())
+        assert all(lm.body.allows(name) for name in ("pads", "chunks", "gaps", "branches", "shares"))
+
+
 def test_the_name_that_the_library_has_today() -> None:
     """No warning of the library's: arguments go by the names that `forward` has."""
     from starlette.testclient import TestClient
@@ -163,9 +173,10 @@ def test_recurrent_models_are_served_with_searches(name: str) -> None:
     with TestClient(app, base_url="http://127.0.0.1:8000") as client:
         said = client.post("/v1/completions", json=plain)
         assert [c["text"] for c in said.json()["choices"]] == [text for text in want for _ in range(2)]
-        for sampler in ("fk", "best-of-n"):
-            steering = {"sampler": sampler, "reward": "length", "settings": {"n": 3}}
-            assert client.post("/v1/completions", json=search | {"steer": steering}).status_code in (200, 400)
+        for name in ("fk", "best-of-n"):
+            steering = {"sampler": name, "candidates": 3, "reward": "length"}
+            said = client.post("/v1/completions", json=search | {"steer": steering})
+            assert said.status_code == 200, said.text
 
 
 # -------------------------------------------------------------------------------------------------------- contexts

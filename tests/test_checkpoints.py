@@ -209,6 +209,18 @@ def test_an_encoder_is_refused(kind: str, tmp_path: Path) -> None:
         steer.load(saved(net, tmp_path))
 
 
+def test_a_masked_model_without_its_head_is_named(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        architectures=["BertForMaskedLM"], tie_word_embeddings=False,
+    )  # fmt: skip
+    folder = saved(transformers.BertModel(config), tmp_path)
+    found = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(found | {"architectures": ["BertForMaskedLM"]}))
+    with pytest.raises(SteerError, match=r"lacks weights of the network: cls\.predictions"):
+        steer.load(folder)
+
+
 # ------------------------------------------------------------------------------------------------------------- PEFT
 
 peft = pytest.importorskip("peft")

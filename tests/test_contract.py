@@ -1,4 +1,4 @@
-"""What every process must do, whatever engine it stands on. A new adapter adds its process to `PROCESSES`."""
+"""The contract of every process, whatever engine it stands on. A new adapter adds its process to `PROCESSES`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The pages: every block of Python and of commands in a README runs as it is written, in order, with short settings.
 
-A comment before a block says what a test needs to know: `<!-- slow -->` for the slow suite, `<!-- not run: WHY -->` for
-what needs another machine or the network. `steer serve` is started on a port of its own, which later blocks of the page
-then ask. The root's README runs with the embedded language model where it has been fetched, the other pages with the
-tiny one of the tests, and in the slow suite with the embedded one too.
+A comment before a block says what a test needs to know: `<!-- slow -->` for the slow suite, `<!-- not run: WHY -->`
+for what needs another machine or the network. `steer serve` is started on a port of its own, which later blocks of the
+page then ask. The root's README runs with the embedded language model where it has been fetched; the other pages run
+with the tiny one of the tests, and in the slow suite with the embedded one too.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ _SHORT = [
     (r"(max_new_tokens=|--max-new-tokens |max_tokens=)\d+", r"\g<1>5"),
     (r"neutral_prompts|value_prompts|keyword_prompts|race_prompts", "quickstart_prompts"),
     (r"recipes/sentiment_pairs.jsonl", "pairs.jsonl"),
+    (r"--strengths [\d.,]+", "--strengths 0.1"),
     (r"--set samples=\d+", "--set samples=2"),
 ]
 """What makes an example shorter, and neither what it calls nor what it shows."""
 
 _PAIRS = [
-    {"positive": f"the {x} is very good .", "negative": f"the {x} is very bad ."} for x in ("sun", "rain", "day", "dog")
+    {"positive": f"the {thing} is very good .", "negative": f"the {thing} is very bad ."}
+    for thing in ("sun", "rain", "day", "dog")
 ]
 
 

@@ -1,5 +1,5 @@
-"""What clients really send: messages sent back as they came, fields that say nothing, bodies as people write them, web
-pages; and fields of any type and size.
+"""Requests that clients really send: messages sent back as they came, fields that say nothing, bodies as people
+write them, web pages; and fields of any type and size.
 """
 
 from __future__ import annotations

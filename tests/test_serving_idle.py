@@ -1,4 +1,4 @@
-"""What a server does when nobody is inside: it gives freed memory back."""
+"""A server with nobody inside gives freed memory back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the server's engine is made of: drawing by rows, growing text, rows in slots, turns."""
+"""Parts of the server's engine: drawing by rows, growing text, rows in slots, turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedded diffusion model: a small class-conditional UNet of diffusers, how it is trained and how it is loaded.
+"""The embedded diffusion model: a small class-conditional UNet of diffusers, its training and its loading.
 
 `python -m steer.adapters.diffusers.fashion --data DIR --out DIR` repeats the whole recipe on Fashion-MNIST.
 """

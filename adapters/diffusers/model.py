@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from steer.core import Prompt, Reward, Sampler, Samples, check
+from steer.core import Reward, Sampler, Samples, check
+from steer.core.edit import Prompts
 from steer.diffusion import DiffusionProcess, Schedule
 from steer.diffusion.state import Denoiser
 from steer.model import Model
@@ -76,7 +77,7 @@ class DiffusionModel(Model):
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt] = "",
+        prompts: Prompts = "",
         *,
         edits: Any = (),
         sampler: Sampler | str | None = None,

@@ -1,1 +1,1 @@
-"""What all engines of language models share; it imports no engine."""
+"""Parts that all engines of language models share; no engine is imported."""

@@ -1,4 +1,4 @@
-"""How a language model's tokens are drawn: temperature, truncation, what ends a text.
+"""Settings of decoding: temperature, truncation, penalties, and what ends a text.
 
 Order at every step: the user's `LogitsProcessor`s and penalties, temperature, transition edits, truncation (top-k, then
 top-p, then min-p). So `beta` means what it says whatever the temperature, and the tilted law is what gets truncated.

@@ -1,4 +1,4 @@
-"""What models of tokens have in common, whatever runs them: prompts to token ids, and tokens to text."""
+"""Prompts to token ids and tokens to text, for any engine."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.generation import decoding_settings, fit_lengths, mention_own
 from steer.adapters.language.prompts import PromptReader
 from steer.core import InputError, ModelInfo, Prompt, PromptEdit, Reward, Sampler, Samples, check
+from steer.core.edit import Prompts
 from steer.edits import as_edits
 from steer.methods.samplers import SamplerSettings
 from steer.model import Model
@@ -76,18 +77,16 @@ class TextModel(Model):
     @overload  # type: ignore[override]  # names are checked, where the base class takes any
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt] = ...,
+        prompts: Prompts = ...,
         *,
         stream: Literal[False] = ...,
         **given: Unpack[TextSettings],
     ) -> Samples: ...
     @overload
-    def generate(
-        self, prompts: Prompt | Sequence[Prompt] = ..., *, stream: Any, **given: Unpack[TextSettings]
-    ) -> Any: ...
+    def generate(self, prompts: Prompts = ..., *, stream: Any, **given: Unpack[TextSettings]) -> Any: ...
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt] = "",
+        prompts: Prompts = "",
         *,
         edits: Any = (),
         sampler: Sampler | str | None = None,

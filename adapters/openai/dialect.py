@@ -1,4 +1,4 @@
-"""What is asked of an OpenAI-compatible endpoint and what its answers say: chat completions and completions."""
+"""Requests to an OpenAI-compatible endpoint and its answers: chat completions and completions."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from steer.adapters.openai.endpoint import Endpoint
 from steer.adapters.openai.process import EndpointProcess
 from steer.adapters.openai.results import Results
 from steer.core import InputError, Process, Prompt, Run, Sampler, Samples, check
+from steer.core.edit import Prompts
 from steer.model import Model, Plan, execute
 
 __all__ = ["EndpointModel", "load"]
@@ -149,13 +150,13 @@ class EndpointModel(Model):
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt] = "",
+        prompts: Prompts = "",
         *,
         seed: int | None = None,
         results: str | Path | None = None,
         **request: Any,
     ) -> Any:
-        """Generate for every prompt; `request` is as for other models (`steer.engine.Model.generate`). See
+        """Generate for every prompt; `request` is as for other models (`steer.model.Model.generate`). See
         `EndpointProcess` for what is exact and what is not.
 
         Args:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from steer.adapters.transformers.body import Body
 from steer.adapters.transformers.hidden import Rows
 from steer.adapters.transformers.rectangle import Track
 from steer.adapters.transformers.serving.slots import SlotRows
+from steer.core import UnsupportedError
 from steer.core.errors import first_line
 
 __all__ = ["Trial"]
@@ -42,6 +44,8 @@ class Trial:
         try:
             with torch.inference_mode():
                 worst = max(self._errors(layout))
+        except UnsupportedError as error:
+            return str(error)
         except Exception as error:  # of any library's model
             return f"{type(error).__name__}: {first_line(error)}"
         allowed = self.tolerance * (4 if layout == "single" else 1)
@@ -52,13 +56,15 @@ class Trial:
     @cached_property
     def tolerance(self) -> float:
         """The square root of the coarsest arithmetic's rounding: it grows through the layers, but not to what a missing
-        or surplus token does. A GPU may multiply float32 in ten bits; quantised weights are as coarse as bfloat16.
+        or surplus token does. A GPU may multiply float32 in ten bits.
         """
         dtypes = {p.dtype for p in self.body.network.parameters()}
-        eps = max((torch.finfo(d).eps for d in dtypes if d.is_floating_point and d.itemsize > 1), default=2**-7)
-        quantised = getattr(self.body.network, "is_quantized", False) or not all(d.is_floating_point for d in dtypes)
-        coarse = 2**-7 if quantised or not dtypes else 2**-10 if self.body.device.type != "cpu" else 0.0
-        return float(max(eps, coarse)) ** 0.5
+        eps = [torch.finfo(d).eps for d in dtypes if d.is_floating_point and d.itemsize > 1]
+        if _quantised(self.body.network):
+            eps.append(2**-6)
+        if self.body.device.type != "cpu":
+            eps.append(2**-10)
+        return float(max(eps, default=2**-6)) ** 0.5
 
     @cached_property
     def _reference(self) -> list[Tensor]:
@@ -70,14 +76,17 @@ class Trial:
             out = self.body.network(input_ids=tokens, **{k: v for k, v in given.items() if k in self.body.takes})
         wanted = (*tokens.shape, int(self.body.config.hidden_size))
         for layer in layers:
-            shape = tuple(seen[layer].shape) if layer in seen else None
-            if shape != wanted:
-                raise ValueError(f"block {layer} gives {shape} where {wanted} is one residual stream")
+            if layer not in seen:
+                raise UnsupportedError(f"block {layer} is not run on text alone")
+            if seen[layer].shape != wanted:
+                shape = tuple(seen[layer].shape)
+                raise UnsupportedError(f"block {layer} gives {shape} where {wanted} is one residual stream")
         return [out.logits[0, length - 1 : length + _NEW].float() for length in (_SHORT, _LONG)]
 
     def _error(self, logits: Tensor, row: int, step: int) -> float:
-        wanted = self._reference[row][step]
-        away = (logits.float() - wanted).square().mean().sqrt() / wanted.std().clamp_min(1e-30)
+        wanted, found = self._reference[row][step], logits.float()
+        gap = torch.where(found == wanted, 0.0, found - wanted)  # a token may be excluded by both, at -infinity
+        away = gap.square().mean().sqrt() / wanted[wanted.isfinite()].std().clamp_min(1e-30)
         return float(away) if bool(away.isfinite()) else float("inf")
 
     def _start(self, rows: Sequence[int]) -> Track:
@@ -182,3 +191,12 @@ class Trial:
             if isinstance(value, int) and any(word in name for word in ("window", "local", "chunk"))
         ]  # fmt: skip
         return min(_LONG + 1 + max([_WIDE, *(n for n in named if n <= 8192)]), (self.body.context or 2**20) - 2 * _NEW)
+
+
+def _quantised(network: Any) -> bool:
+    """Whether weights or activations are rounded to some eight bits: by the kinds of weights, or of modules that hold
+    none which torch knows of.
+    """
+    weights = any(not p.is_floating_point() or type(p.data) is not Tensor for p in network.parameters())
+    homes = {type(module).__module__ for module in network.modules()}
+    return weights or any("quant" in home or "bitsandbytes" in home for home in homes)

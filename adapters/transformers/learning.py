@@ -1,4 +1,4 @@
-"""What training through a frozen language model needs: prompts read once, differentiable replies, features of rollouts.
+"""Training through a frozen language model: prompts read once, differentiable replies, features of rollouts.
 
 Letters: `N` rows, `T` reply positions, `V` vocabulary, `D` width.
 """

@@ -18,6 +18,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenize
 
 from steer.adapters.language.model import shown
 from steer.adapters.language.prompts import PromptReader
+from steer.adapters.transformers.checkpoint import check_files, check_weights
 from steer.core import Prompt, RawText, Samples, SteerError, UnsupportedError, check
 from steer.core.errors import first_line
 from steer.masked import MaskedProcess
@@ -36,21 +37,26 @@ def load(
     device_map: Any = None,
     name: str | None = None,
     trust_remote_code: bool = False,
+    partial_weights: bool = False,
     **options: Any,
 ) -> MaskedLanguageModel:
     """A masked language model from a Hugging Face id, a local folder, or a loaded module with its tokenizer.
 
     `tokenizer` may be the name of another repository, for models that bring none (MDLM uses "gpt2"'s). `options` go to
     `from_pretrained`. Only safetensors weights are read, and code that a repository brings is run only with
-    `trust_remote_code`. Raises `SteerError` where nothing can be loaded.
+    `trust_remote_code`. Raises `SteerError` where nothing can be loaded, or weights are missing without
+    `partial_weights`.
     """
     network: Any = model
     try:
         if not isinstance(model, nn.Module):
-            network = AutoModelForMaskedLM.from_pretrained(
+            check_files(Path(model))
+            network, found = AutoModelForMaskedLM.from_pretrained(
                 str(model), dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code,
-                use_safetensors=True, **options,
+                use_safetensors=True, output_loading_info=True, **options,
             )  # fmt: skip
+            if not partial_weights:  # heads beside the masked one, such as BERT's next sentence, may be left over
+                check_weights({"missing_keys": found["missing_keys"]}, name or str(model))
             tokenizer = tokenizer or str(model)
         check(tokenizer is not None, "tokenizer", None, "the model's tokenizer, when a loaded model is given")
         if isinstance(tokenizer, str | Path):

@@ -1,4 +1,4 @@
-"""How the rest of steer talks to a vLLM engine: the same calls to a blocking engine and to an asynchronous one."""
+"""Calls to a vLLM engine, the same for a blocking engine and an asynchronous one."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def load(
 ) -> VLLMModel:
     """A model in vLLM: an embedded name, a Hugging Face id or a local folder.
 
-    `steer` are the plug-in's settings (see `steer.adapters._vllm_settings.Settings`), `engine` those of `vllm.LLM`,
+    `steer` are the plug-in's settings (see `steer.adapters.vllm.settings.Settings`), `engine` those of `vllm.LLM`,
     such as `dtype`, `max_model_len`, `enforce_eager`, `tensor_parallel_size`. Raises `SteerError` where vLLM is missing
     or of another version than those that steer knows.
     """

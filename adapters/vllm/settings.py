@@ -59,7 +59,7 @@ class Settings:
     """Tensor and pipeline parallel ranks."""
     speculative: bool
     tuned: tuple[tuple[str, str], ...] = ()
-    """Tuned models for RL guidance: names that requests use, and folders (see `steer.adapters._vllm_pair`)."""
+    """Tuned models for RL guidance: names that requests use, and folders (see `steer.adapters.vllm.plugin.mixture`)."""
 
 
 def settings_of(config: Any) -> Settings | None:

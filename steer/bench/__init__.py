@@ -1,1 +1,1 @@
-"""What steering costs, in figures: `python -m steer.bench`, run by `make bench`."""
+"""Benchmarks of what steering costs: `python -m steer.bench`, run by `make bench`."""

@@ -1,4 +1,4 @@
-"""What steering costs: `python -m steer.bench [names...] [--repeats R] [--json PATH] [--peers PYTHON]`.
+"""Benchmarks of what steering costs: `python -m steer.bench [names...] [--repeats R] [--json PATH] [--peers PYTHON]`.
 
 Every figure compares two things in CPU time of one thread, A B B A ..., and gives the median over pairs of runs with a
 95% interval; a machine's speed and its other work cancel. A figure passes where its median meets its bar and fails

@@ -1,4 +1,5 @@
-"""What only a GPU can show: `python -m steer.bench.gpu [--json FILE]`, or `make gpu`; under ten minutes on one card.
+"""Measurements that only a GPU can show: `python -m steer.bench.gpu [--json FILE]`, or
+`make gpu`; under ten minutes on one card.
 
 Tests on the device, parity of its precisions with float32 on the CPU, waits of the host for the device, what steering
 costs there, memory, and vLLM with captured graphs where an environment has it. One JSON holds all of it, and

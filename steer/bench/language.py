@@ -1,4 +1,4 @@
-"""What edits cost a language model."""
+"""Benchmarks of edits on a language model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What particles and trees cost beyond the network and the reward."""
+"""Benchmarks of particles and trees beyond the network and the reward."""
 
 from __future__ import annotations
 

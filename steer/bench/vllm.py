@@ -1,4 +1,4 @@
-"""What steering costs in vLLM: `python -m steer.bench.vllm`, in an environment that has vLLM.
+"""Benchmarks of steering in vLLM: `python -m steer.bench.vllm`, in an environment that has vLLM.
 
 The engine runs in this process, so that CPU time counts all of it. Tasks take turns; every figure is a ratio of times
 of the same work, and `engine` says how it was started.

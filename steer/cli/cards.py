@@ -1,4 +1,4 @@
-"""What `steer show` prints of a folder: the card of a policy or of a model."""
+"""Cards of folders, as `steer show` prints them: of a policy or of a model."""
 
 from __future__ import annotations
 

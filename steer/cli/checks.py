@@ -1,4 +1,4 @@
-"""Everything that can be told wrong before a model is loaded."""
+"""Checks of options that need no loaded model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from steer.cli.options import ImageOptions, ModelOptions, TextOptions
 from steer.cli.values import spelled
 from steer.core import Edit, InputError, check
-from steer.data import FORMATS, plain_pair, plain_row, read_json, read_table, read_text
+from steer.data import FORMATS, plain_pair, plain_row, prompt_of, read_json, read_table, read_text
 from steer.edits import load_edit, split_spec
 from steer.embedded import CARD_NAME, resolve
 from steer.loading import is_diffusion, is_endpoint, is_masked
@@ -124,17 +124,12 @@ def read_prompts(path: Path, field: str = "prompts", empty: bool = False) -> lis
     """Prompts of a file: texts or chats, or rows with a column `prompt` or `messages`; `empty` where a text may be "",
     which leaves an image model free.
     """
-    rows = [(where, _prompt(row)) for where, row in read_table(field, path, _PROMPTS)]
+    rows = [(where, prompt_of(row)) for where, row in read_table(field, path, _PROMPTS)]
     check(bool(rows), field, f"{path} (no prompts)", _PROMPTS)
     for where, prompt in rows:
         if not (empty and prompt == ""):
             check_prompt(where, prompt)
     return [prompt for _, prompt in rows]
-
-
-def _prompt(row: Any) -> Any:
-    """The prompt of a row that may be one itself."""
-    return next((row[name] for name in ("prompt", "messages") if name in row), row) if isinstance(row, dict) else row
 
 
 def check_prompt(field: str, prompt: Any) -> None:

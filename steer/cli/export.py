@@ -1,4 +1,4 @@
-"""From a steering vector to llama.cpp's file."""
+"""Export of a steering vector to llama.cpp's file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands do. A job checks its options before anything is loaded, and returns what is left to run."""
+"""Jobs behind the commands. A job checks its options before anything is loaded, and returns what is left to run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every command can be told: one declaration, read by the command line and by recipes alike.
+"""Options of every command, declared once for the command line and for recipes.
 
 A field is an option; its annotation carries type and help. Nothing heavy is imported here, so that help is quick.
 """

@@ -1,4 +1,4 @@
-"""What a command's work is given: where results go, and the models that are loaded."""
+"""Session of a command: where results go, and the models that are loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `steer generate` made, for people and as JSON: samples with their rewards and weights, and pictures."""
+"""Results of `steer generate` for people and as JSON: samples with their rewards and weights, and pictures."""
 
 from __future__ import annotations
 

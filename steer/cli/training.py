@@ -1,6 +1,4 @@
-"""What `steer train ...` does: everything is checked, then a vector, a controller, a value head, a policy or a model
-is trained.
-"""
+"""Jobs of `steer train ...`: a vector, a controller, a value head, a policy or a model, checked and then trained."""
 
 from __future__ import annotations
 

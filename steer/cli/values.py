@@ -1,4 +1,4 @@
-"""From text and YAML to typed settings, with errors that name what is allowed."""
+"""Typed settings from text and YAML, with errors that name what is allowed."""
 
 from __future__ import annotations
 

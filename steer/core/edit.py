@@ -16,6 +16,10 @@ Prompt = str | Sequence[dict[str, Any]]
 """Text, or a chat: `[{"role": "user", "content": "..."}]`."""
 
 
+Prompts = str | Sequence[Prompt | dict[str, Any]]
+"""One prompt, or a list of several."""
+
+
 class RawText(str):
     """Text to be continued as it stands, without the chat template."""
 

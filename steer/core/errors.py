@@ -1,4 +1,4 @@
-"""What `steer` refuses, in one line for the person who asked."""
+"""Errors of `steer`, in one line for the person who asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a diffusion chain is made of: the network that an adapter supplies, and rows at one noise level."""
+"""Parts of a diffusion chain: the network that an adapter supplies, and rows at one noise level."""
 
 from __future__ import annotations
 

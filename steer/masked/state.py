@@ -1,4 +1,4 @@
-"""What a masked diffusion chain is made of: the network that an adapter supplies, and rows of texts."""
+"""Parts of a masked diffusion chain: the network that an adapter supplies, and rows of texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What steering buys and costs: reward, drift, fluency and diversity as the strength grows, and where it breaks.
+"""Reports of an edit: reward, drift, fluency and diversity as the strength grows, and where texts break.
 
 Letters: `B` prompts, `N` texts.
 """

@@ -1,4 +1,4 @@
-"""What can be done to hidden rows `[..., D]`: the closed set that every engine applies.
+"""Operators on hidden rows `[..., D]`: the closed set that every engine applies.
 
 Directions are unit vectors `[D]`. Computation is in float32; the result has the dtype of the input.
 """

@@ -1,4 +1,4 @@
-"""Which nodes of a search tree a picture shows, and in which order they and their images stand."""
+"""Layout of a search tree's picture: the nodes it shows, and the order of them and of their images."""
 
 from __future__ import annotations
 

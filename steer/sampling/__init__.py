@@ -1,1 +1,1 @@
-"""What samplers are built from: weights, lookaheads, trees."""
+"""Parts that samplers are built from: weights, lookaheads, trees."""

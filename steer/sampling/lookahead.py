@@ -1,4 +1,4 @@
-"""What unfinished rows are worth: estimates of the soft value `V = beta log E[exp(r / beta) | state]`.
+"""Lookaheads for unfinished rows: estimates of the soft value `V = beta log E[exp(r / beta) | state]`.
 
 Samplers that weigh or choose in mid-generation take one of these. All are approximate except where they say otherwise;
 weighted samplers (FK steering, DTS) stay right with any of them, -infinity included, and are the better the closer it

@@ -1,4 +1,4 @@
-"""From an engine's events to what OpenAI's clients read, whole or as a stream of chunks."""
+"""Answers as OpenAI's clients read them, whole or as a stream of chunks, from an engine's events."""
 
 from __future__ import annotations
 

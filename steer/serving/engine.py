@@ -1,4 +1,4 @@
-"""What the server asks of an engine: a checked `Task` in, `Event`s out. Engines live in `steer.adapters`."""
+"""Contract between the server and an engine: a checked `Task` in, `Event`s out. Engines live in `steer.adapters`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many requests are let in, whether more come at all, and what it does when a client goes away."""
+"""Admission of requests: how many run or wait, whether more come at all, and clients that go away."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands before the application: the key, foreign web pages, and bodies that are too large."""
+"""Guards before the application: the key, foreign web pages, and bodies that are too large."""
 
 from __future__ import annotations
 

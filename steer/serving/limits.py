@@ -1,4 +1,4 @@
-"""How much one client, and all of them together, may ask for."""
+"""Limits on what one client, and all of them together, may ask for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the engines behind the server share: prompts become tokens, limits are checked, events find their way."""
+"""Requests as the engines behind the server share them: prompts to tokens, limits, and the way of events."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Which rewards a request may name: shipped ones that load nothing, those that the server's owner allowed, and those
-that were registered: an expression of the others, or a reward model in the folder of artifacts, under a name.
+"""Rewards that a request may name: shipped ones that load nothing, those that the server's owner allowed, and
+registered ones: an expression of the others, or a reward model in the folder of artifacts, under a name.
 
 Registered rewards are remembered in `FOLDER/registered/rewards.json`.
 """

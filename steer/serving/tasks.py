@@ -1,4 +1,4 @@
-"""From a request of OpenAI's kind to a `Task`: names are resolved and everything is counted before work starts."""
+"""Tasks from requests of OpenAI's kind: names are resolved and everything is counted before work starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request over the wire may say about steering: `{"steer": {...}}` beside OpenAI's fields.
+"""The `steer` field of a request over the wire: `{"steer": {...}}` beside OpenAI's fields.
 
 The server, the vLLM plug-in and the clients share these shapes. Names stand for artifacts that were registered before;
 nothing in a request is a path.

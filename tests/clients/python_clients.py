@@ -1,4 +1,4 @@
-"""What each Python client does with a steered server: `python python_clients.py NAME`.
+"""Python clients of a steered server, one a run: `python python_clients.py NAME`.
 
 The server's address, key, model and the name of a vector are in STEER_URL, STEER_KEY, STEER_MODEL and STEER_EDIT. Every
 client talks in two turns, sends the answer's message back as it came, streams where it can, and steers.

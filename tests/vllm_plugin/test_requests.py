@@ -1,4 +1,4 @@
-"""What needs no engine: requests and their refusal, keys of the cache, artifacts as bytes, closed forms, slots."""
+"""Parts that need no engine: requests and their refusal, keys of the cache, artifacts as bytes, closed forms, slots."""
 
 from __future__ import annotations
 

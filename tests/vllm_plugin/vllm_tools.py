@@ -1,4 +1,4 @@
-"""What the tests of vLLM share: an engine's settings, prompts and edits."""
+"""Tools that the tests of vLLM share: an engine's settings, prompts and edits."""
 
 from __future__ import annotations
 

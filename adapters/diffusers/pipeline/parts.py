@@ -1,4 +1,4 @@
-"""What a pipeline must have to be run a step at a time, and which arguments of its call are free."""
+"""Requirements on a pipeline that is run a step at a time, and the arguments of its call that stay free."""
 
 from __future__ import annotations
 

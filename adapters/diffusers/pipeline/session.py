@@ -1,4 +1,4 @@
-"""What a run changes in a pipeline object, and how it is put back."""
+"""Changes that a run makes to a pipeline object, and their undoing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a reward makes of a diffusion model's own samples: pairs to tune on, and a mean before and after."""
+"""Own samples of a diffusion model under a reward: pairs to tune on, and the mean before and after."""
 
 from __future__ import annotations
 

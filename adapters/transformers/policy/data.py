@@ -1,4 +1,4 @@
-"""What a policy is tuned on and how: hyper-parameters, checked, and rows of text as token ids.
+"""Data of text policies: checked hyper-parameters, and rows of text as token ids.
 
 Prompts go through `LanguageModel.encode`, so that a policy is tuned on the tokens that it will see; completions are
 followed by the model's end-of-sequence token.
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from steer.core import InputError, Prompt, check, check_whole
+from steer.core import InputError, check, check_whole
 from steer.core.errors import check_unicode
-from steer.data import plain_row
+from steer.data import plain_row, prompt_of
 
 if TYPE_CHECKING:
     from steer.adapters.transformers.model import LanguageModel
@@ -196,11 +196,6 @@ def read_rows(model: LanguageModel, data: Sequence[Any], tuning: Tuning) -> list
     least = 2 if tuning.method == "kto" and tuning.loss == "kto" else 1
     check(len(rows) >= least, "data", f"{len(rows)} rows", f"at least {least}: this loss compares rows with others")
     return rows
-
-
-def prompt_of(row: Any) -> Prompt:
-    """The prompt of a row that may be one itself."""
-    return row["prompt"] if isinstance(row, Mapping) and "prompt" in row else row
 
 
 def _end(model: LanguageModel) -> int:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from steer.adapters.transformers.model import LanguageModel
-from steer.adapters.transformers.policy.data import Tuning, check_targets, prompt_of, read_rows
+from steer.adapters.transformers.policy.data import Tuning, check_targets, read_rows
 from steer.adapters.transformers.policy.folder import open_network, save_network
 from steer.adapters.transformers.policy.raft import mean_reward, own_pairs, run_raft
 from steer.adapters.transformers.policy.trl import Online, fit, quiet, require_libraries
 from steer.artifacts import Card, data_hash
 from steer.core import Reward, check
+from steer.data import prompt_of
 from steer.files import replacing_folder
 from steer.progress import ticking
 from steer.rewards import as_reward

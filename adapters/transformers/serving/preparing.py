@@ -1,4 +1,4 @@
-"""What a request becomes for the transformers engine: edits that are kept, and a process that takes turns."""
+"""Preparation of requests for the transformers engine: edits that are kept, and a process that takes turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Who computes next: threads that run a stretch at a time, and queues that share one worker's time by weight."""
+"""Fair sharing of one worker thread between requests.
+
+A search pauses before every token, also inside a block, a lookahead's rollouts and the reading of its
+prompts, so that plain requests wait for one token at most. A sampler written as a generator of states
+could pause between its steps only: that is why a search has a thread of its own here, which never runs
+beside the worker.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What steering does inside the network: additions from a bank of rows, closed forms, and readings.
+"""Steering inside a block of the network: additions from a bank of rows, closed forms, and readings.
 
 Each armed block owns persistent buffers. They are filled between passes, and a pass reads them by the token's slot, so
 a compiled or captured network needs no Python of ours: `h + bank[slot]` for additions, and one closed form for every

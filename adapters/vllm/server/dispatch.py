@@ -1,4 +1,4 @@
-"""Which of two applications answers a request: steer's, or the server's own that it is part of."""
+"""Routes steered requests to steer's application and all others to vLLM's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request becomes for a vLLM engine: registered artifacts, and a process that knows what its drift is."""
+"""Preparation of requests for a vLLM engine: registered artifacts, and a process that knows its drift."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run that tunes a diffusion policy is given: its settings, a module with its chains, pairs of rows.
+"""Inputs of a run that tunes a diffusion policy: its settings, a module with its chains, pairs of rows.
 
 Letters: `N` rows; `C`, `H`, `W` of a row.
 """
