@@ -456,7 +456,7 @@ def test_rlg_is_bit_equal_to_base_and_tuned_at_0_and_1() -> None:
 class Optimal(TabularProcess):
     """The chain of p exp(r), from its soft values: a policy that was tuned to the optimum."""
 
-    def view(self, prefix: Tensor) -> Any:
+    def view(self, prefix: Tensor, prompts: Any = None) -> Any:
         context = super().view(prefix)
         t = prefix.shape[1]
         at = (prefix * torch.tensor([3 ** (t - 1 - i) for i in range(t)], dtype=torch.long)).sum(1)
