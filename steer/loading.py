@@ -58,8 +58,9 @@ def load(model: Any, *, engine: str = "transformers", kind: str | None = None, *
     `engine` is what runs a language model: `transformers`, or `vllm` (see `steer.adapters.vllm.load`). `kind` is
     "text", "masked", "images" or "endpoint", where one of them is wanted and any other refused; a type checker, which
     cannot look into a folder, takes a name without it for a language model's. `options` go to the adapter: `dtype`,
-    `device`, `device_map`, `trust_remote_code` (off), and the library's own. Raises `InputError`, and `SteerError`
-    where nothing can be loaded.
+    `device`, `device_map`, `trust_remote_code` (off), and the library's own; of language models through transformers
+    also `check` (on: a few tokens are tried against the library), `partial_weights` (off) and `context_length`. Raises
+    `InputError`, and `SteerError` where nothing can be loaded.
     """
     check(engine in _ENGINES, "engine", engine, ", ".join(_ENGINES))
     check(kind is None or kind in _KINDS, "kind", kind, ", ".join(_KINDS))

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from steer.adapters.language.texts import GrowingText, token_text
+from steer.adapters.transformers.process import TokenModel
 from steer.adapters.transformers.serving import rowwise
 from steer.adapters.transformers.serving.slots import SlotRows, TrackRows
 from steer.adapters.transformers.state import TextContext
@@ -22,9 +23,6 @@ from steer.adapters.transformers.tracking import AnyTrack, Track
 from steer.core import Context, InputError, Process, Samples, SteerError, TransitionEdit, UnsupportedError
 from steer.sampling.laws import divergence
 from steer.serving.engine import Sampling, TokenLogprob
-
-if TYPE_CHECKING:
-    from steer.adapters.transformers.model import LanguageModel
 
 __all__ = ["Batch", "Row"]
 
@@ -37,7 +35,7 @@ class Row:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: TokenModel,
         sampling: Sampling,
         choice: int,
         seed: int,
@@ -119,7 +117,7 @@ class _RowsContext:
 class Batch:
     """Rows that decode together. Of a `shared` batch rows join and leave between steps; others are read once."""
 
-    def __init__(self, model: LanguageModel, track: AnyTrack | None = None) -> None:
+    def __init__(self, model: TokenModel, track: AnyTrack | None = None) -> None:
         self.model = model
         self.rows: list[Row] = []
         self.shared = track is None
@@ -190,7 +188,7 @@ class Batch:
     def _context(self, rows: Sequence[int], base: Tensor) -> Context:
         written = [self.rows[i].tokens for i in rows]
         width = max(len(tokens) for tokens in written)
-        pad = self.model.pad_token_id
+        pad = self.model.body.pad_token_id
         prefix = torch.tensor([[*tokens, *[pad] * (width - len(tokens))] for tokens in written], dtype=torch.long)
         prefix = prefix.to(base.device)
         left = torch.tensor([self.rows[i].left for i in rows]).to(base.device)
