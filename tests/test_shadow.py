@@ -21,7 +21,14 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from shadow_device import Shadow, waits
 from tiny_pipelines import PIPELINES, ddim, network
 from torch import Tensor, nn
-from transformers import LlamaForSequenceClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 from transformers.generation.logits_process import TemperatureLogitsWarper
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
@@ -570,6 +577,21 @@ def test_half_precision(dtype: str, edit: str, tiny_lm_dir: Path) -> None:
         assert_equal(here, there)
     assert there.log_prob.dtype == torch.float64 and bool(torch.isfinite(there.log_prob).all())
     assert bool(torch.isfinite(there.kl).all())
+
+
+@pytest.mark.filterwarnings("error:.*not right where")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_deep_models_in_half_precision_take_rows_of_unequal_length(dtype: str, pair: Pair) -> None:
+    """What is tried at load does not itself overflow in float16, and so take good padding for bad."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            **{**pair[0].config.to_dict(), "num_hidden_layers": 24, "initializer_range": 0.02, "dtype": dtype}
+        )
+        network = LlamaForCausalLM(config).to(DEVICE, getattr(torch, dtype))
+    model = LanguageModel(network, pair[0].tokenizer, "deep")
+    assert bool(torch.isfinite(model.generate(PROMPTS, seed=0, max_new_tokens=3).log_prob).all())
+    assert model.body.layout.known["pads"]
 
 
 @pytest.mark.parametrize(

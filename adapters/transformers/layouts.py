@@ -90,14 +90,16 @@ class Trial:
         return float(away) if bool(away.isfinite()) else float("inf")
 
     def _start(self, rows: Sequence[int]) -> Track:
-        """The prompt pass. What blocks give for padding is spoilt, as edits may: nobody is to see it."""
+        """The prompt pass. What blocks give for padding is spoilt, as edits may: nobody is to see it.
+        (It does not grow from block to block: float16 overflows in sixteen doublings, and 0 times infinity is NaN.)
+        """
         body = self.body
         tokens, mask = rectangle.left_padded([self.rows[i][:-_NEW] for i in rows], body.pad_token_id, body.device)
         position = (mask.cumsum(1) - 1).clamp_min(0)
         padded, cache = bool((mask == 0).any()), body.new_cache()
 
         def spoil(hidden: Tensor) -> Tensor:
-            return torch.where(mask.to(hidden.device).unsqueeze(-1) == 0, 1 - 2 * hidden, hidden)
+            return torch.where(mask.to(hidden.device).unsqueeze(-1) == 0, 1 - hidden, hidden)
 
         spoilt: dict[int, Rows] = dict.fromkeys(range(len(body.blocks)), spoil) if padded else {}
         logits, _ = body.forward(tokens, mask if padded else None, position, cache, spoilt)

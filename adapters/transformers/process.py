@@ -227,7 +227,8 @@ class TextProcess(Process):
         return state.finished.cpu() | (state.filled >= self.columns)
 
     def propose(self, state: TextState, generator: torch.Generator) -> TextState:
-        state = replace(state, waiting=torch.zeros_like(state.finished) if self.until else None)
+        if self.until:
+            state = replace(state, waiting=torch.zeros_like(state.finished))
         for _ in range(self.block):
             if self.done(state) or state.resting:
                 break

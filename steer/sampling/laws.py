@@ -39,6 +39,9 @@ def truncate(law: Tensor, top_k: Setting = 0, top_p: Setting = 1.0, min_p: Setti
     """The log-law `[..., V]` cut by top-k (0 is off), top-p (1 is off) and min-p (0 is off), normalised again. Rows
     without a cut keep their bits.
     """
+    numbers = not any(isinstance(x, Tensor) for x in (top_k, top_p, min_p))
+    if numbers and not (top_k or top_p < 1 or min_p):
+        return law
     k, p, least = torch.as_tensor(top_k), torch.as_tensor(top_p), torch.as_tensor(min_p)
     k = torch.where(k < law.shape[-1], k, 0)
     cuts = (k > 0) | (p < 1) | (least > 0)

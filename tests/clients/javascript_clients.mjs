@@ -25,11 +25,13 @@ async function openai() {
   assert.notEqual(steered.choices[0].message.content, first.content);
   assert.ok(steered.steer.cost.generated_tokens > 0);
   assert.ok((await client.completions.create({ ...plain, prompt: "The sun" })).choices[0].text);
+  const tools = [{ type: "function", function: { name: "f", parameters: { type: "object" } } }];
+  await assert.rejects(client.chat.completions.create({ ...plain, messages: ask, tools }), /tools/);
 }
 
 async function vercel() {
   const { createOpenAICompatible } = await load("@ai-sdk/openai-compatible");
-  const { generateText, streamText } = await load("ai");
+  const { generateText, jsonSchema, streamText, tool } = await load("ai");
   const provider = createOpenAICompatible({ name: "here", baseURL, apiKey });
   const plain = { model: provider(model), maxOutputTokens: 12, temperature: 0 };
   const first = await generateText({ ...plain, messages: ask });
@@ -41,6 +43,8 @@ async function vercel() {
   assert.equal(streamed, first.text);
   const steered = await generateText({ ...plain, messages: ask, providerOptions: { here: { steer } } });
   assert.notEqual(steered.text, first.text);
+  const tools = { f: tool({ description: "x", inputSchema: jsonSchema({ type: "object", properties: {} }) }) };
+  await assert.rejects(generateText({ ...plain, messages: ask, tools, maxRetries: 0 }), /tools/);
 }
 
 const clients = { "openai (JavaScript)": [openai, "openai"], "Vercel AI SDK": [vercel, "ai"] };

@@ -23,13 +23,16 @@ def _differs(plain: str, steered: str) -> None:
     assert plain and steered and plain != steered, (plain, steered)
 
 
-def _is_refused(call: Callable[[], Any], field: str) -> None:
+def _is_refused(call: Callable[[], Any], field: str, status: str = "400") -> None:
     try:
         call()
     except Exception as error:
-        assert field in str(error) and "400" in str(error), error
+        assert field in str(error) and status in f"{error} {getattr(error, 'status_code', '')}", error
     else:
         raise AssertionError(f"{field} was taken")
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "x", "parameters": {"type": "object"}}}]
 
 
 def openai() -> None:
@@ -49,6 +52,9 @@ def openai() -> None:
     _differs(first.content, steered.choices[0].message.content)
     assert steered.steer["cost"]["generated_tokens"] > 0
     assert client.completions.create(model=MODEL, prompt="The sun", **PLAIN).choices[0].text
+    _is_refused(lambda: create(model=MODEL, messages=ASK, tools=TOOLS), "tools")
+    _is_refused(lambda: create(model=MODEL, messages=ASK, response_format={"type": "json_object"}), "response_format")
+    _is_refused(lambda: client.responses.create(model=MODEL, input="x"), "/v1/chat/completions", "404")
 
 
 def langchain_openai() -> None:
@@ -76,6 +82,7 @@ def litellm() -> None:
     assert "".join(c.choices[0].delta.content or "" for c in streamed) == first.content
     steered = litellm.completion(messages=ASK, extra_body=STEER, **made).choices[0].message
     _differs(first.content, steered.content)
+    _is_refused(lambda: litellm.completion(messages=ASK, tools=TOOLS, num_retries=0, **made), "tools")
 
 
 def llama_index() -> None:
