@@ -274,7 +274,6 @@ def test_names_that_mean_something_else_are_told(given: dict[str, Any], said: st
 
 def test_the_signature_has_every_setting(tiny_lm: Any) -> None:
     import inspect
-    import typing
     from dataclasses import fields
 
     from steer.adapters.language.decoding import Decoding
@@ -284,7 +283,7 @@ def test_the_signature_has_every_setting(tiny_lm: Any) -> None:
     names = set(inspect.signature(tiny_lm.generate).parameters)
     assert {f.name for f in fields(Decoding)} <= names
     ours = names - {"prompts", "stream", "more"} | {f for name in SAMPLERS for f in sampler_fields(name)}
-    assert ours <= set(typing.get_type_hints(TextSettings)) and TextModel.generate.__doc__
+    assert ours <= set(TextSettings.__annotations__) and TextModel.generate.__doc__
     assert all(name in TextModel.generate.__doc__ for name in names)
 
 
