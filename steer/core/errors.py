@@ -18,8 +18,8 @@ class InputError(SteerError, ValueError):
 
     def __init__(self, field: str, given: object, allowed: str) -> None:
         shown = repr(given)
-        if len(shown) > 120:  # the end often says what is wrong with what the beginning names
-            shown = f"{shown[:52]}...{shown[-65:]}"
+        if len(shown) > 160:  # the end often says what is wrong with what the beginning names
+            shown = f"{shown[:57]}...{shown[-100:]}"
         self.field, self.given, self.allowed = field, given, allowed
         super().__init__(f"{field}: got {shown}; allowed: {allowed}")
 
