@@ -377,19 +377,19 @@ def test_training_resumes_to_the_same_bits(tiny_lm: LanguageModel, tmp_path: Pat
         train_value(tiny_lm, prompts, counted, work=tmp_path / "b", **settings)
     from steer.train import loop
 
-    real, seen = loop._checkpoint, 0
+    real, seen = loop.save_state, 0
 
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args: Any, **facts: Any) -> None:
         nonlocal seen
-        real(*args)
+        real(*args, **facts)
         seen += 1
         if seen == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "_checkpoint", interrupted)
+    monkeypatch.setattr(loop, "save_state", interrupted)
     with pytest.raises(KeyboardInterrupt):  # and again in the middle of the fit
         train_value(tiny_lm, prompts, counted, work=tmp_path / "b", **settings)
-    monkeypatch.setattr(loop, "_checkpoint", real)
+    monkeypatch.setattr(loop, "save_state", real)
     resumed = train_value(tiny_lm, prompts, counted, work=tmp_path / "b", **settings)
     assert calls == 5  # four batches of rollouts, one of them begun twice
     assert all(torch.equal(whole.tensors[k], resumed.tensors[k]) for k in whole.tensors)
@@ -408,7 +408,7 @@ def test_fit_minimises_and_refuses_foreign_state(tmp_path: Path) -> None:
 
     module = nn.Linear(3, 1)
     batches = list(torch.arange(64).split(8))
-    history = fit(module, batches, loss, epochs=80, learning_rate=0.05, settings={"a": 1}, work=tmp_path)
+    history = fit(module, batches, loss, epochs=80, learning_rate=0.05, run={"a": 1}, work=tmp_path)
     assert history[-1] < 1e-3 < history[0]
     with pytest.raises(InputError, match="work"):
-        fit(nn.Linear(3, 1), batches, loss, epochs=2, learning_rate=0.1, settings={"a": 2}, work=tmp_path)
+        fit(nn.Linear(3, 1), batches, loss, epochs=2, learning_rate=0.1, run={"a": 2}, work=tmp_path)
