@@ -65,6 +65,7 @@ def _lines(what: str, total: int) -> Callable[..., None]:
         if now - last >= EVERY:
             last, left = now, (now - began) / max(done, 1) * max(total - done, 0)
             told = f", {seen}" if seen else ""
-            print(f"{what}: {done} of {total}{told}, {now - began:.0f} s, {left:.0f} s left", file=sys.stderr, flush=True)
+            passed = f"{now - began:.0f} s, {left:.0f} s left"
+            print(f"{what}: {done} of {total}{told}, {passed}", file=sys.stderr, flush=True)
 
     return tick

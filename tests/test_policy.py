@@ -151,7 +151,7 @@ def test_preferences_raise_the_margin_of_prompts_held_out(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("divergence", data.DIVERGENCES)
-@pytest.mark.parametrize("loss", data.LOSSES["dpo"])
+@pytest.mark.parametrize("loss", data.OBJECTIVES["dpo"].losses)
 def test_every_loss_of_dpo_raises_the_margin(tiny_lm: Any, tmp_path: Path, loss: str, divergence: str) -> None:
     if divergence != "reverse_kl" and loss not in data._DIFFERENCES:
         pytest.skip("not defined")
@@ -176,7 +176,10 @@ def test_dpo_reaches_its_closed_form(tiny_lm: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "loss",
-    [loss if loss in ("dapo", "grpo") else pytest.param(loss, marks=pytest.mark.slow) for loss in data.LOSSES["grpo"]],
+    [
+        loss if loss in ("dapo", "grpo") else pytest.param(loss, marks=pytest.mark.slow)
+        for loss in data.OBJECTIVES["grpo"].losses
+    ],
 )
 def test_grpo_raises_the_reward(tiny_lm: Any, tmp_path: Path, loss: str) -> None:
     out = tune(tiny_lm, "grpo", tmp_path / "p", loss=loss, beta=0.0 if loss == "grpo" else 0.02, learning_rate=2e-2)
@@ -215,17 +218,13 @@ def test_rows_are_the_tokens_of_encode_and_an_end(tiny_lm: Any) -> None:
     assert all(row["completion_ids"] == completion for row in rows)
     ended = data.read_rows(tiny_lm, [{"prompt": "hello", "completion": "is nice </s>"}], tuning)
     assert ended[0]["completion_ids"] == completion
-    columns = trainers._columns("sft", rows[:1], tuning)[0]
+    columns = trainers._columns("SFT", rows[:1], tuning)[0]
     assert columns["labels"] == [-100] * len(rows[0]["prompt_ids"]) + completion
 
 
-def _tuning(method: str, **more: Any) -> data.Tuning:
-    default: dict[str, Any] = {
-        "loss": None, "learning_rate": None, "lora_rank": 4, "lora_alpha": None, "beta": 0.1, "epochs": 1,
-        "f_divergence": "reverse_kl", "lora_targets": "all-linear", "steps": None, "batch_size": 2, "group_size": 2,
-        "max_new_tokens": 4, "temperature": 1.0, "rounds": 1, "seed": 0,
-    }  # fmt: skip
-    return data.Tuning.create(method=method, **{**default, **more})
+def _tuning(method: Any, **more: Any) -> data.PolicySettings:
+    default: dict[str, Any] = {"lora_rank": 4, "batch_size": 2, "group_size": 2, "max_new_tokens": 4}
+    return data.PolicySettings(method=method, **{**default, **more})
 
 
 def test_kto_compares_with_completions_of_other_rows() -> None:

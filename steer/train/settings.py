@@ -52,7 +52,7 @@ Real = Annotated[float, Field(allow_inf_nan=False), _NUMBER]
 Share = Annotated[float, Field(ge=0, le=1), _NUMBER]
 Part = Annotated[float, Field(ge=0, lt=1), _NUMBER]
 Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
-Seed = Annotated[int, Field(ge=0, lt=2**32), _NUMBER]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1), _NUMBER]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -121,7 +121,9 @@ def describe(hint: Any) -> str | None:
     words = {int: "an integer", float: "a number", bool: "true, false", str: "text"}.get(inner)
     if words is None or not bounds:
         return words
-    low = f"of {bounds[Ge]:g} or more" if Ge in bounds else f"above {bounds[Gt]:g}" if Gt in bounds else ""
+    if Ge in bounds and Le in bounds and Gt not in bounds:
+        return f"{words} from {bounds[Ge]:g} to {bounds[Le]:.10g}"
+    low = f"above {bounds[Gt]:g}" if Gt in bounds else f"of {bounds[Ge]:g} or more" if Ge in bounds else ""
     high = f"at most {bounds[Le]:g}" if Le in bounds else f"below {bounds[Lt]:.10g}" if Lt in bounds else ""
     return f"{words} {', '.join(filter(None, (low, high)))}"
 
