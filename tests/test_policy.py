@@ -21,6 +21,7 @@ from steer.rewards.algebra import Composable
 trl = pytest.importorskip("trl")
 pytest.importorskip("peft")
 
+from steer.adapters.language.blocks import decoder_blocks  # noqa: E402
 from steer.adapters.transformers.policy import data, raft, tuning  # noqa: E402
 from steer.adapters.transformers.policy import trl as trainers  # noqa: E402
 from steer.adapters.transformers.policy.folder import load_policy, save_network  # noqa: E402
@@ -225,6 +226,25 @@ def test_rows_are_the_tokens_of_encode_and_an_end(tiny_lm: Any) -> None:
 def _tuning(method: Any, **more: Any) -> data.PolicySettings:
     default: dict[str, Any] = {"lora_rank": 4, "batch_size": 2, "group_size": 2, "max_new_tokens": 4}
     return data.PolicySettings(method=method, **{**default, **more})
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "left"),
+    [("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}, "experts"),
+     ("Mixtral", {"num_local_experts": 4}, ""), ("Llama", {}, "")],
+)  # fmt: skip
+def test_weights_that_lora_leaves_out_are_named(kind: str, more: dict[str, Any], left: str) -> None:
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, **more,
+    )  # fmt: skip
+    network = getattr(transformers, f"{kind}ForCausalLM")(config)
+    adapted = get_peft_model(network, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    found = trainers._left_out(adapted, decoder_blocks(adapted))
+    assert (left in found and "of the blocks' weights" in found) if left else found == ""
 
 
 def test_kto_compares_with_completions_of_other_rows() -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "Seed",
     "Share",
     "Texts",
+    "UNSET",
     "Whole",
     "check_known",
     "describe",
@@ -44,6 +45,8 @@ def _number(value: Any) -> Any:
 
 
 _NUMBER = BeforeValidator(_number)
+UNSET: Any = None
+"""A default that depends on other fields, which `__post_init__` fills in."""
 Whole = Annotated[int, Field(ge=0), _NUMBER]
 Count = Annotated[int, Field(ge=1), _NUMBER]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _NUMBER]

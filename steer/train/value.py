@@ -146,7 +146,7 @@ def _fit(
     """A head in the units of `data`, and the mean loss of each epoch."""
     torch.manual_seed(settings.seed)
     kind = QHead if settings.head == "q" else ValueHead
-    network = kind(width, settings.hidden, settings.max_new_tokens)
+    network: Any = kind(width, settings.hidden, settings.max_new_tokens)
     network.norm = nn.Identity()  # states are normalised and whitened once
     count = _learnt(data, settings)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed))

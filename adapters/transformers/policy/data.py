@@ -16,7 +16,7 @@ from torch import nn
 from steer.core import InputError, check, check_whole
 from steer.core.errors import check_unicode
 from steer.data import plain_row, prompt_of
-from steer.train.settings import Count, Finite, Positive, Seed, Whole, settings_class
+from steer.train.settings import UNSET, Count, Finite, Positive, Seed, Whole, settings_class
 
 if TYPE_CHECKING:
     from steer.adapters.transformers.model import LanguageModel
@@ -65,7 +65,7 @@ class PolicySettings:
     """
     beta: Finite = 0.1
     """KL coefficient of dpo, kto and grpo (there 0 is off)."""
-    loss: str | None = None
+    loss: str = UNSET
     """TRL's name; default: nll, sigmoid, kto, dapo. For dpo several joined by `+`, of equal weight."""
     f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
     """Between policy and model, for dpo."""
@@ -75,7 +75,7 @@ class PolicySettings:
     """Default: twice the rank."""
     lora_targets: str = "all-linear"
     """ "all-linear" (without the output head), or names of modules joined by commas."""
-    learning_rate: Positive | None = None
+    learning_rate: Positive = UNSET
     """Default by method; the schedule is a cosine. Weight decay and dropout are 0."""
     epochs: Count = 1
     """Passes over the data."""
@@ -121,7 +121,7 @@ class PolicySettings:
 
     @property
     def losses(self) -> list[str]:
-        return (self.loss or "").split("+")
+        return self.loss.split("+")
 
     @property
     def online(self) -> bool:

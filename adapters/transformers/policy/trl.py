@@ -107,7 +107,8 @@ def fit(
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
         log = trainer.state.log_history
         network = trainer.accelerator.unwrap_model(trainer.model)
-    return Fitted(network, *([float(e[k]) for e in log if k in e] for k in ("loss", "reward")), left_out)
+    loss, reward = ([float(e[k]) for e in log if k in e] for k in ("loss", "reward"))
+    return Fitted(network, loss, reward, left_out)
 
 
 @dataclass

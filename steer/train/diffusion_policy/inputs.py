@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from steer.core import Prompt, check
 from steer.diffusion import DiffusionProcess
-from steer.train.settings import Count, Finite, Part, Positive, Real, Seed, Share, Whole, settings_class
+from steer.train.settings import UNSET, Count, Finite, Part, Positive, Real, Seed, Share, Whole, settings_class
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ class DiffusionPolicySettings:
 
     method: Literal["dpo", "seppo", "pg"]
     """Diffusion-DPO, SePPO, or a policy gradient on the stochastic chain, clipped as in PPO."""
-    beta: Finite | None = None
+    beta: Finite = UNSET
     """dpo, seppo: strength of the pull to the reference, with the number of noise levels folded in (default 5000); pg:
     KL coefficient in reward for each nat (default 1), 0 is off.
     """
-    learning_rate: Positive | None = None
+    learning_rate: Positive = UNSET
     """Of AdamW without weight decay; constant; default by method. The norm of a gradient is cut to 1; for pg, whose
     gradients are skewed where groups are small, to ten times the median of its last updates.
     """
-    steps: Count | None = None
+    steps: Count = UNSET
     """Updates (default 200); for pg those on every round of samples (default 2)."""
     rounds: Count = 20
     """Of samples, for pg."""
@@ -104,7 +104,7 @@ class DiffusionPolicySettings:
     @property
     def total(self) -> int:
         """Updates of the whole run."""
-        return (self.steps or 0) * (self.rounds if self.method == "pg" else 1)
+        return self.steps * (self.rounds if self.method == "pg" else 1)
 
     @property
     def chain(self) -> dict[str, Any]:

@@ -55,7 +55,11 @@ class State:
         if self.path is None:
             return
         earlier = {f"{i}.{name}": x for i, kept in enumerate(self.buffer) for name, x in kept.items()}
-        parts = {"weights": self.weights, "buffer": earlier, "average": self.mean.state_dict() if self.mean else {}}
+        parts: dict[str, Any] = {
+            "weights": self.weights,
+            "buffer": earlier,
+            "average": self.mean.state_dict() if self.mean else {},
+        }
         save_state(self.path, self.run, parts, self.optimizer, step=self.step, history=self.history)
 
     @torch.no_grad()

@@ -77,7 +77,7 @@ def tune(
     _check_fit(policy, settings, prompts, pairs, reward, earlier)
     weights = policy.weights()
     check(bool(weights), "policy", type(policy.module).__name__, "a module with parameters that require a gradient")
-    optimizer = torch.optim.AdamW(weights.values(), lr=settings.learning_rate or 0.0, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights.values(), lr=settings.learning_rate, weight_decay=0.0)
     state = State(weights, optimizer, settings, run or settings.recipe(), work)
     state.resume()
     tuner: Online | Offline

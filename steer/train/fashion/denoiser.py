@@ -121,7 +121,8 @@ def train_denoiser(
         tick(first)
         for step in range(first, settings.steps):
             optimizer.zero_grad()
-            loss = velocity_loss(module, *(x.to(device) for x in _drawn(images, labels, settings, step)), alphas)
+            clean, shown, level, noise = (x.to(device) for x in _drawn(images, labels, settings, step))
+            loss = velocity_loss(module, clean, shown, level, noise, alphas)
             loss.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
