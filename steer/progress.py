@@ -31,29 +31,41 @@ def bar() -> Any:
 
 
 @contextmanager
-def ticking(shown: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
+def ticking(shown: bool, what: str, total: int) -> Iterator[Callable[..., None]]:
     """A bar over `total` units of work, or, where standard error is no terminal, a line every 30 s; the function that
-    it gives advances it. Shows nothing unless asked.
+    it gives advances it by a count, and shows a text such as a loss beside it. Shows nothing unless asked.
     """
     if not shown:
-        yield lambda count: None
+        yield lambda count, seen="": None
     elif not sys.stderr.isatty():
         yield _lines(what, total)
     else:
         with bar() as progress:
             task = progress.add_task(what, total=total)
-            yield lambda count: progress.advance(task, count)
+
+            def advance(count: int, seen: str = "") -> None:
+                progress.update(task, advance=count, description=f"{what}, {seen}" if seen else what)
+
+            yield advance
 
 
-def _lines(what: str, total: int) -> Callable[[int], None]:
+def note(shown: bool, text: str) -> None:
+    """A line on standard error, such as where a run goes on. Shows nothing unless asked."""
+    if shown:
+        print(f"steer: {text}", file=sys.stderr, flush=True)
+
+
+def _lines(what: str, total: int) -> Callable[..., None]:
     began = last = time.monotonic()
     done = 0
 
-    def tick(count: int) -> None:
+    def tick(count: int, seen: str = "") -> None:
         nonlocal done, last
         done, now = done + count, time.monotonic()
         if now - last >= EVERY:
             last, left = now, (now - began) / max(done, 1) * max(total - done, 0)
-            print(f"{what}: {done} of {total}, {now - began:.0f} s, {left:.0f} s left", file=sys.stderr, flush=True)
+            told = f", {seen}" if seen else ""
+            passed = f"{now - began:.0f} s, {left:.0f} s left"
+            print(f"{what}: {done} of {total}{told}, {passed}", file=sys.stderr, flush=True)
 
     return tick

@@ -8,7 +8,6 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,6 +18,9 @@ from steer.artifacts import Card
 from steer.cli import main
 from steer.gguf import load_gguf, save_gguf
 from steer.methods.samplers import SAMPLERS
+from steer.train.controller import ControllerSettings
+from steer.train.value import ValueSettings
+from steer.train.vector import VectorSettings
 
 
 class Result(NamedTuple):
@@ -322,28 +324,23 @@ def training(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     made = ({"direction.0": torch.ones(32)}, Card("vector", {"name": "tiny"}))
 
-    def train_vector(
-        model: Any, pairs: Any, *, method: str = "mean", l2: float = 1.0, seed: int = 0, progress: bool = False
-    ) -> Any:
-        calls.append({"pairs": pairs, "method": method, "l2": l2, "seed": seed})
+    def train_vector(model: Any, pairs: Any, settings: Any, *, progress: bool) -> Any:
+        calls.append({"pairs": pairs, "settings": settings})
         return made
 
-    def train_controller(model: Any, positive: Any, negative: Any, *, epochs: int | None = None, seed: int = 0, work: Path | None, progress: bool = False) -> Any:  # fmt: skip  # noqa: E501
-        assert work is not None
+    def train_controller(model: Any, positive: Any, negative: Any, settings: Any, *, work: Path, progress: bool) -> Any:
         work.mkdir()
-        calls.append({"positive": positive, "negative": negative, "epochs": epochs, "work": work})
+        calls.append({"positive": positive, "negative": negative, "settings": settings})
         return made
 
-    def train_value(model: Any, prompts: Any, reward: Any, *, head: str = "q", td_lambda: float = 0.95, seed: int = 0, work: Path | None, progress: bool = False) -> Any:  # fmt: skip  # noqa: E501
-        assert work is not None
+    def train_value(model: Any, prompts: Any, reward: Any, settings: Any, *, work: Path, progress: bool) -> Any:
         work.mkdir()
-        calls.append({"prompts": prompts, "reward": str(reward), "head": head, "td_lambda": td_lambda, "work": work})
+        calls.append({"prompts": prompts, "reward": str(reward), "settings": settings})
         return made
 
     for function in (train_vector, train_controller, train_value):
-        module = ModuleType(f"steer.train.{function.__name__.removeprefix('train_')}")
-        setattr(module, function.__name__, function)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+        name = function.__name__
+        monkeypatch.setattr(f"steer.train.{name.removeprefix('train_')}.{name}", function)
     return calls
 
 
@@ -353,11 +350,13 @@ def test_train_vector(steer: Steer, training: list[dict[str, Any]], tiny_lm_dir:
     train = ("train", "vector", "--model", tiny_lm_dir, "--pairs", "pairs.jsonl", "--out", "out/v.safetensors")
     done = steer(*train, "--method", "probe", "--set", "l2=0.5", "--seed", 4)
     assert done.code == 0 and "wrote out/v.safetensors" in done.out
-    assert training == [{"pairs": rows, "method": "probe", "l2": 0.5, "seed": 4}]
+    assert training == [{"pairs": rows, "settings": VectorSettings(method="probe", l2=0.5, seed=4)}]
     assert artifacts.read_card("out/v.safetensors").kind == "vector"
     refused(steer(*train, "--method", "magic"), "method", "mean, pca, probe")
     refused(steer(*train, "--set", "l3=1"), "l3", "did you mean l2?")
     refused(steer(*train, "--set", "progress=1"), "progress")
+    refused(steer(*train, "--set", "l2=-1"), "l2: got", "a number above 0")
+    refused(steer(*train, "--set", "seed=1"), "settings without an option")
     (tmp_path / "pairs.jsonl").write_text('{"positive": "good", "negative": "bad"}\n{"positive": "good"}\n')
     refused(steer(*train), "pairs line 2")
     assert len(training) == 1
@@ -369,8 +368,8 @@ def test_train_with_work(steer: Steer, training: list[dict[str, Any]], tiny_lm_d
     value = ("--prompts", "p.json", "--reward", "sentiment - 0.1*length", "--set", "td_lambda=0.5")
     assert steer("train", "controller", "--model", tiny_lm_dir, *controller, "--out", "c.st").code == 0
     assert steer("train", "value", "--model", tiny_lm_dir, *value, "--out", "v.st").code == 0
-    assert training[0]["epochs"] == 3 and training[0]["positive"] == ["a", "b"]
-    assert training[1]["td_lambda"] == 0.5 and training[1]["reward"] == "sentiment - 0.1*length"
+    assert training[0]["settings"] == ControllerSettings(epochs=3) and training[0]["positive"] == ["a", "b"]
+    assert training[1]["settings"] == ValueSettings(td_lambda=0.5) and training[1]["reward"] == "sentiment - 0.1*length"
     assert Path("c.st.work").is_dir() and not Path("v.st.work").exists()
     refused(steer("train", "value", "--model", tiny_lm_dir, *value, "--out", os.devnull + "/v.st"), "out")
 

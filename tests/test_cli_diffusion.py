@@ -295,7 +295,7 @@ def test_mistakes_in_training_a_policy(steer: Steer, tiny_lm_dir: Path, no_model
     refused(steer(*images, "--method", "pg", "--class", "boot"), "reward: got None")
     refused(steer(*images, "--method", "dpo", "--class", "boots", *BRIGHT), "class: got 'boots'")
     refused(steer(*images, "--method", "dpo", "--data", "absent"), "data", "pairs.jsonl")
-    refused(steer(*images, "--method", "pg", *BRIGHT, "--set", "share=2"), "share: got 2.0")
+    refused(steer(*images, "--method", "pg", *BRIGHT, "--set", "share=2"), "share: got '2'")
     refused(steer(*images, "--method", "pg", "--reward", "sentiment"), "reward: got 'sentiment'")
     refused(steer("train", "policy", "--model", "fashion-ddpm", "--out", ".", "--method", "pg", *BRIGHT), "out")
 

@@ -29,7 +29,7 @@ from steer.core import InputError, Prompt, Reward, RewardError, Samples, SteerEr
 from steer.diffusion import DiffusionProcess, Schedule
 from steer.rewards import as_reward
 from steer.train.diffusion_policy import offline
-from steer.train.diffusion_policy.inputs import Pair, PolicySettings, Tunable
+from steer.train.diffusion_policy.inputs import DiffusionPolicySettings, Pair, Tunable
 from steer.train.diffusion_policy.losses import (
     advantages,
     clipped_objective,
@@ -100,17 +100,17 @@ def gaussian() -> Tunable:
     return Tunable(module, process, process)
 
 
-def settings(**given: Any) -> PolicySettings:
-    always = {"method": "pg", "beta": 1.0, "learning_rate": 1e-2, "steps": 1}
-    return PolicySettings(**{**always, **given})
+def settings(**given: Any) -> DiffusionPolicySettings:
+    always = {"method": "pg", "beta": 1.0, "learning_rate": 1e-2, "steps": 1, "max_batch": 4096}
+    return DiffusionPolicySettings(**{**always, **given})
 
 
 def test_the_gradient_of_an_update_is_reinforce() -> None:
     policy, base = gaussian(), gaussian()
     with torch.no_grad():
         policy.module.shift.fill_(0.1)
-    chosen = settings(beta=0.0, group_size=32)
-    tuner = Online(policy, base, chosen, ["a", "b"], Linear(2.0), 7)
+    chosen = settings(beta=0.0, group_size=32, max_batch=7)
+    tuner = Online(policy, base, chosen, ["a", "b"], Linear(2.0))
     tuner.backward(0)
     found = policy.module.shift.grad.clone()
 
@@ -146,7 +146,7 @@ def test_pg_converges_to_the_optimum_under_the_kl() -> None:
 
     policy, base = gaussian(), gaussian()
     chosen = settings(beta=beta, group_size=512, rounds=150, learning_rate=0.02, ema=0.97)
-    seen = tune(policy, base, chosen, prompts=["a"], reward=Linear(slope), rows=512)
+    seen = tune(policy, base, chosen, prompts=["a"], reward=Linear(slope))
     assert policy.module.shift.item() == pytest.approx(wanted, abs=0.1 * wanted)
     assert base.module.shift.item() == 0
     half = 0.5 * sum((c / s) ** 2 for c, s in zip(leverage, SCHEDULE.std, strict=True)) * wanted**2
@@ -180,8 +180,8 @@ def test_the_gradient_is_that_of_reward_less_kl() -> None:
         policy, base = (Tunable(m, *[DiffusionProcess(m, SCHEDULE)] * 2) for m in modules)
         with torch.no_grad():
             modules[0].shift.fill_(share)
-        chosen = settings(beta=beta, group_size=40_000, seed=seed)
-        tuner = Online(policy, base, chosen, ["a"], as_reward(square), 40_000)
+        chosen = settings(beta=beta, group_size=40_000, seed=seed, max_batch=40_000)
+        tuner = Online(policy, base, chosen, ["a"], as_reward(square))
         tuner.backward(0)
         found.append(-modules[0].shift.grad.item() * tuner.scale[0].item())
     error = torch.tensor(found).std().item() / 8**0.5
@@ -219,7 +219,7 @@ def mean_gradient(slope: float, beta: float, rounds: int, prompts: int = 1, **gi
             policy.module.shift.fill_(slope / beta)
         policy.module.shift.grad = None
         chosen = settings(beta=beta, seed=seed, batch_size=given["count"], **given["more"])
-        tuner = Online(policy, base, chosen, [str(i) for i in range(given["count"])], Linear(slope), 4096)
+        tuner = Online(policy, base, chosen, [str(i) for i in range(given["count"])], Linear(slope))
         tuner.spreads = [1.5 * abs(slope)] * 3
         tuner.backward(0)
         found.append(policy.module.shift.grad * tuner.scale.mean() * prompts / slope)
@@ -248,7 +248,7 @@ def test_grpos_own_form_counts_the_kl_for_more(group_size: int, share: float) ->
             policy.module.shift.fill_(0.8 * share)
         policy.module.shift.grad = None
         chosen = settings(group_size=group_size, seed=seed, advantage="grpo", batch_size=4)
-        Online(policy, base, chosen, ["0", "1", "2", "3"], Linear(0.8), 64).backward(0)
+        Online(policy, base, chosen, ["0", "1", "2", "3"], Linear(0.8)).backward(0)
         found.append(policy.module.shift.grad.item())
     seen = torch.tensor(found)
     assert abs(float(seen.mean())) < 5 * float(seen.std()) / 600**0.5
@@ -267,7 +267,7 @@ def test_pg_ends_at_the_optimum(group_size: int, slope: float, beta: float) -> N
             return super().score(samples)
 
     chosen = settings(beta=beta, group_size=group_size, batch_size=count, rounds=300, learning_rate=0.03 * abs(wanted))
-    tune(policy, base, chosen, prompts=prompts, reward=Watched(slope), rows=1024)
+    tune(policy, base, chosen, prompts=prompts, reward=Watched(slope))
     blocks = torch.tensor(path[150:]).view(10, -1).mean(1)
     error = 5 * float(blocks.std()) / 10**0.5
     assert float(blocks.mean()) == pytest.approx(wanted, abs=0.03 * abs(wanted) + error)
@@ -298,10 +298,10 @@ def test_scales_leave_out_the_row_that_they_divide() -> None:
 
 def test_share_of_the_steps_is_unbiased() -> None:
     policy, base = gaussian(), gaussian()
-    whole = Online(policy, base, settings(group_size=16), ["a"], Linear(1.0), 64)
+    whole = Online(policy, base, settings(group_size=16), ["a"], Linear(1.0))
     whole.backward(0)
     wanted = float(policy.module.shift.grad)
-    part = Online(policy, base, settings(group_size=16, share=0.3, steps=90), ["a"], Linear(1.0), 64)
+    part = Online(policy, base, settings(group_size=16, share=0.3, steps=90), ["a"], Linear(1.0))
     found = []
     for step in range(90):
         policy.module.shift.grad = None
@@ -578,7 +578,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"data": []}, "data: got "),
     ({"data": ["nothing"]}, r"data\[0\]: got 'nothing'"),
     ({"beta": -1}, "beta: got -1;"),
-    ({"method": "dpo", "beta": 0}, "beta: got 0;"),
+    ({"method": "dpo", "beta": 0}, "beta: got 0"),
     ({"method": "seppo", "beta": math.nan}, "beta: got nan;"),
     ({"method": "dpo", "reward": None}, r"data\[0\]: got 'c0'; allowed: a row with prompt, chosen, rejected"),
     ({"reward": None}, "reward: got None"),

@@ -21,6 +21,7 @@ from steer.rewards.algebra import Composable
 trl = pytest.importorskip("trl")
 pytest.importorskip("peft")
 
+from steer.adapters.language.blocks import decoder_blocks  # noqa: E402
 from steer.adapters.transformers.policy import data, raft, tuning  # noqa: E402
 from steer.adapters.transformers.policy import trl as trainers  # noqa: E402
 from steer.adapters.transformers.policy.folder import load_policy, save_network  # noqa: E402
@@ -151,7 +152,7 @@ def test_preferences_raise_the_margin_of_prompts_held_out(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("divergence", data.DIVERGENCES)
-@pytest.mark.parametrize("loss", data.LOSSES["dpo"])
+@pytest.mark.parametrize("loss", data.OBJECTIVES["dpo"].losses)
 def test_every_loss_of_dpo_raises_the_margin(tiny_lm: Any, tmp_path: Path, loss: str, divergence: str) -> None:
     if divergence != "reverse_kl" and loss not in data._DIFFERENCES:
         pytest.skip("not defined")
@@ -176,7 +177,10 @@ def test_dpo_reaches_its_closed_form(tiny_lm: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "loss",
-    [loss if loss in ("dapo", "grpo") else pytest.param(loss, marks=pytest.mark.slow) for loss in data.LOSSES["grpo"]],
+    [
+        loss if loss in ("dapo", "grpo") else pytest.param(loss, marks=pytest.mark.slow)
+        for loss in data.OBJECTIVES["grpo"].losses
+    ],
 )
 def test_grpo_raises_the_reward(tiny_lm: Any, tmp_path: Path, loss: str) -> None:
     out = tune(tiny_lm, "grpo", tmp_path / "p", loss=loss, beta=0.0 if loss == "grpo" else 0.02, learning_rate=2e-2)
@@ -215,17 +219,32 @@ def test_rows_are_the_tokens_of_encode_and_an_end(tiny_lm: Any) -> None:
     assert all(row["completion_ids"] == completion for row in rows)
     ended = data.read_rows(tiny_lm, [{"prompt": "hello", "completion": "is nice </s>"}], tuning)
     assert ended[0]["completion_ids"] == completion
-    columns = trainers._columns("sft", rows[:1], tuning)[0]
+    columns = trainers._columns("SFT", rows[:1], tuning)[0]
     assert columns["labels"] == [-100] * len(rows[0]["prompt_ids"]) + completion
 
 
-def _tuning(method: str, **more: Any) -> data.Tuning:
-    default: dict[str, Any] = {
-        "loss": None, "learning_rate": None, "lora_rank": 4, "lora_alpha": None, "beta": 0.1, "epochs": 1,
-        "f_divergence": "reverse_kl", "lora_targets": "all-linear", "steps": None, "batch_size": 2, "group_size": 2,
-        "max_new_tokens": 4, "temperature": 1.0, "rounds": 1, "seed": 0,
-    }  # fmt: skip
-    return data.Tuning.create(method=method, **{**default, **more})
+def _tuning(method: Any, **more: Any) -> data.PolicySettings:
+    default: dict[str, Any] = {"lora_rank": 4, "batch_size": 2, "group_size": 2, "max_new_tokens": 4}
+    return data.PolicySettings(method=method, **{**default, **more})
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "left"),
+    [("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}, "experts"),
+     ("Mixtral", {"num_local_experts": 4}, ""), ("Llama", {}, "")],
+)  # fmt: skip
+def test_weights_that_lora_leaves_out_are_named(kind: str, more: dict[str, Any], left: str) -> None:
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, **more,
+    )  # fmt: skip
+    network = getattr(transformers, f"{kind}ForCausalLM")(config)
+    adapted = get_peft_model(network, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    found = trainers._left_out(adapted, decoder_blocks(adapted))
+    assert (left in found and "of the blocks' weights" in found) if left else found == ""
 
 
 def test_kto_compares_with_completions_of_other_rows() -> None:

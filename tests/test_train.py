@@ -15,12 +15,13 @@ from steer.adapters.transformers.learning import read_prefix, reply_logits
 from steer.adapters.transformers.model import LanguageModel
 from steer.core import InputError, Reward, Samples
 from steer.edits import load_edit
+from steer.gguf import save_gguf
 from steer.methods.controller import Controller, ControllerNetwork
 from steer.methods.value import HeadValue, QHead, ValueGuidance
 from steer.train.controller import train_controller
 from steer.train.loop import fit
 from steer.train.value import td_lambda_returns, train_value
-from steer.train.vector import METHODS, train_vector
+from steer.train.vector import METHODS, VectorSettings, train_vector
 
 PAIRS = [
     {"positive": f"the {thing} is very {up} .", "negative": f"the {thing} is very {down} ."}
@@ -124,11 +125,45 @@ def test_probe_artifacts_gate(tiny_lm: LanguageModel, tmp_path: Path) -> None:
         (PAIRS, {"method": "best"}, "method: got 'best'"),
         (PAIRS, {"layers": "1-9"}, "layers: got '1-9'"),
         (PAIRS, {"pool": "first"}, "pool: got 'first'"),
+        (
+            [*PAIRS, {"positive": "the sun", "negative": "the sun"}],
+            {},
+            r"pairs\[24\]: got 'two sides of the same tokens'",
+        ),
+        (
+            [{"positive": "the sun " * 80, "negative": "a"}] * 2,
+            {},
+            r"pairs\[0\]: got '160 tokens'; allowed: at most 128",
+        ),
+        (PAIRS, {"held_out": True}, "held_out: got True"),
+        (PAIRS, {"metod": "pca"}, "did you mean method?"),
     ],
 )
 def test_bad_pairs(pairs: Any, settings: dict[str, Any], message: str, tiny_lm: LanguageModel) -> None:
     with pytest.raises(InputError, match=message):
         train_vector(tiny_lm, pairs, **settings)
+
+
+def test_settings_are_one_object(tiny_lm: LanguageModel) -> None:
+    chosen = VectorSettings(method="pca", layers="1", seed=3)
+    by_name = train_vector(tiny_lm, PAIRS, method="pca", layers="1", seed=3)
+    given = train_vector(tiny_lm, PAIRS, chosen)
+    changed = train_vector(tiny_lm, PAIRS, chosen, seed=4)
+    assert given.card == by_name.card and given.card.recipe == chosen.recipe()
+    assert changed.card.recipe == {**chosen.recipe(), "seed": 4} and chosen.seed == 3
+    assert given.card.settings["layers"] == "1"
+    with pytest.raises(InputError, match="seed: got -1; allowed: an integer from 0 to 4294967295"):
+        VectorSettings(seed=-1)
+
+
+def test_states_beyond_the_context_are_not_read(tiny_lm: LanguageModel) -> None:
+    with pytest.raises(InputError, match=r"ids\[1\]: got '129 tokens'"):
+        tiny_lm.hidden_states([[5], [5] * 129])
+
+
+def test_vectors_of_zeros_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="zeros alone"):
+        save_gguf(tmp_path / "v.gguf", {1: torch.zeros(4), 2: torch.zeros(4)}, "llama")
 
 
 # --------------------------------------------------------------------------------------------------------- controller
@@ -327,7 +362,8 @@ def test_values_of_three_tokens_are_reached(
     and .68 of it; plain means over as many rollouts have .11 to .18.
     """
     reward, prompts = Table(table), ["a b", "b"]
-    made = train_value(six_tokens, prompts, reward, head=head, seed=seed, **ENUMERATED)
+    more = {} if head == "q" else {"samples": 5000, "epochs": 20}  # a scalar has six times as many states to tell apart
+    made = train_value(six_tokens, prompts, reward, head=head, seed=seed, **{**ENUMERATED, **more})
     artifacts.save(tmp_path / "head.safetensors", *made)
     edit = load_edit(tmp_path / "head.safetensors", model=six_tokens)
     assert isinstance(edit, ValueGuidance) and isinstance(edit.value, HeadValue) and edit.value.head.horizon == 3
@@ -377,19 +413,19 @@ def test_training_resumes_to_the_same_bits(tiny_lm: LanguageModel, tmp_path: Pat
         train_value(tiny_lm, prompts, counted, work=tmp_path / "b", **settings)
     from steer.train import loop
 
-    real, seen = loop._checkpoint, 0
+    real, seen = loop.save_state, 0
 
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args: Any, **facts: Any) -> None:
         nonlocal seen
-        real(*args)
+        real(*args, **facts)
         seen += 1
         if seen == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "_checkpoint", interrupted)
+    monkeypatch.setattr(loop, "save_state", interrupted)
     with pytest.raises(KeyboardInterrupt):  # and again in the middle of the fit
         train_value(tiny_lm, prompts, counted, work=tmp_path / "b", **settings)
-    monkeypatch.setattr(loop, "_checkpoint", real)
+    monkeypatch.setattr(loop, "save_state", real)
     resumed = train_value(tiny_lm, prompts, counted, work=tmp_path / "b", **settings)
     assert calls == 5  # four batches of rollouts, one of them begun twice
     assert all(torch.equal(whole.tensors[k], resumed.tensors[k]) for k in whole.tensors)
@@ -408,7 +444,7 @@ def test_fit_minimises_and_refuses_foreign_state(tmp_path: Path) -> None:
 
     module = nn.Linear(3, 1)
     batches = list(torch.arange(64).split(8))
-    history = fit(module, batches, loss, epochs=80, learning_rate=0.05, settings={"a": 1}, work=tmp_path)
+    history = fit(module, batches, loss, epochs=80, learning_rate=0.05, run={"a": 1}, work=tmp_path)
     assert history[-1] < 1e-3 < history[0]
     with pytest.raises(InputError, match="work"):
-        fit(nn.Linear(3, 1), batches, loss, epochs=2, learning_rate=0.1, settings={"a": 2}, work=tmp_path)
+        fit(nn.Linear(3, 1), batches, loss, epochs=2, learning_rate=0.1, run={"a": 2}, work=tmp_path)

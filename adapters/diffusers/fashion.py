@@ -10,7 +10,7 @@ import json
 import platform
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from steer.core import SteerError, check, check_whole
+from steer.core import SteerError, check
 from steer.files import write_text
 from steer.train.fashion.classifier import ClassifierSettings, accuracy, train_classifier
 from steer.train.fashion.denoiser import DenoiserSettings, to_images, train_denoiser
 from steer.train.fashion.images import FASHION_CLASSES, idx_sha256, read_idx
 from steer.train.fashion.nets import JudgeNet, RewardNet, load_net, save_net
+from steer.train.settings import Count, settings_class, settle
 
-__all__ = ["Velocity", "build_scheduler", "build_unet", "draw_images", "load_unet", "train_fashion"]
+__all__ = ["FashionSettings", "Velocity", "build_scheduler", "build_unet", "draw_images", "load_unet", "train_fashion"]
 
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -121,20 +122,38 @@ def draw_images(
     return torch.cat(drawn)
 
 
+@settings_class
+class FashionSettings(DenoiserSettings):
+    """How the embedded model is trained."""
+
+    epochs: Count = 6
+    """Of the two classifiers."""
+    measured: Count = 200
+    """Samples for each class on which agreement with the judge is measured."""
+
+    @property
+    def denoiser(self) -> DenoiserSettings:
+        return DenoiserSettings(**{f.name: getattr(self, f.name) for f in fields(DenoiserSettings)})
+
+    @property
+    def readers(self) -> dict[str, tuple[type[nn.Module], ClassifierSettings]]:
+        """Networks of the classifiers, and how they are trained."""
+        return {
+            "classifier": (
+                RewardNet, ClassifierSettings(epochs=self.epochs, shift=1, noise=0.25, blur=0.2, seed=self.seed)
+            ),
+            "judge": (JudgeNet, ClassifierSettings(epochs=self.epochs, seed=self.seed + 1)),
+        }  # fmt: skip
+
+
 def train_fashion(
     data: Path | str,
     out: Path | str,
+    settings: FashionSettings | None = None,
     *,
-    steps: int = 3900,
-    batch_size: int = 64,
-    learning_rate: float = 1e-3,
-    label_dropout: float = 0.15,
-    ema: float = 0.999,
-    epochs: int = 6,
-    measured: int = 200,
-    seed: int = 0,
     work: Path | str | None = None,
     progress: bool = False,
+    **given: Any,
 ) -> dict[str, Any]:
     """Train denoiser, reward net and judge on Fashion-MNIST and write the model folder; returns its card.
 
@@ -143,48 +162,25 @@ def train_fashion(
     Args:
         data: folder with Fashion-MNIST's four idx files.
         out: folder to be made; it may be there if it is empty.
-        epochs: of the two classifiers.
-        measured: samples for each class on which agreement with the judge is measured.
+        settings: how; fields of `FashionSettings` may also be `given` by name.
         work: folder for checkpoints; a run that was stopped goes on from there and gives the same weights.
 
     Raises:
         InputError: a setting out of range, data that cannot be read, `out` taken, `work` of another run.
     """
+    chosen = settle(FashionSettings, settings, given, "train_fashion")
     folder, state = Path(out), None if work is None else Path(work)
     free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     check(free, "out", str(folder), "a new or an empty folder")
-    check_whole("measured", measured)
-    denoiser = DenoiserSettings(
-        steps=steps, batch_size=batch_size, learning_rate=learning_rate, label_dropout=label_dropout, ema=ema, seed=seed
-    )
-    readers = {
-        "classifier": (RewardNet, ClassifierSettings(epochs=epochs, shift=1, noise=0.25, blur=0.2, seed=seed)),
-        "judge": (JudgeNet, ClassifierSettings(epochs=epochs, seed=seed + 1)),
-    }
-    images, labels = read_idx(data, "train")
-    tests = read_idx(data, "test")
+    images, tests = read_idx(data, "train"), read_idx(data, "test")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}~", dir=folder.parent) as temporary:
             made = Path(temporary, "made")
-            metrics: dict[str, Any] = {"test_accuracy": {}}
-            for name, (kind, settings) in readers.items():
-                net = _seeded(kind, settings.seed)
-                place = None if state is None else state / name
-                train_classifier(
-                    net, images, labels, settings, work=place, progress=progress, what=f"training the {name}"
-                )
-                right = round(accuracy(net, *tests), 4)
-                metrics["test_accuracy"][name] = right
-                facts = {"class_names": FASHION_CLASSES, "training": asdict(settings), "test_accuracy": right}
-                save_net(made / name, net, facts)
-            module = Velocity(_seeded(build_unet, seed))
-            average, history = train_denoiser(module, images, labels, denoiser, work=state, progress=progress)
-            module.load_state_dict(average)
-            _save_unet(made / "unet", module.unet)
-            build_scheduler(denoiser).save_pretrained(made / "scheduler")
-            metrics |= {"loss": [round(x, 5) for x in history], **_measure(made, measured, seed)}
-            card = _card(denoiser, metrics, idx_sha256(data))
+            right = _train_readers(made, images, tests, chosen, state, progress)
+            losses = _train_unet(made, images, chosen, state, progress)
+            metrics = {"test_accuracy": right, "loss": losses, **_measure(made, chosen.measured, chosen.seed)}
+            card = _card(chosen.denoiser, metrics, idx_sha256(data))
             write_text(made / "MODEL_CARD.json", json.dumps(card, indent=2) + "\n")
             if folder.exists():
                 folder.rmdir()
@@ -192,6 +188,36 @@ def train_fashion(
     except OSError as error:
         raise SteerError(f"cannot write {folder}: {error.strerror or error}") from error
     return card
+
+
+Images = tuple[Tensor, Tensor]
+"""Images and labels."""
+
+
+def _train_readers(
+    folder: Path, images: Images, tests: Images, settings: FashionSettings, work: Path | None, progress: bool
+) -> dict[str, float]:
+    """Write the two classifiers, and say how often each is right."""
+    found = {}
+    for name, (kind, chosen) in settings.readers.items():
+        net, place = _seeded(kind, chosen.seed), None if work is None else work / name
+        train_classifier(net, *images, chosen, work=place, progress=progress, what=f"training the {name}")
+        found[name] = round(accuracy(net, *tests), 4)
+        facts = {"class_names": FASHION_CLASSES, "training": asdict(chosen), "test_accuracy": found[name]}
+        save_net(folder / name, net, facts)
+    return found
+
+
+def _train_unet(
+    folder: Path, images: Images, settings: FashionSettings, work: Path | None, progress: bool
+) -> list[float]:
+    """Write the denoiser and its scheduler, and say how the loss went."""
+    module = Velocity(_seeded(build_unet, settings.seed))
+    average, history = train_denoiser(module, *images, settings.denoiser, work=work, progress=progress)
+    module.load_state_dict(average)
+    _save_unet(folder / "unet", module.unet)
+    build_scheduler(settings.denoiser).save_pretrained(folder / "scheduler")
+    return [round(x, 5) for x in history]
 
 
 def _save_unet(folder: Path, unet: UNet2DModel) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar
 
 from steer import artifacts
 from steer.cli import cards, checks
@@ -21,50 +20,50 @@ from steer.cli.options import (
     TrainVectorOptions,
 )
 from steer.cli.session import Run, Session
-from steer.cli.values import pairs, typed
+from steer.cli.values import pairs
 from steer.core import Reward, check
 from steer.rewards import parse_reward
 from steer.rewards.algebra import check_reward
+from steer.train.settings import settle
 
 __all__ = ["train_controller", "train_images", "train_policy", "train_value", "train_vector"]
 
 
 def train_vector(options: TrainVectorOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to fit a vector."""
+    from steer.train.vector import VectorSettings
     from steer.train.vector import train_vector as train
 
     _check_training(options)
-    methods = ("mean", "pca", "probe")
-    check(options.method in methods, "method", options.method, ", ".join(methods))
+    settings = _settings(VectorSettings, options, "train vector")
     rows = checks.read_pairs(options.pairs)
-    settings = _settings(train, options, "train vector")
-    return _trainer(options, lambda model, more: train(model, rows, method=options.method, **settings, **more))
+    return _trainer(options, lambda model, more: train(model, rows, settings, **more))
 
 
 def train_controller(options: TrainControllerOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to train a controller."""
+    from steer.train.controller import ControllerSettings
     from steer.train.controller import train_controller as train
 
     _check_training(options)
     positive = checks.read_prompts(options.positive, "positive")
     negative = checks.read_prompts(options.negative, "negative")
-    settings = _settings(train, options, "train controller")
-    return _trainer(
-        options, lambda model, more: train(model, positive, negative, **settings, **more), options.keep_work
-    )
+    settings = _settings(ControllerSettings, options, "train controller")
+    return _trainer(options, lambda model, more: train(model, positive, negative, settings, **more), options.keep_work)
 
 
 def train_value(options: TrainValueOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to train a value head."""
+    from steer.train.value import ValueSettings
     from steer.train.value import train_value as train
 
     _check_training(options)
     prompts = checks.read_prompts(options.prompts)
     reward = parse_reward(options.reward)
     check_reward(reward, images=False)
-    settings = _settings(train, options, "train value")
+    settings = _settings(ValueSettings, options, "train value")
     return _trainer(
-        options, lambda model, more: train(model, prompts, reward.bind(model), **settings, **more), options.keep_work
+        options, lambda model, more: train(model, prompts, reward.bind(model), settings, **more), options.keep_work
     )
 
 
@@ -74,13 +73,16 @@ def _check_training(options: TrainOptions) -> None:
     checks.check_output(options.out)
 
 
-def _settings(train: Callable[..., Any], options: Any, where: str) -> dict[str, Any]:
-    """`--set` against the keyword-only parameters that are not options already."""
-    hints = get_type_hints(train)
-    taken = {f.name for f in fields(options)} | {"progress", "work"}
-    keywords = [p.name for p in inspect.signature(train).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    settable = {name: hints.get(name, Any) for name in keywords if name not in taken}
-    return typed(pairs(options.set), settable, f"setting of {where}")
+S = TypeVar("S")
+
+
+def _settings(kind: type[S], options: Any, where: str) -> S:
+    """The options that are fields of `kind`, and `--set`."""
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    told = {f.name: getattr(options, f.name) for f in fields(options) if f.name in known}
+    more = {name: None if text.lower() in ("none", "null") else text for name, text in pairs(options.set).items()}
+    check(not told.keys() & more.keys(), "--set", sorted(told.keys() & more.keys()), "settings without an option")
+    return settle(kind, None, {**told, **more}, where)
 
 
 def _work(out: Path) -> Path:
@@ -93,7 +95,7 @@ def _trainer(options: TrainOptions, train: Callable[[Any, dict[str, Any]], Any],
     work = _work(options.out)
 
     def run(session: Session) -> None:
-        more: dict[str, Any] = {"seed": options.seed, "progress": session.progress}
+        more: dict[str, Any] = {"progress": session.progress}
         if keep_work is not None:
             more["work"] = work
         made = train(session.load(options), more)
@@ -124,31 +126,28 @@ def train_policy(options: TrainPolicyOptions, coming: Coming = frozenset()) -> R
 
     def run(session: Session) -> None:
         folder = train(
-            session.load(options), data, method=options.method, out=options.out, reward=reward, **settings,
-            seed=options.seed, work=_work(options.out), progress=session.progress,
+            session.load(options), data, settings, out=options.out, reward=reward, work=_work(options.out),
+            progress=session.progress,
         )  # fmt: skip
         _finish(folder, session, options.keep_work)
 
     return run
 
 
-Tuner = tuple[Callable[..., Any], Any, dict[str, Any]]
+Tuner = tuple[Callable[..., Any], Any, Any]
 """What tunes, on what, and with which settings."""
 
 
 def _tune_text(options: TrainPolicyOptions, reward: Reward | None) -> Tuner:
-    from steer.adapters.transformers.policy.data import COLUMNS, METHODS, Tuning
+    from steer.adapters.transformers.policy.data import OBJECTIVES, PolicySettings
     from steer.adapters.transformers.policy.trl import require_libraries
     from steer.adapters.transformers.policy.tuning import train_policy
 
-    check(options.method in METHODS, "method", options.method, f"{', '.join(METHODS)} (a language model)")
+    check(options.method in OBJECTIVES, "method", options.method, f"{', '.join(OBJECTIVES)} (a language model)")
     check(not options.class_, "class", options.class_, f"unset: {options.model} writes text")
-    settings = {**_given(options), **_settings(train_policy, options, "train policy")}
-    defaults = {name: p.default for name, p in inspect.signature(train_policy).parameters.items()}
-    hyper = {f.name: defaults[f.name] for f in fields(Tuning)} | settings
-    tuning = Tuning.create(**hyper | {"method": options.method, "seed": options.seed})
+    settings = _settings(PolicySettings, options, "train policy")
     paired = options.method == "dpo" and reward is not None  # of its own samples
-    drawn = tuning.online or paired
+    drawn = settings.online or paired
     check((reward is not None) == drawn, "reward", options.reward, _wanted(drawn, options.method))
     for name, wanted in (("prompts", drawn), ("data", not drawn)):
         path = getattr(options, name)
@@ -158,40 +157,26 @@ def _tune_text(options: TrainPolicyOptions, reward: Reward | None) -> Tuner:
         data: list[Any] = checks.read_prompts(options.prompts)
     else:
         assert options.data is not None
-        data = checks.read_rows(options.data, COLUMNS[options.method])
+        data = checks.read_rows(options.data, settings.objective.columns)
     require_libraries()
     return train_policy, data, settings
 
 
 def _tune_images(options: TrainPolicyOptions, reward: Reward | None) -> Tuner:
     from steer.adapters.diffusers.policy.tuning import train_diffusion_policy
-    from steer.train.diffusion_policy.inputs import METHODS, PolicySettings
+    from steer.train.diffusion_policy.inputs import OBJECTIVES, DiffusionPolicySettings
 
-    check(options.method in METHODS, "method", options.method, f"{', '.join(METHODS)} (a diffusion model)")
-    settings = {**_given(options), **_settings(train_diffusion_policy, options, "train policy")}
-    known = {f.name for f in fields(PolicySettings)}
-    hyper: dict[str, Any] = {"beta": 1.0, "learning_rate": 1.0, "steps": 1, "seed": options.seed}
-    hyper |= {name: value for name, value in settings.items() if name in known and value is not None}
-    PolicySettings(method=options.method, **hyper)
+    check(options.method in OBJECTIVES, "method", options.method, f"{', '.join(OBJECTIVES)} (a diffusion model)")
+    settings = _settings(DiffusionPolicySettings, options, "train policy")
     asked = bool(options.class_) or options.prompts is not None
     if options.data is not None:
-        check(options.method != "pg", "data", str(options.data), "unset for pg, which learns from its own samples")
-        check(
-            reward is None and not asked, "data", str(options.data), "either pairs, or a reward with classes or prompts"
-        )
-        check(
-            (options.data / "pairs.jsonl").is_file(), "data", str(options.data), "a folder with images and pairs.jsonl"
-        )
+        given = str(options.data)
+        check(options.method != "pg", "data", given, "unset for pg, which learns from its own samples")
+        check(reward is None and not asked, "data", given, "either pairs, or a reward with classes or prompts")
+        check((options.data / "pairs.jsonl").is_file(), "data", given, "a folder with images and pairs.jsonl")
         return train_diffusion_policy, options.data, settings
     check(reward is not None, "reward", None, f"a reward{', for pg' if options.method == 'pg' else ', or --data'}")
-    prompts = checks.image_prompts(options, options.class_, None, options.prompts)
-    return train_diffusion_policy, prompts, settings
-
-
-def _given(options: TrainPolicyOptions) -> dict[str, Any]:
-    """Options whose default is left to the function that tunes."""
-    found = {name: getattr(options, name) for name in ("beta", "lora_rank")}
-    return {name: value for name, value in found.items() if value is not None}
+    return train_diffusion_policy, checks.image_prompts(options, options.class_, None, options.prompts), settings
 
 
 def _wanted(wanted: bool, method: str) -> str:
@@ -204,22 +189,19 @@ def _wanted(wanted: bool, method: str) -> str:
 def train_images(options: TrainImagesOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to train the embedded diffusion model again."""
     import steer.adapters.diffusers  # noqa: F401  # says what to install where it is missing
+    from steer.adapters.diffusers.fashion import FashionSettings
     from steer.adapters.diffusers.fashion import train_fashion as train
     from steer.train.fashion.images import read_idx
 
-    check(options.steps >= 1, "steps", options.steps, "an integer of 1 or more")
+    settings = _settings(FashionSettings, options, "train images")
     checks.check_folder(options.out)
     free = not options.out.exists() or not any(options.out.iterdir())
     check(free, "out", str(options.out), "a new or an empty folder")
     for split in ("train", "test"):
         read_idx(options.data, split)
-    settings = _settings(train, options, "train images")
 
     def run(session: Session) -> None:
-        train(
-            options.data, options.out, steps=options.steps, seed=options.seed, work=_work(options.out),
-            progress=session.progress, **settings,
-        )  # fmt: skip
+        train(options.data, options.out, settings, work=_work(options.out), progress=session.progress)
         _finish(options.out, session, options.keep_work)
 
     return run

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from steer.core import InputError, check
+from steer.train.settings import check_known
 
 __all__ = ["build", "check_known", "coerce", "pairs", "spelled", "typed"]
 
 
 T = TypeVar("T")
-
-
-def check_known(where: str, keys: Iterable[Any], allowed: Sequence[str]) -> None:
-    """Refuse keys that are not among `allowed`, with the nearest one."""
-    for key in keys:
-        if key not in allowed:
-            close = difflib.get_close_matches(str(key), allowed, n=1, cutoff=0.5)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise InputError(where, key, (", ".join(allowed) or "no settings") + hint)
 
 
 def pairs(given: Iterable[str], where: str = "--set") -> dict[str, str]:

@@ -12,21 +12,22 @@ Letters: `N` rows, `L` layers, `D` width, `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from steer.artifacts import Card, data_hash
 from steer.core import Prompt, check
-from steer.edits import Artifact
+from steer.edits import Artifact, parse_layers
 from steer.methods.controller import ControllerNetwork
 from steer.progress import ticking
 from steer.train.loop import fit
+from steer.train.settings import Count, Finite, Part, Positive, Seed, Texts, Whole, settings_class, settle
 
-__all__ = ["ANSWERS", "REFUSALS", "train_controller"]
+__all__ = ["ANSWERS", "REFUSALS", "ControllerSettings", "train_controller"]
 
 
 REFUSALS = (
@@ -53,116 +54,111 @@ class _Batch:
     mask: Tensor
 
 
+@settings_class
+class ControllerSettings:
+    """How a controller is trained."""
+
+    preset: Literal["steer", "paper"] = "steer"
+    """ "paper": squared error on the scale only, the unembedding direction, alpha 2 without threshold, as published;
+    its layer weights keep their initial value. It has a strength, rate, batch and width of its own.
+    """
+    openings: Texts = REFUSALS
+    """What the steered model should say first."""
+    answers: Texts = ANSWERS
+    """The contrast for the direction."""
+    strength: Positive = 0.08
+    """alpha, in units of each layer's residual norm."""
+    inputs: str = ""
+    """Layers whose last prompt state is read; default every other one of the middle ("paper": the last third)."""
+    hidden: Count = 128
+    epochs: Count = 4
+    batch_size: Count = 16
+    learning_rate: Positive = 1e-3
+    noise: Finite = 0.5
+    """On the standardised inputs while training."""
+    kl: Finite = 1.0
+    """Weight of a term of the loss, as are `gate` and `sparsity`."""
+    gate: Finite = 1.0
+    sparsity: Finite = 0.05
+    max_negative: Whole = 0
+    """How many negative prompts are used; default: twice the positives."""
+    reply_tokens: Whole = 12
+    """Tokens of the model's own reply on which the KL of negative prompts is taken."""
+    held_out: Part = 0.15
+    """Share of the prompts on which the scale's balanced accuracy is measured."""
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        if self.paper:
+            for name, value in _PAPER.items():
+                object.__setattr__(self, name, value)
+
+    @property
+    def paper(self) -> bool:
+        return self.preset == "paper"
+
+    def recipe(self, reads: list[int]) -> dict[str, Any]:
+        """The entries of the card; `reads` are the layers that are read."""
+        ours = ("kl", "gate", "sparsity", "noise", "reply_tokens")
+        out = {"max_negative", *(ours if self.paper else ())}
+        found = {name: value for name, value in asdict(self).items() if name not in out}
+        return {**found, "inputs": reads, "openings": list(self.openings), "answers": list(self.answers)}
+
+
+_PAPER = {"strength": 2.0, "learning_rate": 5e-5, "batch_size": 4, "hidden": 1024, "reply_tokens": 0}
+
+
 def train_controller(
     model: Any,
     positive: Sequence[Prompt],
     negative: Sequence[Prompt],
+    settings: ControllerSettings | None = None,
     *,
-    preset: str = "steer",
-    openings: Sequence[str] = REFUSALS,
-    answers: Sequence[str] = ANSWERS,
-    strength: float = 0.08,
-    inputs: str = "",
-    hidden: int = 128,
-    epochs: int | None = None,
-    batch_size: int = 16,
-    learning_rate: float = 1e-3,
-    noise: float = 0.5,
-    kl: float = 1.0,
-    gate: float = 1.0,
-    sparsity: float = 0.05,
-    max_negative: int = 0,
-    reply_tokens: int = 12,
-    held_out: float = 0.15,
-    seed: int = 0,
     work: Path | None = None,
     progress: bool = False,
+    **given: Any,
 ) -> Artifact:
-    """A controller that steers `positive` prompts towards `openings` and leaves `negative` prompts alone.
+    """A controller that steers `positive` prompts towards an opening and leaves `negative` prompts alone.
 
     Args:
         model: a language model from `steer.load`.
         positive: prompts to steer.
-        negative: prompts to leave alone; `max_negative` (default: twice the positives) bounds how many are used.
-        preset: "steer", or "paper": squared error on the scale only, the unembedding direction, alpha 2 without
-            threshold, as published; its layer weights keep their initial value.
-        openings: what the steered model should say first; `answers` are the contrast for the direction.
-        strength: alpha, in units of each layer's residual norm.
-        inputs: layers whose last prompt state is read; default every other one of the middle ("paper": the last third).
-        noise: noise on the standardised inputs while training.
-        kl, gate, sparsity: weights of the loss terms.
-        reply_tokens: tokens of the model's own reply on which the KL of negative prompts is taken.
-        held_out: share of the prompts on which the scale's balanced accuracy is measured.
+        negative: prompts to leave alone.
+        settings: how; fields of `ControllerSettings` may also be `given` by name.
         work: folder for resumable state.
 
     Raises:
         InputError: too few prompts, a bad setting.
     """
-    check(preset in ("steer", "paper"), "preset", preset, "steer, paper")
+    chosen = settle(ControllerSettings, settings, given, "train_controller")
     check(len(positive) >= 4, "positive", f"{len(positive)} prompts", "at least 4")
     check(len(negative) >= 4, "negative", f"{len(negative)} prompts", "at least 4")
-    check(strength > 0, "strength", strength, "a number above 0")
-    paper, depth = preset == "paper", model.info.num_layers
-    reads = _inputs(inputs, paper, depth)
-    negative = list(negative)[: max_negative or 2 * len(positive)]
+    depth = model.info.num_layers
+    reads = _inputs(chosen, depth)
+    negative = list(negative)[: chosen.max_negative or 2 * len(positive)]
     ids = [model.encode(p) for p in (*positive, *negative)]
     label = torch.tensor([1.0] * len(positive) + [0.0] * len(negative))
-    train, test = _split(label, held_out, seed)
-    if paper:
-        strength, learning_rate, batch_size, hidden = 2.0, 5e-5, 4, 1024
-        directions = _unembedding_direction(model, openings, answers).expand(depth, -1).contiguous()
-    else:
-        directions = _opening_directions(model, ids[: len(positive)], openings, answers, progress)
-    lesson = _Lesson(model, ids, label, directions, strength, openings, (kl, gate, sparsity), noise, seed)
-    states = lesson.prepare(train, test, reads, batch_size, 0 if paper else reply_tokens, progress)
-    torch.manual_seed(seed)
-    network = ControllerNetwork(states.shape[1], depth, hidden)
-    network.mean.copy_(states[train].mean(0))
-    network.std.copy_(states[train].std(0).clamp_min(1e-4))
+    train, test = _split(label, chosen.held_out, chosen.seed)
+    directions = _directions(model, ids[: len(positive)], chosen, progress)
+    lesson = _Lesson(model, ids, label, directions, chosen)
+    states = lesson.prepare(train, test, reads, progress)
+    network = _network(states, train, depth, chosen)
     before = _mean_weights(network, states[label > 0])
-    rows = data_hash([*positive, *negative])
-    settings = {
-        "preset": preset,
-        "strength": strength,
-        "inputs": reads,
-        "epochs": epochs or 4,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "hidden": hidden,
-        "held_out": held_out,
-        "seed": seed,
-        **(
-            {}
-            if paper
-            else {"kl": kl, "gate": gate, "sparsity": sparsity, "noise": noise, "reply_tokens": reply_tokens}
-        ),
-        "openings": list(openings),
-        "answers": list(answers),
-    }
+    rows, recipe = data_hash([*positive, *negative]), chosen.recipe(reads)
     history = fit(
-        network,
-        lesson.batches,
-        _paper_loss(states, label) if paper else lesson.loss,
-        epochs=epochs or 4,
-        learning_rate=learning_rate,
-        settings={**settings, "data": rows},
-        seed=seed,
-        work=work,
-        progress=progress,
+        network, lesson.batches, _paper_loss(states, label) if chosen.paper else lesson.loss, epochs=chosen.epochs,
+        learning_rate=chosen.learning_rate, run={**recipe, "data": rows}, work=work, progress=progress,
         what="training the controller",
-    )
+    )  # fmt: skip
     network.eval()
+    paper = {"unit": "raw", "threshold": 0.0, "scope": "generated"}
+    ours = {"unit": "norm", "threshold": 0.5, "scope": "reply"}
     card = Card(
         kind="controller",
         model=model.info.entry(),
         layers=list(range(depth)),
-        settings={
-            "strength": strength,
-            "unit": "raw" if paper else "norm",
-            "threshold": 0.0 if paper else 0.5,
-            "scope": "generated" if paper else "reply",
-        },
-        recipe=settings,
+        settings={"strength": chosen.strength, **(paper if chosen.paper else ours)},
+        recipe=recipe,
         data={"sha256": rows, "rows": len(ids), "positive": len(positive), "negative": len(negative)},
         metrics={
             "held_out_balanced_accuracy": _balanced_accuracy(network, states[test], label[test]),
@@ -175,15 +171,30 @@ def train_controller(
     return Artifact({**tensors, "directions": directions}, card)
 
 
-def _inputs(asked: str, paper: bool, depth: int) -> list[int]:
+def _network(states: Tensor, train: list[int], depth: int, settings: ControllerSettings) -> ControllerNetwork:
+    """A new network that standardises its inputs as the training rows are spread."""
+    torch.manual_seed(settings.seed)
+    network = ControllerNetwork(states.shape[1], depth, settings.hidden)
+    network.mean.copy_(states[train].mean(0))
+    network.std.copy_(states[train].std(0).clamp_min(1e-4))
+    return network
+
+
+def _directions(model: Any, ids: Sequence[list[int]], settings: ControllerSettings, progress: bool) -> Tensor:
+    """Unit directions `[L, D]`."""
+    if settings.paper:
+        one = _unembedding_direction(model, settings.openings, settings.answers)
+        return one.expand(model.info.num_layers, -1).contiguous()
+    return _opening_directions(model, ids, settings.openings, settings.answers, progress)
+
+
+def _inputs(settings: ControllerSettings, depth: int) -> list[int]:
     """Layers to read: the last third in the paper; by default every other one of the middle, which generalise
     better.
     """
-    from steer.edits import parse_layers
-
-    if asked:
-        return parse_layers(asked, list(range(depth)))
-    if paper:
+    if settings.inputs:
+        return parse_layers(settings.inputs, list(range(depth)))
+    if settings.paper:
         return list(range(2 * depth // 3, depth))
     return list(range(2 * depth // 5, max(2 * depth // 5 + 1, 4 * depth // 5), 2))
 
@@ -263,35 +274,23 @@ class _Lesson:
     """
 
     def __init__(
-        self,
-        model: Any,
-        ids: list[list[int]],
-        label: Tensor,
-        directions: Tensor,
-        strength: float,
-        openings: Sequence[str],
-        weights: tuple[float, float, float],
-        noise: float,
-        seed: int,
+        self, model: Any, ids: list[list[int]], label: Tensor, directions: Tensor, settings: ControllerSettings
     ) -> None:
-        self.model, self.ids, self.label = model, ids, label
-        self.push = directions * model.residual_norms().unsqueeze(1) * strength
-        self.openings = [model.tokenizer(t, add_special_tokens=False)["input_ids"] for t in openings]
-        self.kl, self.gate, self.sparsity = weights
-        self.noise, self.seed = noise, seed
+        self.model, self.ids, self.label, self.settings = model, ids, label, settings
+        self.push = directions * model.residual_norms().unsqueeze(1) * settings.strength
+        self.openings = [model.tokenizer(t, add_special_tokens=False)["input_ids"] for t in settings.openings]
         self.states = self.spread = torch.empty(0)
         self.replies: dict[int, list[int]] = {}
         self.batches: list[_Batch] = []
 
-    def prepare(
-        self, train: list[int], test: list[int], reads: list[int], size: int, reply_tokens: int, progress: bool
-    ) -> Tensor:
+    def prepare(self, train: list[int], test: list[int], reads: list[int], progress: bool) -> Tensor:
         """Read every prompt once: states of the layers in `reads` `[N, len(reads) * D]` for all, and for the training
         rows their caches and, on the negative ones, the model's own reply.
         """
+        size = self.settings.batch_size
         self.states = torch.empty(len(self.ids), len(reads) * self.model.info.width)
         with ticking(progress, "reading prompts", len(self.ids)) as tick:
-            for rows, wanted in ((train, reply_tokens), (test, 0)):
+            for rows, wanted in ((train, self.settings.reply_tokens), (test, 0)):
                 ordered = sorted(rows, key=lambda i: len(self.ids[i]))
                 for chunk in (ordered[i : i + size] for i in range(0, len(ordered), size)):
                     keys, mask, replies, states = self.model.read_prefix([self.ids[i] for i in chunk], wanted, reads)
@@ -305,17 +304,19 @@ class _Lesson:
 
     def loss(self, network: nn.Module, batch: _Batch, epoch: int) -> Tensor:
         at = torch.tensor(batch.rows)
-        pick = torch.Generator().manual_seed(self.seed * 31 + epoch * 1009 + batch.rows[0])
+        pick = torch.Generator().manual_seed(self.settings.seed * 31 + epoch * 1009 + batch.rows[0])
         states = self.states[at]
         # Noise in units of each input's spread, so that the scale does not hang on single coordinates.
-        states = states + self.noise * self.spread * torch.randn(states.shape, generator=pick)
+        states = states + self.settings.noise * self.spread * torch.randn(states.shape, generator=pick)
         logit, weights = network(states)
         scale = torch.sigmoid(logit)
         amount = scale.unsqueeze(1) * weights
         up = batch.positive
         balance = (self.label == 0).sum() / (self.label > 0).sum()
-        total = self.gate * nn.functional.binary_cross_entropy_with_logits(logit, self.label[at], pos_weight=balance)
-        total = total + self.sparsity * amount.mean()
+        total = self.settings.gate * nn.functional.binary_cross_entropy_with_logits(
+            logit, self.label[at], pos_weight=balance
+        )
+        total = total + self.settings.sparsity * amount.mean()
         opening = self.openings[int(torch.randint(len(self.openings), (1,), generator=pick))]
         replies = [
             opening if up else self.replies[i] for i, up in zip(batch.rows, batch.positive.tolist(), strict=True)
@@ -331,7 +332,7 @@ class _Lesson:
                 base, _, _ = self._reply(batch, replies, {})
             reference = torch.log_softmax(base[down].float(), -1)
             gap = (reference.exp() * (reference - log_law[down])).sum(-1)
-            total = total + self.kl * (gap * real[down]).sum() / real[down].sum() * (~up).float().mean() * 2
+            total = total + self.settings.kl * (gap * real[down]).sum() / real[down].sum() * (~up).float().mean() * 2
         return total
 
     def _reply(self, batch: _Batch, replies: list[list[int]], program: dict[int, Any]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,21 +1,26 @@
-"""The one training loop: a small module, batches in a seeded order, checkpoints from which a run goes on exactly."""
+"""The training loop of small modules, and the checkpoints of all trainers, from which a run goes on exactly."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
 from steer.core import InputError
-from steer.progress import ticking
+from steer.files import replacing
+from steer.progress import note, ticking
 
-__all__ = ["fit"]
+__all__ = ["Saved", "averaged", "check_run", "cosine", "fit", "load_state", "save_state"]
 
 
 def fit(
@@ -25,8 +30,7 @@ def fit(
     *,
     epochs: int,
     learning_rate: float,
-    settings: dict[str, Any],
-    seed: int = 0,
+    run: dict[str, Any],
     weight_decay: float = 0.0,
     work: Path | None = None,
     progress: bool = False,
@@ -34,9 +38,10 @@ def fit(
 ) -> list[float]:
     """Train `module` with AdamW and a cosine schedule; returns the mean loss of each epoch.
 
-    The order of `batches` depends on the seed and the epoch only, so a run that was stopped and started again gives the
-    result of the uninterrupted one. State is written to `work` after every epoch, atomically; `settings` identify the
-    run, and state left there by another run is refused. `accelerate launch` splits the batches over processes.
+    The order of `batches` depends on the entry "seed" of `run` and the epoch only, so a run that was stopped and
+    started again gives the result of the uninterrupted one. State is written to `work` after every epoch, atomically;
+    `run` identifies it, and state left there by another run is refused. `accelerate launch` splits the batches over
+    processes.
 
     Raises:
         InputError: `work` holds the state of a run with other settings.
@@ -45,72 +50,115 @@ def fit(
 
     accelerator = Accelerator()
     optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    first, history = _resume(work, module, optimizer, settings)
-    wrapped, optimizer = accelerator.prepare(module, optimizer)
+    path = None if work is None else work / "state.safetensors"
+    saved = load_state(path, run, optimizer)
+    if saved is not None:
+        module.load_state_dict(saved.parts["module"])
+    first, history = (0, []) if saved is None else (saved.facts["epoch"], saved.facts["history"])
+    note(progress and first > 0, f"{what}: going on from epoch {first + 1} of {epochs}")
     share = range(accelerator.process_index, len(batches), accelerator.num_processes)
     steps = max(1, epochs * len(share))
+    schedule = cosine(optimizer, learning_rate, steps, first * len(share))
+    wrapped, prepared = accelerator.prepare(module, optimizer)
     with ticking(progress and accelerator.is_main_process, what, steps) as tick:
         tick(first * len(share))
         for epoch in range(first, epochs):
-            order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed * 7919 + epoch)).tolist()
-            total = 0.0
-            for done, at in enumerate(share):
-                rate = (
-                    0.5
-                    * learning_rate
-                    * (1 + float(torch.cos(torch.tensor((epoch * len(share) + done) / steps * 3.141592653589793))))
-                )
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.zero_grad()
+            drawn = torch.Generator().manual_seed(run.get("seed", 0) * 7919 + epoch)
+            order, total = torch.randperm(len(batches), generator=drawn).tolist(), 0.0
+            for at in share:
+                prepared.zero_grad()
                 value = loss(wrapped, batches[order[at]], epoch)
                 accelerator.backward(value)
                 accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
-                optimizer.step()
+                prepared.step()
+                schedule.step()
                 total += float(value.detach())
-                tick(1)
+                tick(1, f"loss {history[-1]:.4g}" if history else "")
             history.append(total / max(1, len(share)))
-            if work is not None and accelerator.is_main_process:
-                _checkpoint(work, module, optimizer, settings, epoch + 1, history)
+            if path is not None and accelerator.is_main_process:
+                save_state(path, run, {"module": module.state_dict()}, optimizer, epoch=epoch + 1, history=history)
     return history
 
 
-def _names(optimizer: Any) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{k}": torch.as_tensor(v).clone() for i, entry in state.items() for k, v in entry.items()}
+def cosine(optimizer: torch.optim.Optimizer, rate: float, steps: int, done: int, warm: int = 1) -> LambdaLR:
+    """From `rate` down to 0 over `steps` steps, of which `done` are over; linearly up to it over the first `warm`."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = rate
+
+    def share(step: int) -> float:
+        return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+    return LambdaLR(optimizer, share, last_epoch=done - 1)
 
 
-def _checkpoint(
-    work: Path, module: nn.Module, optimizer: Any, settings: dict[str, Any], epoch: int, history: list[float]
+def averaged(module: nn.Module, ema: float) -> AveragedModel:
+    """A moving average of the parameters of `module`, with a decay of `ema` that is lower over the first steps; its
+    `update_parameters` follows a step.
+    """
+
+    def follow(mean: Tensor, value: Tensor, count: Tensor | int) -> Tensor:
+        return mean.lerp(value, 1 - min(ema, float(count) / (9 + float(count))))
+
+    made = AveragedModel(module, avg_fn=follow)
+    made.update_parameters(module)  # the first is copied
+    return made
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds beside the optimizer's state: tensors by the part that they are of, and plain facts."""
+
+    parts: dict[str, dict[str, Tensor]]
+    facts: dict[str, Any]
+
+
+def save_state(
+    path: Path,
+    run: Mapping[str, Any],
+    parts: Mapping[str, Mapping[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    **facts: Any,
 ) -> None:
-    work.mkdir(parents=True, exist_ok=True)
-    tensors = {f"module.{k}": v.contiguous() for k, v in module.state_dict().items()}
-    tensors |= {f"optimizer.{k}": v.contiguous() for k, v in _names(optimizer).items()}
-    facts = {"settings": json.dumps(settings, sort_keys=True), "epoch": str(epoch), "history": json.dumps(history)}
-    temporary = work / "state.tmp"
-    save_file(tensors, temporary, metadata=facts)
-    os.replace(temporary, work / "state.safetensors")
+    """Write tensors by part, the optimizer's state and facts that JSON can hold, in one step; `run` says whose it is.
+    The name of a part has no dot.
+    """
+    held = {f"{part}.{name}": x for part, tensors in parts.items() for name, x in tensors.items()}
+    for index, entry in optimizer.state_dict()["state"].items():
+        held |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in entry.items()}
+    plain = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in held.items()}
+    metadata = {"settings": json.dumps(run, sort_keys=True), **{k: json.dumps(v) for k, v in facts.items()}}
+    with replacing(path) as temporary:
+        save_file(plain, temporary, metadata)
 
 
-def _resume(
-    work: Path | None, module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
-) -> tuple[int, list[float]]:
-    path = None if work is None else work / "state.safetensors"
+def load_state(path: Path | None, run: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Saved | None:
+    """What `save_state` wrote, if anything was, with the optimizer's state put back. Raises `InputError` for the state
+    of another run.
+    """
     if path is None or not path.is_file():
-        return 0, []
-    from safetensors import safe_open
-
+        return None
     with safe_open(path, "pt") as file:
-        facts = file.metadata()
-    if facts["settings"] != json.dumps(settings, sort_keys=True):
-        raise InputError("work", str(work), "an empty folder, or the state of a run with these very settings")
-    tensors = load_file(path)
-    module.load_state_dict({k.removeprefix("module."): v for k, v in tensors.items() if k.startswith("module.")})
+        metadata = file.metadata()
+    check_run(path.parent, json.loads(metadata.pop("settings")), run)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(path).items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = tensor
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = value
-    whole = optimizer.state_dict()
-    optimizer.load_state_dict({**whole, "state": state})
-    return int(facts["epoch"]), json.loads(facts["history"])
+    for name, tensor in parts.pop("optimizer", {}).items():
+        index, _, rest = name.partition(".")
+        state.setdefault(int(index), {})[rest] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return Saved(parts, {name: json.loads(value) for name, value in metadata.items()})
+
+
+def check_run(work: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise `InputError` where `work` holds the state of another run, with what differs."""
+    now = json.loads(json.dumps(now))
+    differ = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if differ:
+        told = "; ".join(f"{name} was {before.get(name)!r:.40}, is {now.get(name)!r:.40}" for name in differ[:3])
+        raise InputError("work", str(work), f"an empty folder, or the state of a run with these very settings ({told})")

@@ -10,6 +10,7 @@ from typing import Any
 from steer.artifacts import FORMAT, Card
 from steer.core import InputError, check
 from steer.files import replacing
+from steer.train.loop import check_run
 
 __all__ = ["CARD", "POLICY", "check_target", "claim", "read_policy_card", "thinned"]
 
@@ -51,8 +52,7 @@ def claim(work: Path | None, run: dict[str, Any]) -> None:
         return
     path, text = work / "settings.json", json.dumps(run, sort_keys=True)
     if path.is_file():
-        same = path.read_text(encoding="utf-8") == text
-        check(same, "work", str(work), "an empty folder, or the state of a run with these very settings")
+        check_run(work, json.loads(path.read_text(encoding="utf-8")), run)
         return
     others = work.exists() and (not work.is_dir() or any(entry.suffix != ".tmp" for entry in work.iterdir()))
     check(not others, "work", f"{work} (with other things in it)", "an empty folder, or a run's state")

@@ -15,25 +15,28 @@ Letters: `N` rollouts, `T` tokens, `D` width.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from steer.artifacts import Card, data_hash
-from steer.core import InputError, Prompt, Reward, check, check_whole
+from steer.core import InputError, Prompt, Reward, check
 from steer.edits import Artifact
+from steer.files import replacing
 from steer.methods.value import QHead, ValueHead
 from steer.progress import ticking
 from steer.rewards import as_reward
 from steer.train.loop import fit
+from steer.train.settings import Count, Part, Positive, Seed, Share, settings_class, settle
 
-__all__ = ["td_lambda_returns", "train_value"]
+__all__ = ["ValueSettings", "td_lambda_returns", "train_value"]
 
 
 def td_lambda_returns(values: Tensor, rewards: Tensor, real: Tensor, gamma: float = 1.0, trace: float = 0.95) -> Tensor:
@@ -53,26 +56,47 @@ def td_lambda_returns(values: Tensor, rewards: Tensor, real: Tensor, gamma: floa
     return returns
 
 
+@settings_class
+class ValueSettings:
+    """How a value head is trained."""
+
+    head: Literal["q", "v"] = "q"
+    """ "q" (values of all candidates from one state, nearly free) or "v" (one scalar a prefix, which needs a lookahead
+    while decoding).
+    """
+    samples: Count = 8
+    """Rollouts for each prompt."""
+    max_new_tokens: Count = 32
+    """The longest rollout, and the most tokens that the head can be told may follow."""
+    temperature: Positive = 1.0
+    td_lambda: Share = 0.95
+    """Of the returns; 1 regresses on the final reward (FUDGE's target)."""
+    gamma: Annotated[Share, Field(gt=0)] = 1.0
+    hidden: Count = 256
+    """Inner units of the head."""
+    epochs: Count = 6
+    batch_size: Count = 32
+    learning_rate: Positive = 1e-3
+    held_out: Part = 0.1
+    """Share of the prompts on which the fit is measured."""
+    max_rows: Count = 64
+    """Rollouts drawn at once."""
+    seed: Seed = 0
+
+    def recipe(self) -> dict[str, Any]:
+        """The entries of the card."""
+        return {name: value for name, value in asdict(self).items() if name != "max_rows"}
+
+
 def train_value(
     model: Any,
     prompts: Sequence[Prompt],
     reward: Reward | str,
+    settings: ValueSettings | None = None,
     *,
-    head: str = "q",
-    samples: int = 8,
-    max_new_tokens: int = 32,
-    temperature: float = 1.0,
-    td_lambda: float = 0.95,
-    gamma: float = 1.0,
-    hidden: int = 256,
-    epochs: int | None = None,
-    batch_size: int = 32,
-    learning_rate: float = 1e-3,
-    held_out: float = 0.1,
-    max_rows: int = 64,
-    seed: int = 0,
     work: Path | None = None,
     progress: bool = False,
+    **given: Any,
 ) -> Artifact:
     """A value head on the model's own final hidden state.
 
@@ -80,68 +104,67 @@ def train_value(
         model: a language model from `steer.load`; frozen.
         prompts: prompts to roll out; a share of them is held out to measure the fit.
         reward: what the head predicts.
-        head: "q" (values of all candidates from one state, nearly free) or "v" (one scalar a prefix, which needs a
-            lookahead while decoding).
-        samples: rollouts for each prompt, of at most `max_new_tokens` tokens, at `temperature`.
-        td_lambda, gamma: of the returns; `td_lambda=1` regresses on the final reward (FUDGE's target).
+        settings: how; fields of `ValueSettings` may also be `given` by name.
         work: folder for rollouts (kept batch by batch) and checkpoints; a run that stopped goes on from there.
 
     Raises:
         InputError: a bad setting, too few prompts, or a reward that is constant on the rollouts.
     """
-    check(head in ("q", "v"), "head", head, "q, v")
+    chosen = settle(ValueSettings, settings, given, "train_value")
     check(len(prompts) >= 2, "prompts", f"{len(prompts)}", "at least 2")
-    check_whole("samples", samples)
-    check(0 <= td_lambda <= 1, "td_lambda", td_lambda, "0 to 1")
-    check(0 < gamma <= 1, "gamma", gamma, "0 < gamma <= 1")
     scored = as_reward(reward)
     assert scored is not None
     scored = scored.bind(model)
-    settings = {
-        "head": head, "samples": samples, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed,
-        "td_lambda": td_lambda, "gamma": gamma, "hidden": hidden, "epochs": epochs or 6, "batch_size": batch_size,
-        "learning_rate": learning_rate, "held_out": held_out, "reward": str(scored),
-    }  # fmt: skip
-    rows = data_hash(list(prompts))
-    rolled = _rollouts(model, prompts, scored, settings, rows, max_rows, work, progress)
-    spread = float(rolled["reward"].std())
-    check(spread > 0, "reward", str(scored), "a reward that is not the same on every rollout")
-
-    torch.manual_seed(seed)
-    width = model.info.width
-    network: nn.Module = (QHead if head == "q" else ValueHead)(width, hidden, max_new_tokens)
-    embeddings = model.info.unembedding() if head == "q" else None
-    center = float(rolled["reward"].mean())
-    network.norm = nn.Identity()  # features are normalised and whitened once
-    data = _Rollouts(rolled, embeddings, center, spread)
-    cut = int(len(prompts) * (1 - held_out)) * samples
-    order = torch.arange(cut)[torch.randperm(cut, generator=torch.Generator().manual_seed(seed))]
-
-    def loss(module: nn.Module, batch: Tensor, epoch: int) -> Tensor:
-        values, real = data.values(module, batch)
-        returns = td_lambda_returns(values.detach(), data.reward[batch], real, gamma, td_lambda)
-        return 0.5 * ((values - returns).square() * real).sum() / real.sum()
-
-    history = fit(
-        network, list(order.split(batch_size)), loss, epochs=epochs or 6, learning_rate=learning_rate,
-        settings={**settings, "data": rows}, seed=seed, work=work, progress=progress, what="fitting values",
-    )  # fmt: skip
-    network.eval()
+    recipe = {**chosen.recipe(), "reward": str(scored)}
+    run = {**recipe, "data": data_hash(list(prompts))}
+    rolled = _rollouts(model, prompts, scored, chosen, run, work, progress)
+    data = _Rollouts(rolled, model.info.unembedding() if chosen.head == "q" else None)
+    check(data.spread > 0, "reward", str(scored), "a reward that is not the same on every rollout")
+    network, history = _fit(model.info.width, data, chosen, run, work, progress)
     card = Card(
         kind="value",
         model=model.info.entry(),
         settings={"top_k": 20, "tail": "mean"},
-        recipe=settings,
-        data={"sha256": rows, "rows": len(prompts), "rollouts": len(rolled["reward"])},
+        recipe=recipe,
+        data={"sha256": run["data"], "rows": len(prompts), "rollouts": len(data)},
         metrics={
-            "reward_mean": center, "reward_std": spread, "loss": [round(x, 5) for x in history],
-            "explained": data.explained(network, torch.arange(cut, len(rolled["reward"]))),
+            "reward_mean": data.mean, "reward_std": data.spread, "loss": [round(x, 5) for x in history],
+            "explained": data.explained(network, torch.arange(_learnt(data, chosen), len(data))),
         },
     )  # fmt: skip
-    return Artifact(_in_plain_units(network, data, spread), card)
+    return Artifact(_in_plain_units(network, data), card)
 
 
-def _in_plain_units(network: nn.Module, data: _Rollouts, spread: float) -> dict[str, Tensor]:
+def _learnt(data: _Rollouts, settings: ValueSettings) -> int:
+    """How many rollouts, from the first on, are learnt from; those of the other prompts are held out."""
+    return int(len(data) // settings.samples * (1 - settings.held_out)) * settings.samples
+
+
+def _fit(
+    width: int, data: _Rollouts, settings: ValueSettings, run: dict[str, Any], work: Path | None, progress: bool
+) -> tuple[nn.Module, list[float]]:
+    """A head in the units of `data`, and the mean loss of each epoch."""
+    torch.manual_seed(settings.seed)
+    kind = QHead if settings.head == "q" else ValueHead
+    network: Any = kind(width, settings.hidden, settings.max_new_tokens)
+    network.norm = nn.Identity()  # states are normalised and whitened once
+    count = _learnt(data, settings)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed))
+
+    def loss(module: nn.Module, batch: Tensor, epoch: int) -> Tensor:
+        values, real = data.values(module, batch)
+        returns = td_lambda_returns(values.detach(), data.reward[batch], real, settings.gamma, settings.td_lambda)
+        return 0.5 * ((values - returns).square() * real).sum() / real.sum()
+
+    history = fit(
+        network, list(order.split(settings.batch_size)), loss, epochs=settings.epochs,
+        learning_rate=settings.learning_rate, run=run, work=work, progress=progress,
+        what="fitting values",
+    )  # fmt: skip
+    return network.eval(), history
+
+
+def _in_plain_units(network: nn.Module, data: _Rollouts) -> dict[str, Tensor]:
     """The head's tensors for plain states, embeddings and rewards: it was trained on whitened states, embeddings in
     units of their root mean square, and standardised scores. The offset of the scores cancels in Q.
     """
@@ -153,7 +176,7 @@ def _in_plain_units(network: nn.Module, data: _Rollouts, spread: float) -> dict[
     tensors["inner.weight"] = inner.float()
     for name in ("outer.weight", "outer.bias", "shared.weight", "shared.bias"):
         if name in tensors:
-            tensors[name] = tensors[name] * (spread / data.unit if name.startswith("outer") else spread)
+            tensors[name] = tensors[name] * (data.spread / (data.unit if name.startswith("outer") else 1.0))
     return tensors
 
 
@@ -167,13 +190,17 @@ class _Rollouts:
     of it says which token came last), and gradient descent learns small directions last.
     """
 
-    def __init__(self, rolled: dict[str, Tensor], embeddings: Tensor | None, center: float, spread: float) -> None:
+    def __init__(self, rolled: dict[str, Tensor], embeddings: Tensor | None) -> None:
         self.features, self.tokens, self.length = rolled["features"], rolled["tokens"], rolled["length"]
         self.embeddings = embeddings
         self.unit = 1.0 if embeddings is None else float(embeddings.float().square().mean().sqrt())
         """Entries of embeddings are small; in this unit the query learns as fast as the rest of the head."""
-        self.reward = ((rolled["reward"] - center) / spread).float()
+        self.mean, self.spread = float(rolled["reward"].mean()), float(rolled["reward"].std())
+        self.reward = ((rolled["reward"] - self.mean) / (self.spread or 1.0)).float()
         self._whiten()
+
+    def __len__(self) -> int:
+        return len(self.reward)
 
     def _whiten(self) -> None:
         """Whiten the normalised states in place, `W (x - center)` with a symmetric W `[D, D]`; both in float64."""
@@ -224,32 +251,36 @@ class _Rollouts:
 
 
 def _rollouts(
-    model: Any, prompts: Sequence[Prompt], reward: Reward, settings: dict[str, Any], rows: str, max_rows: int,
-    work: Path | None, progress: bool,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Features `[N, T, D]` (half precision), tokens, lengths and rewards of `samples` rollouts of every prompt. Each
-    batch of prompts is written to `work` as it is done.
+    model: Any,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    settings: ValueSettings,
+    run: dict[str, Any],
+    work: Path | None,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """Features `[N, T, D]` (half precision), tokens, lengths and rewards of the rollouts of every prompt. Each batch of
+    prompts is written to `work` as it is done.
     """
-    identity = json.dumps({**{k: settings[k] for k in _ROLLOUT_SETTINGS}, "data": rows}, sort_keys=True)
-    step = max(1, max_rows // settings["samples"])
+    identity = json.dumps({k: run[k] for k in _ROLLOUT_SETTINGS}, sort_keys=True)
+    step = max(1, settings.max_rows // settings.samples)
     parts = []
     with ticking(progress, "rolling out", len(prompts)) as tick:
         for first in range(0, len(prompts), step):
+            some = prompts[first : first + step]
             path = None if work is None else work / f"rollouts-{first:06d}.safetensors"
             if path is not None and path.is_file():
                 parts.append(_read(path, identity))
             else:
-                parts.append(_roll(model, prompts[first : first + step], reward, settings, first))
+                parts.append(_roll(model, some, reward, settings, first))
                 if path is not None:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    temporary = path.with_suffix(".tmp")
-                    save_file(parts[-1], temporary, metadata={"settings": identity})
-                    os.replace(temporary, path)
-            tick(len(prompts[first : first + step]))
+                    with replacing(path) as temporary:
+                        save_file(parts[-1], temporary, metadata={"settings": identity})
+            tick(len(some))
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
-_ROLLOUT_SETTINGS = ("head", "samples", "max_new_tokens", "temperature", "seed", "reward")
+_ROLLOUT_SETTINGS = ("head", "samples", "max_new_tokens", "temperature", "seed", "reward", "data")
 
 
 def _read(path: Path, identity: str) -> dict[str, Tensor]:
@@ -260,16 +291,16 @@ def _read(path: Path, identity: str) -> dict[str, Tensor]:
 
 
 def _roll(
-    model: Any, prompts: Sequence[Prompt], reward: Reward, settings: dict[str, Any], first: int
+    model: Any, prompts: Sequence[Prompt], reward: Reward, settings: ValueSettings, first: int
 ) -> dict[str, Tensor]:
     drawn = model.generate(
-        list(prompts), n=settings["samples"], temperature=settings["temperature"], reward=reward,
-        max_new_tokens=settings["max_new_tokens"], seed=settings["seed"] * 100_003 + first,
-        max_rows=len(prompts) * settings["samples"],
+        list(prompts), n=settings.samples, temperature=settings.temperature, reward=reward,
+        max_new_tokens=settings.max_new_tokens, seed=settings.seed * 100_003 + first,
+        max_rows=len(prompts) * settings.samples,
     )  # fmt: skip
-    after = settings["head"] == "v"
-    features = model.rollout_features(list(prompts), drawn, after=after, width=settings["max_new_tokens"])
-    tokens = torch.zeros(len(drawn), settings["max_new_tokens"], dtype=torch.long)
+    width = settings.max_new_tokens
+    features = model.rollout_features(list(prompts), drawn, after=settings.head == "v", width=width)
+    tokens = torch.zeros(len(drawn), width, dtype=torch.long)
     for i, row in enumerate(drawn.tokens):
         tokens[i, : len(row)] = torch.tensor(row)
     length = torch.tensor([len(row) for row in drawn.tokens])

@@ -6,7 +6,7 @@ Letters: `P` pairs, `L` layers, `D` width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,86 +15,101 @@ from steer.artifacts import Card, data_hash
 from steer.core import RawText, check
 from steer.core.errors import check_unicode
 from steer.data import plain_pair
-from steer.edits import Artifact
+from steer.edits import Artifact, parse_layers
 from steer.progress import ticking
+from steer.train.settings import Part, Positive, Real, Seed, settings_class, settle
 
-__all__ = ["METHODS", "encode_pairs", "train_vector"]
+__all__ = ["METHODS", "VectorSettings", "encode_pairs", "train_vector"]
+
+
+@settings_class
+class VectorSettings:
+    """How a vector is fitted."""
+
+    method: Literal["mean", "pca", "probe"] = "mean"
+    """The difference of means; "pca", the first principal axis of the pair differences, *not* centred: centring removes
+    the mean difference, which is the signal; "probe", L2-regularised logistic regression, whose file serves for gates.
+    """
+    pool: Literal["last", "mean"] = "mean"
+    """State to read from each text: the mean over its tokens, or that of the last."""
+    layers: str = ""
+    """Layers that the artifact steers by default, such as "12-19"; default: those between two fifths and two thirds of
+    the depth, where a shift of behaviour cost least fluency on the model that we measured.
+    """
+    strength: Real = 0.15
+    """Default dose of the artifact, in units of the residual norm."""
+    held_out: Part = 0.2
+    """Share of pairs on which each layer's separation is measured; the vector is then fitted on all pairs."""
+    l2: Positive = 1.0
+    """Regularisation of the probe, on standardised states."""
+    seed: Seed = 0
+    """Chooses the held-out pairs."""
+
+    def recipe(self) -> dict[str, Any]:
+        """The entries that say how the directions were found."""
+        return {name: getattr(self, name) for name in ("method", "pool", "l2", "held_out", "seed")}
+
+    def steered(self, depth: int) -> str:
+        """The layers that are steered by default, of a model with `depth` of them. Raises `InputError`."""
+        asked = self.layers or f"{2 * depth // 5}-{max(2 * depth // 5, 2 * depth // 3 - 1)}"
+        chosen = parse_layers(asked, list(range(depth)))
+        return self.layers or f"{min(chosen)}-{max(chosen)}"
 
 
 def train_vector(
     model: Any,
     pairs: Sequence[Mapping[str, str]],
+    settings: VectorSettings | None = None,
     *,
-    method: str = "mean",
-    pool: str = "mean",
-    layers: str = "",
-    strength: float = 0.15,
-    held_out: float = 0.2,
-    l2: float = 1.0,
-    seed: int = 0,
     progress: bool = False,
+    **given: Any,
 ) -> Artifact:
     """A vector whose direction at each layer leads from the negative to the positive texts.
 
     Args:
         model: a language model from `steer.load`.
-        pairs: rows `{"positive": text, "negative": text}`; with a `"prompt"`, the texts are the
-            assistant's replies to it.
-        method: "mean" (difference of means), "pca" (first principal axis of the pair differences,
-            *not* centred: centring removes the mean difference, which is the signal), "probe"
-            (L2-regularised logistic regression; the file also holds the probe, for gates).
-        pool: state to read from each text: "mean" over its tokens, or "last".
-        layers: layers that the artifact steers by default, such as "12-19"; default: those between two fifths and two
-            thirds of the depth, where a shift of behaviour cost least fluency on the model that we measured.
-        strength: default dose of the artifact, in units of the residual norm.
-        held_out: share of pairs on which each layer's separation is measured; the vector is then fitted on all pairs.
-        l2: regularisation of the probe, on standardised states.
-        seed: chooses the held-out pairs.
+        pairs: rows `{"positive": text, "negative": text}`; with a `"prompt"`, the texts are the assistant's replies to
+            it.
+        settings: how; fields of `VectorSettings` may also be `given` by name.
 
     Raises:
-        InputError: a bad row, method, pool or layer.
+        InputError: a bad row, method, pool or layer; pairs that say the same, or are longer than the model's context.
     """
-    from steer.edits import parse_layers
-
-    check(method in METHODS, "method", method, ", ".join(METHODS))
-    check(pool in ("last", "mean"), "pool", pool, "last, mean")
-    check(0 <= held_out < 1, "held_out", held_out, "0 <= held_out < 1")
-    check(l2 > 0, "l2", l2, "a number above 0")
-    depth = model.info.num_layers
-    chosen = parse_layers(layers or f"{2 * depth // 5}-{max(2 * depth // 5, 2 * depth // 3 - 1)}", list(range(depth)))
+    chosen = settle(VectorSettings, settings, given, "train_vector")
+    layers = chosen.steered(model.info.num_layers)
     positive, negative = encode_pairs(model, pairs)
     with ticking(progress, "reading pairs", len(positive) + len(negative)) as tick:
-        seen = model.hidden_states([*positive, *negative], pool=pool, on_batch=tick)
-    stacked = torch.stack([seen[layer] for layer in range(depth)])
-    up, down = stacked[:, : len(pairs)], stacked[:, len(pairs) :]
-
-    accuracy = _held_out_accuracy(up, down, method, l2, held_out, seed)
-    directions, bias = METHODS[method](up, down, l2)
-    for layer in chosen:
+        seen = model.hidden_states([*positive, *negative], pool=chosen.pool, on_batch=tick)
+    states = torch.stack([seen[layer] for layer in range(model.info.num_layers)])
+    accuracy = _held_out_accuracy(states, chosen)
+    tensors = _fitted(states, chosen)
+    for layer in parse_layers(layers, list(range(len(states)))):
         told = "pairs whose states differ; this layer's do not on average"
-        check(bool(directions[layer].any()), f"layers[{layer}]", "a direction of length 0", told)
-    tensors = {f"direction.{layer}": directions[layer].contiguous() for layer in range(depth)}
-    tensors |= {f"reference.{layer}": stacked[layer].mean(0) for layer in range(depth)}
-    if bias is not None:
-        tensors |= {f"probe.{layer}": directions[layer].clone() for layer in range(depth)}
-        tensors |= {f"bias.{layer}": bias[layer].clone() for layer in range(depth)}
+        check(bool(tensors[f"direction.{layer}"].any()), f"layers[{layer}]", "a direction of length 0", told)
     # Of equally good layers the one in the middle: early layers separate by words alone.
-    best = min(range(depth), key=lambda layer: (-float(accuracy[layer]), abs(layer - depth // 2)))
+    best = min(range(len(states)), key=lambda layer: (-float(accuracy[layer]), abs(layer - len(states) // 2)))
     card = Card(
         kind="vector",
         model=model.info.entry(),
-        layers=list(range(depth)),
-        settings={
-            "layers": layers or f"{min(chosen)}-{max(chosen)}",
-            "strength": strength,
-            "scope": "all",
-            "unit": "norm",
-        },
-        recipe={"method": method, "pool": pool, "l2": l2, "held_out": held_out, "seed": seed},
+        layers=list(range(len(states))),
+        settings={"layers": layers, "strength": chosen.strength, "scope": "all", "unit": "norm"},
+        recipe=chosen.recipe(),
         data={"sha256": data_hash([dict(row) for row in pairs]), "rows": len(pairs)},
         metrics={"held_out_accuracy": [round(float(a), 4) for a in accuracy], "best_layer": best},
     )
     return Artifact(tensors, card)
+
+
+def _fitted(states: Tensor, settings: VectorSettings) -> dict[str, Tensor]:
+    """The artifact's tensors from states `[L, 2 P, D]`, the positive ones first."""
+    up, down = states.chunk(2, 1)
+    directions, bias = METHODS[settings.method](up, down, settings.l2)
+    tensors = {f"direction.{layer}": direction.contiguous() for layer, direction in enumerate(directions)}
+    tensors |= {f"reference.{layer}": own.mean(0) for layer, own in enumerate(states)}
+    if bias is not None:
+        tensors |= {f"probe.{layer}": direction.clone() for layer, direction in enumerate(directions)}
+        tensors |= {f"bias.{layer}": own.clone() for layer, own in enumerate(bias)}
+    return tensors
 
 
 def encode_pairs(model: Any, pairs: Sequence[Mapping[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
@@ -161,13 +176,14 @@ METHODS = {"mean": _mean, "pca": _pca, "probe": _probe}
 """Each maps positive and negative states `[L, P, D]` to directions `[L, D]` and, for probes, biases `[L]`."""
 
 
-def _held_out_accuracy(up: Tensor, down: Tensor, method: str, l2: float, share: float, seed: int) -> Tensor:
+def _held_out_accuracy(states: Tensor, settings: VectorSettings) -> Tensor:
     """Share of held-out texts on the right side of the midpoint (of the probe, for probes) at each layer `[L]`."""
-    count = up.shape[1]
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    up, down = states.chunk(2, 1)
+    count, share = up.shape[1], settings.held_out
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed))
     test = order[: max(1, int(count * share))] if share else order
     fit = order[len(test) :] if share and len(test) < count - 1 else order
-    directions, bias = METHODS[method](up[:, fit], down[:, fit], l2)
+    directions, bias = METHODS[settings.method](up[:, fit], down[:, fit], settings.l2)
     if bias is None:
         middle = (up[:, fit].mean(1) + down[:, fit].mean(1)) / 2
         bias = -(directions * middle).sum(-1)

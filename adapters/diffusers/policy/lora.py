@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from steer.core import SteerError, check, check_whole
+from steer.core import SteerError, check
+from steer.train.diffusion_policy.inputs import DiffusionPolicySettings
 
 _TARGETS = "all, all-linear, attention"
 
@@ -22,20 +23,17 @@ class Lora:
     targets: str
 
     @classmethod
-    def create(cls, rank: int, alpha: int | None, targets: str) -> Lora:
-        """With the default of `alpha`. Raises `InputError`, and `SteerError` without PEFT."""
-        if alpha is not None:
-            check_whole("lora_alpha", alpha, 1)
-        check(isinstance(targets, str) and bool(targets.strip()), "lora_targets", targets, f"{_TARGETS}, or names")
+    def of(cls, settings: DiffusionPolicySettings) -> Lora | None:
+        """None where all weights are tuned. Raises `InputError`, and `SteerError` without PEFT."""
+        rank, targets = settings.lora_rank, settings.lora_targets
+        if not rank:
+            return None
+        check(bool(targets.strip()), "lora_targets", targets, f"{_TARGETS}, or names")
         try:
             import peft  # noqa: F401
         except ImportError as error:
             raise SteerError("LoRA needs PEFT: pip install 'steer-engine[train]'") from error
-        return cls(rank, 2 * rank if alpha is None else alpha, targets.replace(" ", ""))
-
-    def recipe(self) -> dict[str, Any]:
-        """Its entries on the card of a policy."""
-        return {"lora_rank": self.rank, "lora_alpha": self.alpha, "lora_targets": self.targets}
+        return cls(rank, settings.lora_alpha or 2 * rank, targets.replace(" ", ""))
 
     def names(self, network: nn.Module) -> list[str]:
         """The modules that are adapted. Raises `InputError` for a name that fits none."""

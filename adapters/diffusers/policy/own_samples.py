@@ -13,7 +13,7 @@ from steer.core import Prompt, Reward
 from steer.diffusion import DiffusionProcess
 from steer.files import replacing
 from steer.progress import ticking
-from steer.train.diffusion_policy.inputs import Pair, PolicySettings
+from steer.train.diffusion_policy.inputs import DiffusionPolicySettings, Pair
 from steer.train.diffusion_policy.samples import draw_rows, rank_pairs
 
 _MEASURED = 10**6
@@ -23,9 +23,8 @@ _MEASURED = 10**6
 def own_pairs(
     process: DiffusionProcess,
     prompts: list[Prompt],
-    settings: PolicySettings,
+    settings: DiffusionPolicySettings,
     reward: Reward,
-    rows: int,
     work: Path | None,
     progress: bool,
 ) -> list[Pair]:
@@ -36,7 +35,9 @@ def own_pairs(
         parts = zip(held["prompt"].tolist(), held["chosen"], held["rejected"], strict=True)
         return [Pair(prompts[b], chosen, rejected) for b, chosen, rejected in parts]
     with ticking(progress, "drawing pairs", len(prompts)) as tick:
-        pairs = rank_pairs(process, prompts, settings.group_size, reward, settings.seed, rows=rows, tick=tick)
+        pairs = rank_pairs(
+            process, prompts, settings.group_size, reward, settings.seed, rows=settings.max_batch, tick=tick
+        )
     if path is not None:
         known = {json.dumps(prompt): b for b, prompt in enumerate(prompts)}
         tensors = {
@@ -50,19 +51,27 @@ def own_pairs(
 
 
 def measure(
-    when: str, process: DiffusionProcess, prompts: list[Prompt], reward: Reward, count: int, rows: int, seed: int
+    when: str,
+    process: DiffusionProcess,
+    prompts: list[Prompt],
+    reward: Reward,
+    settings: DiffusionPolicySettings,
+    progress: bool,
 ) -> dict[str, float]:
-    """Mean reward of `count` samples, with one seed for all policies, and its standard error."""
+    """Mean reward of `measured` samples, with one seed for all policies, and its standard error."""
+    count, seed = settings.measured, settings.seed
     distinct = list({json.dumps(p): p for p in prompts}.values())[:count]
     n = max(1, count // len(distinct))
     scores: list[Tensor] = []
-    for i, prompt in enumerate(distinct):
-        left = n
-        while left:
-            some = min(left, rows)
-            state = draw_rows(process, [prompt], some, (seed + 1) * _MEASURED + 1000 * i + left)
-            scores.append(reward(process.decode(state)))
-            left -= some
+    with ticking(progress, f"measuring the reward {when}", n * len(distinct)) as tick:
+        for i, prompt in enumerate(distinct):
+            left = n
+            while left:
+                some = min(left, settings.max_batch)
+                state = draw_rows(process, [prompt], some, (seed + 1) * _MEASURED + 1000 * i + left)
+                scores.append(reward(process.decode(state)))
+                left -= some
+                tick(some)
     found = torch.cat(scores)
     error = float(found.std(correction=0)) / max(1, len(found) - 1) ** 0.5
     return {f"reward_{when}": round(float(found.mean()), 5), f"reward_{when}_se": round(error, 5)}

@@ -10,6 +10,7 @@ a LoRA lies there in PEFT's layout. `DiffusionModel.tuned` takes either. The los
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,52 +22,28 @@ from steer.adapters.diffusers.policy.lora import Lora
 from steer.adapters.diffusers.policy.network import copied, fingerprint, network_of, tunable
 from steer.adapters.diffusers.policy.own_samples import measure, own_pairs
 from steer.artifacts import Card
-from steer.core import Ability, Reward, check, check_whole
+from steer.core import Ability, Prompt, Reward, check
 from steer.embedded import resolve
 from steer.files import replacing_folder
 from steer.rewards import as_reward
-from steer.train.diffusion_policy.inputs import METHODS, PolicySettings
+from steer.train.diffusion_policy.inputs import DiffusionPolicySettings, Pair, Tunable
 from steer.train.diffusion_policy.tuning import tune
 from steer.train.policy_folder import check_target, claim, read_policy_card, thinned
+from steer.train.settings import settle
 
-__all__ = ["load_diffusion_policy", "train_diffusion_policy"]
-
-
-_BETAS = {"dpo": 5000.0, "seppo": 5000.0, "pg": 1.0}
-_RATES = {"dpo": 1e-5, "seppo": 1e-5, "pg": 3e-5}
-"""Learning rates where all weights are tuned; ten times as much for LoRA."""
-_STEPS = {"dpo": 200, "seppo": 200, "pg": 2}
+__all__ = ["DiffusionPolicySettings", "load_diffusion_policy", "train_diffusion_policy"]
 
 
 def train_diffusion_policy(
     model: DiffusionModel,
     data: Sequence[Any] | Path | str,
+    settings: DiffusionPolicySettings | None = None,
     *,
-    method: str,
     out: Path | str,
     reward: Reward | str | Callable[..., Any] | None = None,
-    beta: float | None = None,
-    lora_rank: int = 0,
-    lora_alpha: int | None = None,
-    lora_targets: str = "all",
-    learning_rate: float | None = None,
-    steps: int | None = None,
-    rounds: int = 20,
-    batch_size: int = 8,
-    group_size: int = 8,
-    num_steps: int = 25,
-    eta: float = 1.0,
-    guidance_scale: float | None = None,
-    kind: str | None = None,
-    advantage: str = "leave-one-out",
-    clip_range: float = 0.2,
-    share: float = 1.0,
-    ema: float = 0.0,
-    measured: int = 64,
-    max_batch: int = 64,
-    seed: int = 0,
     work: Path | str | None = None,
     progress: bool = False,
+    **given: Any,
 ) -> Path:
     """Tune a diffusion model and write it to the folder `out`; `model` itself is not changed.
 
@@ -76,25 +53,9 @@ def train_diffusion_policy(
             (seppo) whose images are tensors `[C, H, W]` in [0, 1] or paths of image files, or a folder with such rows
             in `pairs.jsonl`. With a reward, dpo and seppo make them of the base's own samples: for each prompt the best
             and the worst of `group_size`; a prompt that is there several times gives as many.
-        method: "dpo" (Diffusion-DPO), "seppo", or "pg" (policy gradient on the stochastic chain, clipped as in PPO).
+        settings: how, its `method` first of all; fields of `DiffusionPolicySettings` may also be `given` by name.
         out: folder; an older policy there is replaced in one step, anything else is refused.
         reward: what is raised; pg needs one. One that looks at a model looks at `model`.
-        beta: of dpo and seppo, with the number of noise levels folded in (default 5000); of pg the KL coefficient in
-            reward for each nat (default 1), 0 is off.
-        lora_rank: 0 tunes all weights. lora_alpha: default twice the rank. lora_targets: "all" (linear layers and
-            convolutions), "all-linear", "attention", or names of modules joined by commas.
-        learning_rate: default by method.
-        steps: updates (default 200); for pg those on every round of samples (default 2).
-        rounds: of samples, for pg.
-        batch_size: pairs of an update; for pg prompts of a round.
-        group_size: samples for each prompt.
-        num_steps, eta, guidance_scale, kind: of the chain that samples are drawn by, see `DiffusionModel.process`.
-            dpo and seppo tune all noise levels, pg the steps of this chain.
-        advantage: of pg: "leave-one-out", or "grpo", under which the optimum depends on `group_size`.
-        clip_range, share: of pg: ratios beyond 1 +- `clip_range` bring no more; share of a chain's steps in an update.
-        ema: decay of a moving average of the weights, which is then the policy; 0 is off.
-        measured: samples on which the reward is measured before and after; 0 is none.
-        max_batch: rows put through the network at once.
         work: folder for checkpoints and samples; a run that stopped goes on from there to the same weights.
 
     Raises:
@@ -103,64 +64,73 @@ def train_diffusion_policy(
         UnsupportedError: pg on a chain without noise; a pipeline.
         SteerError: PEFT is missing, or the loss is no longer finite.
     """
-    check(method in METHODS, "method", method, ", ".join(METHODS))
-    check_whole("lora_rank", lora_rank, 0, "an integer of 0 (all weights) or more")
-    settings = PolicySettings(
-        method=method,
-        beta=_BETAS[method] if beta is None else beta,
-        learning_rate=_RATES[method] * (10 if lora_rank else 1) if learning_rate is None else learning_rate,
-        steps=_STEPS[method] if steps is None else steps,
-        rounds=rounds, batch_size=batch_size, group_size=group_size, advantage=advantage, clip_range=clip_range,
-        share=share, ema=ema, seed=seed,
-    )  # fmt: skip
-    lora = None if lora_rank == 0 else Lora.create(lora_rank, lora_alpha, lora_targets)
-    check_whole("measured", measured, 0)
-    check_whole("max_batch", max_batch, 1)
+    chosen = settle(DiffusionPolicySettings, settings, given, "train_diffusion_policy")
+    lora = Lora.of(chosen)
     final, state = Path(out), None if work is None else Path(work)
     check_target(final)
-    given = as_reward(reward)
-    check(given is not None or method != "pg", "reward", None, "one, for pg")
-    drawing = {"eta": eta, "guidance_scale": guidance_scale, "kind": kind}
-    chain = {"steps": num_steps, **drawing, "max_batch": max_batch}
-    base = tunable(model, chain)
-    if method == "pg":
+    scored = as_reward(reward)
+    check(scored is not None or chosen.method != "pg", "reward", None, "one, for pg")
+    base = tunable(model, chosen.chain)
+    if chosen.method == "pg":
         base.chain.require(Ability.BRANCH, "train policy by pg")
-    prompts, pairs, hashed, rows = read_data(base, data, method, given is not None)
-    bound = None if given is None else given.bind(model)
+    prompts, pairs, hashed, rows = read_data(base, data, chosen.method, scored is not None)
     if lora is not None:
         lora.names(network_of(model))
-    recipe = {**settings.recipe(), **(lora.recipe() if lora else {"lora_rank": 0}), "num_steps": num_steps, **drawing}
-    recipe |= {} if given is None else {"reward": str(given)}
     mark = fingerprint(network_of(model))
-    run = {**recipe, "data": hashed, "model": mark, "max_batch": max_batch}
+    recipe = {**chosen.recipe(), **({} if scored is None else {"reward": str(scored)})}
+    run = {**recipe, "data": hashed, "model": mark, "max_batch": chosen.max_batch}
     claim(state, run)
-    metrics: dict[str, Any] = {}
-    policy = tunable(copied(model, lora, seed), chain)
+    job = _Job(model, base, chosen, lora, None if scored is None else scored.bind(model), state, run, progress)
     with replacing_folder(final) as temporary:
-        if bound is not None and measured:
-            metrics |= measure("before", base.chain, prompts, bound, measured, max_batch, seed)
-        if bound is not None and method != "pg":
-            pairs = own_pairs(base.chain, prompts, settings, bound, max_batch, state, progress)
-        history = tune(
-            policy, base, settings, prompts=prompts, pairs=pairs, reward=bound if method == "pg" else None,
-            earlier=tunable(copied(model, lora, seed), chain) if method == "seppo" else None,
-            rows=max_batch, work=state, run=run, progress=progress,
-        )  # fmt: skip
-        save_network(policy.module, model, temporary)
-        if bound is not None and measured:
-            after = tunable(model.tuned(temporary), chain).chain
-            metrics |= measure("after", after, prompts, bound, measured, max_batch, seed)
-        metrics |= {name: thinned(values) for name, values in history.items()}
         card = Card(
             kind="policy",
             model={"name": model.name, "fingerprint": mark, "model_type": type(network_of(model)).__name__},
             settings={"form": "lora" if lora else "full"},
             recipe=recipe,
             data={"sha256": hashed, "rows": rows},
-            metrics=metrics,
+            metrics=job.tune(prompts, pairs, temporary),
         )
         write_cards(card, model, temporary, final.name)
     return final
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run that was checked."""
+
+    model: DiffusionModel
+    base: Tunable
+    settings: DiffusionPolicySettings
+    lora: Lora | None
+    reward: Reward | None
+    work: Path | None
+    run: dict[str, Any]
+    progress: bool
+
+    def tune(self, prompts: list[Prompt], pairs: list[Pair], folder: Path) -> dict[str, Any]:
+        """Write the tuned network to `folder`, and say what was seen."""
+        settings, online = self.settings, self.settings.method == "pg"
+        metrics = self._measured("before", self.base, prompts)
+        if self.reward is not None and not online:
+            pairs = own_pairs(self.base.chain, prompts, settings, self.reward, self.work, self.progress)
+        policy = self._copy()
+        history = tune(
+            policy, self.base, settings, prompts=prompts, pairs=pairs, reward=self.reward if online else None,
+            earlier=self._copy() if settings.method == "seppo" else None, work=self.work, run=self.run,
+            progress=self.progress,
+        )  # fmt: skip
+        save_network(policy.module, self.model, folder)
+        if self.reward is not None and settings.measured:
+            metrics |= self._measured("after", tunable(self.model.tuned(folder), settings.chain), prompts)
+        return {**metrics, **{name: thinned(values) for name, values in history.items()}}
+
+    def _copy(self) -> Tunable:
+        return tunable(copied(self.model, self.lora, self.settings.seed), self.settings.chain)
+
+    def _measured(self, when: str, policy: Tunable, prompts: list[Prompt]) -> dict[str, Any]:
+        if self.reward is None or not self.settings.measured:
+            return {}
+        return measure(when, policy.chain, prompts, self.reward, self.settings, self.progress)
 
 
 def load_diffusion_policy(base: DiffusionModel | None, folder: Path | str) -> DiffusionModel:

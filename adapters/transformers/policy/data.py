@@ -8,115 +8,116 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from pydantic import Field
 from torch import nn
 
 from steer.core import InputError, check, check_whole
 from steer.core.errors import check_unicode
 from steer.data import plain_row, prompt_of
+from steer.train.settings import UNSET, Count, Finite, Positive, Seed, Whole, settings_class
 
 if TYPE_CHECKING:
     from steer.adapters.transformers.model import LanguageModel
 
 
-METHODS = ("sft", "dpo", "kto", "grpo", "raft")
-COLUMNS = {
-    "sft": ("prompt", "completion"),
-    "dpo": ("prompt", "chosen", "rejected"),
-    "kto": ("prompt", "completion", "label"),
-}
-LOSSES = {
-    "sft": ("nll", "dft"),
-    "dpo": (
-        "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-        "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+@dataclass(frozen=True)
+class Objective:
+    """One way to tune: TRL's trainer and losses (the default first), its rows, and the settings that matter to it."""
+
+    trainer: str
+    losses: tuple[str, ...]
+    rate: float
+    """Learning rate where all weights are tuned; ten times as much for LoRA."""
+    columns: tuple[str, ...] = ()
+    """Of its rows; none where the policy's own samples are what it is tuned on."""
+    own: tuple[str, ...] = ()
+
+
+_SFT = ("nll", "dft")
+_DPO = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+_DRAWN = ("group_size", "max_new_tokens", "temperature")
+OBJECTIVES = {
+    "sft": Objective("SFT", _SFT, 2e-5, ("prompt", "completion")),
+    "dpo": Objective("DPO", _DPO, 5e-6, ("prompt", "chosen", "rejected"), ("beta", "f_divergence")),
+    "kto": Objective("KTO", ("kto", "apo_zero_unpaired"), 5e-6, ("prompt", "completion", "label"), ("beta",)),
+    "grpo": Objective(
+        "GRPO", ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo"), 2e-6, own=("beta", *_DRAWN)
     ),
-    "kto": ("kto", "apo_zero_unpaired"),
-    "grpo": ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo"),
-    "raft": ("nll", "dft"),
+    "raft": Objective("SFT", _SFT, 2e-5, own=(*_DRAWN, "rounds")),
 }  # fmt: skip
-"""TRL's losses by method, the default first."""
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 _DIFFERENCES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 """Losses of the difference of two rewards, in which the partition function of another divergence cancels."""
-_RATES = {"sft": 2e-5, "dpo": 5e-6, "kto": 5e-6, "grpo": 2e-6, "raft": 2e-5}
-"""Learning rates where all weights are tuned; ten times as much for LoRA."""
-_RELEVANT = {
-    "sft": (),
-    "dpo": ("beta", "f_divergence"),
-    "kto": ("beta",),
-    "grpo": ("beta", "group_size", "max_new_tokens", "temperature"),
-    "raft": ("group_size", "max_new_tokens", "temperature", "rounds"),
-}
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """Hyper-parameters of one run; see `train_policy`. Raises `InputError` for one that is out of range."""
+@settings_class
+class PolicySettings:
+    """How a policy is tuned."""
 
-    method: str
-    beta: float
-    loss: str
-    f_divergence: str
-    lora_rank: int
-    lora_alpha: int
-    lora_targets: str
-    learning_rate: float
-    epochs: int
-    steps: int | None
-    batch_size: int
-    group_size: int
-    max_new_tokens: int
-    temperature: float
-    rounds: int
-    seed: int
-
-    @classmethod
-    def create(
-        cls, *, method: str, loss: str | None, learning_rate: float | None, lora_rank: int, lora_alpha: int | None,
-        **more: Any,
-    ) -> Tuning:  # fmt: skip
-        """With the defaults that depend on the method and the rank."""
-        check(method in METHODS, "method", method, ", ".join(METHODS))
-        check_whole("lora_rank", lora_rank, 0, "an integer of 0 (all weights) or more")
-        return cls(
-            method=method,
-            loss=LOSSES[method][0] if loss is None else loss,
-            learning_rate=_RATES[method] * (10 if lora_rank else 1) if learning_rate is None else learning_rate,
-            lora_rank=lora_rank,
-            lora_alpha=2 * lora_rank if lora_alpha is None else lora_alpha,
-            **more,
-        )
+    method: Literal["sft", "dpo", "kto", "grpo", "raft"]
+    """grpo has the KL to the model in its loss; raft takes in each of `rounds` rounds the best of `group_size` samples
+    for each prompt, then SFT on them.
+    """
+    beta: Finite = 0.1
+    """KL coefficient of dpo, kto and grpo (there 0 is off)."""
+    loss: str = UNSET
+    """TRL's name; default: nll, sigmoid, kto, dapo. For dpo several joined by `+`, of equal weight."""
+    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    """Between policy and model, for dpo."""
+    lora_rank: Whole = 16
+    """0 tunes all weights."""
+    lora_alpha: Count | None = None
+    """Default: twice the rank."""
+    lora_targets: str = "all-linear"
+    """ "all-linear" (without the output head), or names of modules joined by commas."""
+    learning_rate: Positive = UNSET
+    """Default by method; the schedule is a cosine. Weight decay and dropout are 0."""
+    epochs: Count = 1
+    """Passes over the data."""
+    steps: Count | None = None
+    """Updates (for raft: of every round), in place of epochs."""
+    batch_size: Count = 8
+    """Rows, pairs or prompts for each update."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Samples for each prompt."""
+    max_new_tokens: Count = 32
+    """Of a sample."""
+    temperature: Positive = 1.0
+    """Of samples."""
+    rounds: Count = 1
+    """Of raft."""
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        for part in self.losses:
-            joined = " (several joined by +)" if self.method == "dpo" else ""
-            check(part in LOSSES[self.method], "loss", self.loss, f"for {self.method}: {self._losses()}{joined}")
-        check(len(self.losses) == 1 or self.method == "dpo", "loss", self.loss, f"one of {self._losses()}")
-        check(self.f_divergence in DIVERGENCES, "f_divergence", self.f_divergence, ", ".join(DIVERGENCES))
-        if self.f_divergence != DIVERGENCES[0]:
-            check(self.method == "dpo", "f_divergence", self.f_divergence, f"{DIVERGENCES[0]} for {self.method}")
-            fits = all(part in _DIFFERENCES for part in self.losses)
-            check(fits, "loss", self.loss, f"with {self.f_divergence}: {', '.join(_DIFFERENCES)}")
-        _number("beta", self.beta, zero=self.method == "grpo")
-        _number("learning_rate", self.learning_rate)
-        _number("temperature", self.temperature)
-        check_whole("epochs", self.epochs, 1)
-        if self.steps is not None:
-            check_whole("steps", self.steps, 1)
+        rate = self.objective.rate * (10 if self.lora_rank else 1)
+        defaults = {"loss": self.objective.losses[0], "learning_rate": rate, "lora_alpha": 2 * self.lora_rank or None}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        self._check_losses()
+        check(self.method == "grpo" or self.beta != 0, "beta", self.beta, "a number above 0")
         two = self.method == "kto" and self.loss == "kto"
         check_whole("batch_size", self.batch_size, 2 if two else 1)
-        check_whole("group_size", self.group_size, 2)
-        check_whole("max_new_tokens", self.max_new_tokens, 1)
-        check_whole("rounds", self.rounds, 1)
-        check_whole("seed", self.seed, 0)
-        check(self.seed < 2**32, "seed", self.seed, f"an integer from 0 to {2**32 - 1}")
-        if self.lora_rank:
-            check_whole("lora_alpha", self.lora_alpha, 1)
 
-    def _losses(self) -> str:
-        return ", ".join(LOSSES[self.method])
+    def _check_losses(self) -> None:
+        known, dpo = self.objective.losses, self.method == "dpo"
+        joined = " (several joined by +)" if dpo else ""
+        for part in self.losses:
+            check(part in known, "loss", self.loss, f"for {self.method}: {', '.join(known)}{joined}")
+        check(len(self.losses) == 1 or dpo, "loss", self.loss, f"one of {', '.join(known)}")
+        if self.f_divergence != DIVERGENCES[0]:
+            check(dpo, "f_divergence", self.f_divergence, f"{DIVERGENCES[0]} for {self.method}")
+            fits = all(part in _DIFFERENCES for part in self.losses)
+            check(fits, "loss", self.loss, f"with {self.f_divergence}: {', '.join(_DIFFERENCES)}")
+
+    @property
+    def objective(self) -> Objective:
+        return OBJECTIVES[self.method]
 
     @property
     def losses(self) -> list[str]:
@@ -125,7 +126,7 @@ class Tuning:
     @property
     def online(self) -> bool:
         """Whether the policy's own samples are what it is tuned on."""
-        return self.method in ("grpo", "raft")
+        return not self.objective.columns
 
     @property
     def targets(self) -> str | list[str]:
@@ -136,20 +137,14 @@ class Tuning:
         """The entries that matter for this method."""
         always = ("method", "loss", "lora_rank", "learning_rate", "epochs", "steps", "batch_size", "seed")
         lora = ("lora_alpha", "lora_targets") if self.lora_rank else ()
-        return {k: v for k, v in asdict(self).items() if k in (*always, *lora, *_RELEVANT[self.method])}
+        return {k: v for k, v in asdict(self).items() if k in (*always, *lora, *self.objective.own)}
 
     def total_steps(self, rows: int) -> int:
         """Updates of the weights for `rows` rows."""
         return self.steps or self.epochs * -(-rows // self.batch_size)
 
 
-def _number(field: str, given: Any, zero: bool = False) -> None:
-    fits = isinstance(given, int | float) and not isinstance(given, bool) and given < float("inf")
-    fits = fits and (given >= 0 if zero else given > 0)
-    check(fits, field, given, "a number of 0 or more" if zero else "a number above 0")
-
-
-def check_targets(model: LanguageModel, tuning: Tuning) -> None:
+def check_targets(model: LanguageModel, tuning: PolicySettings) -> None:
     """Raise where LoRA is asked for at modules that are not there, or at the output head."""
     if not tuning.lora_rank or isinstance(tuning.targets, str):
         return
@@ -161,7 +156,7 @@ def check_targets(model: LanguageModel, tuning: Tuning) -> None:
         check(fits and bool(name), "lora_targets", name, f"all-linear, or names among {', '.join(known)}")
 
 
-def read_rows(model: LanguageModel, data: Sequence[Any], tuning: Tuning) -> list[dict[str, Any]]:
+def read_rows(model: LanguageModel, data: Sequence[Any], tuning: PolicySettings) -> list[dict[str, Any]]:
     """Token ids of every row: `prompt_ids`, and by method `completion_ids`, `chosen_ids` and `rejected_ids`, `label`.
 
     Raises:
@@ -175,7 +170,7 @@ def read_rows(model: LanguageModel, data: Sequence[Any], tuning: Tuning) -> list
         if tuning.online:
             rows.append({"prompt_ids": _prompt_ids(model, i, prompt_of(row), tuning.max_new_tokens)})
             continue
-        columns = COLUMNS[tuning.method]
+        columns = tuning.objective.columns
         row = plain_row(row, f"data[{i}]")
         check(isinstance(row, Mapping), f"data[{i}]", row, f"a row with {', '.join(columns)}")
         for column in columns:

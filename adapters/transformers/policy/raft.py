@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from steer.adapters.transformers.model import LanguageModel
-from steer.adapters.transformers.policy.data import Tuning
+from steer.adapters.transformers.policy.data import PolicySettings
 from steer.adapters.transformers.policy.folder import open_network, save_network
 from steer.adapters.transformers.policy.trl import Online, fit, scores
 from steer.core import check
@@ -22,7 +22,7 @@ from steer.train.policy_folder import thinned
 
 
 def run_raft(
-    model: LanguageModel, rows: list[dict[str, Any]], online: Online, tuning: Tuning, out: Path, work: Path,
+    model: LanguageModel, rows: list[dict[str, Any]], online: Online, tuning: PolicySettings, out: Path, work: Path,
     progress: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Rounds of samples and SFT on the best; each round's are kept in `work`, and the last round's weights in `out`."""
@@ -49,8 +49,14 @@ def run_raft(
 
 
 def _draws(
-    model: LanguageModel, start: Path | None, online: Online, tuning: Tuning, number: int, folder: Path, progress: bool
-) -> dict[str, list[Any]]:
+    model: LanguageModel,
+    start: Path | None,
+    online: Online,
+    tuning: PolicySettings,
+    number: int,
+    folder: Path,
+    progress: bool,
+) -> dict[str, list[Any]]:  # fmt: skip
     """A round's samples, `group_size` for each prompt: their `group` (number of the prompt), `tokens`, `reward`."""
     path = folder / "samples.json"
     if path.is_file():
@@ -71,7 +77,7 @@ def _draws(
 
 
 def own_pairs(
-    model: LanguageModel, online: Online, tuning: Tuning, work: Path | None, progress: bool
+    model: LanguageModel, online: Online, tuning: PolicySettings, work: Path | None, progress: bool
 ) -> list[dict[str, Any]]:
     """The best and the worst of the model's own samples for each prompt, where they differ."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -88,7 +94,7 @@ def own_pairs(
 
 
 def _best(
-    drawn: dict[str, list[Any]], rows: list[dict[str, Any]], tuning: Tuning, online: Online
+    drawn: dict[str, list[Any]], rows: list[dict[str, Any]], tuning: PolicySettings, online: Online
 ) -> list[dict[str, Any]]:
     """Each prompt's best sample as a row to imitate. Prompts all of whose samples score the same teach nothing."""
     found = []
@@ -101,11 +107,13 @@ def _best(
     return found
 
 
-def mean_reward(policy: LanguageModel, base: LanguageModel, online: Online, tuning: Tuning) -> float:
+def mean_reward(
+    policy: LanguageModel, base: LanguageModel, online: Online, tuning: PolicySettings, progress: bool = False
+) -> float:
     """Mean reward of samples for the first 64 prompts, with one seed for all policies."""
     prompts = list(online.prompts[:64])
     drawn = policy.generate(
         prompts, n=max(1, min(tuning.group_size, 64 // len(prompts))), temperature=tuning.temperature,
-        max_new_tokens=tuning.max_new_tokens, seed=tuning.seed * 100_003 + 99_991,
+        max_new_tokens=tuning.max_new_tokens, seed=tuning.seed * 100_003 + 99_991, progress=progress,
     )  # fmt: skip
     return round(float(scores(base, online, range(len(prompts)), drawn.group.tolist(), drawn.tokens or []).mean()), 5)

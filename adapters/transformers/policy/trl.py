@@ -23,8 +23,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from transformers.utils import logging as library_logging
 
-from steer.adapters.transformers.policy.data import Tuning
-from steer.core import Prompt, Reward, RewardError, Samples, SteerError, check
+from steer.adapters.language.blocks import decoder_blocks
+from steer.adapters.transformers.policy.data import PolicySettings
+from steer.core import InputError, Prompt, Reward, RewardError, Samples, SteerError, check
+from steer.core.errors import first_line
+from steer.progress import note
 
 if TYPE_CHECKING:
     from steer.adapters.transformers.model import LanguageModel
@@ -49,6 +52,8 @@ class Fitted:
     network: Any
     loss: list[float]
     reward: list[float]
+    left_out: str = ""
+    """Weights that LoRA on all linear layers does not reach."""
 
 
 def require_libraries() -> None:
@@ -70,7 +75,7 @@ def shared_copy(network: nn.Module) -> Any:
 def fit(
     model: LanguageModel,
     rows: Sequence[dict[str, Any]],
-    tuning: Tuning,
+    tuning: PolicySettings,
     *,
     start: Path | None = None,
     online: Online | None = None,
@@ -83,65 +88,122 @@ def fit(
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run" if work is None else work
-        trainer = _trainer(model, rows, tuning, start, online, folder, Path(scratch), work is not None)
+        try:
+            trainer = _trainer(model, rows, tuning, start, online, folder, Path(scratch), work is not None)
+        except ValueError as error:
+            if not tuning.lora_rank or isinstance(error, SteerError):
+                raise
+            allowed = f"0, or targets that PEFT can adapt in a {type(model.network).__name__} ({first_line(error)})"
+            raise InputError("lora_rank", tuning.lora_rank, allowed) from error
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Watch(tick))
         if tuning.lora_rank:
             # Otherwise PEFT asks the hub about this name whenever it saves.
             trainer.model.peft_config["default"].base_model_name_or_path = None
+        left_out = ""
+        if tuning.lora_rank and tuning.targets == "all-linear":
+            left_out = _left_out(trainer.model, decoder_blocks(trainer.model))
+            note(bool(left_out), f"LoRA on all linear layers leaves out {left_out}")
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
         log = trainer.state.log_history
         network = trainer.accelerator.unwrap_model(trainer.model)
-    return Fitted(network, *([float(e[k]) for e in log if k in e] for k in ("loss", "reward")))
+    loss, reward = ([float(e[k]) for e in log if k in e] for k in ("loss", "reward"))
+    return Fitted(network, loss, reward, left_out)
+
+
+@dataclass
+class _Recipe:
+    """What a trainer of TRL is made of: its configuration, its arguments, and the methods that are ours."""
+
+    settings: dict[str, Any]
+    given: dict[str, Any]
+    ours: dict[str, Any]
 
 
 def _trainer(
-    model: LanguageModel, rows: Sequence[dict[str, Any]], tuning: Tuning, start: Path | None, online: Online | None,
-    folder: Path, scratch: Path, keep: bool,
+    model: LanguageModel, rows: Sequence[dict[str, Any]], tuning: PolicySettings, start: Path | None,
+    online: Online | None, folder: Path, scratch: Path, keep: bool,
 ) -> Any:  # fmt: skip
     import trl
     from datasets import Dataset
 
-    method = {"raft": "sft"}.get(tuning.method, tuning.method)
+    name = tuning.objective.trainer
     network, adapter = _trainee(model, tuning, start)
-    given: dict[str, Any] = {
-        "model": network, "peft_config": adapter, "processing_class": copy.deepcopy(model.tokenizer),
-        "train_dataset": Dataset.from_list(_columns(method, rows, tuning)),
-    }  # fmt: skip
-    settings = _settings(model, len(rows), tuning, folder, keep)
-    settings |= {"loss_type": tuning.loss}
-    ours: dict[str, Any] = {
-        "_prepare_dataset": lambda self, dataset, *args, **kwargs: dataset,
-        "_send_telemetry": lambda self: None,
-        "create_model_card": lambda self, *args, **kwargs: None,
-    }
-    if method == "sft":
-        settings |= {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    if method == "dpo":
-        smoothing = max(_SMOOTHING.get(part, 0.0) for part in tuning.losses)
-        settings |= {"loss_type": tuning.losses, "f_divergence_type": tuning.f_divergence, "label_smoothing": smoothing}
-    if method in ("dpo", "kto"):
-        settings |= {"beta": tuning.beta, "max_length": None}
-        given["ref_model"] = None if tuning.lora_rank else shared_copy(model.network)
-    if method == "grpo":
+    recipe = _Recipe(
+        {**_settings(model, len(rows), tuning, folder, keep), "loss_type": tuning.loss},
+        {
+            "model": network, "peft_config": adapter, "processing_class": copy.deepcopy(model.tokenizer),
+            "train_dataset": Dataset.from_list(_columns(name, rows, tuning)),
+        },
+        {
+            "_prepare_dataset": lambda self, dataset, *args, **kwargs: dataset,
+            "_send_telemetry": lambda self: None,
+            "create_model_card": lambda self, *args, **kwargs: None,
+        },
+    )  # fmt: skip
+    if name == "SFT":
+        recipe.settings |= {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    elif name == "GRPO":
         assert online is not None
-        ids = [row["prompt_ids"] for row in rows]
-        ours["_tokenize_prompts"] = lambda self, prompts: ([ids[int(p)] for p in prompts], None, {})
-        del ours["_prepare_dataset"]
-        given["reward_funcs"] = _scorer(model, online)
-        size = min(tuning.batch_size, len(rows))
-        settings |= {
-            "beta": tuning.beta, "num_generations": tuning.group_size, "max_completion_length": tuning.max_new_tokens,
-            "temperature": tuning.temperature, "per_device_train_batch_size": size * tuning.group_size,
-            "disable_dropout": True, "shuffle_dataset": False,
+        _add_grpo(recipe, model, rows, tuning, online, scratch)
+    else:
+        _add_pairs(recipe, model, tuning)
+    config = getattr(trl, f"{name}Config")(**recipe.settings)
+    return _adapted(getattr(trl, f"{name}Trainer"), recipe.ours)(args=config, **recipe.given)
+
+
+def _add_pairs(recipe: _Recipe, model: LanguageModel, tuning: PolicySettings) -> None:
+    """What DPO and KTO are told besides: their reference is the network as it was."""
+    recipe.settings |= {"beta": tuning.beta, "max_length": None}
+    recipe.given["ref_model"] = None if tuning.lora_rank else shared_copy(model.network)
+    if tuning.method == "dpo":
+        smoothing = max(_SMOOTHING.get(part, 0.0) for part in tuning.losses)
+        recipe.settings |= {
+            "loss_type": tuning.losses, "f_divergence_type": tuning.f_divergence, "label_smoothing": smoothing,
         }  # fmt: skip
-        if tuning.beta and not tuning.lora_rank:
-            # This trainer loads its reference from where the configuration says that the network came from.
-            model.network.save_pretrained(scratch / "reference")
-            network.config._name_or_path = str(scratch / "reference")
-    name = method.upper()
-    config = getattr(trl, f"{name}Config")(**settings)
-    return _adapted(getattr(trl, f"{name}Trainer"), ours)(args=config, **given)
+
+
+def _add_grpo(
+    recipe: _Recipe, model: LanguageModel, rows: Sequence[dict[str, Any]], tuning: PolicySettings, online: Online,
+    scratch: Path,
+) -> None:  # fmt: skip
+    """What GRPO is told besides: our tokens, the reward, and how samples are drawn."""
+    ids = [row["prompt_ids"] for row in rows]
+    recipe.ours["_tokenize_prompts"] = lambda self, prompts: ([ids[int(p)] for p in prompts], None, {})
+    del recipe.ours["_prepare_dataset"]
+    recipe.given["reward_funcs"] = _scorer(model, online)
+    size = min(tuning.batch_size, len(rows))
+    recipe.settings |= {
+        "beta": tuning.beta, "num_generations": tuning.group_size, "max_completion_length": tuning.max_new_tokens,
+        "temperature": tuning.temperature, "per_device_train_batch_size": size * tuning.group_size,
+        "disable_dropout": True, "shuffle_dataset": False,
+    }  # fmt: skip
+    if tuning.beta and not tuning.lora_rank:
+        # This trainer loads its reference from where the configuration says that the network came from.
+        model.network.save_pretrained(scratch / "reference")
+        recipe.given["model"].config._name_or_path = str(scratch / "reference")
+
+
+def _left_out(network: Any, blocks: Any) -> str:
+    """Weights of the decoder blocks that no adapter reaches, such as experts that are one tensor, with their share of
+    all; "" where that is less than a twentieth.
+    """
+    adapted = {n.partition(".lora_")[0] for n, p in network.named_parameters() if ".lora_" in n}
+    held = {id(p) for p in blocks.parameters()}
+    sizes: dict[str, int] = {}
+    total = missed = 0
+    for name, p in network.named_parameters():
+        if id(p) not in held or p.dim() < 2 or ".lora_" in name:
+            continue
+        total += p.numel()
+        owner = name.removesuffix(".weight").removesuffix(".base_layer")
+        if owner not in adapted and owner.rpartition(".")[0].removesuffix(".base_layer") not in adapted:
+            missed += p.numel()
+            kind = ".".join(part for part in owner.split(".")[-3:] if not part.isdigit())
+            sizes[kind] = sizes.get(kind, 0) + p.numel()
+    if missed < 0.05 * max(1, total):
+        return ""
+    return f"{', '.join(sorted(sizes))} ({missed / total:.2f} of the blocks' weights)"
 
 
 def _adapted(trainer: type, ours: dict[str, Any]) -> Any:
@@ -154,7 +216,7 @@ def _adapted(trainer: type, ours: dict[str, Any]) -> Any:
     return type(trainer.__name__, (trainer,), ours)
 
 
-def _trainee(model: LanguageModel, tuning: Tuning, start: Path | None) -> tuple[Any, Any]:
+def _trainee(model: LanguageModel, tuning: PolicySettings, start: Path | None) -> tuple[Any, Any]:
     """A network to train, and the configuration of the adapter that it is still to get."""
     from peft import LoraConfig, PeftModel
 
@@ -181,19 +243,19 @@ def _without_dropout(network: Any) -> Any:
     return network
 
 
-def _columns(method: str, rows: Sequence[dict[str, Any]], tuning: Tuning) -> list[dict[str, Any]]:
+def _columns(trainer: str, rows: Sequence[dict[str, Any]], tuning: PolicySettings) -> list[dict[str, Any]]:
     """Rows under the names that each trainer's collator reads."""
-    if method == "grpo":
+    if trainer == "GRPO":
         return [{"prompt": str(i)} for i in _endless(len(rows), tuning)]
-    if method == "sft":
+    if trainer == "SFT":
         pairs = [(row["prompt_ids"], row["completion_ids"]) for row in rows]
         return [{"input_ids": [*x, *y], "labels": [*[-100] * len(x), *y]} for x, y in pairs]
-    if method == "kto":
+    if trainer == "KTO":
         return _mismatched(rows, tuning)
     return list(rows)
 
 
-def _endless(count: int, tuning: Tuning) -> list[int]:
+def _endless(count: int, tuning: PolicySettings) -> list[int]:
     """Rows in a new order for each epoch, as many as the run takes: the order of this trainer's own sampler depends on
     how many epochs it has seen, which a run that was stopped does not know.
     """
@@ -204,7 +266,7 @@ def _endless(count: int, tuning: Tuning) -> list[int]:
     return found[:wanted]
 
 
-def _mismatched(rows: Sequence[dict[str, Any]], tuning: Tuning) -> list[dict[str, Any]]:
+def _mismatched(rows: Sequence[dict[str, Any]], tuning: PolicySettings) -> list[dict[str, Any]]:
     """Rows in the seed's order, each with the completion of another one of its batch, from which KTO estimates KL."""
     order = random.Random(tuning.seed).sample(range(len(rows)), len(rows))
     shuffled = [rows[i] for i in order]
@@ -219,7 +281,7 @@ def _mismatched(rows: Sequence[dict[str, Any]], tuning: Tuning) -> list[dict[str
     return found
 
 
-def _settings(model: LanguageModel, rows: int, tuning: Tuning, folder: Path, keep: bool) -> dict[str, Any]:
+def _settings(model: LanguageModel, rows: int, tuning: PolicySettings, folder: Path, keep: bool) -> dict[str, Any]:
     """What all trainers are told."""
     steps = tuning.total_steps(rows)
     on_cpu = model.device.type == "cpu"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steer.core import Prompt
 from steer.seeds import mixed, whole_batch
-from steer.train.diffusion_policy.inputs import Pair, PolicySettings, Tunable
+from steer.train.diffusion_policy.inputs import DiffusionPolicySettings, Pair, Tunable
 from steer.train.diffusion_policy.losses import dpo_loss, errors, seppo_loss
 from steer.train.diffusion_policy.samples import draw_in_parts
 from steer.train.diffusion_policy.state import State
@@ -25,14 +25,13 @@ class Offline:
         self,
         policy: Tunable,
         reference: Tunable | None,
-        settings: PolicySettings,
+        settings: DiffusionPolicySettings,
         pairs: list[Pair],
         state: State,
-        rows: int,
     ) -> None:
         assert reference is not None
         self.policy, self.reference, self.settings = policy, reference, settings
-        self.pairs, self.state, self.rows = pairs, state, rows
+        self.pairs, self.state = pairs, state
         self.device = next(policy.module.parameters()).device
         self.drawn: dict[str, Tensor] = {}
         self.prepared = -1
@@ -54,7 +53,7 @@ class Offline:
         noise = torch.randn(winner.shape, generator=drawn, dtype=winner.dtype)
         loser = torch.stack([self._loser(i, drawn) for i in chosen])
         total, right = 0.0, 0
-        for part in torch.arange(count).split(max(1, self.rows // 2)):
+        for part in torch.arange(count).split(max(1, self.settings.max_batch // 2)):
             loss, better = self._losses(
                 winner[part], loser[part], noise[part], level[part], [self.pairs[chosen[j]].prompt for j in part]
             )
@@ -115,7 +114,9 @@ class Offline:
         wanted = {_key(p): p for s in coming for p in (self.pairs[i].prompt for i in self.batch(s))}
         prompts, n = list(wanted.values()), settings.group_size
         found: dict[str, Tensor] = {}
-        for some, state in draw_in_parts(self.reference.chain, prompts, n, self.rows, settings.seed, "losers", number):
+        for some, state in draw_in_parts(
+            self.reference.chain, prompts, n, settings.max_batch, settings.seed, "losers", number
+        ):
             for prompt, x in zip(some, state.x.cpu().split(n), strict=True):
                 found[_key(prompt)] = x
         return found

@@ -8,7 +8,7 @@ from torch import Tensor
 from steer.core import Prompt, Reward
 from steer.diffusion.schedule import DETERMINISTIC
 from steer.seeds import mixed, whole_batch
-from steer.train.diffusion_policy.inputs import PolicySettings, Tunable
+from steer.train.diffusion_policy.inputs import DiffusionPolicySettings, Tunable
 from steer.train.diffusion_policy.losses import advantages, clipped_objective, leave_one_out, spreads, step_kl
 from steer.train.diffusion_policy.samples import Rollout, roll_out
 
@@ -20,13 +20,12 @@ class Online:
         self,
         policy: Tunable,
         base: Tunable,
-        settings: PolicySettings,
+        settings: DiffusionPolicySettings,
         prompts: list[Prompt],
         reward: Reward,
-        rows: int,
     ) -> None:
         self.policy, self.base, self.settings = policy, base, settings
-        self.prompts, self.reward, self.rows = prompts, reward, rows
+        self.prompts, self.reward = prompts, reward
         self.round = -1
         self.rollout: Rollout | None = None
         self.advantage = self.scale = torch.zeros(0)
@@ -69,7 +68,7 @@ class Online:
         total, clipped = 0.0, 0
         rows = len(found.group)
         for at in chosen:
-            for part in torch.arange(rows).split(self.rows):
+            for part in torch.arange(rows).split(self.settings.max_batch):
                 losses, beyond = self._losses(found, at, part)
                 loss = losses.sum() * (weight / rows)
                 loss.backward()

@@ -28,8 +28,8 @@ import torch
 from torch import nn
 
 from steer.core import Ability, Prompt, Reward, SteerError, check
-from steer.progress import ticking
-from steer.train.diffusion_policy.inputs import Pair, PolicySettings, Tunable
+from steer.progress import note, ticking
+from steer.train.diffusion_policy.inputs import DiffusionPolicySettings, Pair, Tunable
 from steer.train.diffusion_policy.offline import Offline
 from steer.train.diffusion_policy.online import Online
 from steer.train.diffusion_policy.state import State
@@ -37,24 +37,26 @@ from steer.train.diffusion_policy.state import State
 __all__ = ["tune"]
 
 
+EVERY = 10
+"""Updates between two writes of the state, for dpo and seppo."""
+
+
 def tune(
     policy: Tunable,
     base: Tunable,
-    settings: PolicySettings,
+    settings: DiffusionPolicySettings,
     *,
     prompts: Sequence[Prompt] = (),
     pairs: Sequence[Pair] = (),
     reward: Reward | None = None,
     earlier: Tunable | None = None,
-    rows: int = 64,
     work: Path | None = None,
     run: dict[str, Any] | None = None,
-    every: int = 10,
     progress: bool = False,
 ) -> dict[str, list[float]]:
     """Tune `policy.module` in place; `base` is only read. Returns what was seen at each update, by name.
 
-    All randomness depends on the seed and the number of the update. The state is written to `work` every `every`
+    All randomness depends on the seed and the number of the update. The state is written to `work` every `EVERY`
     updates, for pg after every round, atomically: a run that was stopped and started again ends at the same weights,
     bit for bit.
 
@@ -64,9 +66,7 @@ def tune(
         prompts, reward: of pg.
         pairs: of dpo and seppo.
         earlier: of seppo, a third copy, which takes the weights of earlier states of the policy.
-        rows: put through the network at once.
         work: folder; `run` is what a state that lies there must have been made with.
-        every: updates between two writes to it.
 
     Raises:
         InputError: settings, data and method do not fit, or `work` holds the state of another run.
@@ -83,21 +83,23 @@ def tune(
     tuner: Online | Offline
     if settings.method == "pg":
         assert reward is not None
-        tuner = Online(policy, base, settings, list(prompts), reward, rows)
+        tuner = Online(policy, base, settings, list(prompts), reward)
         tuner.resume(state.history)
     else:
-        tuner = Offline(policy, earlier if settings.method == "seppo" else base, settings, list(pairs), state, rows)
+        tuner = Offline(policy, earlier if settings.method == "seppo" else base, settings, list(pairs), state)
     policy.module.eval()
-    span = settings.steps if settings.method == "pg" else every
+    span = settings.steps if settings.method == "pg" else EVERY
+    note(progress and state.step > 0, f"going on from update {state.step + 1} of {settings.total}")
     with ticking(progress, f"tuning by {settings.method}", settings.total) as tick:
         tick(state.step)
         while state.step < settings.total:
-            state.advance(_update(tuner, state))
-            tick(1)
+            seen = _update(tuner, state)
+            state.advance(seen)
+            tick(1, ", ".join(f"{name} {seen[name]:.4g}" for name in ("loss", "reward", "kl") if name in seen))
             if state.step % span == 0 or state.step == settings.total:
                 state.save()
-    if state.average:
-        policy.put(state.average)
+    if average := state.average:
+        policy.put(average)
     return state.history
 
 
@@ -124,7 +126,7 @@ def _limit(state: State) -> float:
 
 def _check_fit(
     policy: Tunable,
-    settings: PolicySettings,
+    settings: DiffusionPolicySettings,
     prompts: Sequence[Prompt],
     pairs: Sequence[Pair],
     reward: Reward | None,

@@ -2,46 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from steer.core import check
+from steer.seeds import mixed
 from steer.train.fashion.images import rows_sha256
 from steer.train.loop import fit
+from steer.train.settings import Count, Finite, Positive, Seed, Share, Whole, settings_class
 
 __all__ = ["ClassifierSettings", "accuracy", "augment", "train_classifier"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class ClassifierSettings:
     """How a classifier is trained. Raises `InputError` for a value out of range."""
 
-    epochs: int = 6
-    batch_size: int = 128
-    learning_rate: float = 2e-3
+    epochs: Count = 6
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    learning_rate: Positive = 2e-3
     """Of AdamW at the start; a cosine takes it down to 0."""
-    weight_decay: float = 0.01
-    shift: int = 2
+    weight_decay: Finite = 0.01
+    shift: Whole = 2
     """Images move by up to this many pixels in each direction."""
-    noise: float = 0.0
+    noise: Finite = 0.0
     """Gaussian noise of a standard deviation between 0 and this is added, each image its own."""
-    blur: float = 0.0
+    blur: Share = 0.0
     """Share of images that are blurred: an early prediction of a denoiser looks like that."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 2), ("shift", 0)):
-            value = getattr(self, name)
-            check(isinstance(value, int) and value >= least, name, value, f"an integer of {least} or more")
-        check(0 < self.learning_rate < float("inf"), "learning_rate", self.learning_rate, "a number above 0")
-        check(0 <= self.weight_decay < float("inf"), "weight_decay", self.weight_decay, "a number of 0 or more")
-        check(0 <= self.noise < float("inf"), "noise", self.noise, "a number of 0 or more")
-        check(0 <= self.blur <= 1, "blur", self.blur, "0 to 1")
+    seed: Seed = 0
 
 
 def augment(images: Tensor, settings: ClassifierSettings, generator: torch.Generator) -> Tensor:
@@ -104,7 +98,7 @@ def train_classifier(
     run = {**asdict(settings), "network": type(net).__name__, "data": rows_sha256(images, labels)}
     history = fit(
         net, list(range(rows // size)), loss, epochs=settings.epochs, learning_rate=settings.learning_rate,
-        settings=run, seed=settings.seed, weight_decay=settings.weight_decay, work=work, progress=progress, what=what,
+        run=run, weight_decay=settings.weight_decay, work=work, progress=progress, what=what,
     )  # fmt: skip
     net.cpu().eval()
     return history
@@ -120,5 +114,4 @@ def accuracy(net: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 5
 
 
 def _generator(*parts: object) -> torch.Generator:
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator().manual_seed(mixed(*parts))
