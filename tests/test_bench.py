@@ -11,7 +11,7 @@ import torch
 
 from steer.bench import __main__ as bench
 from steer.bench import language
-from steer.bench.harness import Bench, Row, alternate, interval, ratios
+from steer.bench.harness import Bench, Figure, alternate, interval, ratios
 
 
 def test_interval_is_the_extremes_of_few_values_and_inner_order_statistics_of_many() -> None:
@@ -37,10 +37,10 @@ def test_alternating_reverses_the_order_every_time() -> None:
 
 
 def test_a_bar_is_met_by_the_median_and_missed_by_the_whole_interval() -> None:
-    assert Row("x", "", [0.9, 0.98, 1.0], at_least=0.97).verdict == "pass"
-    assert Row("x", "", [0.9, 0.98, 1.0], at_most=0.97).verdict == "unclear"
-    assert Row("x", "", [0.98, 0.98, 1.0], at_most=0.97).verdict == "FAIL"
-    assert Row("x", "", [0.9]).verdict == ""
+    assert Figure("x", "", [0.9, 0.98, 1.0], at_least=0.97).verdict == "pass"
+    assert Figure("x", "", [0.9, 0.98, 1.0], at_most=0.97).verdict == "unclear"
+    assert Figure("x", "", [0.98, 0.98, 1.0], at_most=0.97).verdict == "FAIL"
+    assert Figure("x", "", [0.9]).verdict == ""
     assert ratios([2.0, 3.0], [1.0, 2.0]) == [2.0, 1.5]
 
 
@@ -63,7 +63,7 @@ def test_extraction_says_that_it_was_skipped(tiny_lm: Any, capsys: pytest.Captur
 
 
 def test_the_command_writes_json_and_refuses_unknown_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(bench.FIGURES, "made-up", lambda given: iter([Row("made-up", "", [2.0], at_most=1.0)]))
+    monkeypatch.setitem(bench.FIGURES, "made-up", lambda given: iter([Figure("made-up", "", [2.0], at_most=1.0)]))
     assert bench.main(["made-up", "--json", str(tmp_path / "rows.json")]) == 1
     (row,) = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
     assert (row["median"], row["verdict"]) == (2.0, "FAIL")

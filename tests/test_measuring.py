@@ -13,10 +13,10 @@ import torch
 
 from steer.cli import main
 from steer.core import InputError
-from steer.measure.compare import METHODS, Comparison, Task, compare
+from steer.measure.compare import METHODS, Comparison, Problem, compare
 from steer.measure.distances import Target, frechet_distance, interval, mmd, total_variation, unique_share
 from steer.measure.guide import mean_and_error, sweep
-from steer.measure.race import Heat, Race, race
+from steer.measure.race import Measured, Race, race
 from steer.methods.best_of_n import Ancestral
 from steer.methods.fk import FKSteering
 from steer.rewards import lift
@@ -76,7 +76,7 @@ def shoes() -> Any:
 
 
 def test_comparison_measures_keeps_and_goes_on(shoes: Any, tmp_path: Path) -> None:
-    tasks = [Task.parse("bright=brightness@0.125")]
+    tasks = [Problem.parse("bright=brightness@0.125")]
     sizes: dict[str, Any] = {"outputs": 12, "particles": 2, "steps": 5, "pool": 96}
     first = compare(shoes, tasks, tmp_path, methods=["best of K", "FK, one population"], seeds=1, **sizes)
     assert [x.method for x in first.lines] == ["best of K", "FK, one population"]
@@ -96,11 +96,11 @@ def test_comparison_measures_keeps_and_goes_on(shoes: Any, tmp_path: Path) -> No
 
 
 def test_tasks_are_checked() -> None:
-    assert Task.parse("a=class:boot") == Task("a", "class:boot", 1.0)
-    assert Task.parse("b=brightness - 0.1*contrast@0.5") == Task("b", "brightness - 0.1*contrast", 0.5)
+    assert Problem.parse("a=class:boot") == Problem("a", "class:boot", 1.0)
+    assert Problem.parse("b=brightness - 0.1*contrast@0.5") == Problem("b", "brightness - 0.1*contrast", 0.5)
     for text in ("nothing", "=x", "a=", "a=brightness@x", "a=brightness@0"):
         with pytest.raises(InputError, match="task"):
-            Task.parse(text)
+            Problem.parse(text)
 
 
 TWOS = lift(lambda outputs: (outputs == 2).sum(-1).double())
@@ -126,8 +126,8 @@ def test_race_spends_its_budget_and_finds_more_with_more(tmp_path: Path) -> None
 
 
 def test_savings_are_read_off_the_curve() -> None:
-    def heat(method: str, nfe: float, reward: float) -> Heat:
-        return Heat(method, int(nfe), [[reward]] * 3, nfe)
+    def heat(method: str, nfe: float, reward: float) -> Measured:
+        return Measured(method, int(nfe), [[reward]] * 3, nfe)
 
     found = Race({}, [heat("best-of-n", 100, 1.0), heat("best-of-n", 1600, 3.0)])
     found.heats += [heat("fk", 100, 2.0), heat("fk", 400, 4.0), heat("vas", 100, 3.5), heat("dts-star", 1600, 2.0)]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from steer.core import InputError
-from steer.measure.report import Report, Row, _breaks, _interval, default_strengths, evaluate
+from steer.measure.report import Report, ReportRow, _breaks, _interval, default_strengths, evaluate
 from steer.methods.prompt import SystemPrompt
 from steer.methods.vector import SteeringVector
 from steer.pictures.charts import draw_report
@@ -103,8 +103,8 @@ def test_bootstrap_interval() -> None:
     assert high == pytest.approx(float(values.mean()) + half, abs=0.02)
 
 
-def _row(kind: str, strength: float, perplexity: float = 10.0, distinct: float = 0.8) -> Row:
-    return Row(
+def _row(kind: str, strength: float, perplexity: float = 10.0, distinct: float = 0.8) -> ReportRow:
+    return ReportRow(
         kind=kind, strength=strength, reward=strength, reward_low=strength - 0.1, reward_high=strength + 0.1,
         kl=strength**2, kl_per_token=strength**2 / 10, perplexity=perplexity, perplexity_ratio=perplexity / 10,
         distinct_1=distinct, distinct_2=distinct, distinct_3=distinct, tokens=10.0,

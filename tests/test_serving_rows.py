@@ -17,7 +17,7 @@ from steer.adapters.language.texts import GrowingText, token_text
 from steer.adapters.transformers import tracking
 from steer.adapters.transformers.model import LanguageModel
 from steer.adapters.transformers.serving import rowwise
-from steer.adapters.transformers.serving.batch import Batch, Row
+from steer.adapters.transformers.serving.batch import Batch, BatchRow
 from steer.adapters.transformers.serving.engine import TransformersEngine
 from steer.adapters.transformers.serving.turns import FairShare, Stretches
 from steer.artifacts import Card
@@ -146,7 +146,9 @@ def test_rows_that_come_and_go_write_what_they_write_alone(tiny_lm: LanguageMode
             hidden = [(e, None) for e in edits if not isinstance(e, ValueGuidance)]
             guided = tuple(e for e in edits if isinstance(e, ValueGuidance))
             track, _ = tracking.start(tiny_lm.body, [tiny_lm.encode(prompt)], hidden, 1, hidden=bool(guided))
-            row = Row(tiny_lm, Sampling(temperature=0, max_tokens=new), i, 0, edits=guided, taken=lambda *new: None)
+            row = BatchRow(
+                tiny_lm, Sampling(temperature=0, max_tokens=new), i, 0, edits=guided, taken=lambda *new: None
+            )
             results[i] = row
             with torch.inference_mode():
                 batch.join([row], track, [0])
@@ -167,7 +169,9 @@ def test_rows_that_are_dropped_leave_the_others_as_they_are(tiny_lm: LanguageMod
         hidden = [(e, None) for e in kinds[i] if not isinstance(e, ValueGuidance)]
         guided = tuple(e for e in kinds[i] if isinstance(e, ValueGuidance))
         track, _ = tracking.start(tiny_lm.body, [tiny_lm.encode("a very good dog")], hidden, 1, hidden=bool(guided))
-        rows.append(Row(tiny_lm, Sampling(temperature=0, max_tokens=12), i, 0, edits=guided, taken=lambda *new: None))
+        rows.append(
+            BatchRow(tiny_lm, Sampling(temperature=0, max_tokens=12), i, 0, edits=guided, taken=lambda *new: None)
+        )
         with torch.inference_mode():
             batch.join([rows[-1]], track, [0])
     dropped = (0, 3, 4, 7)
@@ -182,11 +186,11 @@ def test_rows_that_are_dropped_leave_the_others_as_they_are(tiny_lm: LanguageMod
 def test_a_row_that_overflows_harms_nobody(tiny_lm: LanguageModel) -> None:
     """NaN in one row: that row fails, its neighbours and whoever takes its slot write what they write alone."""
     batch = Batch(tiny_lm)
-    told: list[Row] = []
+    told: list[BatchRow] = []
 
-    def join(prompt: str, edits: list[Any]) -> Row:
+    def join(prompt: str, edits: list[Any]) -> BatchRow:
         track, _ = tracking.start(tiny_lm.body, [tiny_lm.encode(prompt)], [(e, None) for e in edits], 1, hidden=False)
-        row = Row(tiny_lm, Sampling(temperature=0, max_tokens=12), 0, 0, taken=lambda row, *_: told.append(row))
+        row = BatchRow(tiny_lm, Sampling(temperature=0, max_tokens=12), 0, 0, taken=lambda row, *_: told.append(row))
         with torch.inference_mode():
             batch.join([row], track, [0])
         return row
@@ -209,7 +213,7 @@ def test_measured_rows_know_their_drift(tiny_lm: LanguageModel) -> None:
     batch = Batch(tiny_lm)
     track, _ = tracking.start(tiny_lm.body, [tiny_lm.encode(RawText("the sun"))], (), 1, hidden=True)
     sampling = Sampling(temperature=0, top_k=5, max_tokens=8)
-    row = Row(tiny_lm, sampling, 0, 0, edits=tuple(guided), measured=True, taken=lambda *new: None)
+    row = BatchRow(tiny_lm, sampling, 0, 0, edits=tuple(guided), measured=True, taken=lambda *new: None)
     batch.join([row], track, [0])
     while batch.rows:
         batch.step()

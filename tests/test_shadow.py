@@ -39,7 +39,7 @@ from steer.adapters.diffusers.policy.tuning import load_diffusion_policy, train_
 from steer.adapters.rewards.images import ImageClassifierReward
 from steer.adapters.rewards.text import ModelReward
 from steer.adapters.transformers import LanguageModel, masked, tracking
-from steer.adapters.transformers.serving.batch import Batch, Row
+from steer.adapters.transformers.serving.batch import Batch, BatchRow
 from steer.adapters.transformers.serving.engine import TransformersEngine
 from steer.core import Context, RewardError, Samples, TransitionEdit
 from steer.edits import load_edit
@@ -325,7 +325,7 @@ def test_rows_that_come_and_go(pair: Pair) -> None:
             hidden = [(e, None) for e in edits if e not in guided]
             track, _ = tracking.start(model.body, [model.encode(PROMPTS[i % 2])], hidden, 1, hidden=bool(guided))
             settings = Sampling(max_tokens=3 + i % 4)
-            rows.append(Row(model, settings, i, i, edits=guided, measured=True, taken=lambda *new: None))
+            rows.append(BatchRow(model, settings, i, i, edits=guided, measured=True, taken=lambda *new: None))
             with torch.inference_mode():
                 batch.join([rows[-1]], track, [0])
             batch.drop(lambda row, i=i: row.choice == 3 and i > 4)

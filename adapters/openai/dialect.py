@@ -10,7 +10,7 @@ from typing import Any
 from steer.adapters.openai.connection import Call, EndpointError
 from steer.core import Cost, Prompt, RawText, check
 
-__all__ = ["END_TOKENS", "Answer", "Choice", "Dialect", "Question"]
+__all__ = ["END_TOKENS", "Reply", "ReplyChoice", "Dialect", "Question"]
 
 
 END_TOKENS = (
@@ -35,7 +35,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ReplyChoice:
     """One text of an answer.
 
     `ended` says that it came to its end rather than to the limit of tokens; `log_prob` is the sum over its tokens, None
@@ -52,8 +52,8 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Answer:
-    choices: tuple[Choice, ...]
+class Reply:
+    choices: tuple[ReplyChoice, ...]
     cost: Cost
 
 
@@ -132,7 +132,7 @@ class Dialect:
             return {"logprobs": True, "top_logprobs": top or None}
         return {"logprobs": top}
 
-    def answer(self, data: Any, top: int | None) -> Answer:
+    def answer(self, data: Any, top: int | None) -> Reply:
         """What an answer says. Raises `EndpointError` where it has not the expected shape."""
         try:
             choices = sorted(data["choices"], key=lambda choice: choice.get("index") or 0)
@@ -145,9 +145,9 @@ class Dialect:
                 f"model {self.model}: its answer has no choices as OpenAI's clients read them"
             ) from None
         cost = Cost(prompt_tokens=prompt, generated_tokens=generated, model_calls=1, nfe=prompt + generated)
-        return Answer(read, cost)
+        return Reply(read, cost)
 
-    def _choice(self, choice: dict[str, Any], top: int | None) -> Choice:
+    def _choice(self, choice: dict[str, Any], top: int | None) -> ReplyChoice:
         finish = choice.get("finish_reason")
         given = _text(choice["message"]) if "message" in choice else choice["text"]
         instead = _instead(choice.get("message") or {}) if not given else ""
@@ -157,7 +157,7 @@ class Dialect:
         missing = "" if text or (empty and not instead) else self._missing(instead or "null", finish)
         positions = _positions(choice)
         known = all(isinstance(p.log_prob, int | float) for p in positions) and bool(positions)
-        return Choice(
+        return ReplyChoice(
             text=text,
             ended=ended,
             log_prob=sum(p.log_prob for p in positions) if known else None,

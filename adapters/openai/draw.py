@@ -17,7 +17,7 @@ from torch import Tensor
 
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.openai.connection import Call, EndpointError
-from steer.adapters.openai.dialect import Answer, Choice
+from steer.adapters.openai.dialect import Reply, ReplyChoice
 from steer.adapters.openai.endpoint import Endpoint
 from steer.adapters.openai.state import EndpointContext, EndpointState, cut
 from steer.core import Cost, TransitionEdit
@@ -27,7 +27,7 @@ from steer.sampling import laws
 __all__ = ["Drawing", "draw_block"]
 
 Shown = tuple[list[int], tuple[tuple[str | None, float], ...]]
-"""Rows that are alike, and the candidates of their next token as in `Choice`."""
+"""Rows that are alike, and the candidates of their next token as in `ReplyChoice`."""
 
 _LOOKS = 4
 """Times that an endpoint is asked for a law that it may hide."""
@@ -111,13 +111,13 @@ def _call(
     return dialect.call(question, block.texts[row], tokens, seed, **fields), seed
 
 
-def _answers(block: _Block, calls: Sequence[tuple[Call, int]], top: int | None) -> list[Answer | EndpointError]:
+def _answers(block: _Block, calls: Sequence[tuple[Call, int]], top: int | None) -> list[Reply | EndpointError]:
     answers, cost = block.endpoint.answers(calls, top)
     block.cost = block.cost + cost
     return answers
 
 
-def _fail(block: _Block, rows: Sequence[int], answer: Answer | EndpointError, why: str) -> None:
+def _fail(block: _Block, rows: Sequence[int], answer: Reply | EndpointError, why: str) -> None:
     error = answer if isinstance(answer, EndpointError) else EndpointError(f"endpoint {block.endpoint.url}: {why}")
     block.failed.update(dict.fromkeys(rows, error))
 
@@ -159,7 +159,7 @@ def _sampling(given: Decoding) -> dict[str, Any]:
     }
 
 
-def _take(block: _Block, alike: list[int], answer: Answer | EndpointError) -> list[int]:
+def _take(block: _Block, alike: list[int], answer: Reply | EndpointError) -> list[int]:
     """Give rows that are alike a choice each; returns those that are left over."""
     wanting = block.how.logprobs
     if isinstance(answer, EndpointError) or not answer.choices or (wanting and any(map(_unweighed, answer.choices))):
@@ -178,7 +178,7 @@ def _take(block: _Block, alike: list[int], answer: Answer | EndpointError) -> li
     return alike[len(choices) :]  # not every endpoint gives as many choices as it is asked for
 
 
-def _unweighed(choice: Choice) -> bool:
+def _unweighed(choice: ReplyChoice) -> bool:
     return choice.log_prob is None and bool(choice.text)
 
 
@@ -221,14 +221,14 @@ def _laws(block: _Block, live: Sequence[list[int]], token: int) -> list[Shown]:
     return shown
 
 
-def _looked(block: _Block, live: Sequence[list[int]], token: int, look: int) -> list[Choice | None]:
+def _looked(block: _Block, live: Sequence[list[int]], token: int, look: int) -> list[ReplyChoice | None]:
     """One choice of a single token for rows that are alike, None where it failed."""
     top = block.how.candidates
     # The law is wanted, whatever is drawn: temperature and truncation act here.
     calls = [_call(block, alike[0], 1, top, token, look, temperature=1.0) for alike in live]
-    found: list[Choice | None] = []
+    found: list[ReplyChoice | None] = []
     for alike, answer in zip(live, _answers(block, calls, top), strict=True):
-        choice = answer.choices[0] if isinstance(answer, Answer) and answer.choices else None
+        choice = answer.choices[0] if isinstance(answer, Reply) and answer.choices else None
         if choice is not None and choice.missing:
             _fail(block, alike, answer, choice.missing)
             choice = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from steer.adapters.openai.connection import Call, Connection, EndpointError
-from steer.adapters.openai.dialect import Answer, Dialect
+from steer.adapters.openai.dialect import Dialect, Reply
 from steer.adapters.openai.results import Results
 from steer.core import Cost
 
@@ -26,18 +26,18 @@ class Endpoint:
     def url(self) -> str:
         return self.connection.url
 
-    def answers(self, calls: Sequence[tuple[Call, int]], top: int | None) -> tuple[list[Answer | EndpointError], Cost]:
+    def answers(self, calls: Sequence[tuple[Call, int]], top: int | None) -> tuple[list[Reply | EndpointError], Cost]:
         """The answer to each call with its seed, or its error, and what was paid. `top` is as in `Dialect.answer`."""
-        answers: list[Answer | EndpointError] = []
+        answers: list[Reply | EndpointError] = []
         cost = Cost()
         for said, paid in self._asked(calls):
             answer = said if isinstance(said, EndpointError) else self._read(said, top)
-            if paid and isinstance(answer, Answer):
+            if paid and isinstance(answer, Reply):
                 cost = cost + answer.cost
             answers.append(answer)
         return answers, cost
 
-    def _read(self, said: Any, top: int | None) -> Answer | EndpointError:
+    def _read(self, said: Any, top: int | None) -> Reply | EndpointError:
         try:
             return self.dialect.answer(said, top)
         except EndpointError as error:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from steer.adapters.transformers.cache import cache_argument, full_attention, held_states, new_cache
-from steer.adapters.transformers.hidden import Rows
+from steer.adapters.transformers.hidden import RowEdit
 from steer.adapters.transformers.hooks import Hooks, recording
 from steer.core import ModelInfo, UnsupportedError
 
@@ -197,8 +197,8 @@ class Body:
             self.trunk(input_ids=tokens, **{k: v for k, v in given.items() if k in self._trunk_takes})
 
     def forward(
-        self, tokens: Tensor, mask: Tensor | None, position: Tensor, cache: Cache | None, program: dict[int, Rows], *,
-        keep: int = 1, hidden: bool = False,
+        self, tokens: Tensor, mask: Tensor | None, position: Tensor, cache: Cache | None, program: dict[int, RowEdit],
+        *, keep: int = 1, hidden: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Logits `[N, keep, V]` of tokens `[N, T]` (0 keeps every position) and, if asked, the final hidden states
         `[N, T, D]`, on which the output head works. `program` says what is done to the residual stream at each layer.

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from steer.core import HiddenEdit, ModelInfo, Operator
 
-Rows = Callable[[Tensor], Tensor]
+RowEdit = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Entry:
+class Act:
     """One operator at one layer, with the rows and positions where it acts."""
 
     layer: int
@@ -36,16 +36,16 @@ class Entry:
         inside = (position >= self.start.view(shape)) & (position < self.stop.view(shape))
         return inside * self.weight.view(shape)
 
-    def rows(self, index: Tensor) -> Entry:
+    def rows(self, index: Tensor) -> Act:
         return replace(self, weight=self.weight[index], start=self.start[index], stop=self.stop[index])
 
 
-class Plan:
+class HiddenProgram:
     """Hidden edits compiled for the rows of one state."""
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(self, entries: Sequence[Act]) -> None:
         self.entries = tuple(entries)
-        self._decode: dict[int, Rows] = {}
+        self._decode: dict[int, RowEdit] = {}
         self._steps_left = 0.0
 
     @classmethod
@@ -55,7 +55,7 @@ class Plan:
         info: ModelInfo,
         lengths: Sequence[int],
         weights: Sequence[Tensor | None],
-    ) -> Plan:
+    ) -> HiddenProgram:
         """Entries for prompts of these `lengths`; `weights[i]` is `[B, terms]` for an edit that reads the prompt."""
         entries = []
         for (edit, wanted), weight in zip(edits, weights, strict=True):
@@ -63,7 +63,7 @@ class Plan:
             start, stop = torch.tensor([edit.scope.bounds(n) for n in lengths], dtype=torch.float64).unbind(1)
             for i, term in enumerate(edit.terms(info)):
                 scale = asked if weight is None else torch.where(asked > 0, weight[:, i].float().cpu(), 0.0)
-                entries.append(Entry(term.layer, term.operator, scale, start, stop))
+                entries.append(Act(term.layer, term.operator, scale, start, stop))
         return cls(entries)
 
     def __bool__(self) -> bool:
@@ -79,12 +79,12 @@ class Plan:
         starts = [torch.where((e.weight != 0) & (e.stop > e.start), e.start, never) for e in self.entries]
         return torch.stack(starts).amin(0)
 
-    def rows(self, index: Tensor) -> Plan:
+    def rows(self, index: Tensor) -> HiddenProgram:
         """The plan of other rows: row i is row `index[i]` of this one."""
-        return Plan([entry.rows(index.cpu()) for entry in self.entries])
+        return HiddenProgram([entry.rows(index.cpu()) for entry in self.entries])
 
     @classmethod
-    def stack(cls, plans: Sequence[Plan]) -> Plan:
+    def stack(cls, plans: Sequence[HiddenProgram]) -> HiddenProgram:
         """One plan for the rows of several plans of the same edits."""
 
         def joined(i: int, name: str) -> Any:
@@ -96,16 +96,16 @@ class Plan:
         ]
         return cls(entries)
 
-    def chunk(self, position: Tensor) -> dict[int, Rows]:
+    def chunk(self, position: Tensor) -> dict[int, RowEdit]:
         """What to do at each layer in a pass over `position` `[N, T]`."""
-        program: dict[int, Rows] = {}
+        program: dict[int, RowEdit] = {}
         for entry in self.entries:
             weight = entry.at(position)
             if bool((weight != 0).any()):
                 _then(program, entry.layer, _weighted(entry.operator, weight))
         return program
 
-    def decode(self, position: Tensor) -> dict[int, Rows]:
+    def decode(self, position: Tensor) -> dict[int, RowEdit]:
         """What to do at each layer for one more token of every row, at `position` `[N]`. Rebuilt only when a scope
         begins or ends.
         """
@@ -121,8 +121,8 @@ class Plan:
         ahead = ahead[ahead > 0]
         return float(ahead.min()) if len(ahead) else float("inf")
 
-    def _merged(self, position: Tensor) -> dict[int, Rows]:
-        program: dict[int, Rows] = {}
+    def _merged(self, position: Tensor) -> dict[int, RowEdit]:
+        program: dict[int, RowEdit] = {}
         for layer in sorted(self.layers):
             constant: Tensor | None = None
             for entry in self.entries:
@@ -147,12 +147,12 @@ class Plan:
         return program
 
 
-def _then(program: dict[int, Rows], layer: int, step: Rows) -> None:
+def _then(program: dict[int, RowEdit], layer: int, step: RowEdit) -> None:
     before = program.get(layer)
     program[layer] = step if before is None else lambda hidden: step(before(hidden))
 
 
-def adding(constant: Tensor) -> Rows:
+def adding(constant: Tensor) -> RowEdit:
     """Adds `[1 or N, 1, D]`, which goes once to where the hidden state is: a block's own weights may be elsewhere
     between passes (offloading).
     """
@@ -175,7 +175,7 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _weighted(operator: Operator, weight: Tensor) -> Rows:
+def _weighted(operator: Operator, weight: Tensor) -> RowEdit:
     """`h + w (operator(h) - h)` with `w` `[N, T]`; rows and positions of weight 0 keep their bits."""
     whole = bool((weight == 1).all())
     placed: torch.device | None = None

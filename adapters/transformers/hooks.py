@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.adapters.language.blocks import residual_stream
-from steer.adapters.transformers.hidden import Rows
+from steer.adapters.transformers.hidden import RowEdit
 
 # ------------------------------------------------------------------------------------------------------------ hooks
 
@@ -28,7 +28,7 @@ class Hooks:
 
     def __init__(self, blocks: nn.ModuleList) -> None:
         self.blocks = blocks
-        self._slots: list[Rows | None] = [None] * len(blocks)
+        self._slots: list[RowEdit | None] = [None] * len(blocks)
         self._before: dict[int, Any] = {}
 
     @contextmanager
@@ -50,7 +50,7 @@ class Hooks:
                     self.blocks[layer].forward = before
 
     @contextmanager
-    def running(self, program: dict[int, Rows]) -> Iterator[None]:
+    def running(self, program: dict[int, RowEdit]) -> Iterator[None]:
         """Do exactly this during the passes inside; what ran outside comes back after."""
         with self.installed(program):
             before = self._slots
@@ -74,7 +74,7 @@ class Hooks:
         return hooked
 
 
-def _on_streams(step: Rows, hidden: Tensor) -> Tensor:
+def _on_streams(step: RowEdit, hidden: Tensor) -> Tensor:
     """A step on the residual stream `[N, T, D]`, or on each of several `[S, N, T, D]`."""
     return step(hidden) if hidden.dim() == 3 else torch.stack([step(stream) for stream in hidden])
 

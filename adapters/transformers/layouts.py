@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steer.adapters.transformers import rectangle
 from steer.adapters.transformers.body import Body
-from steer.adapters.transformers.hidden import Rows
+from steer.adapters.transformers.hidden import RowEdit
 from steer.adapters.transformers.rectangle import Track
 from steer.adapters.transformers.serving.slots import SlotRows
 from steer.core import UnsupportedError
@@ -101,7 +101,7 @@ class Trial:
         def spoil(hidden: Tensor) -> Tensor:
             return torch.where(mask.to(hidden.device).unsqueeze(-1) == 0, 1 - hidden, hidden)
 
-        spoilt: dict[int, Rows] = dict.fromkeys(range(len(body.blocks)), spoil) if padded else {}
+        spoilt: dict[int, RowEdit] = dict.fromkeys(range(len(body.blocks)), spoil) if padded else {}
         logits, _ = body.forward(tokens, mask if padded else None, position, cache, spoilt)
         return Track(body, cache, mask, padded, position[:, -1] + 1, logits[:, -1], None, None)
 

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from steer.adapters.transformers.body import Body
 from steer.adapters.transformers.cache import copy_rows, crop_last, full_attention, join_rows
-from steer.adapters.transformers.hidden import Plan, Rows
+from steer.adapters.transformers.hidden import HiddenProgram, RowEdit
 from steer.core import Cost, HiddenEdit
 
 Mounted = Sequence[tuple[HiddenEdit, frozenset[int] | None]]
@@ -35,7 +35,7 @@ class Track:
     """Position of the next token of each row, without padding `[N]`."""
     logits: Tensor
     hidden: Tensor | None
-    plan: Plan | None
+    plan: HiddenProgram | None
     branch: tuple[Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
     """Candidates `[N, K]`, their logits `[N, K, V]` and hidden states, while they hang from the cache."""
 
@@ -50,7 +50,7 @@ def left_padded(ids: Sequence[Sequence[int]], pad: int, device: torch.device) ->
 
 def _forward(
     body: Body, tokens: Tensor, mask: Tensor, padded: bool, position: Tensor, cache: Cache,
-    program: dict[int, Rows], keep: int = 1, hidden: bool = False, attention: Tensor | None = None,
+    program: dict[int, RowEdit], keep: int = 1, hidden: bool = False, attention: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     seen = attention if attention is not None else (mask if padded else None)
     position = position if position.dim() == 2 else position.unsqueeze(1)
@@ -68,7 +68,7 @@ def start(body: Body, ids: Sequence[Sequence[int]], edits: Mounted, hidden: bool
     args = (mask, padded)
     reads = sorted({layer for edit, _ in edits for layer in edit.reads})
     if not reads:
-        plan = Plan.compile(edits, body.info, lengths, [None] * len(edits)) if edits else None
+        plan = HiddenProgram.compile(edits, body.info, lengths, [None] * len(edits)) if edits else None
         program = plan.chunk(position.cpu()) if plan else {}
         logits, last = _forward(body, tokens, *args, position, cache, program, hidden=hidden)
     else:
@@ -78,7 +78,7 @@ def start(body: Body, ids: Sequence[Sequence[int]], edits: Mounted, hidden: bool
         weights = [
             edit.weights({layer: at_end[layer] for layer in edit.reads}) if edit.reads else None for edit, _ in edits
         ]
-        plan = Plan.compile(edits, body.info, lengths, weights)
+        plan = HiddenProgram.compile(edits, body.info, lengths, weights)
         logits, last, cache, more = _read_again(body, tokens, mask, padded, position, cache, plan, logits, last, hidden)
         cost = cost + more
     return Track(body, cache, mask, padded, position[:, -1] + 1, logits[:, -1], _last(last), plan or None), cost
@@ -89,7 +89,7 @@ def _last(hidden: Tensor | None) -> Tensor | None:
 
 
 def _read_again(
-    body: Body, tokens: Tensor, mask: Tensor, padded: bool, position: Tensor, cache: Cache, plan: Plan,
+    body: Body, tokens: Tensor, mask: Tensor, padded: bool, position: Tensor, cache: Cache, plan: HiddenProgram,
     logits: Tensor, last: Tensor | None, hidden: bool,
 ) -> tuple[Tensor, Tensor | None, Cache, Cost]:  # fmt: skip
     """Now that the prompt has been read and its edits are known, redo what they change of it: nothing, the last
@@ -228,7 +228,7 @@ def _as_one(tracks: Sequence[Track], cache: Cache, mask: Tensor, padded: bool) -
         position=torch.cat([t.position for t in tracks]),
         logits=torch.cat([t.logits for t in tracks]),
         hidden=None if first.hidden is None else torch.cat([t.hidden for t in tracks if t.hidden is not None]),
-        plan=Plan.stack([p for p in plans if p is not None]) if any(plans) else None,
+        plan=HiddenProgram.stack([p for p in plans if p is not None]) if any(plans) else None,
         branch=None,
     )
 

@@ -21,7 +21,7 @@ from steer.methods.operators import Probe
 from steer.methods.value import HeadValue, QHead, ValueGuidance
 from steer.methods.vector import Gate, SteeringVector
 
-__all__ = ["Artifact", "pack", "read_artifact"]
+__all__ = ["PackedArtifact", "pack", "read_artifact"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class _Host:
 
 
 @dataclass(frozen=True, eq=False)
-class Artifact:
+class PackedArtifact:
     """Tensors with their card, and the digest of the bytes that they came in."""
 
     digest: str
@@ -42,7 +42,7 @@ class Artifact:
     card: Card
 
     @classmethod
-    def parse(cls, data: bytes) -> Artifact:
+    def parse(cls, data: bytes) -> PackedArtifact:
         """From the bytes of a file saved by steer. Raises `InputError`."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "artifact.safetensors"
@@ -75,7 +75,7 @@ class Artifact:
                   "a Q-head: a scalar head looks ahead, which vLLM cannot")  # fmt: skip
         return made
 
-    def for_any_model(self) -> Artifact:
+    def for_any_model(self) -> PackedArtifact:
         """The same without the model's fingerprint."""
         model = {k: v for k, v in self.card.model.items() if k != "fingerprint"}
         return replace(self, card=replace(self.card, model=model))

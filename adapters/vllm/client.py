@@ -15,8 +15,8 @@ from uuid import uuid4
 import torch
 
 from steer.adapters.language.facts import CALIBRATION, fingerprint
-from steer.adapters.vllm.artifacts import Artifact
-from steer.adapters.vllm.plugin.registry import FrontEnd
+from steer.adapters.vllm.artifacts import PackedArtifact
+from steer.adapters.vllm.plugin.registry import Registry
 from steer.adapters.vllm.plugin.requests import Inside
 from steer.adapters.vllm.settings import model_info
 from steer.core import ModelInfo
@@ -46,7 +46,7 @@ class Client(ABC):
 
         self.config: Any = engine.vllm_config
         self.tokenizer: Any = engine.get_tokenizer()
-        self.front: FrontEnd = front_end(engine.input_processor)
+        self.front: Registry = front_end(engine.input_processor)
         self._outputs = engine.output_processor
 
     def used(self) -> set[str]:
@@ -76,7 +76,7 @@ class Client(ABC):
         """Register `data` (see `Artifact.parse`) under `name`; returns its digest. Digests in `used` make no room for
         it. Raises `InputError`.
         """
-        self.introduce(norms=Artifact.parse(data).card.kind != "value")
+        self.introduce(norms=PackedArtifact.parse(data).card.kind != "value")
         artifact, gone = self.front.admit(name, data, any_model, used)
         if artifact.digest not in self.front.artifacts:
             self.rpc("steer_register", artifact.digest, data, any_model)

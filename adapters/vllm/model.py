@@ -13,7 +13,7 @@ from typing import Any
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.generation import own_settings
 from steer.adapters.language.model import TextModel
-from steer.adapters.vllm.artifacts import Artifact, digest_of, read_artifact
+from steer.adapters.vllm.artifacts import PackedArtifact, digest_of, read_artifact
 from steer.adapters.vllm.client import Blocking, Client
 from steer.adapters.vllm.plugin.compiled import Compiled
 from steer.adapters.vllm.process import Named, VLLMProcess, scored_early
@@ -139,7 +139,7 @@ class VLLMModel(TextModel):
         it does not fit the model or the engine.
         """
         data = read_artifact(artifact)
-        kind = Artifact.parse(data).card.kind
+        kind = PackedArtifact.parse(data).card.kind
         with self._registering:
             self.client.introduce(norms=kind != "value")
             admitted, _ = self.front.admit("inspected", data, False, self._used())

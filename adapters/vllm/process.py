@@ -17,7 +17,7 @@ from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.model import check_lengths
 from steer.adapters.language.packing import pack_texts, pack_tokens, unpack_texts, unpack_tokens
 from steer.adapters.vllm.client import Client, Took
-from steer.adapters.vllm.plugin.registry import FrontEnd
+from steer.adapters.vllm.plugin.registry import Registry
 from steer.adapters.vllm.plugin.requests import Inside
 from steer.core import (
     Ability,
@@ -50,7 +50,7 @@ class Named(Edit):
     site: ClassVar[Site] = Site.HIDDEN
     request: EditRequest
 
-    def check(self, front: FrontEnd) -> None:
+    def check(self, front: Registry) -> None:
         """Raise `InputError` where the name or a setting is wrong."""
         front.parse(Inside((self.request,)))
 
@@ -81,7 +81,7 @@ class EngineModel(Protocol):
 
     tokenizer: Any
     client: Client
-    front: FrontEnd
+    front: Registry
 
     @property
     def context_length(self) -> int: ...

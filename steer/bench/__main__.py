@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from steer.bench import language, particles
-from steer.bench.harness import Bench, Row
+from steer.bench.harness import Bench, Figure
 
-FIGURES: dict[str, Callable[[Bench], Iterator[Row]]] = {
+FIGURES: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "steered": language.steered,
     "unsteered": language.unsteered,
     "hook": language.hook,
@@ -34,7 +34,7 @@ FIGURES: dict[str, Callable[[Bench], Iterator[Row]]] = {
 """Every figure by its name; each yields its rows."""
 
 
-def run(bench: Bench, names: Sequence[str] = ()) -> list[Row]:
+def run(bench: Bench, names: Sequence[str] = ()) -> list[Figure]:
     """Measure on one thread, printing each row as it comes."""
     rows, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)

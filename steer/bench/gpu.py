@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.bench.harness import MODEL, Bench, Row
+from steer.bench.harness import MODEL, Bench, Figure
 
 __all__ = ["SECTIONS", "Card", "main", "page"]
 
@@ -240,7 +240,7 @@ SECTIONS: dict[str, Callable[[Card], dict[str, Any]]] = {
 """What is measured, in order."""
 
 
-def _table(rows: Sequence[Row]) -> dict[str, Any]:
+def _table(rows: Sequence[Figure]) -> dict[str, Any]:
     return {"rows": [row.to_dict() for row in rows], "ok": all(row.verdict != "FAIL" for row in rows)}
 
 

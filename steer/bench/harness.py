@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Bench", "Row", "Task", "alternate", "cpu_seconds", "device_seconds", "interval", "ratios", "recipes"]
+__all__ = ["Bench", "Figure", "Task", "alternate", "cpu_seconds", "device_seconds", "interval", "ratios", "recipes"]
 
 
 MODEL = "smollm2-135m"
@@ -65,7 +65,7 @@ def alternate(tasks: Sequence[Task], repeats: int, clock: Callable[[Task], float
 
 
 @dataclass(frozen=True)
-class Row:
+class Figure:
     """One line of the table."""
 
     name: str

@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steer.bench.harness import MODEL, Bench, Row, Task, alternate, cpu_seconds, ratios, recipes
+from steer.bench.harness import MODEL, Bench, Figure, Task, alternate, cpu_seconds, ratios, recipes
 
 WIDTH, DEPTH = 4096, 30  # of the stack of trivial blocks
 
 
-def steered(bench: Bench) -> Iterator[Row]:
+def steered(bench: Bench) -> Iterator[Figure]:
     """Tokens a second with a vector on the middle third of the layers, over those without."""
     vectors = [bench.vector(seed) for seed in range(8)]
     plain, one = _in_turns(bench, 1, [[], [(vectors[0], None)]])
-    yield Row("steered", "steered / unsteered tokens/s, batch 1", ratios(plain, one), at_least=0.97)
+    yield Figure("steered", "steered / unsteered tokens/s, batch 1", ratios(plain, one), at_least=0.97)
     each = [(vector, [row]) for row, vector in enumerate(vectors)]
     plain, same, different = _in_turns(bench, 8, [[], [(vectors[0], None)], each])
-    yield Row("steered", "steered / unsteered tokens/s, batch 8", ratios(plain, same), at_least=0.97)
-    yield Row("steered", "the same with eight different vectors", ratios(plain, different))
+    yield Figure("steered", "steered / unsteered tokens/s, batch 8", ratios(plain, same), at_least=0.97)
+    yield Figure("steered", "the same with eight different vectors", ratios(plain, different))
 
 
 def _in_turns(bench: Bench, rows: int, edits: Sequence[Sequence[tuple[Any, Any]]]) -> list[list[float]]:
@@ -60,12 +60,14 @@ def _decoding(bench: Bench, rows: int, edits: Sequence[tuple[Any, Any]], seed: i
     return step
 
 
-def unsteered(bench: Bench) -> Iterator[Row]:
+def unsteered(bench: Bench) -> Iterator[Figure]:
     """Tokens a second of an unsteered `generate` over those of the library's own on the same padded ids."""
     for rows in (1, 8):
         with _no_end(bench.model.network):
             theirs, ours = bench.compare([_library(bench, bench.prompts(rows)), bench.generating(rows)])
-        yield Row("unsteered", f"steer / network.generate tokens/s, batch {rows}", ratios(theirs, ours), at_least=0.95)
+        yield Figure(
+            "unsteered", f"steer / network.generate tokens/s, batch {rows}", ratios(theirs, ours), at_least=0.95
+        )
 
 
 def _library(bench: Bench, prompts: Sequence[Any], tokens: int | None = None, n: int = 1) -> Task:
@@ -91,7 +93,7 @@ def _no_end(network: Any) -> Iterator[None]:
         config.eos_token_id = kept
 
 
-def hook(bench: Bench) -> Iterator[Row]:
+def hook(bench: Bench) -> Iterator[Figure]:
     """Microseconds that a steered layer adds to a decode step, beside a bare hook and other libraries'."""
     from steer.adapters.transformers.hooks import Hooks
 
@@ -109,14 +111,14 @@ def hook(bench: Bench) -> Iterator[Row]:
     with torch.inference_mode():
         fresh = _added(step, bench)
     bare = _bare(bench)
-    yield Row("hook", f"added per steered layer and step, width {WIDTH}", kept, "us", at_most=3.0)
-    yield Row("hook", "the same, hooks installed anew at every step (a lone step)", fresh, "us")
-    yield Row("hook", "a bare hook that adds in place", bare, "us")
-    yield Row("hook", "steer / the bare hook", ratios(kept, bare))
+    yield Figure("hook", f"added per steered layer and step, width {WIDTH}", kept, "us", at_most=3.0)
+    yield Figure("hook", "the same, hooks installed anew at every step (a lone step)", fresh, "us")
+    yield Figure("hook", "a bare hook that adds in place", bare, "us")
+    yield Figure("hook", "steer / the bare hook", ratios(kept, bare))
     if bench.peers:
         runs = [_peer(bench.peers, "hooks") for _ in range(min(3, bench.repeats))]
         for name in runs[0]:
-            yield Row("hook", f"{name}, on its own", [run[name] for run in runs], "us")
+            yield Figure("hook", f"{name}, on its own", [run[name] for run in runs], "us")
 
 
 def _stack() -> nn.ModuleList:
@@ -132,7 +134,7 @@ def _through(blocks: nn.ModuleList, hidden: Tensor) -> Tensor:
 def _plan(depth: int) -> Any:
     """A vector on every layer, compiled for one row."""
     from steer import SteeringVector
-    from steer.adapters.transformers.hidden import Plan
+    from steer.adapters.transformers.hidden import HiddenProgram
     from steer.core import ModelInfo
 
     info = ModelInfo(
@@ -140,7 +142,7 @@ def _plan(depth: int) -> Any:
         residual_norms=lambda: torch.ones(depth), unembedding=lambda: torch.zeros(1, WIDTH),
     )  # fmt: skip
     vector = SteeringVector({layer: torch.randn(WIDTH) for layer in range(depth)}, 0.02)
-    return Plan.compile([(vector, None)], info, [5], [None])
+    return HiddenProgram.compile([(vector, None)], info, [5], [None])
 
 
 def _added(step: Task, bench: Bench, steps: int = 500) -> list[float]:
@@ -163,7 +165,7 @@ def _bare(bench: Bench) -> list[float]:
         return _added(lambda: _through(blocks, hidden), bench)
 
 
-def extraction(bench: Bench) -> Iterator[Row]:
+def extraction(bench: Bench) -> Iterator[Figure]:
     """CPU time to fit a vector at all layers from 64 pairs, over that of the fastest other library."""
     from steer.train.vector import train_vector
 
@@ -182,9 +184,9 @@ def extraction(bench: Bench) -> Iterator[Row]:
         seen = alternate(tasks, min(3, bench.repeats), lambda task: _clock(task, bench.peers, file))  # type: ignore[arg-type]
     mine, others = seen[0], seen[1:]
     fastest = [min(times) for times in zip(*others, strict=True)]
-    yield Row("extraction", "steer / the faster of both", ratios(mine, fastest), at_most=0.75)
+    yield Figure("extraction", "steer / the faster of both", ratios(mine, fastest), at_most=0.75)
     for name, theirs in zip(names, others, strict=True):
-        yield Row("extraction", f"steer / {name}", ratios(mine, theirs))
+        yield Figure("extraction", f"steer / {name}", ratios(mine, theirs))
 
 
 def _clock(task: Task | str, python: str | None, file: Path) -> float:
@@ -213,7 +215,7 @@ def _peer(python: str, name: str, pairs: Path | None = None) -> dict[str, float]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def best_of_n(bench: Bench, length: int = 512, n: int = 32, tokens: int = 16) -> Iterator[Row]:
+def best_of_n(bench: Bench, length: int = 512, n: int = 32, tokens: int = 16) -> Iterator[Figure]:
     """CPU time of 32 continuations of a long prompt by the library, over ours, which reads the prompt once."""
     from steer import RawText
 
@@ -226,7 +228,7 @@ def best_of_n(bench: Bench, length: int = 512, n: int = 32, tokens: int = 16) ->
         seen = bench.compare([ours], min(3, bench.repeats))[0]
         theirs = bench.clock(_library(bench, [prompt], tokens, n))
     name = f"{n} x {tokens} tokens after {len(model.encode(prompt))}: network.generate / steer"
-    yield Row("best-of-n", name, [theirs / mine for mine in seen], at_least=6.0)
+    yield Figure("best-of-n", name, [theirs / mine for mine in seen], at_least=6.0)
 
 
 def _best_of(bench: Bench, prompt: Any, n: int, tokens: int) -> Task:
@@ -236,7 +238,7 @@ def _best_of(bench: Bench, prompt: Any, n: int, tokens: int) -> Task:
     )  # fmt: skip
 
 
-def value(bench: Bench) -> Iterator[Row]:
+def value(bench: Bench) -> Iterator[Figure]:
     """CPU time of a token under a Q-head over that of a plain one."""
     from steer import ValueGuidance
     from steer.methods.value import HeadValue, QHead
@@ -246,18 +248,18 @@ def value(bench: Bench) -> Iterator[Row]:
     guidance = ValueGuidance(HeadValue(head.to(bench.model.device), bench.model.info.unembedding()), beta=1.0, top_k=20)
     for rows in (1, 8):
         plain, guided = _in_turns(bench, rows, [[], [(guidance, None)]])
-        yield Row("value", f"Q-head / plain, cost of a token, batch {rows}", ratios(guided, plain), at_most=1.1)
+        yield Figure("value", f"Q-head / plain, cost of a token, batch {rows}", ratios(guided, plain), at_most=1.1)
 
 
-def imports(bench: Bench) -> Iterator[Row]:
+def imports(bench: Bench) -> Iterator[Figure]:
     """CPU time of a process that imports steer, over one that imports torch."""
     lines = ("import steer", "import torch", "from steer import SteeringVector, load")
     tasks = [lambda line=line: subprocess.run([sys.executable, "-c", line], check=True) for line in lines]
     for task in tasks:
         task()
     ours, theirs, used = alternate(tasks, 2 * bench.repeats, _children)
-    yield Row("import", "import steer / import torch", ratios(ours, theirs), at_most=1.2)
-    yield Row("import", "the same with SteeringVector and load", ratios(used, theirs))
+    yield Figure("import", "import steer / import torch", ratios(ours, theirs), at_most=1.2)
+    yield Figure("import", "the same with SteeringVector and load", ratios(used, theirs))
 
 
 def _children(task: Task) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from steer.bench.harness import Bench, Row, cpu_seconds, ratios
+from steer.bench.harness import Bench, Figure, cpu_seconds, ratios
 from steer.core import Process, Reward, Sampler, Samples
 from steer.methods.best_of_n import BestOfN
 from steer.methods.dts import DTS
@@ -19,7 +19,7 @@ from steer.rewards import parse_reward
 STEPS = 25
 
 
-def overhead(bench: Bench) -> Iterator[Row]:
+def overhead(bench: Bench) -> Iterator[Figure]:
     """CPU time of a run over what the network and the reward take of it, on the embedded diffusion model."""
     import steer
 
@@ -36,10 +36,10 @@ def overhead(bench: Bench) -> Iterator[Row]:
                 whole = cpu_seconds(_run(model.process(steps=STEPS, max_batch=0), "", sampler, reward, seed + 1, 1.0))
             if seed >= 0:  # the first is for warmth
                 seen.append(whole / (network() + reward.seconds))
-        yield Row("particles", f"{name}: run / (network + reward)", seen, at_most=bar)
+        yield Figure("particles", f"{name}: run / (network + reward)", seen, at_most=bar)
 
 
-def calls(bench: Bench) -> Iterator[Row]:
+def calls(bench: Bench) -> Iterator[Figure]:
     """CPU time of a step of ours over that of diffusers' own pipeline, same random network and rows."""
     import diffusers
 
@@ -62,10 +62,10 @@ def calls(bench: Bench) -> Iterator[Row]:
             model.generate("", n=rows, steps=STEPS, seed=0)
 
         mine, own = bench.compare([ours, theirs], 2 * bench.repeats)
-        yield Row("denoiser", f"steer / DDPMPipeline, {STEPS} steps, batch {rows}", ratios(mine, own), at_most=1.02)
+        yield Figure("denoiser", f"steer / DDPMPipeline, {STEPS} steps, batch {rows}", ratios(mine, own), at_most=1.02)
 
 
-def text(bench: Bench) -> Iterator[Row]:
+def text(bench: Bench) -> Iterator[Figure]:
     """Tokens a second of FK, weighed every eight tokens, over those of best-of-N with as many candidates."""
     reward = parse_reward("sentiment").bind(bench.model)
     process = bench.model.process(max_new_tokens=bench.tokens, block=8, eos_token_id=[])
@@ -77,7 +77,7 @@ def text(bench: Bench) -> Iterator[Row]:
             seconds = bench.clock(_run(process, prompt, sampler, reward, seed + 1, 0.2))
             if seed >= 0:
                 spent[i].append(seconds)
-    yield Row("text-fk", "FK / best-of-N tokens/s, 16 rows", ratios(*spent), at_least=0.8)
+    yield Figure("text-fk", "FK / best-of-N tokens/s, 16 rows", ratios(*spent), at_least=0.8)
 
 
 def _run(

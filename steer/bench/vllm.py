@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from steer.bench import vllm_peer
-from steer.bench.harness import MODEL, Bench, Row, Task, alternate, ratios, recipes
+from steer.bench.harness import MODEL, Bench, Figure, Task, alternate, ratios, recipes
 
 __all__ = ["GROUPS", "VLLMBench", "main"]
 
@@ -96,32 +96,32 @@ class VLLMBench(Bench):
         return [ratios(plain, other) for other in others]
 
 
-def steered(bench: VLLMBench) -> Iterator[Row]:
+def steered(bench: VLLMBench) -> Iterator[Figure]:
     """Fully steered batches against plain ones, with one vector and with a different one for every request."""
     model = bench.engine
     vectors = [bench_vector(seed) for seed in range(8)]
     for rows in (8, 32):
         one, eight = bench.against_plain(rows, [[vectors[0]] * rows, [vectors[i % 8] for i in range(rows)]])
-        yield Row("steered", f"steered / plain tokens/s, batch {rows}", one, at_least=0.97)
-        yield Row("steered", f"the same with 8 different vectors, batch {rows}", eight, at_least=0.95)
+        yield Figure("steered", f"steered / plain tokens/s, batch {rows}", one, at_least=0.97)
+        yield Figure("steered", f"the same with 8 different vectors, batch {rows}", eight, at_least=0.95)
     model.register("bench", vectors[0])
     specs = [model.edit("bench", 0.02 + i / 10000) for i in range(256)]
     (many,) = bench.against_plain(256, [specs], 8)
-    yield Row("steered", "256 requests with 256 different specs", many, at_least=0.90)
+    yield Figure("steered", "256 requests with 256 different specs", many, at_least=0.90)
 
 
-def decided(bench: VLLMBench) -> Iterator[Row]:
+def decided(bench: VLLMBench) -> Iterator[Figure]:
     """Controllers and Q-heads, at batch 8 and 32. A controller runs the last token of each prompt twice: its cost
     depends on how long the texts are.
     """
     for rows in (8, 32):
         edits = [[bench_controller()] * rows, [bench_value()] * rows]
         led, valued = bench.against_plain(rows, edits, max(64, bench.tokens))
-        yield Row("controller", f"with a controller / plain tokens/s, batch {rows}", led, at_least=0.95)
-        yield Row("q-head", f"with a Q-head / plain tokens/s, batch {rows}", valued, at_least=0.90)
+        yield Figure("controller", f"with a controller / plain tokens/s, batch {rows}", led, at_least=0.95)
+        yield Figure("q-head", f"with a Q-head / plain tokens/s, batch {rows}", valued, at_least=0.90)
 
 
-def against_transformers(bench: VLLMBench) -> Iterator[Row]:
+def against_transformers(bench: VLLMBench) -> Iterator[Figure]:
     """The same batch, steered, in vLLM and by the transformers adapter; best-of-32 after a prompt of 512 tokens."""
     vector = bench_vector(0)
     ours = bench.drawing(32, [vector] * 32)
@@ -129,7 +129,7 @@ def against_transformers(bench: VLLMBench) -> Iterator[Row]:
         bench.model.generate, bench.prompts(32), edits=vector, seed=0, max_new_tokens=bench.tokens, eos_token_id=[]
     )
     fast, slow = bench.compare([ours, theirs], max(3, bench.repeats // 2))
-    yield Row("transformers", "times faster than the transformers adapter, batch 32", ratios(slow, fast), at_least=3)
+    yield Figure("transformers", "times faster than the transformers adapter, batch 32", ratios(slow, fast), at_least=3)
     prompt = long_prompt(bench)
     common: dict[str, Any] = {
         "sampler": "best-of-n", "n": 32, "reward": "length", "seed": 0, "max_new_tokens": 32, "eos_token_id": []
@@ -141,21 +141,21 @@ def against_transformers(bench: VLLMBench) -> Iterator[Row]:
         return model.generate(prompt, **common)
 
     fast, slow = bench.compare([partial(best, bench.engine), partial(best, bench.model)], max(3, bench.repeats // 2))
-    yield Row("transformers", "the same, best-of-32 after a 512-token prompt", ratios(slow, fast), at_least=3)
+    yield Figure("transformers", "the same, best-of-32 after a 512-token prompt", ratios(slow, fast), at_least=3)
 
 
-def guided(bench: VLLMBench) -> Iterator[Row]:
+def guided(bench: VLLMBench) -> Iterator[Figure]:
     """RL guidance: what a tuned model in the engine costs plain requests, and guided ones beyond that."""
     edit = bench.paired.edit("tuned", 1.5)
     for rows in (8, 32):
         tasks = [bench.drawing(rows, [])]
         tasks += [bench.drawing(rows, edits, engine=bench.paired) for edits in ([], [edit] * rows)]
         plain, beside, towards = bench.compare(tasks)
-        yield Row("guided", f"plain tokens/s with a tuned model / without, batch {rows}", ratios(plain, beside))
-        yield Row("guided", f"guided / plain tokens/s with it, batch {rows}", ratios(beside, towards))
+        yield Figure("guided", f"plain tokens/s with a tuned model / without, batch {rows}", ratios(plain, beside))
+        yield Figure("guided", f"guided / plain tokens/s with it, batch {rows}", ratios(beside, towards))
 
 
-def peers(bench: VLLMBench) -> Iterator[Row]:
+def peers(bench: VLLMBench) -> Iterator[Figure]:
     """One vector on one block, by this plug-in and by vllm-lens in a process of its own, each against plain batches of
     its own process. The other's hooks stay once a request was steered, so unsteered batches beside them are timed too.
     """
@@ -170,12 +170,12 @@ def peers(bench: VLLMBench) -> Iterator[Row]:
             for task in tasks:
                 task()
             plain, led, without, theirs, beside = alternate(tasks, bench.repeats, lambda timed: timed())
-        yield Row("peers", f"one vector on one block / plain tokens/s, batch {rows}", ratios(plain, led))
-        yield Row("peers", f"the same by vllm-lens, batch {rows}", ratios(without, theirs))
-        yield Row("peers", f"unsteered beside it / plain, batch {rows}", ratios(without, beside))
+        yield Figure("peers", f"one vector on one block / plain tokens/s, batch {rows}", ratios(plain, led))
+        yield Figure("peers", f"the same by vllm-lens, batch {rows}", ratios(without, theirs))
+        yield Figure("peers", f"unsteered beside it / plain, batch {rows}", ratios(without, beside))
 
 
-def graphs(bench: VLLMBench) -> Iterator[Row]:
+def graphs(bench: VLLMBench) -> Iterator[Figure]:
     """Greedy texts under vectors in an engine that replays captured graphs, against those of an eager one: the same
     tokens but where rounding parts two texts, and how much faster they come.
     """
@@ -185,9 +185,9 @@ def graphs(bench: VLLMBench) -> Iterator[Row]:
     for what, mine in (("plain", ()), ("under 8 vectors", [[edit] for edit in edits])):
         texts = [b.engine.generate(prompts, edits=mine, **settings).tokens for b in (bench, eager)]
         alike = [sum(a == b for a, b in zip(*pair, strict=True)) / 32 for pair in zip(*texts, strict=True)]
-        yield Row("graphs", f"tokens that graphs and eager share, {what}", [sum(alike) / rows], "", at_least=0.9)
+        yield Figure("graphs", f"tokens that graphs and eager share, {what}", [sum(alike) / rows], "", at_least=0.9)
     slow, fast = bench.compare([b.drawing(rows, edits) for b in (eager, bench)])
-    yield Row("graphs", f"steered tokens/s, graphs / eager, batch {rows}", ratios(slow, fast))
+    yield Figure("graphs", f"steered tokens/s, graphs / eager, batch {rows}", ratios(slow, fast))
 
 
 GROUPS = {

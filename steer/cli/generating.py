@@ -24,11 +24,11 @@ from steer.rewards import parse_reward
 from steer.rewards.algebra import check_reward
 from steer.sampling.lookahead import Lookahead, Preview, Rollouts
 
-__all__ = ["Request", "generate", "request"]
+__all__ = ["Drawing", "generate", "request"]
 
 
 @dataclass(frozen=True)
-class Request:
+class Drawing:
     """What text and images have in common, checked."""
 
     sampler: Sampler
@@ -46,7 +46,7 @@ def generate(options: GenerateOptions, coming: Coming = frozenset()) -> Run:
     return _images(options, coming) if images else _texts(options, coming)
 
 
-def request(options: SampleOptions, images: bool, coming: Coming, *, keep_previews: bool = False) -> Request:
+def request(options: SampleOptions, images: bool, coming: Coming, *, keep_previews: bool = False) -> Drawing:
     """Check what does not depend on the model's prompts and settings."""
     checks.check_beta(options.beta)
     check(options.max_rows >= 1, "max_rows", options.max_rows, "an integer of 1 or more")
@@ -58,7 +58,7 @@ def request(options: SampleOptions, images: bool, coming: Coming, *, keep_previe
     if options.out is not None:
         checks.check_output(options.out)
     seed = secrets.randbits(31) if options.seed is None else options.seed
-    return Request(sampler, reward, seed, _guidance(options, images, coming))
+    return Drawing(sampler, reward, seed, _guidance(options, images, coming))
 
 
 # ---------------------------------------------------------------------------------------------------------- samplers

@@ -73,13 +73,13 @@ def evaluation(options: EvalOptions, coming: Coming = frozenset()) -> Run:
 
 def compare(options: CompareOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to compare samplers."""
-    from steer.measure.compare import Task, methods_by_name
+    from steer.measure.compare import Problem, methods_by_name
     from steer.measure.compare import compare as measure
     from steer.pictures.charts import draw_curves
 
     checks.check_model(options)
     check(checks.draws_images(options), "model", options.model, "a diffusion model with a judge")
-    tasks = [Task.parse(text) for text in options.task]
+    tasks = [Problem.parse(text) for text in options.task]
     check(bool(tasks), "task", options.task, "at least one")
     for task in tasks:
         check_reward(parse_reward(task.reward), images=True)

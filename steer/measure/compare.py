@@ -33,11 +33,11 @@ from steer.rewards import parse_reward
 from steer.sampling.lookahead import Preview
 from steer.sampling.weights import resample
 
-__all__ = ["METHODS", "Comparison", "Line", "Task", "compare", "methods_by_name"]
+__all__ = ["METHODS", "Comparison", "Line", "Problem", "compare", "methods_by_name"]
 
 
 @dataclass(frozen=True)
-class Task:
+class Problem:
     """What is wanted."""
 
     name: str
@@ -45,7 +45,7 @@ class Task:
     beta: float = 1.0
 
     @classmethod
-    def parse(cls, text: str) -> Task:
+    def parse(cls, text: str) -> Problem:
         """`NAME=REWARD` or `NAME=REWARD@BETA`."""
         name, found, rest = text.partition("=")
         check(bool(found and name.strip() and rest.strip()), "task", text, "NAME=REWARD or NAME=REWARD@BETA")
@@ -246,7 +246,7 @@ def _pool(model: Any, process: Process, prompt: str, size: int, seed: int, path:
 
 def compare(
     model: Any,
-    tasks: list[Task],
+    tasks: list[Problem],
     out: Path,
     *,
     prompt: str = "",
@@ -312,7 +312,7 @@ def compare(
     return found
 
 
-def _target(model: Any, task: Task, points: _Judged, found: Comparison) -> tuple[Reward, Target]:
+def _target(model: Any, task: Problem, points: _Judged, found: Comparison) -> tuple[Reward, Target]:
     reward = parse_reward(task.reward).bind(model)
     scores = reward(_as_samples(points))
     target = Target.tilted(points.features, points.labels, scores / task.beta)
@@ -336,7 +336,9 @@ def _once(
     return replace(samples, cost=replace(samples.cost, seconds=time.process_time() - began))
 
 
-def _line(model: Any, task: Task, method: str, seed: int, samples: Samples, target: Target, rollouts: int = 0) -> Line:
+def _line(
+    model: Any, task: Problem, method: str, seed: int, samples: Samples, target: Target, rollouts: int = 0
+) -> Line:
     features, labels = _judge(model, samples.outputs)
     assert samples.reward is not None
     return Line(
@@ -348,7 +350,7 @@ def _line(model: Any, task: Task, method: str, seed: int, samples: Samples, targ
 
 
 def _curve(
-    model: Any, process: Process, prompt: str, task: Task, reward: Reward, target: Target, seed: int, outputs: int,
+    model: Any, process: Process, prompt: str, task: Problem, reward: Reward, target: Target, seed: int, outputs: int,
     budgets: list[int], found: Comparison, base: _Judged,
 ) -> Iterator[Line]:  # fmt: skip
     """Distance against budget: one tree that grows, read by both estimators; populations of the same size."""

@@ -30,11 +30,11 @@ from steer.methods.samplers import SAMPLERS
 from steer.methods.svdd import SVDD
 from steer.progress import ticking
 
-__all__ = ["METHODS", "Heat", "Race", "methods_by_name", "race"]
+__all__ = ["METHODS", "Measured", "Race", "methods_by_name", "race"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class Contender:
     """One method: a sampler for `chains` whole generations' worth of budget, or for `nfe` evaluations where it can
     count them itself.
     """
@@ -46,23 +46,23 @@ class Entry:
     """Divides beta: search wants the highest reward, not the tilted law."""
 
 
-METHODS: dict[str, Entry] = {
-    "best-of-n": Entry(lambda chains, nfe: BestOfN(chains)),
-    "fk": Entry(lambda chains, nfe: FKSteering(chains, n=1, select="best"), sharpness=5.0),
-    "dts-star": Entry(
+METHODS: dict[str, Contender] = {
+    "best-of-n": Contender(lambda chains, nfe: BestOfN(chains)),
+    "fk": Contender(lambda chains, nfe: FKSteering(chains, n=1, select="best"), sharpness=5.0),
+    "dts-star": Contender(
         lambda chains, nfe: SearchDTS(n=1, rollouts=None, max_nfe=nfe, batch=max(1, min(8, chains // 4)))
     ),
-    "svdd": Entry(lambda chains, nfe: SVDD(n=max(1, chains // 4), num_candidates=4, choose="argmax")),
-    "vas": Entry(lambda chains, nfe: BestOfN(chains), guided=True),
-    "vas+fk": Entry(lambda chains, nfe: FKSteering(chains, n=1, select="best"), guided=True, sharpness=5.0),
+    "svdd": Contender(lambda chains, nfe: SVDD(n=max(1, chains // 4), num_candidates=4, choose="argmax")),
+    "vas": Contender(lambda chains, nfe: BestOfN(chains), guided=True),
+    "vas+fk": Contender(lambda chains, nfe: FKSteering(chains, n=1, select="best"), guided=True, sharpness=5.0),
 }
 """By name. The methods that are guided need an edit."""
 
 
-def methods_by_name() -> dict[str, Entry]:
+def methods_by_name() -> dict[str, Contender]:
     """`METHODS`, and every other registered sampler that goes by a reward, its whole budget spent on one output."""
     others = {name: kind for name, kind in SAMPLERS.items() if kind.needs_reward and name not in METHODS}
-    return METHODS | {name: Entry(partial(_sized, kind)) for name, kind in others.items()}
+    return METHODS | {name: Contender(partial(_sized, kind)) for name, kind in others.items()}
 
 
 def _sized(kind: type[Sampler], chains: int, nfe: int) -> Sampler:
@@ -70,7 +70,7 @@ def _sized(kind: type[Sampler], chains: int, nfe: int) -> Sampler:
 
 
 @dataclass(frozen=True)
-class Heat:
+class Measured:
     """One method at one budget: one prompt and seed after another."""
 
     method: str
@@ -99,7 +99,7 @@ class Race:
     """Everything that was measured."""
 
     settings: dict[str, Any]
-    heats: list[Heat] = field(default_factory=list)
+    heats: list[Measured] = field(default_factory=list)
 
     def table(self) -> str:
         """Plain text: a row for each method, a column for each budget, how much less it needs than best-of-n at its
@@ -141,7 +141,7 @@ class Race:
         most = self._curve("best-of-n")[-1].nfe / self._curve(method)[-1].nfe
         return f"over {most:.1f}x" if math.isinf(factor) else f"{factor:.1f}x"
 
-    def _curve(self, method: str) -> list[Heat]:
+    def _curve(self, method: str) -> list[Measured]:
         return sorted((h for h in self.heats if h.method == method), key=lambda h: h.nfe)
 
     def write(self, path: Path) -> None:
@@ -157,13 +157,13 @@ class Race:
             found = json.loads(path.read_text(encoding="utf-8"))
             if found.get("settings") == settings:
                 names = ("method", "budget", "rewards", "nfe")
-                return cls(settings, [Heat(**{k: h[k] for k in names}) for h in found["heats"]])
+                return cls(settings, [Measured(**{k: h[k] for k in names}) for h in found["heats"]])
         return cls(settings)
 
 
-def _reached(curve: list[Heat], goal: float) -> float | None:
+def _reached(curve: list[Measured], goal: float) -> float | None:
     """Evaluations at which a curve comes to a mean reward, on a logarithmic scale between its budgets, or None."""
-    before: Heat | None = None
+    before: Measured | None = None
     for heat in curve:
         if heat.mean >= goal:
             if before is None:
@@ -240,7 +240,7 @@ def race(
                 tick(1)
             for budget, sampler, mine in zip(some, samplers, rewards, strict=True):
                 share = sampler.rows / samplers[-1].rows
-                found.heats.append(Heat(name, budget, mine, first + (spent - first) * share))
+                found.heats.append(Measured(name, budget, mine, first + (spent - first) * share))
             found.write(out / "race.json")
     return found
 

@@ -24,7 +24,7 @@ from steer.methods.vector import SteeringVector
 from steer.progress import ticking
 from steer.rewards import as_reward, distinct_n
 
-__all__ = ["Break", "Report", "Row", "default_strengths", "evaluate"]
+__all__ = ["Break", "Report", "ReportRow", "default_strengths", "evaluate"]
 
 
 PERPLEXITY_LIMIT = 1.5
@@ -34,7 +34,7 @@ DIVERSITY_LIMIT = 0.5
 
 
 @dataclass(frozen=True)
-class Row:
+class ReportRow:
     """What one setting did. `kind` is "unsteered", "steered", "random" or "system"."""
 
     kind: str
@@ -73,10 +73,10 @@ class Report:
     artifact: str
     reward: str
     settings: dict[str, Any]
-    rows: list[Row]
+    rows: list[ReportRow]
     breaks: list[Break]
 
-    def of(self, kind: str) -> list[Row]:
+    def of(self, kind: str) -> list[ReportRow]:
         """Rows of one kind in order of strength; the unsteered row belongs to both sweeps."""
         kinds = (kind, "unsteered") if kind in ("steered", "random") else (kind,)
         found = [row for row in self.rows if row.kind in kinds]
@@ -241,7 +241,7 @@ class _Sweep:
         for edit in {id(e): e for e in edits}.values():
             process.edited(edit)
 
-    def row(self, kind: str, strength: float | None, edits: Any, base: Row | None = None) -> Row:
+    def row(self, kind: str, strength: float | None, edits: Any, base: ReportRow | None = None) -> ReportRow:
         """Generate under `edits` and measure."""
         # One edit for each prompt is told from edits for all of them by being wrapped.
         each = [[e] for e in edits] if edits and len(edits) == len(self.prompts) else edits or ()
@@ -250,7 +250,7 @@ class _Sweep:
         perplexity = math.exp(min(-float(total.sum()) / max(float(tokens.sum()), 1.0), 700.0))
         low, high = _interval(_by_prompt(samples))
         texts, kl = samples.texts, None if kind == "unsteered" else samples.kl
-        return Row(
+        return ReportRow(
             kind=kind, strength=strength, reward=float(samples.reward.mean()), reward_low=low, reward_high=high,
             kl=0.0 if kind == "unsteered" else None if kl is None else float(kl.mean()),
             kl_per_token=0.0 if kind == "unsteered" else None if kl is None else float(kl.sum() / tokens.sum()),
@@ -282,7 +282,7 @@ def _examples(samples: Samples, count: int = 2) -> list[dict[str, Any]]:
     ]
 
 
-def _breaks(rows: list[Row]) -> list[Break]:
+def _breaks(rows: list[ReportRow]) -> list[Break]:
     """The first strength on each side that is too much."""
     base = rows[0]
     steered = sorted((r for r in rows if r.kind == "steered" and r.strength), key=lambda r: abs(r.strength or 0.0))
@@ -297,7 +297,7 @@ def _breaks(rows: list[Row]) -> list[Break]:
     return found
 
 
-def _broken(row: Row, base: Row) -> str | None:
+def _broken(row: ReportRow, base: ReportRow) -> str | None:
     ratio = row.perplexity_ratio
     if ratio > PERPLEXITY_LIMIT:
         return f"perplexity {ratio:,.{1 if ratio < 10 else 0}f} x unsteered"

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from steer.measure.frontier import Frontier
     from steer.measure.guide import Sweep
     from steer.measure.race import Race
-    from steer.measure.report import Report, Row
+    from steer.measure.report import Report, ReportRow
 
 __all__ = ["draw_curves", "draw_frontier", "draw_guide", "draw_race", "draw_report"]
 
 
 _COLOURS = {"steered": "#0f62a8", "random": "#9aa4ae", "system": "#c2571a"}
 _LABELS = {"steered": "steered", "random": "random direction, same norm", "system": "system prompt"}
-_PANELS: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
+_PANELS: tuple[tuple[str, str, Callable[[ReportRow], float | None]], ...] = (
     ("Reward", "mean, 95% interval", lambda row: row.reward),
     ("Drift", "KL to the unsteered model, nats a token", lambda row: row.kl_per_token),
     ("Fluency", "perplexity, times unsteered", lambda row: row.perplexity_ratio),
@@ -51,7 +51,7 @@ def draw_report(report: Report, path: Path) -> None:
             figure.savefig(temporary, format="png")
 
 
-def _panel(axis: Any, report: Report, title: str, unit: str, value: Callable[[Row], float | None]) -> None:
+def _panel(axis: Any, report: Report, title: str, unit: str, value: Callable[[ReportRow], float | None]) -> None:
     axis.set_title(title, pad=8)
     axis.annotate(unit, (1, 1), xycoords="axes fraction", xytext=(0, 8), textcoords="offset points", ha="right",
                   color=FAINT, fontsize=9)  # fmt: skip
@@ -79,7 +79,7 @@ def _panel(axis: Any, report: Report, title: str, unit: str, value: Callable[[Ro
     _shade(axis, report)
 
 
-def _zoom(axis: Any, report: Report, value: Callable[[Row], float | None]) -> None:
+def _zoom(axis: Any, report: Report, value: Callable[[ReportRow], float | None]) -> None:
     """A broken text can be a thousand times as surprising: then the scale is logarithmic."""
     values = [v for row in report.rows if (v := value(row))]
     if max(values) / min(values) > 8:

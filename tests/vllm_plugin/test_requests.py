@@ -13,12 +13,12 @@ from torch import Tensor
 from vllm_tools import controller
 
 from steer import Gate, SteeringVector
-from steer.adapters.vllm.artifacts import Artifact, pack
+from steer.adapters.vllm.artifacts import PackedArtifact, pack
 from steer.adapters.vllm.plugin.blocks import BlockSteering, closed_form
-from steer.adapters.vllm.plugin.compiled import Compiled, Row, form, merged, stages_of
-from steer.adapters.vllm.plugin.registry import FrontEnd
+from steer.adapters.vllm.plugin.compiled import Compiled, SteeringRow, form, merged, stages_of
+from steer.adapters.vllm.plugin.registry import Registry
 from steer.adapters.vllm.plugin.requests import Inside
-from steer.adapters.vllm.plugin.slots import Slots
+from steer.adapters.vllm.plugin.slots import RowBank
 from steer.adapters.vllm.settings import Settings
 from steer.core import InputError, ModelInfo, Operator, Scope, SteerError, UnsupportedError
 from steer.methods.controller import Controller
@@ -50,15 +50,15 @@ def vector(strength: float = 1.0, seed: int = 0, layers: tuple[int, ...] = (1, 2
     return SteeringVector({i: direction(seed + i) for i in layers}, strength, **{"unit": "raw", **more})
 
 
-def registered(front: FrontEnd, name: str, edit: Any, used: tuple[str, ...] = ()) -> str:
+def registered(front: Registry, name: str, edit: Any, used: tuple[str, ...] = ()) -> str:
     artifact, gone = front.admit(name, pack(edit), False, used)
     front.add(name, artifact, gone)
     return artifact.digest
 
 
 @pytest.fixture
-def front() -> FrontEnd:
-    made = FrontEnd(settings(), info())
+def front() -> Registry:
+    made = Registry(settings(), info())
     registered(made, "calm", vector())
     return made
 
@@ -86,14 +86,14 @@ def front() -> FrontEnd:
         (7, "steer"),
     ],
 )
-def test_bad_requests_name_the_field(given: Any, field: str, front: FrontEnd) -> None:
+def test_bad_requests_name_the_field(given: Any, field: str, front: Registry) -> None:
     with pytest.raises(InputError) as caught:
         front.parse(given)
     assert caught.value.field == field
 
 
-def test_what_the_engine_was_not_armed_for_is_refused(front: FrontEnd) -> None:
-    bare = FrontEnd(settings(layers=(1,), reads=(), stages=0), info())
+def test_what_the_engine_was_not_armed_for_is_refused(front: Registry) -> None:
+    bare = Registry(settings(layers=(1,), reads=(), stages=0), info())
     registered(bare, "one", vector(layers=(1,)))
     registered(bare, "two", vector(layers=(2,)))
     bare.parse({"edits": [{"name": "one"}]})
@@ -104,10 +104,10 @@ def test_what_the_engine_was_not_armed_for_is_refused(front: FrontEnd) -> None:
     with pytest.raises(InputError, match="reads"):
         registered(bare, "gated", gated)
     with pytest.raises(UnsupportedError, match="pipeline"):
-        registered(FrontEnd(settings(parallel=(1, 2)), info()), "gated", gated)
+        registered(Registry(settings(parallel=(1, 2)), info()), "gated", gated)
 
 
-def test_resolved_requests_have_digests_and_absolute_positions(front: FrontEnd) -> None:
+def test_resolved_requests_have_digests_and_absolute_positions(front: Registry) -> None:
     asked = front.parse({"edits": [{"name": "calm", "scope": "reply"}, {"name": "calm", "scope": "prompt"}]})
     resolved = front.resolve(asked, 10)
     assert [(e.start, e.stop) for e in resolved.hidden] == [(9, None), (0, 10)]
@@ -121,7 +121,7 @@ def test_resolved_requests_have_digests_and_absolute_positions(front: FrontEnd) 
     ("scope", "rewind", "private"), [("all", 0, True), ("reply", 9, False), ("generated", None, False)]
 )
 def test_prompts_that_are_read_run_again_from_where_they_are_steered(
-    scope: str, rewind: int | None, private: bool, front: FrontEnd
+    scope: str, rewind: int | None, private: bool, front: Registry
 ) -> None:
     registered(front, "gated", vector(gate=Gate(Probe(direction(9)), 1), scope=scope))
     resolved = front.resolve(front.parse({"edits": [{"name": "gated"}]}), 10)
@@ -134,20 +134,20 @@ def test_prompts_that_are_read_run_again_from_where_they_are_steered(
 
 
 def keys(
-    front: FrontEnd, given: Any, length: int, blocks: int = 4, size: int = 4, request: str = "r"
+    front: Registry, given: Any, length: int, blocks: int = 4, size: int = 4, request: str = "r"
 ) -> list[str | None]:
     resolved = front.resolve(front.parse({"edits": given}), length)
     return [resolved.block_key(request, i * size, (i + 1) * size) for i in range(blocks)]
 
 
-def test_blocks_without_steering_are_shared(front: FrontEnd) -> None:
+def test_blocks_without_steering_are_shared(front: Registry) -> None:
     reply = keys(front, [{"name": "calm", "scope": "reply"}], 10)
     assert reply[:2] == [None, None] and all(reply[2:])
     prompt = keys(front, [{"name": "calm", "scope": "prompt"}], 10)
     assert prompt[3] is None and all(prompt[:3])
 
 
-def test_equal_tokens_under_other_edits_have_other_keys(front: FrontEnd) -> None:
+def test_equal_tokens_under_other_edits_have_other_keys(front: Registry) -> None:
     """By content, settings, and every position where an edit begins or ends."""
     registered(front, "loud", vector(seed=5))
     given = [
@@ -163,7 +163,7 @@ def test_equal_tokens_under_other_edits_have_other_keys(front: FrontEnd) -> None
     assert not set(keys(front, [{"name": "calm"}], 10)) & set(before)
 
 
-def test_what_was_read_is_part_of_the_key(front: FrontEnd) -> None:
+def test_what_was_read_is_part_of_the_key(front: Registry) -> None:
     registered(front, "gated", vector(gate=Gate(Probe(direction(9)), 1), scope="from:12"))
     one, two = (keys(front, [{"name": "gated"}], length)[3] for length in (9, 10))
     assert one != two
@@ -175,7 +175,7 @@ def test_what_was_read_is_part_of_the_key(front: FrontEnd) -> None:
 # --------------------------------------------------------------------------------------------------------- artifacts
 
 
-def test_artifacts_make_room_for_new_ones_but_not_while_needed(front: FrontEnd) -> None:
+def test_artifacts_make_room_for_new_ones_but_not_while_needed(front: Registry) -> None:
     digests_ = [front.names["calm"], registered(front, "b", vector(seed=1)), registered(front, "c", vector(seed=2))]
     front.resolve(front.parse({"edits": [{"name": "calm"}]}), 4)  # now the one used last
     _, gone = front.admit("d", pack(vector(seed=3)), False, ())
@@ -187,10 +187,10 @@ def test_artifacts_make_room_for_new_ones_but_not_while_needed(front: FrontEnd) 
     registered(front, "d", vector(seed=3))
     assert "b" not in front.names and set(front.names) == {"calm", "c", "d"}
     with pytest.raises(InputError, match="in use"):
-        FrontEnd(settings(artifact_bytes=100), info()).admit("x", pack(vector()), False, ())
+        Registry(settings(artifact_bytes=100), info()).admit("x", pack(vector()), False, ())
 
 
-def test_a_file_that_is_no_artifact_is_refused(front: FrontEnd) -> None:
+def test_a_file_that_is_no_artifact_is_refused(front: Registry) -> None:
     for data in (b"", b"\x80\x04.", b"PK\x03\x04", pack(vector())[:60]):
         with pytest.raises(InputError):
             front.admit("x", data, False, ())
@@ -210,7 +210,7 @@ def test_a_file_that_is_no_artifact_is_refused(front: FrontEnd) -> None:
     ids=["clamp", "rotate", "probes"],
 )
 def test_vectors_come_back_as_they_were(edit: SteeringVector) -> None:
-    back = Artifact.parse(pack(edit)).edit(info(), {})
+    back = PackedArtifact.parse(pack(edit)).edit(info(), {})
     assert isinstance(back, SteeringVector) and back.scope == edit.scope and back.reads == edit.reads
     hidden = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1))
     for mine, theirs in zip(edit.terms(info()), back.terms(info()), strict=True):
@@ -223,12 +223,12 @@ def test_vectors_come_back_as_they_were(edit: SteeringVector) -> None:
 def test_controllers_and_heads_come_back_as_they_were() -> None:
     made = controller((0, 2), 0.7, 0.2, scope="generated")
     big = ModelInfo("m", "f", 30, 576, "llama", lambda: torch.ones(30), lambda: torch.empty(0))
-    back = Artifact.parse(pack(made)).edit(big, {})
+    back = PackedArtifact.parse(pack(made)).edit(big, {})
     assert isinstance(back, Controller) and back.scope == Scope.parse("generated") and back.threshold == 0.2
     states = {0: torch.randn(3, 576), 2: torch.randn(3, 576)}
     assert torch.equal(made.weights(states), back.weights(states))
     value = ValueGuidance(HeadValue(QHead(WIDTH, 4), torch.empty(0)), beta=0.3, strength=-2.0, top_k=7, tail="mask")
-    again = Artifact.parse(pack(value)).edit(info(), {})
+    again = PackedArtifact.parse(pack(value)).edit(info(), {})
     assert isinstance(again, ValueGuidance)
     assert (again.beta, again.strength, again.top_k, again.tail) == (0.3, -2.0, 7, "mask")
 
@@ -291,16 +291,16 @@ def test_rows_keep_the_order_of_edits() -> None:
 # ------------------------------------------------------------------------------------------------------------- slots
 
 
-def slots(capacity: int, grows: bool) -> tuple[Slots, dict[int, BlockSteering]]:
+def slots(capacity: int, grows: bool) -> tuple[RowBank, dict[int, BlockSteering]]:
     index = torch.zeros(4, dtype=torch.long)
     blocks = {i: BlockSteering(WIDTH, capacity + 1, 0, index, index, None, torch.empty(0)) for i in range(DEPTH)}
-    return Slots(blocks, DEPTH, 1, capacity, grows), blocks
+    return RowBank(blocks, DEPTH, 1, capacity, grows), blocks
 
 
-def row(value: float) -> Callable[[], Row]:
+def row(value: float) -> Callable[[], SteeringRow]:
     add = torch.zeros(DEPTH, WIDTH)
     add[1] = value
-    return lambda: Row(add)
+    return lambda: SteeringRow(add)
 
 
 def test_slots_hold_what_a_step_needs_and_forget_the_oldest() -> None:
@@ -333,7 +333,7 @@ def test_settings_are_checked() -> None:
         need(settings(), stages=3)
 
 
-def test_a_name_that_is_removed_is_unknown(front: FrontEnd) -> None:
+def test_a_name_that_is_removed_is_unknown(front: Registry) -> None:
     digest = front.names["calm"]
     assert front.remove("calm", [digest]) == []
     registered(front, "calm", vector())

@@ -20,7 +20,7 @@ from vllm_tools import vector as real_vector
 
 from steer import Gate
 from steer.adapters.vllm.artifacts import pack
-from steer.adapters.vllm.plugin.registry import FrontEnd
+from steer.adapters.vllm.plugin.registry import Registry
 from steer.adapters.vllm.plugin.requests import Resolved
 from steer.adapters.vllm.plugin.worker import Worker
 from steer.adapters.vllm.settings import model_info, settings_of
@@ -89,7 +89,7 @@ class Simulation:
         own = settings(graphs=graphs, slots=slots, requests=REQUESTS, artifacts=64)
         self.model = Stack()
         self.worker = Worker(self.model, config(), own)
-        self.front = FrontEnd(own, model_info(self.worker.config, "", None))
+        self.front = Registry(own, model_info(self.worker.config, "", None))
         self.constants: dict[str, Tensor] = {}
         gate = Gate(Probe(direction(50)), 0)
         for i in range(6):

@@ -24,13 +24,13 @@ from steer.core import Context, InputError, Process, Samples, SteerError, Transi
 from steer.sampling.laws import divergence
 from steer.serving.engine import Sampling, TokenLogprob
 
-__all__ = ["Batch", "Row"]
+__all__ = ["Batch", "BatchRow"]
 
 
-Taken = Callable[["Row", str, tuple[TokenLogprob, ...]], None]
+Taken = Callable[["BatchRow", str, tuple[TokenLogprob, ...]], None]
 
 
-class Row:
+class BatchRow:
     """One text in the making. `taken(row, text, logprobs)` is called with what can be shown, and once `ended`."""
 
     def __init__(
@@ -119,7 +119,7 @@ class Batch:
 
     def __init__(self, model: TokenModel, track: AnyTrack | None = None) -> None:
         self.model = model
-        self.rows: list[Row] = []
+        self.rows: list[BatchRow] = []
         self.shared = track is None
         self._view: SlotRows | TrackRows = SlotRows(model.body) if track is None else TrackRows(track)
 
@@ -129,14 +129,14 @@ class Batch:
         return self._view.nbytes
 
     @torch.inference_mode()
-    def join(self, rows: Sequence[Row], track: Track, owners: Sequence[int]) -> None:
+    def join(self, rows: Sequence[BatchRow], track: Track, owners: Sequence[int]) -> None:
         """Rows join; row i goes on from row `owners[i]` of the prompt pass in `track`."""
         assert isinstance(self._view, SlotRows)
         self._view.join(track, owners)
         self.rows += rows
 
     @torch.inference_mode()
-    def drop(self, leaving: Callable[[Row], bool]) -> None:
+    def drop(self, leaving: Callable[[BatchRow], bool]) -> None:
         """Let rows go that nobody waits for."""
         staying = [i for i, row in enumerate(self.rows) if not leaving(row)]
         if len(staying) < len(self.rows):

@@ -15,7 +15,7 @@ import torch
 
 from steer.adapters.transformers import tracking
 from steer.adapters.transformers.scoring import divergence
-from steer.adapters.transformers.serving.batch import Batch, Row
+from steer.adapters.transformers.serving.batch import Batch, BatchRow
 from steer.adapters.transformers.serving.preparing import Prepared
 from steer.adapters.transformers.serving.turns import FairShare, Stretches
 from steer.core import Cost, Samples, SteerError
@@ -39,7 +39,7 @@ class Ticket:
         self.prepared, self.emit = prepared, emit
         self.cancelled = False
         self.over = False
-        self.rows: list[Row] = []
+        self.rows: list[BatchRow] = []
         self.cost = Cost()
         self.began = time.perf_counter()
         self._held: dict[int, tuple[list[str], list[TokenLogprob]]] = {}
@@ -57,7 +57,7 @@ class Ticket:
             self.prepared.reward is not None or (steering.kl and bool(self.prepared.hidden))
         )
 
-    def taken(self, row: Row, text: str, logprobs: Sequence[TokenLogprob]) -> None:
+    def taken(self, row: BatchRow, text: str, logprobs: Sequence[TokenLogprob]) -> None:
         """New text of one of its rows, which may be the last."""
         if row.error is not None:
             self.fail(row.error)
@@ -226,14 +226,14 @@ class Scheduler:
             return
         ticket.emit(Started(ticket.cost.prompt_tokens))
 
-    def _row(self, ticket: Ticket, choice: int) -> Row:
+    def _row(self, ticket: Ticket, choice: int) -> BatchRow:
         prepared, steering = ticket.prepared, ticket.prepared.task.steering
-        return Row(
+        return BatchRow(
             self.model, prepared.sampling, choice, prepared.seed, edits=prepared.guided,
             measured=steering is not None and steering.kl, taken=lambda *new: self._taken(ticket, *new),
         )  # fmt: skip
 
-    def _taken(self, ticket: Ticket, row: Row, text: str, logprobs: Sequence[TokenLogprob]) -> None:
+    def _taken(self, ticket: Ticket, row: BatchRow, text: str, logprobs: Sequence[TokenLogprob]) -> None:
         if ticket.gone:
             return
         ticket.taken(row, text, logprobs)

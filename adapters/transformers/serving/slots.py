@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from steer.adapters.transformers import tracking
 from steer.adapters.transformers.body import Body
-from steer.adapters.transformers.hidden import Plan, Rows, adding
+from steer.adapters.transformers.hidden import HiddenProgram, RowEdit, adding
 from steer.adapters.transformers.rectangle import Track
 
 
@@ -80,7 +80,7 @@ class SlotRows:
         self._lengths: list[int] = []
         self._watching: list[bool] = []
         self._plans: list[_RowPlan | None] = []
-        self._program: dict[int, Rows] | None = None
+        self._program: dict[int, RowEdit] | None = None
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -167,7 +167,7 @@ class SlotRows:
         for layer, source in zip(self._layers, track.cache.layers, strict=True):
             layer.reserve((source.keys, source.values), rows, columns)
 
-    def _steps(self) -> dict[int, Rows]:
+    def _steps(self) -> dict[int, RowEdit]:
         """What each layer does to the rows at their next positions; made anew when rows change or a scope begins or
         ends.
         """
@@ -186,11 +186,11 @@ def _joined(old: Tensor | None, new: Tensor, rows: int) -> Tensor:
 class _RowPlan:
     """The hidden edits of one row at its position: what is added at each layer, or what is done there."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: HiddenProgram) -> None:
         self.plan = plan
         self.additive = all(entry.operator.constant is not None for entry in plan.entries)
         self.added: dict[int, Tensor] = {}
-        self.program: dict[int, Rows] = {}
+        self.program: dict[int, RowEdit] = {}
         self._until = -1.0
 
     def due(self, position: int) -> bool:
@@ -217,10 +217,10 @@ class _RowPlan:
         return sums
 
 
-def _merged(plans: Sequence[_RowPlan | None], rows: int) -> dict[int, Rows]:
+def _merged(plans: Sequence[_RowPlan | None], rows: int) -> dict[int, RowEdit]:
     """One step for each layer that changes any row."""
     added: dict[int, dict[int, Tensor]] = {}
-    programs: dict[int, list[tuple[int, Rows]]] = {}
+    programs: dict[int, list[tuple[int, RowEdit]]] = {}
     for row, plan in enumerate(plans):
         if plan is None:
             continue
@@ -234,8 +234,8 @@ def _merged(plans: Sequence[_RowPlan | None], rows: int) -> dict[int, Rows]:
     }
 
 
-def _layer_step(added: dict[int, Tensor], programs: list[tuple[int, Rows]], rows: int) -> Rows:
-    add: Rows = torch.clone
+def _layer_step(added: dict[int, Tensor], programs: list[tuple[int, RowEdit]], rows: int) -> RowEdit:
+    add: RowEdit = torch.clone
     if added:
         nothing = torch.zeros_like(next(iter(added.values())))
         add = adding(torch.stack([added.get(row, nothing) for row in range(rows)]).unsqueeze(1))

@@ -2,7 +2,7 @@
 
 1. A client asks for `{"edits": [{"name": "calm", "strength": 0.15, "scope": "reply"}]}` in `extra_args["steer"]`, or
    the adapter asks for the same as `Inside` (`requests`).
-2. Front end: `install` hands it to `FrontEnd.parse` (`registry`), which checks it. `FrontEnd.resolve` turns names into
+2. Front end: `install` hands it to `Registry.parse` (`registry`), which checks it. `Registry.resolve` turns names into
    digests and scopes into positions of this prompt: a `Resolved` (`requests`), packed as plain data.
 3. Engine: `install` gives blocks of the prefix cache keys of their own (`Resolved.block_key`), and sends a request
    whose gate has read the prompt back to where its steering begins.

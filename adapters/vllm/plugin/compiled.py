@@ -21,7 +21,7 @@ from steer.adapters.vllm.plugin.blocks import SCALARS, VECTORS
 from steer.core import HiddenEdit, ModelInfo, Operator, UnsupportedError
 from steer.methods.operators import Ablate, Add, Clamp, KeepNorm, Rotate, Where
 
-__all__ = ["NEVER", "Compiled", "Form", "Row", "Spans", "form", "merged", "stages_of"]
+__all__ = ["NEVER", "Compiled", "Form", "SteeringRow", "Spans", "form", "merged", "stages_of"]
 
 
 NEVER = 1 << 62
@@ -95,7 +95,7 @@ def stages_of(edits: Sequence[Compiled]) -> int:
 
 
 @dataclass(eq=False)
-class Row:
+class SteeringRow:
     """What happens to a token: `add` `[L, D]` after the `stages` of each block."""
 
     add: Tensor
@@ -107,7 +107,7 @@ class Row:
         return np.asarray((self.add != 0).any(1).cpu().numpy())
 
 
-def merged(edits: Sequence[Compiled], weights: Sequence[Tensor | None], depth: int, width: int) -> Row:
+def merged(edits: Sequence[Compiled], weights: Sequence[Tensor | None], depth: int, width: int) -> SteeringRow:
     """One row for edits that act together, in order; `weights[i]` `[terms]` of an edit that read the prompt."""
     if all(edit.constants is not None for edit in edits):
         add = torch.zeros(depth, width)
@@ -115,12 +115,12 @@ def merged(edits: Sequence[Compiled], weights: Sequence[Tensor | None], depth: i
             assert edit.constants is not None
             scaled = edit.constants if weight is None else weight.float().cpu().unsqueeze(1) * edit.constants
             add.index_add_(0, edit.layers, scaled)
-        return Row(add)
+        return SteeringRow(add)
     trailing, stages = _staged(edits, weights, width, None)
     add = torch.zeros(depth, width)
     for layer, vector in trailing.items():
         add[layer] = vector
-    return Row(add, stages)
+    return SteeringRow(add, stages)
 
 
 def _staged(

@@ -24,7 +24,7 @@ from typing import Any
 
 from steer.adapters.vllm.lifetime import watch_parent
 from steer.adapters.vllm.plugin import runner_v1, runner_v2
-from steer.adapters.vllm.plugin.registry import FrontEnd
+from steer.adapters.vllm.plugin.registry import Registry
 from steer.adapters.vllm.plugin.requests import Resolved
 from steer.adapters.vllm.plugin.tuned import check_engine
 from steer.adapters.vllm.plugin.wrapping import optional, wrap
@@ -57,7 +57,7 @@ def register() -> None:
 # -------------------------------------------------------------------------------------------------------- front end
 
 
-def front_end(input_processor: Any) -> FrontEnd:
+def front_end(input_processor: Any) -> Registry:
     """The front end's registry of one engine, kept on its input processor. Raises `UnsupportedError` where steering is
     off.
     """
@@ -67,7 +67,7 @@ def front_end(input_processor: Any) -> FrontEnd:
         settings = settings_of(config)
         if settings is None:
             raise UnsupportedError('steering is off: start the engine with additional_config={"steer": {}}')
-        held = input_processor.steer = FrontEnd(settings, model_info(config, "", None))
+        held = input_processor.steer = Registry(settings, model_info(config, "", None))
     return held
 
 

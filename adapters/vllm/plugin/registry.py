@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from steer.adapters.vllm.artifacts import Artifact
+from steer.adapters.vllm.artifacts import PackedArtifact
 from steer.adapters.vllm.plugin.compiled import Compiled, stages_of
 from steer.adapters.vllm.plugin.requests import Inside, Resolved, ResolvedEdit
 from steer.adapters.vllm.settings import Settings, need
@@ -24,7 +24,7 @@ from steer.core import Edit, HiddenEdit, InputError, ModelInfo, Site, Transition
 from steer.methods.value import ValueGuidance
 from steer.serving.wire import NAME, EditRequest, SteerRequest
 
-__all__ = ["FrontEnd"]
+__all__ = ["Registry"]
 
 
 _LARGEST = 1e6
@@ -33,7 +33,7 @@ _SEARCH = ("sampler", "candidates", "reward", "budget")
 
 
 @dataclass(frozen=True, eq=False)
-class _Mounted:
+class ReadyEdit:
     """A registered artifact under settings, checked."""
 
     key: str
@@ -53,13 +53,13 @@ class _Towards(Edit):
 
 
 @dataclass(eq=False)
-class FrontEnd:
+class Registry:
     """Artifacts by name and by digest, in order of last use."""
 
     settings: Settings
     info: ModelInfo
     names: dict[str, str] = field(default_factory=dict)
-    artifacts: OrderedDict[str, Artifact] = field(default_factory=OrderedDict)
+    artifacts: OrderedDict[str, PackedArtifact] = field(default_factory=OrderedDict)
     measured: bool = False
     """Whether the residual stream's norms are known."""
 
@@ -69,7 +69,7 @@ class FrontEnd:
 
     # ---- artifacts
 
-    def admit(self, name: str, data: bytes, any_model: bool, used: Iterable[str]) -> tuple[Artifact, list[str]]:
+    def admit(self, name: str, data: bytes, any_model: bool, used: Iterable[str]) -> tuple[PackedArtifact, list[str]]:
         """The artifact, checked, and the digests that must go to make room. `used` are those that requests need.
 
         Raises `InputError`: a bad name or artifact, one of another model, or no room.
@@ -77,7 +77,7 @@ class FrontEnd:
         check(isinstance(name, str) and NAME.fullmatch(name) is not None, "name", name,
               "letters, digits, dot, dash and underscore, at most 128 of them")  # fmt: skip
         check(name not in self._tuned, "name", name, "a name that additional_config steer.tuned does not have")
-        artifact = Artifact.parse(data)
+        artifact = PackedArtifact.parse(data)
         artifact = artifact.for_any_model() if any_model else artifact
         made = artifact.edit(self.info, {})
         if isinstance(made, HiddenEdit):
@@ -90,7 +90,7 @@ class FrontEnd:
                   "tensor_parallel_size 1: it needs the whole output embedding")  # fmt: skip
         return artifact, self._crowded_out(artifact, set(used))
 
-    def _crowded_out(self, new: Artifact, used: set[str]) -> list[str]:
+    def _crowded_out(self, new: PackedArtifact, used: set[str]) -> list[str]:
         held = list(self.artifacts.items())  # another thread may be noting their use
         kept = {digest: a.size for digest, a in held if digest != new.digest}
         number, size = self.settings.artifacts, self.settings.artifact_bytes
@@ -109,7 +109,7 @@ class FrontEnd:
               f"at most {number} artifacts and {size} bytes in all")  # fmt: skip
         return gone
 
-    def add(self, name: str, artifact: Artifact, gone: Iterable[str]) -> None:
+    def add(self, name: str, artifact: PackedArtifact, gone: Iterable[str]) -> None:
         """Enter an artifact that the workers hold under its name, and strike out those that they dropped."""
         for digest in gone:
             self.artifacts.pop(digest, None)
@@ -152,7 +152,7 @@ class FrontEnd:
         """The edits of hidden states that a request asks for."""
         return [m.edit for m in self._of(asked) if isinstance(m.edit, HiddenEdit)]
 
-    def _of(self, asked: Inside) -> list[_Mounted]:
+    def _of(self, asked: Inside) -> list[ReadyEdit]:
         return [
             self._towards(edit)
             if edit.name in self._tuned
@@ -160,23 +160,23 @@ class FrontEnd:
             for edit in asked.edits
         ]
 
-    def _towards(self, edit: EditRequest) -> _Mounted:
+    def _towards(self, edit: EditRequest) -> ReadyEdit:
         for name, given in edit.options().items():
             raise InputError(f"steer.edits.{name}", given, f"unset: {edit.name} is a tuned model, with a strength only")
         weight = 1.0 if edit.strength is None else edit.strength
         check(abs(weight) <= _LARGEST, "steer.edits.strength", weight, f"at most {_LARGEST:g} (1 is the tuned model)")
-        return _Mounted("", "", {}, _Towards(self._tuned[edit.name], weight), None)
+        return ReadyEdit("", "", {}, _Towards(self._tuned[edit.name], weight), None)
 
-    def _mount(self, digest: str, options: str) -> _Mounted:
+    def _mount(self, digest: str, options: str) -> ReadyEdit:
         artifact = self.artifacts[digest]
         edit = artifact.edit(self.info, json.loads(options))
         key = hashlib.sha256(f"{digest} {options}".encode()).hexdigest()[:32]
         if isinstance(edit, TransitionEdit):
-            return _Mounted(key, digest, json.loads(options), edit, None)
+            return ReadyEdit(key, digest, json.loads(options), edit, None)
         assert isinstance(edit, HiddenEdit)
         compiled = Compiled.of(edit, self.info)
         need(self.settings, reads=edit.reads, layers=tuple({layer for layer, _ in compiled.operators}))
-        return _Mounted(key, digest, json.loads(options), edit, compiled)
+        return ReadyEdit(key, digest, json.loads(options), edit, compiled)
 
     def resolve(self, asked: Inside, length: int, max_tokens: int | None = None) -> Resolved:
         """What the engine is told, for a prompt of `length` tokens and at most `max_tokens` more. Raises `InputError`
@@ -209,7 +209,7 @@ class FrontEnd:
         return resolved
 
 
-def _resolved(mounted: _Mounted, edit: HiddenEdit, prompt: int, known: tuple[float, ...] | None) -> ResolvedEdit:
+def _resolved(mounted: ReadyEdit, edit: HiddenEdit, prompt: int, known: tuple[float, ...] | None) -> ResolvedEdit:
     start, stop = edit.scope.bounds(prompt)
     # What an edit that reads decides depends on where the prompt ends.
     key = f"{mounted.key}@{prompt}" if edit.reads else mounted.key

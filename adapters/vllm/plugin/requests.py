@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from steer.adapters.vllm.plugin.compiled import Compiled, Row, Spans, merged
+from steer.adapters.vllm.plugin.compiled import Compiled, Spans, SteeringRow, merged
 from steer.serving.wire import EditRequest
 
 
@@ -120,7 +120,7 @@ class Resolved:
 
 
 @dataclass(eq=False)
-class Request:
+class SteeredRequest:
     """A steered request in this worker. It is kept while the request lives, through preemptions."""
 
     id: str
@@ -151,6 +151,6 @@ class Request:
         keys = (self.key(segment) for segment in range(len(self.spans.bounds)))
         return {key for key in keys if key is not None and key[0] == self.id}
 
-    def row(self, segment: int, depth: int, width: int) -> Row:
+    def row(self, segment: int, depth: int, width: int) -> SteeringRow:
         acting = self.spans.acting(segment)
         return merged([self.edits[i] for i in acting], [self.weights[i] for i in acting], depth, width)

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from steer.adapters.vllm.plugin.blocks import BlockSteering
-from steer.adapters.vllm.plugin.compiled import Form, Row
+from steer.adapters.vllm.plugin.compiled import Form, SteeringRow
 from steer.core import SteerError
 
 
-class Slots:
+class RowBank:
     """Rows in the buffers of the blocks that this rank has."""
 
     def __init__(
@@ -28,7 +28,7 @@ class Slots:
         self.added = np.zeros((capacity + 1, depth), dtype=bool)
         self.staged = np.zeros((capacity + 1, depth), dtype=np.int64)
 
-    def ensure(self, needed: Mapping[Hashable, Callable[[], Row]]) -> dict[Hashable, int]:
+    def ensure(self, needed: Mapping[Hashable, Callable[[], SteeringRow]]) -> dict[Hashable, int]:
         """The slot of every row that a step needs, rows that are not there being made. Raises `SteerError` where a
         compiled network has fewer slots.
         """
@@ -77,7 +77,7 @@ class Slots:
         self.added = np.concatenate([self.added, np.zeros((more, self.depth), dtype=bool)])
         self.staged = np.concatenate([self.staged, np.zeros((more, self.depth), dtype=np.int64)])
 
-    def _write(self, slot: int, row: Row) -> None:
+    def _write(self, slot: int, row: SteeringRow) -> None:
         self.added[slot], self.staged[slot] = row.added, 0
         for layer, block in self.blocks.items():
             block.bank[slot] = row.add[layer]

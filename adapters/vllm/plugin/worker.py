@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from steer.adapters.language.blocks import blocks_of
-from steer.adapters.vllm.artifacts import Artifact
+from steer.adapters.vllm.artifacts import PackedArtifact
 from steer.adapters.vllm.plugin.blocks import BlockSteering, Host, Live, eager_hook, graph_hook, measuring_hook
-from steer.adapters.vllm.plugin.compiled import NEVER, Compiled, Row, Spans
+from steer.adapters.vllm.plugin.compiled import NEVER, Compiled, Spans, SteeringRow
 from steer.adapters.vllm.plugin.mixture import Mixture
-from steer.adapters.vllm.plugin.requests import Request, Resolved, ResolvedEdit
-from steer.adapters.vllm.plugin.slots import Slots
+from steer.adapters.vllm.plugin.requests import Resolved, ResolvedEdit, SteeredRequest
+from steer.adapters.vllm.plugin.slots import RowBank
 from steer.adapters.vllm.settings import Settings, model_info
 from steer.core import HiddenEdit, ModelInfo, SteerError
 from steer.methods.value import ValueGuidance
@@ -52,17 +52,17 @@ class Worker:
     def __init__(self, model: nn.Module, config: Any, settings: Settings, mixture: Mixture | None = None) -> None:
         self.config, self.settings, self.model, self.mixture = config, settings, model, mixture
         self.info: ModelInfo = model_info(config, "", None)
-        self.artifacts: dict[str, Artifact] = {}
-        self.requests: dict[str, Request] = {}
+        self.artifacts: dict[str, PackedArtifact] = {}
+        self.requests: dict[str, SteeredRequest] = {}
         self.live = Live(self.info.num_layers)
         self.hidden: Tensor | None = None
         """Final hidden states of the rows that are sampled in this step `[N, D]`."""
         self.entered: dict[str, tuple[Any, int]] = {}
         """Sampling parameters and prompt lengths, where the runner keeps none."""
-        self.dropped: list[tuple[int, int, Request]] = []
+        self.dropped: list[tuple[int, int, SteeredRequest]] = []
         """Requests whose sample is dropped in this step: number, end, request."""
         self._compiled: dict[str, Compiled] = {}
-        self._reads: list[tuple[Request, int]] = []
+        self._reads: list[tuple[SteeredRequest, int]] = []
         self._decided: OrderedDict[str, list[list[float] | None]] = OrderedDict()
         self._undo: list[Callable[[], None]] = []
         self._arm()
@@ -96,12 +96,12 @@ class Worker:
             )  # fmt: skip
             block.steering = own
             self.blocks[layer] = own
-        self.slots = Slots(self.blocks, self.info.num_layers, self.settings.stages, self.settings.slots, not graphs)
+        self.slots = RowBank(self.blocks, self.info.num_layers, self.settings.stages, self.settings.slots, not graphs)
 
     # ---- what the front end calls, by name, on every worker
 
     def register(self, digest: str, data: bytes, any_model: bool) -> None:
-        artifact = Artifact.parse(data)
+        artifact = PackedArtifact.parse(data)
         self.artifacts[digest] = artifact.for_any_model() if any_model else artifact
 
     def evict(self, gone: Sequence[str]) -> None:
@@ -147,12 +147,12 @@ class Worker:
         assert isinstance(made, ValueGuidance)
         return made.with_beta(beta)
 
-    def _artifact(self, digest: str) -> Artifact:
+    def _artifact(self, digest: str) -> PackedArtifact:
         if digest not in self.artifacts:
             raise SteerError(f"artifact {digest} is not registered with this worker")
         return self.artifacts[digest]
 
-    def _request(self, request_id: str, params_of: Params) -> Request | None:
+    def _request(self, request_id: str, params_of: Params) -> SteeredRequest | None:
         params, prompt = params_of(request_id)
         known = self.requests.get(request_id)
         if known is not None and known.params is params:
@@ -161,7 +161,7 @@ class Worker:
         if resolved is None or not (resolved.hidden or resolved.measure):
             return None
         edits = resolved.hidden
-        made = Request(
+        made = SteeredRequest(
             id=request_id,
             prompt=resolved.prompt or prompt,
             edits=[self._compile(edit) for edit in edits],
@@ -203,7 +203,7 @@ class Worker:
 
     def _forget_batch(self) -> None:
         self._ids: list[str] = []
-        self._batch: list[tuple[int, Request]] = []
+        self._batch: list[tuple[int, SteeredRequest]] = []
         self._current = self._since = self._until = np.zeros(0, dtype=np.int64)
         self._counts = np.zeros(0, dtype=np.int64)
         self._stale = True
@@ -232,7 +232,7 @@ class Worker:
         self._current = np.zeros(n, dtype=np.int64)
         self._since, self._until = np.zeros(n, dtype=np.int64), np.full(n, NEVER, dtype=np.int64)
         offsets = np.cumsum(counts) - counts
-        needed: dict[Hashable, Callable[[], Row]] = {}
+        needed: dict[Hashable, Callable[[], SteeringRow]] = {}
         for i, request in self._batch:
             if request.reading:
                 continue
@@ -241,7 +241,7 @@ class Worker:
                 if key is not None:
                     needed[key] = partial(request.row, segment, self.info.num_layers, self.info.width)
         slots = self.slots.ensure(needed)
-        crossing: list[tuple[int, Request]] = []
+        crossing: list[tuple[int, SteeredRequest]] = []
         for i, request in self._batch:
             start, end = int(starts[i]), int(starts[i] + counts[i])
             if request.reading:
@@ -258,7 +258,7 @@ class Worker:
     def _fill(
         self,
         counts: np.ndarray,
-        crossing: Sequence[tuple[int, Request, int, int]] = (),
+        crossing: Sequence[tuple[int, SteeredRequest, int, int]] = (),
         slots: Mapping[Hashable, int] | None = None,
     ) -> None:
         """Write every token's slot; requests in `crossing` (number, request, start, offset) change on the way."""
