@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from steer.methods.fk import FKSteering
 from steer.methods.prompt import DirectionalStimulus, HintPolicy, SystemPrompt
 from steer.methods.value import HeadValue, ValueGuidance, ValueHead
 from steer.methods.vector import SteeringVector
+from steer.sampling.states import StateStore
 from steer.toy import TabularProcess, markov_lm
 
 LETTERS = "xyz"
@@ -713,3 +715,23 @@ def test_the_command_line_asks_endpoints(server: Server, capsys: pytest.CaptureF
     for more in (["--edit", "x.safetensors"], ["--stream"], ["--device", "cpu"], ["--repetition-penalty", "1.2"]):
         assert main([*asked, *more]) == 2
         assert more[0].removeprefix("--").replace("-", "_") in capsys.readouterr().err
+
+
+def test_a_tree_keeps_texts_of_different_lengths(server: Server) -> None:
+    """Chunks of packed texts are as wide as their longest; leaves of several chunks are read together."""
+    process = connect(server).process(max_new_tokens=6, block=2, top_logprobs=3)
+    began = process.init(["hello"], 2, torch.Generator().manual_seed(0))
+    store = StateStore(process, ["hello"], 0)
+    short, long = (replace(began, texts=texts) for texts in (("x", "x y"), ("x y z x", "")))
+    assert [store.add_leaves(short), store.add_leaves(long)] == [0, 1]
+    assert store.leaves([(1, 0), (0, 1), (0, 0), (1, 1)]).texts == ("x y z x", "x y", "x", "")
+    chunks = [store.add(short), store.add(long), store.add(began)]
+    rows, _ = store.rows([(chunks[1], 0), (chunks[0], 1)])
+    assert rows.texts == ("x y z x", "x y")
+
+
+@pytest.mark.parametrize("sampler", ["dts", "dts-star"])
+def test_a_tree_over_an_endpoint_draws_here(sampler: str, server: Server) -> None:
+    best = connect(server).generate("hello", sampler=sampler, rollouts=24, batch=4, n=2, reward=score, beta=0.3, seed=0,
+                                    block=2, max_new_tokens=5, top_logprobs=3)  # fmt: skip
+    assert len(best.texts) == 2 and best.reward.tolist() == pytest.approx(score(best.texts))

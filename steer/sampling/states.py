@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class StateStore:
         """One state of these rows of reduced chunks, all at the same step, and what it cost."""
         step = self.cold[wanted[0][0]][0]
         packed = [{k: v[at] for k, v in self.cold[chunk][1].items()} for chunk, at in wanted]
-        whole = {k: torch.cat([rows[k] for rows in packed]) for k in packed[0]}
+        whole = {k: together([rows[k] for rows in packed]) for k in packed[0]}
         return self.process.settle(self.process.read(self.process.unpack(self.prompts, step, whole)))
 
     def leaves(self, wanted: list[tuple[int, int]]) -> Any:
@@ -84,7 +85,7 @@ class StateStore:
             offset[chunk] = total
             total += len(self.ended[chunk]["group"])
         at = torch.tensor([offset[chunk] + row for chunk, row in wanted])
-        whole = {k: torch.cat([self.ended[c][k] for c in chunks])[at] for k in self.ended[chunks[0]]}
+        whole = {k: together([self.ended[c][k] for c in chunks])[at] for k in self.ended[chunks[0]]}
         return self.process.unpack(self.prompts, self.process.num_steps, whole)
 
     def packed(self) -> dict[str, Tensor]:
@@ -122,3 +123,13 @@ class StateStore:
             step, rows = (self.process.num_steps, self.ended[chunk]) if leaf else self.cold[chunk]
             self._names[chunk, leaf] = self.process.identify(self.process.unpack(self.prompts, step, rows))
         return self._names[chunk, leaf]
+
+
+def together(columns: Sequence[Tensor]) -> Tensor:
+    """Packed columns `[N, ...]` one below the other. Rows of texts are as wide as the longest of their chunk, and have
+    their lengths in another column: narrower ones are padded with 0.
+    """
+    if columns[0].dim() == 2:
+        width = max(column.shape[1] for column in columns)
+        columns = [torch.nn.functional.pad(column, (0, width - column.shape[1])) for column in columns]
+    return torch.cat(list(columns))
