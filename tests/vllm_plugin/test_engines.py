@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_tools import MISSING, greedy
+from vllm_tools import MISSING, each, greedy
 from worker_script import work_of
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING or "vLLM is there")
@@ -24,7 +24,7 @@ def run(kind: str, new: int) -> dict[str, Any]:
 
 
 def want(reference: Any, work: Any, new: int) -> list[list[int]]:
-    return greedy(reference, [p for p, _ in work], [e for _, e in work], new).tokens
+    return greedy(reference, [p for p, _ in work], each(e for _, e in work), new).tokens
 
 
 def test_preemption(folder: Any, reference: Any) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vllm_tools import MISSING, PROMPTS, SETTINGS, greedy, guide, vector
+from vllm_tools import MISSING, PROMPTS, SETTINGS, each, greedy, guide, vector
 
 import steer
 from steer.adapters.vllm.plugin.tuned import open_tuned
@@ -255,7 +255,7 @@ def test_what_tuning_left_alone_is_shared(paired: Any) -> None:
         ({"name": "polite", "layers": "3-4"}, "steer.edits.layers"),
         ({"name": "polite", "scope": "generated"}, "steer.edits.scope"),
         ({"name": "polite", "beta": 0.1}, "steer.edits.beta"),
-        ({"name": "polite", "strength": 1e30}, "steer.edits.strength"),
+        ({"name": "polite", "strength": 1e30}, "steer.edits.0.strength"),
         ({"name": "polite", "strength": float("nan")}, "steer.edits.0.strength"),
         ({"name": "rude"}, "steer.edits.name"),
     ],
@@ -409,7 +409,7 @@ def guided(base: Any, policy: Any, prompts: Any, new: int) -> list[list[int]]:
     """Tokens of the transformers adapter at each of `WEIGHTS`; plain and guided ones differ."""
     process = policy.process()
     texts = [steer.RawText(p) for p in prompts]
-    tokens = greedy(base, texts, [w and RLGuidance(process, w) for w in WEIGHTS], new).tokens
+    tokens = greedy(base, texts, each(RLGuidance(process, w) if w else None for w in WEIGHTS), new).tokens
     plain = greedy(base, texts, new=new).tokens
     assert [mine == other for mine, other in zip(tokens, plain, strict=True)][:3] == [True, False, False]
     return tokens

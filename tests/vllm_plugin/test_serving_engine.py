@@ -277,9 +277,8 @@ def test_best_of_n(ours: Any, files: Any) -> None:
     assert texts(found) == texts(again)
     assert isinstance(found[0], Started) and isinstance(found[1], Progress) and found[1].tokens > 0
     (choice,) = ended(found)
-    alone = [ended(events(ours, searching(BestOfN(n=1), 1, edits=edits)))[0].reward]
     assert choice.reward == float(as_reward("sentiment")(sample(texts(found)[0]))[0])
-    assert choice.reward >= alone[0] and choice.kl is not None
+    assert choice.kl is None  # the vector leaves log p of what was drawn unknown: no bound is known
     finished = found[-1]
     assert isinstance(finished, Finished)
     assert (finished.candidates, finished.cost.reward_calls) == (8, 8)
