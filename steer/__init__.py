@@ -49,7 +49,14 @@ _HOMES = {
     "steer.adapters.transformers.policy.tuning": ("train_policy",),
     "steer.chain": ("FunctionProcess",),
     "steer.core": (
-        "Edit", "InputError", "RawText", "Reward", "Sampler", "Samples", "SteerError", "UnsupportedError",
+        "Edit",
+        "InputError",
+        "RawText",
+        "Reward",
+        "Sampler",
+        "Samples",
+        "SteerError",
+        "UnsupportedError",
     ),
     "steer.core.samples": ("Sample",),
     "steer.edits": ("Artifact", "load_artifact", "load_edit", "parse_edit"),
@@ -76,7 +83,7 @@ _HOMES = {
     "steer.train.controller": ("train_controller",),
     "steer.train.value": ("train_value",),
     "steer.train.vector": ("train_vector",),
-}  # fmt: skip
+}
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [

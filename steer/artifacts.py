@@ -212,20 +212,25 @@ def _table(x: Any) -> bool:
 
 _Types = dict[str, tuple[Callable[[Any], bool], str]]
 _ENTRIES: _Types = {
-    "kind": (_text, "a text"), "model": (_table, "entries by name"), "layers": (_wholes, "a list of layers"),
-    "version": (_text, "a text"), "format": (_whole, "a number"),
+    "kind": (_text, "a text"),
+    "model": (_table, "entries by name"),
+    "layers": (_wholes, "a list of layers"),
+    "version": (_text, "a text"),
+    "format": (_whole, "a number"),
     **dict.fromkeys(("settings", "recipe", "data", "metrics"), (_table, "entries by name")),
-}  # fmt: skip
+}
 _MODEL: _Types = {
     **dict.fromkeys(("name", "fingerprint", "model_type"), (_text, "a text")),
     **dict.fromkeys(("num_layers", "width"), (_whole, "a whole number")),
 }
 _SETTINGS: _Types = {
-    "layers": (_layers, "layers"), "keep_norm": (_flag, "true or false"), "gate_layer": (_whole, "a layer"),
+    "layers": (_layers, "layers"),
+    "keep_norm": (_flag, "true or false"),
+    "gate_layer": (_whole, "a layer"),
     "top_k": (_whole, "a whole number"),
     **dict.fromkeys(("scope", "operator", "unit", "tail", "gate", "tokens"), (_text, "a text")),
     **dict.fromkeys(("strength", "threshold", "beta"), (_number, f"a number of at most {MAX_STRENGTH:g}")),
-}  # fmt: skip
+}
 """What the settings that steer itself writes are; others are for people."""
 
 

@@ -149,8 +149,13 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], Card]:
     if not str(path).endswith(".gguf"):
         return load(path)
     directions, hint = load_gguf(path)
-    card = Card("vector", {"width": len(next(iter(directions.values())))}, sorted(directions), {"unit": "raw"},
-                {"method": "gguf", "hint": hint})  # fmt: skip
+    card = Card(
+        "vector",
+        {"width": len(next(iter(directions.values())))},
+        sorted(directions),
+        {"unit": "raw"},
+        {"method": "gguf", "hint": hint},
+    )
     return {f"direction.{layer}": v for layer, v in directions.items()}, card
 
 

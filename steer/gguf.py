@@ -77,8 +77,12 @@ def load_gguf(path: Path | str) -> tuple[dict[int, Tensor], str]:
     directions: dict[int, Tensor] = {}
     for name, match in named.items():
         tensor = tensors[name]
-        check(match is None or not isinstance(tensor, str), "artifact", f"{file} ({name}: {tensor})",
-              "tensors of F32, F16, BF16 or F64, not quantised ones")  # fmt: skip
+        check(
+            match is None or not isinstance(tensor, str),
+            "artifact",
+            f"{file} ({name}: {tensor})",
+            "tensors of F32, F16, BF16 or F64, not quantised ones",
+        )
         if match is not None and isinstance(tensor, Tensor):
             # Some programs write a row vector, [1, D].
             directions[int(match[1])] = tensor.flatten() if max(tensor.shape, default=0) == tensor.numel() else tensor

@@ -33,8 +33,12 @@ _LARGE, _FONT, _CAPTION, _INK = 512, 12, 18, (36, 41, 47)
 def to_uint8(images: Tensor) -> Tensor:
     """Images as bytes `[N, C, H, W]` on the CPU, rounded; `InputError` for another shape, NaN or integers."""
     right = images.dim() == 4 and images.shape[1] in (1, 3) and 0 not in images.shape[2:]
-    check(right and images.is_floating_point(), "images", f"a tensor {tuple(images.shape)} of {images.dtype}",
-          "a float tensor [N, 1 or 3, H, W] in [0, 1]")  # fmt: skip
+    check(
+        right and images.is_floating_point(),
+        "images",
+        f"a tensor {tuple(images.shape)} of {images.dtype}",
+        "a float tensor [N, 1 or 3, H, W] in [0, 1]",
+    )
     images = images.detach().cpu().float()
     check(not bool(images.isnan().any()), "images", "NaN", "numbers")
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)

@@ -71,9 +71,16 @@ def prepare(
     if hasattr(process, "encode"):
         process.encode(several)
     return Plan(
-        process, several, chosen, scored, float(beta), secrets.randbits(31) if seed is None else seed,
-        max(1, max_rows // chosen.rows), progress, mounted,
-    )  # fmt: skip
+        process,
+        several,
+        chosen,
+        scored,
+        float(beta),
+        secrets.randbits(31) if seed is None else seed,
+        max(1, max_rows // chosen.rows),
+        progress,
+        mounted,
+    )
 
 
 def execute(plan: Plan, on_step: Callable[[int, Any], None] | None = None) -> Samples:
@@ -154,10 +161,17 @@ class Model(ABC):
         given, chosen = self._sampler(sampler, n, given)
         check_meant(given)
         plan = prepare(
-            self.process(**self.fit(given, several, edits)), several, edits=edits, sampler=chosen, reward=reward,
-            beta=beta, seed=seed, progress=progress, model=self,
+            self.process(**self.fit(given, several, edits)),
+            several,
+            edits=edits,
+            sampler=chosen,
+            reward=reward,
+            beta=beta,
+            seed=seed,
+            progress=progress,
+            model=self,
             max_rows=self.max_rows if max_rows is None else max_rows,
-        )  # fmt: skip
+        )
         return self.run(plan) if stream is False else self.stream(plan, stream)
 
     def _sampler(

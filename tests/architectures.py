@@ -37,39 +37,99 @@ PROMPTS = ("The day at the lake", "Tell me of your flat. The boat went on the wa
 NEW = 12
 
 TINY = {
-    "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1,
-    "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 """The names that most configurations have."""
 
 _MORE = {
-    "head_dim": 8, "sliding_window": 8, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256, "n_ctx": 256,
-    "n_inner": 64, "d_model": 32, "n_heads": 4, "n_layers": 4, "num_layers": 4, "num_heads": 4, "max_seq_len": 256,
-    "ffn_dim": 64, "decoder_layers": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "encoder_layers": 4,
-    "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "d_inner": 64, "dim": 32, "dff": 64, "num_experts": 4,
-    "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "q_lora_rank": 16,
-    "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1,
-    "state_size": 8, "mamba_d_state": 8, "ssm_state_size": 8, "chunk_size": 8, "mamba_chunk_size": 8,
+    "head_dim": 8,
+    "sliding_window": 8,
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 256,
+    "n_ctx": 256,
+    "n_inner": 64,
+    "d_model": 32,
+    "n_heads": 4,
+    "n_layers": 4,
+    "num_layers": 4,
+    "num_heads": 4,
+    "max_seq_len": 256,
+    "ffn_dim": 64,
+    "decoder_layers": 4,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 64,
+    "encoder_layers": 4,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "d_inner": 64,
+    "dim": 32,
+    "dff": 64,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+    "state_size": 8,
+    "mamba_d_state": 8,
+    "ssm_state_size": 8,
+    "chunk_size": 8,
+    "mamba_chunk_size": 8,
     "embedding_size": 32,
-    "attention_window_size": 8, "window_size": 8, "d_kv": 8, "attention_head_dim": 8, "rotary_dim": 4,
-    "num_kv_heads": 2, "conv_kernel": 4, "word_embed_proj_dim": 32, "d_embed": 32, "attn_head_size": 8, "emb_dim": 32,
-    "attention_hidden_size": 32, "attention_chunk_size": 8,
-}  # fmt: skip
+    "attention_window_size": 8,
+    "window_size": 8,
+    "d_kv": 8,
+    "attention_head_dim": 8,
+    "rotary_dim": 4,
+    "num_kv_heads": 2,
+    "conv_kernel": 4,
+    "word_embed_proj_dim": 32,
+    "d_embed": 32,
+    "attn_head_size": 8,
+    "emb_dim": 32,
+    "attention_hidden_size": 32,
+    "attention_chunk_size": 8,
+}
 """What others call them, and further sizes; each configuration takes those that it has."""
 
 _LATENT = {"num_key_value_heads": 4}
 _ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2}
 _LINEAR = {
-    "layer_types": ["linear_attention"] * 3 + ["full_attention"], "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-}  # fmt: skip
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 _VISION = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 28,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 28,
     "patch_size": 14,
-}  # fmt: skip
+}
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "BailingHybridConfig": {"layer_types": ["linear_attention", "full_attention"] * 2, "num_key_value_heads": 4},
@@ -77,40 +137,66 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "GraniteMoeHybridConfig": {**_MAMBA, "layer_types": ["mamba", "attention"] * 2},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 2]]},
     "Gemma3nTextConfig": {
-        **_ALTERNATING, "intermediate_size": [64] * 4, "vocab_size_per_layer_input": VOCABULARY,
-        "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2, "laurel_rank": 4, "altup_num_inputs": 2,
+        **_ALTERNATING,
+        "intermediate_size": [64] * 4,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 2,
+        "laurel_rank": 4,
+        "altup_num_inputs": 2,
         "activation_sparsity_pattern": [0.0] * 4,
     },
     "Gemma4TextConfig": {
-        **_ALTERNATING, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
+        **_ALTERNATING,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
         "global_head_dim": 8,
     },
     "JambaConfig": {
-        "attn_layer_period": 4, "attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 1,
-        "use_mamba_kernels": False, "mamba_dt_rank": 4, "num_experts": 2, "num_experts_per_tok": 1,
+        "attn_layer_period": 4,
+        "attn_layer_offset": 2,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+        "mamba_dt_rank": 4,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
     },
     "KimiLinearConfig": {
-        "layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_heads": 4, "linear_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_heads": 4,
+        "linear_head_dim": 8,
         "num_key_value_heads": 4,
     },
     "Lfm2Config": {"layer_types": ["conv", "full_attention"] * 2},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "Mamba2Config": {"num_heads": 8, "expand": 2, "n_groups": 1},
     "MiniMaxConfig": {"layer_types": ["linear_attention", "full_attention"] * 2, "block_size": 8},
-    "Qwen3NextConfig": _LINEAR, "Qwen3_5TextConfig": _LINEAR, "Qwen3_5MoeTextConfig": _LINEAR,
+    "Qwen3NextConfig": _LINEAR,
+    "Qwen3_5TextConfig": _LINEAR,
+    "Qwen3_5MoeTextConfig": _LINEAR,
     "OlmoHybridConfig": {**_LINEAR},
     "RecurrentGemmaConfig": {
-        "num_key_value_heads": 1, "lru_width": 32, "block_types": ("recurrent", "recurrent", "attention"),
+        "num_key_value_heads": 1,
+        "lru_width": 32,
+        "block_types": ("recurrent", "recurrent", "attention"),
     },
     "ReformerConfig": {"is_decoder": True, "axial_pos_embds_dim": (16, 16), "axial_pos_shape": (16, 16)},
     "RoCBertConfig": {"pronunciation_vocab_size": VOCABULARY, "shape_vocab_size": VOCABULARY},
     "Zamba2Config": {
-        "layers_block_type": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 8, "use_mamba_kernels": False,
-        "attention_hidden_size": 64, "attention_head_dim": 16,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "n_mamba_heads": 8,
+        "use_mamba_kernels": False,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
     },
     "ZambaConfig": {
-        "layers_block_type": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 2, "use_mamba_kernels": False,
-        "mamba_dt_rank": 4, "attention_hidden_size": 64, "attention_head_dim": 16,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "n_mamba_heads": 2,
+        "use_mamba_kernels": False,
+        "mamba_dt_rank": 4,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
     },
     "ZayaConfig": {"num_experts_per_tok": 1},
     "xLSTMConfig": {"hidden_size": 128, "num_heads": 2},
@@ -118,15 +204,29 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "Gemma3Config": {
         "text_config": {**TINY, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
         "vision_config": _VISION,
-        "mm_tokens_per_image": 4, "image_token_index": 310, "boi_token_index": 311, "eoi_token_index": 312,
+        "mm_tokens_per_image": 4,
+        "image_token_index": 310,
+        "boi_token_index": 311,
+        "eoi_token_index": 312,
     },
     **dict.fromkeys(
-        ("AXK1Config", "AXK2Config", "DeepseekV2Config", "DeepseekV3Config", "DeepseekV32Config", "Dots3NoteTextConfig",
-         "Glm4MoeLiteConfig", "GlmMoeDsaConfig", "LongcatFlashConfig", "MiniCPM3Config", "SarvamMLAConfig",
-         "YoutuConfig"),
+        (
+            "AXK1Config",
+            "AXK2Config",
+            "DeepseekV2Config",
+            "DeepseekV3Config",
+            "DeepseekV32Config",
+            "Dots3NoteTextConfig",
+            "Glm4MoeLiteConfig",
+            "GlmMoeDsaConfig",
+            "LongcatFlashConfig",
+            "MiniCPM3Config",
+            "SarvamMLAConfig",
+            "YoutuConfig",
+        ),
         _LATENT,
     ),
-}  # fmt: skip
+}
 """What single configurations want beside."""
 
 _LARGEST = 12_000_000
@@ -139,9 +239,11 @@ def tokenizer(template: str | None = None) -> Any:
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-    )  # fmt: skip
+        vocab_size=300,
+        special_tokens=["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     words.train_from_iterator(["The day at the lake was good."] * 3, trainer)
     made = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
@@ -155,9 +257,10 @@ def configuration(kind: Any, **more: Any) -> Any:
     known, names = _defaults(kind), kind.attribute_map
     sizes = {names.get(name, name): size for name, size in {**TINY, **_MORE}.items()}
     parts = {
-        name: configuration(part).to_dict() for name, part in kind.sub_configs.items()
+        name: configuration(part).to_dict()
+        for name, part in kind.sub_configs.items()
         if name not in SPECIAL.get(kind.__name__, {}) and part is not transformers.AutoConfig
-    }  # fmt: skip
+    }
     given = {name: size for name, size in sizes.items() if name in known}
     return kind(**given | parts | SPECIAL.get(kind.__name__, {}) | more)
 
@@ -260,8 +363,10 @@ class Trials:
     def rows(self) -> bool:
         """A vector on the first and the last prompt."""
         return self._got(list(PROMPTS), edits=[[self.edit], None, [self.edit]]) == [
-            self.steered[0], self.wanted[1], self.steered[2],
-        ]  # fmt: skip
+            self.steered[0],
+            self.wanted[1],
+            self.steered[2],
+        ]
 
     def states(self) -> bool:
         """The residual stream after block 1, at the last token, of rows of unequal length."""
@@ -292,9 +397,13 @@ class Trials:
     def fk(self) -> bool:
         """Particles that are copied and dropped; log-probabilities are those of a plain pass."""
         drawn = self.lm.generate(
-            PROMPTS[1], sampler=FKSteering(num_particles=4), reward="length", beta=0.05,
-            max_new_tokens=NEW, seed=0,
-        )  # fmt: skip
+            PROMPTS[1],
+            sampler=FKSteering(num_particles=4),
+            reward="length",
+            beta=0.05,
+            max_new_tokens=NEW,
+            seed=0,
+        )
         return _close(drawn.log_prob, [self.alone.log_prob(PROMPTS[1], tokens) for tokens in drawn.tokens])
 
     def waiting(self) -> bool:
@@ -394,11 +503,14 @@ def verdict(out: dict[str, bool | str]) -> tuple[str, str]:
 
 _SHORT = (
     (r"\S+: not right where (.*?) \(.*?\); done one by one instead, which is slower", r"one by one where \1"),
-    (r"model \S+?: \S+ does not continue a text as a single pass of the library does \((.*?)\), so that.*",
-     r"does not continue a text as the library's single pass does: \1"),
-    (r"^model \S+?: ", ""), (r"next-token logits differ", "logits differ"),
+    (
+        r"model \S+?: \S+ does not continue a text as a single pass of the library does \((.*?)\), so that.*",
+        r"does not continue a text as the library's single pass does: \1",
+    ),
+    (r"^model \S+?: ", ""),
+    (r"next-token logits differ", "logits differ"),
     (r"StrictDataclassClassValidationError: Class validation error for validator '\S+': ", ""),
-)  # fmt: skip
+)
 
 
 def main(names: list[str]) -> None:

@@ -32,22 +32,76 @@ __all__ = ["Fuzz", "mutated_files"]
 
 
 VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 7, 2**31, 2**53, 2**63, -(2**63), 10**30, 10**400, 0.0, 0.5, -0.5, 1e-300, 1e30,
-    1e308, -1e308, "", "a", "0", "1-2", "all", "x" * 5000, "1" * 5000, "from:" + "9" * 5000, "from:1e30", "from:-1",
-    "\ud800", "\udfff\ud800", "\x00", "\u202e", "😀" * 50, "e\u0301", "<|im_end|>", "${HOME}", "../../etc/passwd",
-    "%s%n", [], [0], ["a"], [[]], [1e30], [None], ["a"] * 2000, {}, {"a": 1}, {"": ""}, {"x" * 300: None},
-    {"type": "text", "text": "hi"}, [{"type": "text", "text": "hi"}], {"type": "json_object"},
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    7,
+    2**31,
+    2**53,
+    2**63,
+    -(2**63),
+    10**30,
+    10**400,
+    0.0,
+    0.5,
+    -0.5,
+    1e-300,
+    1e30,
+    1e308,
+    -1e308,
+    "",
+    "a",
+    "0",
+    "1-2",
+    "all",
+    "x" * 5000,
+    "1" * 5000,
+    "from:" + "9" * 5000,
+    "from:1e30",
+    "from:-1",
+    "\ud800",
+    "\udfff\ud800",
+    "\x00",
+    "\u202e",
+    "😀" * 50,
+    "e\u0301",
+    "<|im_end|>",
+    "${HOME}",
+    "../../etc/passwd",
+    "%s%n",
+    [],
+    [0],
+    ["a"],
+    [[]],
+    [1e30],
+    [None],
+    ["a"] * 2000,
+    {},
+    {"a": 1},
+    {"": ""},
+    {"x" * 300: None},
+    {"type": "text", "text": "hi"},
+    [{"type": "text", "text": "hi"}],
+    {"type": "json_object"},
+]
 SCOPES = ["all", "prompt", "last", "generated", "reply", "from:3", "from:999999999"]
 SETTINGS: dict[str, list[Any]] = {
     "best-of-n": [{}, {"reject": 0.5}],
     "fk": [
-        {}, {"floor": 0.1}, {"every": 2, "tempering": 1.5}, {"resampler": "multinomial"}, {"lookahead": "rollouts:2"}
+        {},
+        {"floor": 0.1},
+        {"every": 2, "tempering": 1.5},
+        {"resampler": "multinomial"},
+        {"lookahead": "rollouts:2"},
     ],
     "svdd": [{}, {"choose": "argmax"}],
     "dts": [{"batch": 2}, {"widening": 1.5, "explore": 1.0}],
     "dts-star": [{"batch": 2}, {"bonus": 1.0, "backup": "max"}],
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -109,8 +163,12 @@ class Fuzz:
             ]
         if r.random() < 0.4:
             sampler = r.choice(list(SETTINGS))
-            steer |= {"sampler": sampler, "candidates": r.randint(1, 4), "settings": dict(r.choice(SETTINGS[sampler])),
-                      "reward": r.choice(["sentiment", "length", "2 * sentiment - length"])}  # fmt: skip
+            steer |= {
+                "sampler": sampler,
+                "candidates": r.randint(1, 4),
+                "settings": dict(r.choice(SETTINGS[sampler])),
+                "reward": r.choice(["sentiment", "length", "2 * sentiment - length"]),
+            }
         return steer
 
     def wrong(self) -> tuple[str, bytes]:

@@ -34,9 +34,13 @@ import httpx
 from serving_tools import Running, serving, vllm_serving, write_vector
 
 PROMPTS = (
-    "My day at the lake", "Describe the new neighbour.", "How do I boil an egg?", "Tell me about the sea.",
-    "Name three colours.", "What is a good book about birds?",
-)  # fmt: skip
+    "My day at the lake",
+    "Describe the new neighbour.",
+    "How do I boil an egg?",
+    "Tell me about the sea.",
+    "Name three colours.",
+    "What is a good book about birds?",
+)
 
 
 @dataclass
@@ -63,10 +67,13 @@ async def client(http: httpx.AsyncClient, number: int, steers: bool, end: float,
     steered = steers and number % 2 == 1
     while time.monotonic() < end:
         body: dict[str, Any] = {
-            "model": args.model, "messages": prompt(chance),
-            "max_tokens": chance.randint(args.tokens // 2, args.tokens), "temperature": 0.8, "stream": leaves,
+            "model": args.model,
+            "messages": prompt(chance),
+            "max_tokens": chance.randint(args.tokens // 2, args.tokens),
+            "temperature": 0.8,
+            "stream": leaves,
             "seed": chance.getrandbits(31),
-        }  # fmt: skip
+        }
         if steered:
             body["steer"] = steering(chance)
         began, used = time.monotonic(), processor_time(args.processes)
@@ -152,8 +159,11 @@ def processor_time(processes: list[int]) -> float:
 
 def report(name: str, tally: Tally) -> None:
     clock, processor = (f"p50 {tally.share(0.5, k):.2f} s p95 {tally.share(0.95, k):.2f} s" for k in (0, 1))
-    print(f"{name:8} answers {dict(tally.statuses)}, {len(tally.plain)} of them plain: {clock}; of processor time "
-          f"{processor}; {tally.tokens / tally.seconds:.0f} tokens/s", flush=True)  # fmt: skip
+    print(
+        f"{name:8} answers {dict(tally.statuses)}, {len(tally.plain)} of them plain: {clock}; of processor time "
+        f"{processor}; {tally.tokens / tally.seconds:.0f} tokens/s",
+        flush=True,
+    )
 
 
 _FEW_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
@@ -201,8 +211,10 @@ def main() -> int:
                 print(f"{'':8} memory afterwards {parts} MB, {'idle' if idle else 'NOT IDLE'}", flush=True)
     plain, steered = (Tally(plain=[s for t in tallies[i::2] for s in t.plain]) for i in (0, 1))
     ratio, clock = (steered.share(0.5, kind) / plain.share(0.5, kind) for kind in (1, 0))
-    print(f"plain requests in steered company over plain company, at the median: {ratio:.2f} in processor time, "
-          f"{clock:.2f} by the clock")  # fmt: skip
+    print(
+        f"plain requests in steered company over plain company, at the median: {ratio:.2f} in processor time, "
+        f"{clock:.2f} by the clock"
+    )
     wrong = {s for t in tallies for s in t.statuses} - {"200", "429", "left"}
     grown = sum(left[-1][0]) - sum(left[0][0])
     print(f"memory grew by {grown:.0f} MB; wrong answers: {sorted(wrong) or 'none'}")

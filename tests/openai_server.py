@@ -177,8 +177,13 @@ class Server:
                 break
         content = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         shown = drawn[:-1] if self.hides_end and finish == "stop" else drawn
-        return {"index": index, **content, "finish_reason": finish, "drawn": len(drawn),
-                "logprobs": self._logprobs(body, shown, chat)}  # fmt: skip
+        return {
+            "index": index,
+            **content,
+            "finish_reason": finish,
+            "drawn": len(drawn),
+            "logprobs": self._logprobs(body, shown, chat),
+        }
 
     def _logprobs(self, body: dict[str, Any], drawn: Sequence[tuple[str, dict[str, float]]], chat: bool) -> Any:
         asked = body.get("logprobs")
@@ -200,11 +205,15 @@ class Server:
             }
         return {
             "content": [
-                {"token": token, "logprob": law[token], "bytes": list(token.encode()),
-                 "top_logprobs": [{"token": t, "logprob": x, "bytes": list(t.encode())} for t, x in top]}
+                {
+                    "token": token,
+                    "logprob": law[token],
+                    "bytes": list(token.encode()),
+                    "top_logprobs": [{"token": t, "logprob": x, "bytes": list(t.encode())} for t, x in top],
+                }
                 for top, (token, law) in pairs
             ]
-        }  # fmt: skip
+        }
 
 
 def _draw(law: dict[str, float], temperature: float, noise: random.Random) -> str:

@@ -11,9 +11,15 @@ calm: steer.Artifact = steer.train_vector(model, [{"positive": "calm", "negative
 calm.save("calm.safetensors")
 edit = steer.load_edit("calm.safetensors", 0.15, layers=range(10, 15), scope="generated")
 samples: steer.Samples = model.generate(
-    ["Tell me of your day", [{"role": "user", "content": "Hello"}]], edits=[[edit], None], n=2, seed=0,
-    max_new_tokens=32, temperature=0.8, reward="sentiment", system="Be brief.",
-)  # fmt: skip
+    ["Tell me of your day", [{"role": "user", "content": "Hello"}]],
+    edits=[[edit], None],
+    n=2,
+    seed=0,
+    max_new_tokens=32,
+    temperature=0.8,
+    reward="sentiment",
+    system="Be brief.",
+)
 texts: list[str] = samples.texts
 best: str = samples.best[0].text
 for sample in samples:

@@ -118,15 +118,27 @@ def vllm_serving(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     given = {
-        "host": "127.0.0.1", "port": port, "dtype": "float32", "max-model-len": 512, "block-size": 32,
-        "max-num-seqs": 64, "additional-config": json.dumps({"steer": settings}),
-    }  # fmt: skip
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--enforce-eager",
-               "--disable-uvicorn-access-log", *map(str, arguments)]  # fmt: skip
+        "host": "127.0.0.1",
+        "port": port,
+        "dtype": "float32",
+        "max-model-len": 512,
+        "block-size": 32,
+        "max-num-seqs": 64,
+        "additional-config": json.dumps({"steer": settings}),
+    }
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        "serve",
+        str(model),
+        "--enforce-eager",
+        "--disable-uvicorn-access-log",
+        *map(str, arguments),
+    ]
     command += [str(part) for name, value in given.items() for part in (f"--{name}", value)]
-    with knowing_its_name() as named, _started(
-        command, {"VLLM_PLUGINS": "steer,steer_http", **named, **environment}
-    ) as running:  # fmt: skip
+    with (
+        knowing_its_name() as named,
+        _started(command, {"VLLM_PLUGINS": "steer,steer_http", **named, **environment}) as running,
+    ):
         running.url = f"http://127.0.0.1:{port}"
         threading.Thread(target=lambda: running.log.extend(running.process.stderr or ()), daemon=True).start()
         assert _answers(running, 300), "".join(running.log[-60:])
@@ -208,8 +220,13 @@ def http(engine: Any, folder: Path | None, **settings: Any) -> Any:
 
 
 def steered(client: Any, name: str, **settings: Any) -> Any:
-    body = {"model": "tiny", "messages": CHAT, "max_tokens": 8, "temperature": 0,
-            "steer": {"edits": [{"name": name, **settings}]}}  # fmt: skip
+    body = {
+        "model": "tiny",
+        "messages": CHAT,
+        "max_tokens": 8,
+        "temperature": 0,
+        "steer": {"edits": [{"name": name, **settings}]},
+    }
     return client.post("/v1/chat/completions", json=body)
 
 

@@ -30,11 +30,25 @@ aten = torch.ops.aten
 _COUNTS: list[Counter[str]] = []
 _COPIES = {aten.copy_.default, aten._to_copy.default, aten.copy.default}
 _INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-_SHAPED = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default,
-           aten.bincount.default, aten.unique_consecutive.default, aten.repeat_interleave.Tensor,
-           aten.equal.default}  # fmt: skip
-_ZERO_DIM = {aten.masked_fill.Tensor, aten.masked_fill_.Tensor, aten.index_fill.int_Tensor, aten.fill_.Tensor,
-             aten.index_fill_.int_Tensor, aten.index_put.default, aten.index_put_.default}  # fmt: skip
+_SHAPED = {
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten._unique2.default,
+    aten.unique_dim.default,
+    aten.bincount.default,
+    aten.unique_consecutive.default,
+    aten.repeat_interleave.Tensor,
+    aten.equal.default,
+}
+_ZERO_DIM = {
+    aten.masked_fill.Tensor,
+    aten.masked_fill_.Tensor,
+    aten.index_fill.int_Tensor,
+    aten.fill_.Tensor,
+    aten.index_fill_.int_Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+}
 
 
 class Shadow(Tensor):
@@ -199,8 +213,17 @@ def _created(func: Any, *args: Any, **kwargs: Any) -> Any:
     return _run(func, args, kwargs)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0,
-               causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False) -> Tensor:  # fmt: skip
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """PyTorch looks for the device's fused kernels, of which there are none."""
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)

@@ -37,9 +37,14 @@ def test_every_section_runs_and_the_page_shows_it(
     results = gpu.measure(card)
     found = results["sections"]
     assert {name: part["status"] for name, part in found.items()} == {
-        "machine": "ok", "suite": "ok", "parity": "ok", "waits": "skipped", "costs": found["costs"]["status"],
-        "memory": "skipped", "vllm": "skipped",
-    }  # fmt: skip
+        "machine": "ok",
+        "suite": "ok",
+        "parity": "ok",
+        "waits": "skipped",
+        "costs": found["costs"]["status"],
+        "memory": "skipped",
+        "vllm": "skipped",
+    }
     assert found["suite"]["passed"] >= 3 and found["suite"]["failed"] == []
     assert len(found["costs"]["rows"]) == 7 and all(row["median"] > 0 for row in found["costs"]["rows"])
     parity = found["parity"]

@@ -40,9 +40,13 @@ def saved(net: Any, folder: Path) -> Path:
 # ---------------------------------------------------------------------------------------------------- which blocks
 
 TOWER = {
-    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 28,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 28,
     "patch_size": 14,
-}  # fmt: skip
+}
 """As deep as the text model, and heavier."""
 
 
@@ -50,10 +54,14 @@ def gemma3() -> Any:
     text = {**TINY, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8}
     return transformers.Gemma3ForConditionalGeneration(
         transformers.Gemma3Config(
-            text_config=text, vision_config=TOWER, mm_tokens_per_image=4, image_token_index=310, boi_token_index=311,
+            text_config=text,
+            vision_config=TOWER,
+            mm_tokens_per_image=4,
+            image_token_index=310,
+            boi_token_index=311,
             eoi_token_index=312,
         )
-    )  # fmt: skip
+    )
 
 
 def llava() -> Any:
@@ -179,10 +187,17 @@ def test_tables_of_old_checkpoints_are_not_left_over(tmp_path: Path) -> None:
 def bart() -> Any:
     return transformers.BartForConditionalGeneration(
         transformers.BartConfig(
-            vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-            decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=128,
+            vocab_size=VOCABULARY,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+            max_position_embeddings=128,
         )
-    )  # fmt: skip
+    )
 
 
 def encoder(kind: str) -> Any:
@@ -211,9 +226,14 @@ def test_an_encoder_is_refused(kind: str, tmp_path: Path) -> None:
 
 def test_a_masked_model_without_its_head_is_named(tmp_path: Path) -> None:
     config = transformers.BertConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        architectures=["BertForMaskedLM"], tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        architectures=["BertForMaskedLM"],
+        tie_word_embeddings=False,
+    )
     folder = saved(transformers.BertModel(config), tmp_path)
     found = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(found | {"architectures": ["BertForMaskedLM"]}))

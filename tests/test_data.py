@@ -92,16 +92,28 @@ PARTS = {"role": "assistant", "content": [{"type": "text", "text": "go"}, {"type
         ("prompt completion", {"messages": [USER, GOOD]}, {"prompt": CHAT, "completion": "good"}),
         ("prompt completion", {"prompt": CHAT, "completion": [GOOD]}, {"prompt": CHAT, "completion": "good"}),
         ("prompt completion", {"prompt": "hello", "completion": [PARTS]}, {"prompt": "hello", "completion": "good"}),
-        ("prompt chosen rejected", {"prompt": CHAT, "chosen": [GOOD], "rejected": [BAD]},
-         {"prompt": CHAT, "chosen": "good", "rejected": "bad"}),
-        ("prompt chosen rejected", {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
-         {"prompt": CHAT, "chosen": "good", "rejected": "bad"}),
-        ("prompt completion label", {"prompt": "hello", "completion": [GOOD], "label": "True"},
-         {"prompt": "hello", "completion": "good", "label": True}),
-        ("prompt completion label", {"prompt": "hello", "completion": "bad", "label": 0},
-         {"prompt": "hello", "completion": "bad", "label": False}),
+        (
+            "prompt chosen rejected",
+            {"prompt": CHAT, "chosen": [GOOD], "rejected": [BAD]},
+            {"prompt": CHAT, "chosen": "good", "rejected": "bad"},
+        ),
+        (
+            "prompt chosen rejected",
+            {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+            {"prompt": CHAT, "chosen": "good", "rejected": "bad"},
+        ),
+        (
+            "prompt completion label",
+            {"prompt": "hello", "completion": [GOOD], "label": "True"},
+            {"prompt": "hello", "completion": "good", "label": True},
+        ),
+        (
+            "prompt completion label",
+            {"prompt": "hello", "completion": "bad", "label": 0},
+            {"prompt": "hello", "completion": "bad", "label": False},
+        ),
     ],
-)  # fmt: skip
+)
 def test_columns_of_trl(columns: str, row: dict[str, Any], want: dict[str, Any], tmp_path: Path, tiny_lm: Any) -> None:
     from steer.adapters.transformers.policy.data import Tuning
     from steer.adapters.transformers.policy.data import read_rows as as_tokens
@@ -111,10 +123,23 @@ def test_columns_of_trl(columns: str, row: dict[str, Any], want: dict[str, Any],
     method = {"completion": "sft", "rejected": "dpo", "label": "kto"}[columns.split()[-1]]
     loss = "apo_zero_unpaired" if method == "kto" else None
     tuning = Tuning.create(
-        method=method, loss=loss, learning_rate=None, lora_rank=4, lora_alpha=None, beta=0.1, epochs=1, steps=1,
-        f_divergence="reverse_kl", lora_targets="all-linear", batch_size=2, group_size=2, max_new_tokens=4,
-        temperature=1.0, rounds=1, seed=0,
-    )  # fmt: skip
+        method=method,
+        loss=loss,
+        learning_rate=None,
+        lora_rank=4,
+        lora_alpha=None,
+        beta=0.1,
+        epochs=1,
+        steps=1,
+        f_divergence="reverse_kl",
+        lora_targets="all-linear",
+        batch_size=2,
+        group_size=2,
+        max_new_tokens=4,
+        temperature=1.0,
+        rounds=1,
+        seed=0,
+    )
     assert as_tokens(tiny_lm, [row], tuning) == as_tokens(tiny_lm, [want], tuning)
 
 

@@ -113,8 +113,10 @@ for spacing in SPACINGS:
         common = {"timestep_spacing": spacing, "prediction_type": prediction}
         for eta in (0.0, 0.3, 1.0):
             CASES[f"ddim {spacing} {prediction} eta {eta}"] = (
-                lambda c=common: DDIMScheduler(clip_sample=False, **c), eta, {"eta": eta},
-            )  # fmt: skip
+                lambda c=common: DDIMScheduler(clip_sample=False, **c),
+                eta,
+                {"eta": eta},
+            )
         CASES[f"ddim, clipped, {spacing} {prediction}"] = (lambda c=common: DDIMScheduler(**c), 1.0, {"eta": 1.0})
         CASES[f"ddim of SD, {spacing} {prediction}"] = (lambda c=common: ddim(**c), 1.0, {"eta": 1.0})
         CASES[f"ddpm {spacing} {prediction}"] = (lambda c=common: ddpm(**c), 1.0, {})
@@ -122,27 +124,34 @@ for spacing in SPACINGS:
         CASES[f"euler {spacing} {prediction}"] = (lambda c=common: EulerDiscreteScheduler(**c), 0.0, {})
         if prediction != "sample":  # its step does not know it
             CASES[f"euler ancestral {spacing} {prediction}"] = (
-                lambda c=common: EulerAncestralDiscreteScheduler(**c), 1.0, {},
-            )  # fmt: skip
+                lambda c=common: EulerAncestralDiscreteScheduler(**c),
+                1.0,
+                {},
+            )
 for variance in ("fixed_small_log", "fixed_large"):
     CASES[f"ddpm {variance}"] = (
-        lambda v=variance: DDPMScheduler(variance_type=v, timestep_spacing="trailing"), 1.0, {},
-    )  # fmt: skip
+        lambda v=variance: DDPMScheduler(variance_type=v, timestep_spacing="trailing"),
+        1.0,
+        {},
+    )
 CASES |= {
     "ddim, zero terminal SNR": (
         lambda: ddim(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"),
-        1.0, {"eta": 1.0},
+        1.0,
+        {"eta": 1.0},
     ),
     "euler, karras": (lambda: EulerDiscreteScheduler(use_karras_sigmas=True, final_sigmas_type="sigma_min"), 0.0, {}),
     **{
         f"euler, log-linear, {spacing}": (
-            lambda s=spacing: EulerDiscreteScheduler(interpolation_type="log_linear", timestep_spacing=s), 0.0, {},
+            lambda s=spacing: EulerDiscreteScheduler(interpolation_type="log_linear", timestep_spacing=s),
+            0.0,
+            {},
         )
         for spacing in SPACINGS
     },
     "flow": (lambda: FlowMatchEulerDiscreteScheduler(shift=3.0), 0.0, {}),
     "flow, stochastic": (lambda: FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), 1.0, {}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", list(CASES))
@@ -269,9 +278,13 @@ def test_a_chain_without_noise_is_the_pipelines_own(name: str) -> None:
     pipeline, size = stock(name), SIZES[name]
     options = {"negative_prompt": "bad"} if name in ("sd15", "sd3") else {}
     want = pipeline(
-        PROMPTS, num_inference_steps=4, generator=generator(3), output_type="pt", **size,
+        PROMPTS,
+        num_inference_steps=4,
+        generator=generator(3),
+        output_type="pt",
+        **size,
         **{k: [v] * 2 for k, v in options.items()},
-    ).images  # fmt: skip
+    ).images
     before = snapshot(pipeline)
     got = chain(load(pipeline).process(steps=4, eta=0.0, **size, **options), PROMPTS)
     assert got.outputs.shape == (2, 3, 16, 16) and float(want.std()) > 0.05
@@ -310,9 +323,15 @@ def test_defaults_of_a_negative_prompt_that_are_no_none(name: str) -> None:
     options: dict[str, Any] = {"height": size, "width": size, "use_resolution_binning": False}
     for negative in ({}, {"negative_prompt": "a dog"}):
         want = pipeline(
-            PROMPTS, num_inference_steps=3, generator=generator(3), output_type="pt", guidance_scale=3.0, **negative,
-            **options, **eta,
-        ).images  # fmt: skip
+            PROMPTS,
+            num_inference_steps=3,
+            generator=generator(3),
+            output_type="pt",
+            guidance_scale=3.0,
+            **negative,
+            **options,
+            **eta,
+        ).images
         got = chain(load(pipeline).process(steps=3, eta=0.0, guidance_scale=3.0, **negative, **options), PROMPTS)
         assert gap(got.outputs, want) < 1e-5
 
@@ -360,9 +379,14 @@ def test_a_pipeline_that_takes_texts_alone_gets_them_at_every_step() -> None:
             guidance_scale: float = 7.5,
         ) -> Any:
             return super().__call__(
-                prompt, num_inference_steps=num_inference_steps, generator=generator, latents=latents,
-                output_type=output_type, return_dict=return_dict, guidance_scale=guidance_scale,
-            )  # fmt: skip
+                prompt,
+                num_inference_steps=num_inference_steps,
+                generator=generator,
+                latents=latents,
+                output_type=output_type,
+                return_dict=return_dict,
+                guidance_scale=guidance_scale,
+            )
 
     pipeline = Texts(**stock("sd15").components, requires_safety_checker=False)
     settings = {"steps": 3, "eta": 0.0, "guidance_scale": 2.0}
@@ -456,19 +480,29 @@ def test_pipelines_that_lack_something_are_refused_by_name() -> None:
 
 def _dit() -> Any:
     transformer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=1, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=1, sample_size=8,
-        num_embeds_ada_norm=10, norm_num_groups=4,
-    )  # fmt: skip
+        num_attention_heads=1,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        sample_size=8,
+        num_embeds_ada_norm=10,
+        norm_num_groups=4,
+    )
     return diffusers.DiTPipeline(transformer=transformer, vae=stock("sd15").vae, scheduler=ddim())
 
 
 def test_settings_of_a_pipeline_are_checked_before_work() -> None:
     model = load(stock("sd15"))
     for settings, word in [
-        ({"guidance": 3.0}, "guidance_rescale"), ({"negative_prompt": 3}, "negative_prompt"),
-        ({"prompt_embeds": 1}, "setting"), ({"guidance_scale": "high"}, "guidance_scale"),
-        ({"preview_decoder": 3}, "preview_decoder"), ({"max_batch": -1}, "max_batch"), ({"steps": 0}, "steps"),
-    ]:  # fmt: skip
+        ({"guidance": 3.0}, "guidance_rescale"),
+        ({"negative_prompt": 3}, "negative_prompt"),
+        ({"prompt_embeds": 1}, "setting"),
+        ({"guidance_scale": "high"}, "guidance_scale"),
+        ({"preview_decoder": 3}, "preview_decoder"),
+        ({"max_batch": -1}, "max_batch"),
+        ({"steps": 0}, "steps"),
+    ]:
         with pytest.raises(InputError, match=word):
             model.process(**settings)
     with pytest.raises(UnsupportedError, match="callback_on_step_end"):
@@ -829,16 +863,25 @@ def test_a_guider_in_a_modular_pipeline(tmp_path: Path) -> None:
     wanted = {name: part for name, part in parts.items() if name in modular.component_names and part is not None}
     modular.update_components(**wanted)
     tuned = unet(
-        1, cross_attention_dim=64, addition_embed_type="text_time", addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=80, use_linear_projection=True,
-    )  # fmt: skip
+        1,
+        cross_attention_dim=64,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=80,
+        use_linear_projection=True,
+    )
 
     def run(guider: Any) -> Tensor:
         modular.update_components(guider=guider)
         return modular(
-            prompt="a cat", num_inference_steps=3, generator=generator(), output_type="latent", height=16, width=16,
+            prompt="a cat",
+            num_inference_steps=3,
+            generator=generator(),
+            output_type="latent",
+            height=16,
+            width=16,
             output="latents",
-        )  # fmt: skip
+        )
 
     plain = diffusers.ClassifierFreeGuidance(guidance_scale=2.0)
     base = run(plain)

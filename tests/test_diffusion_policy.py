@@ -403,11 +403,18 @@ def tiny(classes: int | None = None) -> DiffusionModel:
     """A random UNet of grey 8x8 images with a scheduler of 20 levels."""
     network = seeded(
         lambda: UNet2DModel(
-            sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1,
-            down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=4,
-            attention_head_dim=4, num_class_embeds=classes,
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+            norm_num_groups=4,
+            attention_head_dim=4,
+            num_class_embeds=classes,
         )
-    )  # fmt: skip
+    )
     scheduler = DDIMScheduler(num_train_timesteps=20, clip_sample=False, timestep_spacing="trailing")
     names = None if classes is None else [f"c{i}" for i in range(classes - 1)]
     return load(network.requires_grad_(False), scheduler=scheduler, classes=names, name="tiny")
@@ -547,9 +554,14 @@ def test_stopped_and_restarted_is_bit_equal(
     assert same(run(tmp_path / "out", work), wanted)
     with pytest.raises(InputError, match="work: "):
         train_diffusion_policy(
-            model, prompts, method=method, out=tmp_path / "other", reward="brightness", work=work,
+            model,
+            prompts,
+            method=method,
+            out=tmp_path / "other",
+            reward="brightness",
+            work=work,
             **{**given, "batch_size": 3, "seed": 6},
-        )  # fmt: skip
+        )
 
 
 def test_same_seed_same_weights_other_seed_others(tmp_path: Path) -> None:

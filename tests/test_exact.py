@@ -143,8 +143,13 @@ def test_value_guidance_on_the_chain(name: str, strength: float, mean: float, kl
 def test_value_guidance_stays_below_the_optimal_frontier() -> None:
     chain = markov_lm()
     _, base = chain.law()
-    table = {0.5: (0.12143, 1.36508), 1: (0.49549, 1.87032), 2: (1.53132, 2.58814), 4: (2.55844, 2.95938),
-             8: (2.76821, 2.99954)}  # fmt: skip
+    table = {
+        0.5: (0.12143, 1.36508),
+        1: (0.49549, 1.87032),
+        2: (1.53132, 2.58814),
+        4: (2.55844, 2.95938),
+        8: (2.76821, 2.99954),
+    }
     sequences = chain.law()[0]
     for strength, (kl, mean) in table.items():
         guided = chain.edited(ValueGuidance(mean_value(chain, twos), beta=1 / strength, top_k=0))

@@ -19,10 +19,18 @@ from steer.core import InputError
 def _model(tokenizer: Any, **own: Any) -> Any:
     torch.manual_seed(3)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=1, bos_token_id=2, eos_token_id=3,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=3,
         initializer_range=0.3,
-    )  # fmt: skip
+    )
     network = LlamaForCausalLM(config).eval()
     network.generation_config = GenerationConfig(pad_token_id=1, eos_token_id=3, **own)
     return steer.load(network, tokenizer=tokenizer, name=f"own {own}")
@@ -101,12 +109,23 @@ def test_sampling_keeps_what_the_library_keeps(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("num_beams", 3), ("penalty_alpha", 0.6), ("typical_p", 0.9), ("sequence_bias", [[[3], 1.0]]),
-        ("begin_suppress_tokens", [3]), ("forced_eos_token_id", 3), ("max_time", 2.0), ("token_healing", True),
-        ("encoder_repetition_penalty", 1.2), ("exponential_decay_length_penalty", (3, 1.1)), ("top_h", 0.5),
-        ("guidance_scale", 2.0), ("remove_invalid_values", True), ("tempreature", 0.5), ("epsilon_cutoff", 3e-4),
+        ("num_beams", 3),
+        ("penalty_alpha", 0.6),
+        ("typical_p", 0.9),
+        ("sequence_bias", [[[3], 1.0]]),
+        ("begin_suppress_tokens", [3]),
+        ("forced_eos_token_id", 3),
+        ("max_time", 2.0),
+        ("token_healing", True),
+        ("encoder_repetition_penalty", 1.2),
+        ("exponential_decay_length_penalty", (3, 1.1)),
+        ("top_h", 0.5),
+        ("guidance_scale", 2.0),
+        ("remove_invalid_values", True),
+        ("tempreature", 0.5),
+        ("epsilon_cutoff", 3e-4),
     ],
-)  # fmt: skip
+)
 def test_other_fields_are_refused_by_name(name: str, value: Any, tokenizer: Any) -> None:
     config = GenerationConfig()
     setattr(config, name, value)

@@ -304,10 +304,18 @@ def test_callables_get_the_tensor_of_images() -> None:
 
 def processor(folder: Path, **changes: Any) -> None:
     settings = {
-        "do_resize": True, "size": {"shortest_edge": 16}, "resample": 3, "do_center_crop": True,
-        "crop_size": {"height": 16, "width": 16}, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "image_processor_type": "CLIPImageProcessor",
-    }  # fmt: skip
+        "do_resize": True,
+        "size": {"shortest_edge": 16},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": 16, "width": 16},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.48, 0.46, 0.41],
+        "image_std": [0.27, 0.26, 0.28],
+        "image_processor_type": "CLIPImageProcessor",
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps({**settings, **changes}))
 
 
@@ -436,8 +444,11 @@ def head(tmp_path: Path) -> tuple[Path, list[tuple[Tensor, Tensor]]]:
 
     layers = [(torch.randn(b, a), torch.randn(b)) for a, b in ((8, 5), (5, 3), (3, 1))]
     names = ("layers.0", "layers.2", "layers.10")  # numbers, not texts, are in order
-    tensors = {f"{n}.{part}": x for n, layer in zip(names, layers, strict=True)
-               for part, x in zip(("weight", "bias"), layer, strict=True)}  # fmt: skip
+    tensors = {
+        f"{n}.{part}": x
+        for n, layer in zip(names, layers, strict=True)
+        for part, x in zip(("weight", "bias"), layer, strict=True)
+    }
     save_file({**tensors, "vision_model.layers.0.norm.weight": torch.zeros(4)}, tmp_path / "head.safetensors")
     return tmp_path / "head.safetensors", layers
 
@@ -489,14 +500,21 @@ def test_image_classifier_gives_log_probabilities_of_a_label(tmp_path: Path) -> 
 
     torch.manual_seed(0)
     config = ViTConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8,
-        id2label={0: "T-shirt", 1: "boot", 2: "bag"}, label2id={"T-shirt": 0, "boot": 1, "bag": 2},
-    )  # fmt: skip
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        id2label={0: "T-shirt", 1: "boot", 2: "bag"},
+        label2id={"T-shirt": 0, "boot": 1, "bag": 2},
+    )
     model = ViTForImageClassification(config).eval()
     torch.nn.init.normal_(model.classifier.weight)
     model.save_pretrained(tmp_path)
-    processor(tmp_path, do_center_crop=False, size={"height": 16, "width": 16}, image_mean=[0.5] * 3,
-              image_std=[0.5] * 3)  # fmt: skip
+    processor(
+        tmp_path, do_center_crop=False, size={"height": 16, "width": 16}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
     images = noise(5, 1, 16, 16)
     with torch.no_grad():
         expected = model(pixel_values=images.expand(-1, 3, -1, -1) * 2 - 1).logits.log_softmax(1)[:, 1]

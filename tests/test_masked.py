@@ -449,9 +449,15 @@ def test_previews_complete_rows_and_keep_what_is_revealed() -> None:
 
 def test_bad_settings_are_refused() -> None:
     bad: list[dict[str, Any]] = [
-        {"steps": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"order": "left"}, {"shown": "current"},
-        {"suppress": (7,)}, {"max_batch": -1},
-    ]  # fmt: skip
+        {"steps": 0},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"order": "left"},
+        {"shown": "current"},
+        {"suppress": (7,)},
+        {"max_batch": -1},
+    ]
     for settings in bad:
         with pytest.raises(InputError, match=next(iter(settings))):
             chain(**settings)

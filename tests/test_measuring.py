@@ -177,19 +177,55 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 def test_commands_print_tables_and_draw(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_lm_dir: Path) -> None:
     code, out, err = run(
-        capsys, "compare", "--model", "fashion-ddpm", "--task", "bright=brightness@0.2", "--outputs", "6",
-        "--steps", "3", "--pool", "24", "--seeds", "2", "--method", "plain", "--method", "FK, one population",
-        "--budgets", "8,16", "--out", str(tmp_path / "c"),
-    )  # fmt: skip
+        capsys,
+        "compare",
+        "--model",
+        "fashion-ddpm",
+        "--task",
+        "bright=brightness@0.2",
+        "--outputs",
+        "6",
+        "--steps",
+        "3",
+        "--pool",
+        "24",
+        "--seeds",
+        "2",
+        "--method",
+        "plain",
+        "--method",
+        "FK, one population",
+        "--budgets",
+        "8,16",
+        "--out",
+        str(tmp_path / "c"),
+    )
     assert code == 0, err
     assert "Frechet" in out and (tmp_path / "c/curves.png").read_bytes()[:4] == b"\x89PNG"
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps(["the sun", "hello world"]), encoding="utf-8")
     code, out, err = run(
-        capsys, "race", "--model", str(tiny_lm_dir), "--prompts", str(prompts), "--reward", "keywords:dog,sun,happy",
-        "--budgets", "60,200", "--seeds", "2", "--max-new-tokens", "8", "--block", "2", "--set", "dts-star.bonus=0.2",
-        "--out", str(tmp_path / "r"),
-    )  # fmt: skip
+        capsys,
+        "race",
+        "--model",
+        str(tiny_lm_dir),
+        "--prompts",
+        str(prompts),
+        "--reward",
+        "keywords:dog,sun,happy",
+        "--budgets",
+        "60,200",
+        "--seeds",
+        "2",
+        "--max-new-tokens",
+        "8",
+        "--block",
+        "2",
+        "--set",
+        "dts-star.bonus=0.2",
+        "--out",
+        str(tmp_path / "r"),
+    )
     assert code == 0, err
     assert "dts-star" in out and (tmp_path / "r/race.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -95,11 +95,27 @@ def test_the_command_line_takes_it(capsys: pytest.CaptureFixture[str], tiny_lm_d
     for wrong, field in ((["--set", "tries=0"], "tries"), (["--set", "trials=2"], "trials"), ([], "reward")):
         assert main([*command, *wrong, *(["--reward", "length"] if wrong else [])]) == 2
         assert field in capsys.readouterr().err
-    assert main(["generate", "--model", "fashion-ddpm", "--sampler", "worst-of", "--reward", "brightness",
-                 "--eta", "0"]) == 2  # fmt: skip
+    assert (
+        main(["generate", "--model", "fashion-ddpm", "--sampler", "worst-of", "--reward", "brightness", "--eta", "0"])
+        == 2
+    )
     assert "eta" in capsys.readouterr().err  # it needs copies that part ways
-    assert main(["generate", "--model", "fashion-ddpm", "--sampler", "worst-of", "--reward", "brightness",
-                 "--tree", "tree.png"]) == 2  # fmt: skip
+    assert (
+        main(
+            [
+                "generate",
+                "--model",
+                "fashion-ddpm",
+                "--sampler",
+                "worst-of",
+                "--reward",
+                "brightness",
+                "--tree",
+                "tree.png",
+            ]
+        )
+        == 2
+    )
     assert "--sampler dts or dts-star" in capsys.readouterr().err
 
 

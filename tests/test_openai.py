@@ -105,8 +105,16 @@ def test_guided_texts_have_the_enumerated_law(server: Server, k: int, temperatur
 
     value = TextValue(lambda texts: [float(values[len(letters(t))][number(t)]) for t in texts])
     model = connect(server, top_logprobs=k, chat=chat, prefill="continue_final_message" if chat else None)
-    samples = model.generate("hello", edits=ValueGuidance(value), beta=0.4, n=4000, seed=0, max_rows=4000,
-                             max_new_tokens=3, temperature=temperature)  # fmt: skip
+    samples = model.generate(
+        "hello",
+        edits=ValueGuidance(value),
+        beta=0.4,
+        n=4000,
+        seed=0,
+        max_rows=4000,
+        max_new_tokens=3,
+        temperature=temperature,
+    )
     assert_law(samples.texts, log_law)
     place = torch.tensor([number(text) for text in samples.texts])
     assert torch.allclose(samples.log_prob, log_law[place], rtol=0, atol=1e-9)
@@ -119,8 +127,9 @@ def test_guided_texts_have_the_enumerated_law(server: Server, k: int, temperatur
 
 
 def test_texts_drawn_by_the_endpoint_have_its_law_and_log_probabilities(server: Server) -> None:
-    samples = connect(server, max_choices=128).generate("hello", n=4000, seed=1, max_rows=4000, max_new_tokens=3,
-                                                        logprobs=True)  # fmt: skip
+    samples = connect(server, max_choices=128).generate(
+        "hello", n=4000, seed=1, max_rows=4000, max_new_tokens=3, logprobs=True
+    )
     _, log_law = TOY.law()
     assert_law(samples.texts, log_law)
     place = torch.tensor([number(text) for text in samples.texts])
@@ -129,8 +138,9 @@ def test_texts_drawn_by_the_endpoint_have_its_law_and_log_probabilities(server: 
 
 
 def test_best_of_n_has_its_exact_law(server: Server) -> None:
-    samples = connect(server).generate(["hello"] * 600, sampler="best-of-n", n=4, reward=score, seed=0,
-                                       max_rows=10_000, max_new_tokens=3)  # fmt: skip
+    samples = connect(server).generate(
+        ["hello"] * 600, sampler="best-of-n", n=4, reward=score, seed=0, max_rows=10_000, max_new_tokens=3
+    )
     sequences, log_law = TOY.law()
     assert_law(samples.texts, best_of_n_law(log_law, reward_of(sequences), 4).log())
     assert len(samples.pool) == 2400 and len(server.calls) == 600
@@ -143,8 +153,17 @@ def test_fk_in_blocks_is_unbiased(server: Server, block: int, guided: bool) -> N
     """`E[Z-hat sum_i w_i 1(x_i = x)]` is `p(x) exp(r(x) / beta)` for every text x, with a guided proposal too."""
     beta, runs = 0.8, 150
     edits = [ValueGuidance(TextValue(score), beta=1.5)] if guided else []
-    samples = connect(server).generate(["hello"] * runs, sampler=FKSteering(num_particles=6), reward=score, beta=beta,
-                                       edits=edits, seed=2, max_rows=10_000, block=block, max_new_tokens=3)  # fmt: skip
+    samples = connect(server).generate(
+        ["hello"] * runs,
+        sampler=FKSteering(num_particles=6),
+        reward=score,
+        beta=beta,
+        edits=edits,
+        seed=2,
+        max_rows=10_000,
+        block=block,
+        max_new_tokens=3,
+    )
     log_target, log_z = TOY.target(reward_of, beta)
     mass = samples.weights * samples.log_z.exp()[samples.group]
     place = torch.tensor([number(text) for text in samples.texts])
@@ -172,9 +191,17 @@ def test_evidence_under_truncation_is_that_of_the_law_that_is_drawn(
     edits = [ValueGuidance(TextValue(score), beta=1.5)] if guided else []
     with Server(Chain(LETTERS, rows[0].tolist(), rows[1:].tolist())).running() as server:
         samples = connect(server).generate(
-            ["hello"] * 150, sampler=FKSteering(num_particles=6), reward=score, edits=edits, seed=2, max_rows=10_000,
-            block=1, max_new_tokens=3, top_logprobs=k, **settings,
-        )  # fmt: skip
+            ["hello"] * 150,
+            sampler=FKSteering(num_particles=6),
+            reward=score,
+            edits=edits,
+            seed=2,
+            max_rows=10_000,
+            block=1,
+            max_new_tokens=3,
+            top_logprobs=k,
+            **settings,
+        )
     z = samples.log_z.exp()
     truth = math.exp(drawn.target(reward_of, 1.0)[1])
     assert abs(float(z.mean()) - truth) < 5 * float(z.std()) / len(z) ** 0.5 + 1e-12
@@ -317,8 +344,16 @@ def test_fields_reach_the_endpoint_as_it_wants_them(server: Server) -> None:
     )
     body = server.calls[0]
     assert body.pop("seed") >= 0
-    assert body == {"model": "chain", "prompt": "hello", "max_completion_tokens": 5, "temperature": 0.5, "top_p": 0.9,
-                    "top_k": 3, "stop": ["q"], "user": "me"}  # fmt: skip
+    assert body == {
+        "model": "chain",
+        "prompt": "hello",
+        "max_completion_tokens": 5,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 3,
+        "stop": ["q"],
+        "user": "me",
+    }
 
 
 @pytest.mark.parametrize("way", [{}, {"block": 1}, {"block": 2}, {"top_logprobs": 3}])
@@ -361,8 +396,15 @@ def test_candidates_that_are_no_text_are_left_out_and_equal_texts_added_up(serve
         entry("\\x62", 0.1, b"b"),
         entry("</s>", 0.05),
     ]
-    data = {"choices": [{"message": {"content": "a"}, "finish_reason": "length", "logprobs": {
-        "content": [{**top[0], "top_logprobs": top}]}}]}  # fmt: skip
+    data = {
+        "choices": [
+            {
+                "message": {"content": "a"},
+                "finish_reason": "length",
+                "logprobs": {"content": [{**top[0], "top_logprobs": top}]},
+            }
+        ]
+    }
     candidates = connect(server).dialect.answer(data, 5).choices[0].candidates
     assert [name for name, _ in candidates] == ["a", "b", None]
     assert [round(float(torch.tensor(x).exp()), 6) for _, x in candidates] == [0.3, 0.3, 0.05]
@@ -372,8 +414,9 @@ def test_rewards_in_words_serve_as_values(words: Server) -> None:
     value = TextValue("keywords:sun")
     model = connect(words, chat=True, prefill="last")
     words.prefill = "last"
-    samples = model.generate("hello", edits=ValueGuidance(value), beta=0.02, n=8, seed=0, max_new_tokens=8,
-                             reward="keywords:sun")  # fmt: skip
+    samples = model.generate(
+        "hello", edits=ValueGuidance(value), beta=0.02, n=8, seed=0, max_new_tokens=8, reward="keywords:sun"
+    )
     plain = model.generate("hello", n=8, seed=0, max_new_tokens=8, reward="keywords:sun")
     assert float(samples.reward.mean()) > float(plain.reward.mean())
     assert float(samples.kl.mean()) > 0
@@ -732,6 +775,17 @@ def test_a_tree_keeps_texts_of_different_lengths(server: Server) -> None:
 
 @pytest.mark.parametrize("sampler", ["dts", "dts-star"])
 def test_a_tree_over_an_endpoint_draws_here(sampler: str, server: Server) -> None:
-    best = connect(server).generate("hello", sampler=sampler, rollouts=24, batch=4, n=2, reward=score, beta=0.3, seed=0,
-                                    block=2, max_new_tokens=5, top_logprobs=3)  # fmt: skip
+    best = connect(server).generate(
+        "hello",
+        sampler=sampler,
+        rollouts=24,
+        batch=4,
+        n=2,
+        reward=score,
+        beta=0.3,
+        seed=0,
+        block=2,
+        max_new_tokens=5,
+        top_logprobs=3,
+    )
     assert len(best.texts) == 2 and best.reward.tolist() == pytest.approx(score(best.texts))

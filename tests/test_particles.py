@@ -63,10 +63,13 @@ class Scripted(TabularProcess):
         token = self.script[state.step].unsqueeze(1)
         taken = base.gather(1, token).squeeze(1)
         return replace(
-            state, x=torch.cat([state.x, token], 1), step=state.step + 1,
-            log_prob=state.log_prob + taken, base_log_prob=state.base_log_prob + taken,
+            state,
+            x=torch.cat([state.x, token], 1),
+            step=state.step + 1,
+            log_prob=state.log_prob + taken,
+            base_log_prob=state.base_log_prob + taken,
             aim_log_prob=state.aim_log_prob + taken,
-        )  # fmt: skip
+        )
 
 
 class Paths:
@@ -135,9 +138,13 @@ FK_TABLE = {  # E[r] of one output at K = 2 by enumeration, for the plug-in and 
 @pytest.mark.parametrize("potential", list(FK_TABLE))
 def test_fk_law_at_two_particles_is_the_enumerated_one(enumerated: Any, potential: str, value: str) -> None:
     sampler = FKSteering(
-        num_particles=2, potential=potential, ess_threshold=None, resampler="multinomial", floor=0.0,
+        num_particles=2,
+        potential=potential,
+        ess_threshold=None,
+        resampler="multinomial",
+        floor=0.0,
         lookahead=StateValue(plug_in if value == "plug-in" else soft),
-    )  # fmt: skip
+    )
     samples, probability = enumerated(sampler, 2, [2, 2], 2)
     mean = float((probability * samples.mean_reward()).sum())
     assert abs(mean - FK_TABLE[potential][value == "soft"]) < 1e-8
@@ -531,9 +538,11 @@ def product_moments(base: GaussianProcess, tuned: GaussianProcess, w: float) -> 
 def test_rlg_corrected_towards_the_product_of_gaussian_chains(w: float) -> None:
     base, tuned = GaussianProcess(steps=20), GaussianProcess(means=(1.0,), variances=(0.5,), steps=20)
     samples = FKSteering(num_particles=500).run(
-        base.edited(RLGuidance(tuned, w, aim="product")), [""] * 24, generator=torch.Generator().manual_seed(4),
+        base.edited(RLGuidance(tuned, w, aim="product")),
+        [""] * 24,
+        generator=torch.Generator().manual_seed(4),
         reward=lift(lambda outputs: torch.zeros(len(outputs))),
-    )  # fmt: skip
+    )
     for found, truth in zip(moments(samples), product_moments(base, tuned, w), strict=True):
         assert abs(float(found.mean()) - truth) < 5 * float(found.std()) / 24**0.5 + 3e-3
 
@@ -545,9 +554,18 @@ def test_bad_input_is_refused_before_any_work() -> None:
     from steer.core import InputError
 
     for field, value in (
-        ("num_particles", 0), ("num_particles", 2.5), ("n", 0), ("potential", "best"), ("terminal", "x"), ("every", 0),
-        ("ess_threshold", 0.0), ("ess_threshold", 1.5), ("resampler", "magic"), ("tempering", -1.0), ("select", "x"),
-    ):  # fmt: skip
+        ("num_particles", 0),
+        ("num_particles", 2.5),
+        ("n", 0),
+        ("potential", "best"),
+        ("terminal", "x"),
+        ("every", 0),
+        ("ess_threshold", 0.0),
+        ("ess_threshold", 1.5),
+        ("resampler", "magic"),
+        ("tempering", -1.0),
+        ("select", "x"),
+    ):
         with pytest.raises(InputError, match=field):
             FKSteering(**{field: value})
     for w in (float("nan"), "1", None, float("inf"), True):

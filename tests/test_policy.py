@@ -230,17 +230,26 @@ def _tuning(method: Any, **more: Any) -> data.PolicySettings:
 
 @pytest.mark.parametrize(
     ("kind", "more", "left"),
-    [("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}, "experts"),
-     ("Mixtral", {"num_local_experts": 4}, ""), ("Llama", {}, "")],
-)  # fmt: skip
+    [
+        ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}, "experts"),
+        ("Mixtral", {"num_local_experts": 4}, ""),
+        ("Llama", {}, ""),
+    ],
+)
 def test_weights_that_lora_leaves_out_are_named(kind: str, more: dict[str, Any], left: str) -> None:
     import transformers
     from peft import LoraConfig, get_peft_model
 
     config = getattr(transformers, f"{kind}Config")(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, **more,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        **more,
+    )
     network = getattr(transformers, f"{kind}ForCausalLM")(config)
     adapted = get_peft_model(network, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     found = trainers._left_out(adapted, decoder_blocks(adapted))

@@ -52,9 +52,13 @@ def tokenizer(template: Any = None, added: tuple[str, ...] = ()) -> Any:
     t.decoder = decoders.ByteLevel()
     t.train_from_iterator(
         ["The day at the lake was good."] * 3,
-        trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False,
-                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
-    )  # fmt: skip
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=SPECIAL,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     made = transformers.PreTrainedTokenizerFast(
         tokenizer_object=t, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
@@ -114,7 +118,7 @@ def test_a_system_prompt_reaches_the_model(template: str) -> None:
         (None, "half \ud83d", "surrogate"),
         (CHATML, RawText("half \ud83d"), "surrogate"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_read_is_refused_by_name(template: Any, prompt: Any, said: str) -> None:
     with pytest.raises(InputError) as refused:
         read(template, prompt)
@@ -190,9 +194,17 @@ def test_control_tokens_in_messages_of_any_role_and_in_code_points_without_a_mea
 def chat() -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     return steer.load(transformers.LlamaForCausalLM(config).eval(), tokenizer=tokenizer(LLAVA))
 
 

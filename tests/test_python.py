@@ -20,8 +20,10 @@ import steer
 from steer.core import InputError
 from steer.toy import TabularProcess
 
-PAIRS = [{"positive": f"a {w} dog", "negative": f"a {v} cat"} for w, v in
-         (("good", "bad"), ("happy", "sad"), ("nice", "awful"), ("calm", "loud"))]  # fmt: skip
+PAIRS = [
+    {"positive": f"a {w} dog", "negative": f"a {v} cat"}
+    for w, v in (("good", "bad"), ("happy", "sad"), ("nice", "awful"), ("calm", "loud"))
+]
 PROMPTS = ["the sun", "hello world"]
 
 
@@ -113,15 +115,20 @@ def test_three_methods_at_equal_kl(tiny_lm: Any, calm: Any, tmp_path: Path) -> N
     at = found.at_kl(0.4)
     assert list(at) == ["calm", "best-of-n", "svdd"] and at["svdd"] is None
     # By hand: best of 2 and of 8 are log n - (n - 1) / n nats from the base at most (Beirami et al. 2024).
-    base, two, eight = (next(p for p in found.points if (p.method, p.setting) == key).reward[0]
-                        for key in (("base", "n 8"), ("best-of-n", "n 2"), ("best-of-n", "n 8")))  # fmt: skip
+    base, two, eight = (
+        next(p for p in found.points if (p.method, p.setting) == key).reward[0]
+        for key in (("base", "n 8"), ("best-of-n", "n 2"), ("best-of-n", "n 8"))
+    )
     low, high = (math.log(n) - (n - 1) / n for n in (2, 8))
     share = (0.4 - low) / (high - low)
     assert at["best-of-n"] == pytest.approx(two + share * (eight - two)) and base < eight
     assert found.at_kl(50)["best-of-n"] is None and found.points[0].kl[0] == 0
     assert {p.method: p.kl_kind.split(":")[0] for p in found.points} == {
-        "base": "exact", "calm": "exact", "best-of-n": "bound", "svdd": "none",
-    }  # fmt: skip
+        "base": "exact",
+        "calm": "exact",
+        "best-of-n": "bound",
+        "svdd": "none",
+    }
     steer.draw_frontier(found, tmp_path / "frontier.png")
     assert len(found.table().splitlines()) == 7 and len(repr(found)) < 120
     for wrong in (["dts"], {"x": []}, {"base": [{}]}):
@@ -188,9 +195,16 @@ def _image_model() -> Any:
 
     torch.manual_seed(0)
     network = UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), num_class_embeds=2,
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        num_class_embeds=2,
+    )
     model = steer.load(network, scheduler=DDPMScheduler(), name="tiny", classes=["boot", "bag"])
     assert repr(model).startswith("DiffusionModel('tiny'") and len(repr(model)) < 120
     return model
@@ -257,15 +271,20 @@ def test_other_names_for_the_same(tiny_lm: Any) -> None:
 @pytest.mark.parametrize(
     "given, said",
     [
-        ({"max_tokens": 3, "max_new_tokens": 4}, "max_new_tokens"), ({"generator": torch.Generator()}, "seed"),
-        ({"do_sample": True, "temperature": 0}, "do_sample"), ({"num_beams": 4}, "BestOfN"),
-        ({"temprature": 1.0}, "did you mean temperature?"), ({"prompt": "hi"}, "prompts"),
-        ({"num_particles": 4}, "FKSteering"), ({"sampler": "bestofn"}, "did you mean best-of-n?"),
+        ({"max_tokens": 3, "max_new_tokens": 4}, "max_new_tokens"),
+        ({"generator": torch.Generator()}, "seed"),
+        ({"do_sample": True, "temperature": 0}, "do_sample"),
+        ({"num_beams": 4}, "BestOfN"),
+        ({"temprature": 1.0}, "did you mean temperature?"),
+        ({"prompt": "hi"}, "prompts"),
+        ({"num_particles": 4}, "FKSteering"),
+        ({"sampler": "bestofn"}, "did you mean best-of-n?"),
         ({"sampler": "fk", "num_particle": 4, "reward": "length"}, "did you mean"),
         ({"max_length": 9}, "max_new_tokens"),
-        ({"n": 2, "num_return_sequences": 2}, "num_return_sequences"), ({"do_sample": "no"}, "do_sample"),
+        ({"n": 2, "num_return_sequences": 2}, "num_return_sequences"),
+        ({"do_sample": "no"}, "do_sample"),
     ],
-)  # fmt: skip
+)
 def test_names_that_mean_something_else_are_told(given: dict[str, Any], said: str, tiny_lm: Any) -> None:
     with pytest.raises(InputError) as refused:
         tiny_lm.generate("the sun", **given)
@@ -403,9 +422,15 @@ def test_a_classifier_as_reward(tmp_path: Path, tiny_lm: Any) -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tiny_lm.tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, pad_token_id=1, id2label={0: "NEG", 1: "POS"}, label2id={"NEG": 0, "POS": 1},
-    )  # fmt: skip
+        vocab_size=len(tiny_lm.tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=1,
+        id2label={0: "NEG", 1: "POS"},
+        label2id={"NEG": 0, "POS": 1},
+    )
     classifier = TextClassificationPipeline(
         model=LlamaForSequenceClassification(config).eval(), tokenizer=tiny_lm.tokenizer, device="cpu"
     )

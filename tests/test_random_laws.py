@@ -147,8 +147,7 @@ def random_case(rng: random.Random, runs: int, product: bool = True) -> Case:
             tuned = near(rng, base) if kind == "rlg" else random_chain(rng, v, length, zeros, ends)
             edit = RLGuidance(tuned, w, "product" if kind == "product" else "base")
         asked = range(kinds) if wanted is None else wanted
-        process = process.edited(edit, None if wanted is None else
-                                 [k + kinds * r for k in wanted for r in range(runs)])  # fmt: skip
+        process = process.edited(edit, None if wanted is None else [k + kinds * r for k in wanted for r in range(runs)])
         for k in asked:
             mounted[k].append(edit)
             if kind == "product":

@@ -117,9 +117,12 @@ def test_a_single_job_takes_its_options_directly(folder: Path, tmp_path: Path) -
     ],
 )
 def test_mistakes_are_found_before_anything_runs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    change: tuple[str, str], words: list[str],
-) -> None:  # fmt: skip
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: tuple[str, str],
+    words: list[str],
+) -> None:
     monkeypatch.setattr(session, "load", lambda *a, **k: pytest.fail("the model was loaded"))
     text = (folder / "fit.yaml").read_text()
     assert change[0] in text
@@ -155,12 +158,20 @@ def test_files_that_are_no_recipes(folder: Path, tmp_path: Path, content: str) -
 @pytest.mark.parametrize(
     ("given", "hint", "wanted"),
     [
-        ("3", int, 3), ("1e-3", float, 1e-3), (2, float, 2.0), ("yes", bool, True), ("none", int | None, None),
-        ("4", int | None, 4), ("1,2", list[int], [1, 2]), ("0.5, 1", tuple[float, ...], (0.5, 1.0)),
+        ("3", int, 3),
+        ("1e-3", float, 1e-3),
+        (2, float, 2.0),
+        ("yes", bool, True),
+        ("none", int | None, None),
+        ("4", int | None, 4),
+        ("1,2", list[int], [1, 2]),
+        ("0.5, 1", tuple[float, ...], (0.5, 1.0)),
         ({"a": 1, "b": [1, 2]}, list[str], ["a=1", "b=1,2"]),
-        ("x", list[str], ["x"]), ("p", Path, Path("p")), ([0.1, 2], str, "0.1,2"),
+        ("x", list[str], ["x"]),
+        ("p", Path, Path("p")),
+        ([0.1, 2], str, "0.1,2"),
     ],
-)  # fmt: skip
+)
 def test_values_take_the_declared_type(given: Any, hint: Any, wanted: Any) -> None:
     assert coerce("x", given, hint) == wanted
 

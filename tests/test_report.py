@@ -45,8 +45,13 @@ def report(tiny_lm: Any, edit: SteeringVector) -> Report:
 def test_rows(report: Report) -> None:
     kinds = [(row.kind, row.strength) for row in report.rows]
     assert kinds == [
-        ("unsteered", 0.0), ("steered", -0.4), ("steered", 0.4), ("random", -0.4), ("random", 0.4), ("system", None),
-    ]  # fmt: skip
+        ("unsteered", 0.0),
+        ("steered", -0.4),
+        ("steered", 0.4),
+        ("random", -0.4),
+        ("random", 0.4),
+        ("system", None),
+    ]
     assert [row.strength for row in report.of("random")] == [-0.4, 0.0, 0.4]
     base = report.rows[0]
     assert base.kl == 0 and base.perplexity_ratio == 1
@@ -105,17 +110,32 @@ def test_bootstrap_interval() -> None:
 
 def _row(kind: str, strength: float, perplexity: float = 10.0, distinct: float = 0.8) -> ReportRow:
     return ReportRow(
-        kind=kind, strength=strength, reward=strength, reward_low=strength - 0.1, reward_high=strength + 0.1,
-        kl=strength**2, kl_per_token=strength**2 / 10, perplexity=perplexity, perplexity_ratio=perplexity / 10,
-        distinct_1=distinct, distinct_2=distinct, distinct_3=distinct, tokens=10.0,
-    )  # fmt: skip
+        kind=kind,
+        strength=strength,
+        reward=strength,
+        reward_low=strength - 0.1,
+        reward_high=strength + 0.1,
+        kl=strength**2,
+        kl_per_token=strength**2 / 10,
+        perplexity=perplexity,
+        perplexity_ratio=perplexity / 10,
+        distinct_1=distinct,
+        distinct_2=distinct,
+        distinct_3=distinct,
+        tokens=10.0,
+    )
 
 
 def test_breaks_are_the_first_on_each_side() -> None:
     rows = [
-        _row("unsteered", 0.0), _row("steered", -0.2, 16.0), _row("steered", -0.1, 14.0), _row("steered", 0.1),
-        _row("steered", 0.2, 12.0, 0.3), _row("steered", 0.3, 99.0), _row("random", 0.1, 99.0),
-    ]  # fmt: skip
+        _row("unsteered", 0.0),
+        _row("steered", -0.2, 16.0),
+        _row("steered", -0.1, 14.0),
+        _row("steered", 0.1),
+        _row("steered", 0.2, 12.0, 0.3),
+        _row("steered", 0.3, 99.0),
+        _row("random", 0.1, 99.0),
+    ]
     found = _breaks(rows)
     assert [b.strength for b in found] == [-0.2, 0.2]
     assert "perplexity" in found[0].reason and "distinct-2" in found[1].reason

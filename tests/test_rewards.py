@@ -389,9 +389,15 @@ def encoder(folder: Path, labels=("bad", "good", "so-so"), **options):
 
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=18, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
-        max_position_embeddings=12, id2label=dict(enumerate(labels)), **options,
-    )  # fmt: skip
+        vocab_size=18,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=12,
+        id2label=dict(enumerate(labels)),
+        **options,
+    )
     model = BertForSequenceClassification(config).eval()
     torch.nn.init.normal_(model.classifier.weight)
     model.save_pretrained(folder)
@@ -406,9 +412,17 @@ def decoder():
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=18, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=1,
-        max_position_embeddings=64, pad_token_id=None, bos_token_id=None, eos_token_id=4,
-    )  # fmt: skip
+        vocab_size=18,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        num_labels=1,
+        max_position_embeddings=64,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=4,
+    )
     model = LlamaForSequenceClassification(config).eval()
     torch.nn.init.normal_(model.score.weight)
     torch.nn.init.normal_(model.model.embed_tokens.weight)

@@ -230,8 +230,16 @@ def test_the_description_says_what_there_is(server: Running, client: OpenAI) -> 
     headers = {"Authorization": f"Bearer {client.api_key}"}
     schema = server.get("/openapi.json", headers=headers).json()
     paths = schema["paths"]
-    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/v1/steer/artifacts",
-            "/v1/steer/artifacts/{name}", "/v1/steer/rewards"} <= set(paths)  # fmt: skip
+    assert {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/health",
+        "/metrics",
+        "/v1/steer/artifacts",
+        "/v1/steer/artifacts/{name}",
+        "/v1/steer/rewards",
+    } <= set(paths)
     answers = paths["/v1/chat/completions"]["post"]["responses"]
     assert {"200", "400", "401", "404", "413", "429", "503"} <= set(answers) and "422" not in answers
     assert "SteerRequest" in schema["components"]["schemas"]

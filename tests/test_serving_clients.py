@@ -89,10 +89,13 @@ def test_a_content_that_is_null_is_an_empty_text_of_the_assistants(client: Any) 
     ("field", "value"),
     [
         ("tool_calls", [{"id": "x", "type": "function", "function": {"name": "f", "arguments": "{}"}}]),
-        ("function_call", {"name": "f", "arguments": "{}"}), ("refusal", "I will not"), ("audio", {"id": "x"}),
-        ("reasoning_content", "let me think"), ("annotations", [{"type": "url_citation"}]),
+        ("function_call", {"name": "f", "arguments": "{}"}),
+        ("refusal", "I will not"),
+        ("audio", {"id": "x"}),
+        ("reasoning_content", "let me think"),
+        ("annotations", [{"type": "url_citation"}]),
     ],
-)  # fmt: skip
+)
 def test_what_a_message_says_beside_its_text_is_refused_by_name(client: Any, field: str, value: Any) -> None:
     wrong(chat(client, messages=[*CHAT, {**ANSWER, field: value}]), 400, f"messages.1.{field}")
 
@@ -100,12 +103,25 @@ def test_what_a_message_says_beside_its_text_is_refused_by_name(client: Any, fie
 # ------------------------------------------------------------------------------------------------------------ fields
 
 NOTHING: list[dict[str, Any]] = [
-    {"service_tier": "auto"}, {"prompt_cache_key": "k"}, {"safety_identifier": "x"}, {"store": True}, {"store": False},
-    {"prompt_cache_retention": "24h"}, {"metadata": {"a": "b"}}, {"user": "me"}, {"parallel_tool_calls": True},
-    {"tools": []}, {"functions": []}, {"tool_choice": "auto"}, {"modalities": ["text"]},
-    {"prediction": {"type": "content", "content": "the sun"}}, {"reasoning_effort": None}, {"logit_bias": {}},
-    {"response_format": {"type": "text"}}, {"web_search_options": None, "audio": None, "verbosity": None},
-]  # fmt: skip
+    {"service_tier": "auto"},
+    {"prompt_cache_key": "k"},
+    {"safety_identifier": "x"},
+    {"store": True},
+    {"store": False},
+    {"prompt_cache_retention": "24h"},
+    {"metadata": {"a": "b"}},
+    {"user": "me"},
+    {"parallel_tool_calls": True},
+    {"tools": []},
+    {"functions": []},
+    {"tool_choice": "auto"},
+    {"modalities": ["text"]},
+    {"prediction": {"type": "content", "content": "the sun"}},
+    {"reasoning_effort": None},
+    {"logit_bias": {}},
+    {"response_format": {"type": "text"}},
+    {"web_search_options": None, "audio": None, "verbosity": None},
+]
 
 
 @pytest.mark.parametrize("extra", NOTHING, ids=str)
@@ -124,12 +140,19 @@ def test_streams_without_obfuscation(client: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]), ("functions", [{"name": "f"}]),
-        ("reasoning_effort", "high"), ("verbosity", "low"), ("web_search_options", {"a": 1}), ("audio", {"voice": "x"}),
-        ("tool_choice", "required"), ("repetition_penalty", 1.2), ("chat_template_kwargs", {"enable_thinking": False}),
-        ("temprature", 0), ("top_k", -1),
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("functions", [{"name": "f"}]),
+        ("reasoning_effort", "high"),
+        ("verbosity", "low"),
+        ("web_search_options", {"a": 1}),
+        ("audio", {"voice": "x"}),
+        ("tool_choice", "required"),
+        ("repetition_penalty", 1.2),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+        ("temprature", 0),
+        ("top_k", -1),
     ],
-)  # fmt: skip
+)
 def test_fields_that_would_change_the_text_are_refused_by_name(client: Any, field: str, value: Any) -> None:
     wrong(chat(client, **{field: value}), 400, field)
 
@@ -147,8 +170,9 @@ def test_a_body_that_does_not_say_that_it_is_json(client: Any, path: str, kind: 
     wrong(client.post(path, content=json.dumps(BODY), headers=headers), 415, None, "application/json")
 
 
-@pytest.mark.parametrize("kind", ["application/json", "application/json; charset=utf-8", "APPLICATION/JSON",
-                                  "application/vnd.api+json"])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind", ["application/json", "application/json; charset=utf-8", "APPLICATION/JSON", "application/vnd.api+json"]
+)
 def test_a_body_that_says_that_it_is_json(client: Any, kind: str) -> None:
     answer = client.post("/v1/chat/completions", content=json.dumps(BODY), headers={"Content-Type": kind})
     assert answer.status_code == 200
@@ -164,8 +188,11 @@ def test_routes_that_are_not_there_name_those_that_are(client: Any, path: str) -
 # ---------------------------------------------------------------------------------------------------------- web pages
 
 PAGE = {"Origin": "https://chat.example", "Host": "localhost:8000"}
-PREFLIGHT = {**PAGE, "Access-Control-Request-Method": "POST",
-             "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os"}  # fmt: skip
+PREFLIGHT = {
+    **PAGE,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+}
 
 
 @pytest.mark.parametrize(
@@ -214,11 +241,15 @@ HUGE: list[tuple[str, dict[str, Any]]] = [
     ("steer.settings.batch", {"steer": {**REWARDED, "sampler": "dts-star", "settings": {"batch": None}}}),
     ("steer.settings.reject", {"steer": {**REWARDED, "settings": {"reject": True}}}),
     ("steer.settings.choose", {"steer": {**REWARDED, "sampler": "svdd", "settings": {"choose": 3}}}),
-    ("steer.settings.lookahead",
-     {"steer": {**REWARDED, "sampler": "fk", "settings": {"lookahead": "rollouts:" + "9" * 200}}}),
+    (
+        "steer.settings.lookahead",
+        {"steer": {**REWARDED, "sampler": "fk", "settings": {"lookahead": "rollouts:" + "9" * 200}}},
+    ),
     ("steer.settings.every", {"steer": {**REWARDED, "sampler": "fk", "settings": {"every": 2**63}}}),
     ("steer.settings.floor", {"steer": {**REWARDED, "sampler": "fk", "settings": {"floor": 1e300}}}),
-    ("top_k", {"top_k": 2**63}), ("top_k", {"top_k": 1e30}), ("seed", {"seed": 10**30}),
+    ("top_k", {"top_k": 2**63}),
+    ("top_k", {"top_k": 1e30}),
+    ("seed", {"seed": 10**30}),
     ("steer.edits.0.top_k", {"steer": {"edits": [{"name": "calm", "top_k": 2**63}]}}),
     ("steer.edits.0.layers", {"steer": {"edits": [{"name": "calm", "layers": "1" * 5000}]}}),
     ("steer.edits.layers", {"steer": {"edits": [{"name": "calm", "layers": "1" * 900}]}}),
@@ -233,10 +264,11 @@ HUGE: list[tuple[str, dict[str, Any]]] = [
     ("steer.edits.0.strength", {"steer": {"edits": [{"name": "calm", "strength": -1e308}]}}),
     ("steer.edits.0.strength", {"steer": {"edits": [{"name": "calm", "strength": 10**400}]}}),
     ("steer.edits.0.unit", {"steer": {"edits": [{"name": "calm", "unit": "\ud800"}]}}),
-    ("steer.beta", {"steer": {"beta": 1e-300, **REWARDED}}), ("steer.budget", {"steer": {"budget": 2**70, **REWARDED}}),
+    ("steer.beta", {"steer": {"beta": 1e-300, **REWARDED}}),
+    ("steer.budget", {"steer": {"budget": 2**70, **REWARDED}}),
     ("steer.reward", {"steer": {"reward": "(" * 4000}}),
     ("steer.reward", {"steer": {"reward": "-" * 4000 + "sentiment"}}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("field", "settings"), HUGE, ids=range(len(HUGE)))

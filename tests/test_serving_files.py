@@ -56,18 +56,44 @@ def card(**entries: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------- cards
 
 CARDS: list[str | dict[str, Any]] = [
-    card(layers=["a"]), card(layers="0"), card(layers=[0.5]), card(layers=[True]), card(layers=[10**30]),
-    card(layers=[-1]), card(layers=None), card(settings=[]), card(settings={"strength": "x"}), card(recipe="x"),
-    card(settings={"strength": 1e30}), card(settings={"note": "\ud800"}), card(settings={"\udfff": 1}),
-    card(settings={"scope": "from:" + "1" * 5000}), card(settings={"scope": 3}), card(settings={"layers": "1" * 5000}),
-    card(settings={"layers": "0-99999"}), card(settings={"layers": ["a"]}), card(settings={"keep_norm": 3}),
-    card(settings={"operator": ["add"]}), card(settings={"unit": {}}), card(model={"width": "32"}), card(model=[]),
-    card(model={"width": 32, "name": 3}), card(model={"width": 32, "num_layers": 10**400}), card(kind=["vector"]),
-    card(metrics={"best": float("nan")}), card(data={"rows": float("inf")}), card(format="1"), card(version=[1]),
-    json.dumps(card()).replace("32", "1e999"), json.dumps(card()).replace("32", "[" * 500 + "]" * 500),
-    json.dumps(card(settings={"deep": 1})).replace("1}", "[" * 40 + "]" * 40 + "}"), "[1]", "3", "nonsense",
+    card(layers=["a"]),
+    card(layers="0"),
+    card(layers=[0.5]),
+    card(layers=[True]),
+    card(layers=[10**30]),
+    card(layers=[-1]),
+    card(layers=None),
+    card(settings=[]),
+    card(settings={"strength": "x"}),
+    card(recipe="x"),
+    card(settings={"strength": 1e30}),
+    card(settings={"note": "\ud800"}),
+    card(settings={"\udfff": 1}),
+    card(settings={"scope": "from:" + "1" * 5000}),
+    card(settings={"scope": 3}),
+    card(settings={"layers": "1" * 5000}),
+    card(settings={"layers": "0-99999"}),
+    card(settings={"layers": ["a"]}),
+    card(settings={"keep_norm": 3}),
+    card(settings={"operator": ["add"]}),
+    card(settings={"unit": {}}),
+    card(model={"width": "32"}),
+    card(model=[]),
+    card(model={"width": 32, "name": 3}),
+    card(model={"width": 32, "num_layers": 10**400}),
+    card(kind=["vector"]),
+    card(metrics={"best": float("nan")}),
+    card(data={"rows": float("inf")}),
+    card(format="1"),
+    card(version=[1]),
+    json.dumps(card()).replace("32", "1e999"),
+    json.dumps(card()).replace("32", "[" * 500 + "]" * 500),
+    json.dumps(card(settings={"deep": 1})).replace("1}", "[" * 40 + "]" * 40 + "}"),
+    "[1]",
+    "3",
+    "nonsense",
     json.dumps(card()).replace("32", "9" * 5000),
-]  # fmt: skip
+]
 
 
 def test_one_wrong_card_poisons_nobody(engine: TransformersEngine, tmp_path: Path, tiny_lm: Any) -> None:
@@ -97,9 +123,18 @@ def test_one_wrong_card_poisons_nobody(engine: TransformersEngine, tmp_path: Pat
 def test_a_card_as_steer_writes_it_is_taken(tmp_path: Path) -> None:
     """What is checked is what is written: every setting of every kind, and entries that are for people."""
     settings = {
-        "layers": "0-1", "scope": "reply", "operator": "add", "unit": "norm", "keep_norm": False, "strength": 2,
-        "threshold": 0.5, "beta": None, "top_k": 20, "tail": "mean", "note": {"by": ["me", 1, None]},
-    }  # fmt: skip
+        "layers": "0-1",
+        "scope": "reply",
+        "operator": "add",
+        "unit": "norm",
+        "keep_norm": False,
+        "strength": 2,
+        "threshold": 0.5,
+        "beta": None,
+        "top_k": 20,
+        "tail": "mean",
+        "note": {"by": ["me", 1, None]},
+    }
     given = Card(
         "vector", {"width": 32, "name": "Größe", "num_layers": 2}, [0, 1], settings, {"inputs": [1]}, {}, {"x": 1}
     )

@@ -341,8 +341,9 @@ def test_a_reward_model_of_the_folder(engine: TransformersEngine, tmp_path: Path
     text, prompt = found["choices"][0]["message"]["content"], CHAT
     from steer.adapters.rewards.text import ModelReward
 
-    samples = Samples(prompts=[prompt], outputs=[text], group=torch.zeros(1, dtype=torch.long),
-                      log_weight=torch.zeros(1))  # fmt: skip
+    samples = Samples(
+        prompts=[prompt], outputs=[text], group=torch.zeros(1, dtype=torch.long), log_weight=torch.zeros(1)
+    )
     assert found["steer"]["reward"] == pytest.approx(float(ModelReward(tiny_reward_dir)(samples)[0]), abs=1e-4)
     (tmp_path / "link").symlink_to(tiny_reward_dir)
     wrong(client.post("/v1/steer/rewards", json={"name": "linked", "folder": "link"}), 400, "folder")
@@ -385,15 +386,26 @@ def test_a_recipe_steers_who_asks_for_nothing(
     from steer.cli.serving import _from_recipe
 
     path = write_vector(tmp_path / "calm.safetensors", tiny_lm.info)
-    settings = {"model": str(tiny_lm_dir), "prompt": "x", "edit": [f"{path}:0.7:layers=1"], "sampler": "best-of-n",
-                "n": 3, "reward": "sentiment", "beta": 0.5}  # fmt: skip
+    settings = {
+        "model": str(tiny_lm_dir),
+        "prompt": "x",
+        "edit": [f"{path}:0.7:layers=1"],
+        "sampler": "best-of-n",
+        "n": 3,
+        "reward": "sentiment",
+        "beta": 0.5,
+    }
     (tmp_path / "calm.yaml").write_text(json.dumps({"command": "generate", "settings": settings}))
     default = _from_recipe(str(tmp_path / "calm.yaml"))
     client = http(engine, None, files=default.files, default=default.request)
     body = {"model": "tiny", "messages": CHAT, "max_tokens": 8, "seed": 1}
     by_recipe = client.post("/v1/chat/completions", json=body).json()
-    steer = {"edits": [{"name": "calm", "strength": 0.7, "layers": "1"}], "sampler": "best-of-n", "candidates": 3,
-             "reward": "sentiment"}  # fmt: skip
+    steer = {
+        "edits": [{"name": "calm", "strength": 0.7, "layers": "1"}],
+        "sampler": "best-of-n",
+        "candidates": 3,
+        "reward": "sentiment",
+    }
     asked = client.post("/v1/chat/completions", json={**body, "steer": steer}).json()
     plain = client.post("/v1/chat/completions", json={**body, "steer": {}}).json()
     assert by_recipe["choices"] == asked["choices"] and by_recipe["steer"]["candidates"] == 3

@@ -125,10 +125,16 @@ def edits_of_all_kinds(model: LanguageModel) -> list[list[Any]]:
     torch.nn.init.normal_(head.outer.weight, generator=torch.Generator().manual_seed(2))
     guided = ValueGuidance(HeadValue(head.eval(), model.info.unembedding()), beta=0.2)
     return [
-        [], [vector(model, 1)], [vector(model, 2, scope="generated")], [vector(model, 3, scope="from:12")],
-        [vector(model, 4, operator="ablate"), vector(model, 1, layers=(1,))], [vector(model, 5, keep_norm=True)],
-        [vector(model, 6, gate=Gate(probe, 0))], [guided], [vector(model, 7, operator="clamp"), guided],
-    ]  # fmt: skip
+        [],
+        [vector(model, 1)],
+        [vector(model, 2, scope="generated")],
+        [vector(model, 3, scope="from:12")],
+        [vector(model, 4, operator="ablate"), vector(model, 1, layers=(1,))],
+        [vector(model, 5, keep_norm=True)],
+        [vector(model, 6, gate=Gate(probe, 0))],
+        [guided],
+        [vector(model, 7, operator="clamp"), guided],
+    ]
 
 
 def test_rows_that_come_and_go_write_what_they_write_alone(tiny_lm: LanguageModel) -> None:
@@ -298,10 +304,20 @@ def test_models_with_windows_are_served_one_request_at_a_time(tiny_lm: LanguageM
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "gemma3_text", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, vocab_size=70, intermediate_size=48,
-        num_key_value_heads=2, head_dim=8, sliding_window=8, max_position_embeddings=64, initializer_range=0.2,
-        bos_token_id=2, eos_token_id=3,
-    )  # fmt: skip
+        "gemma3_text",
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=70,
+        intermediate_size=48,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=8,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
     model = LanguageModel(AutoModelForCausalLM.from_config(config), tiny_lm.tokenizer, "windows")
     engine = TransformersEngine(model)
     try:

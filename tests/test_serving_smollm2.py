@@ -51,7 +51,10 @@ def test_the_embedded_model_served(tmp_path: Path) -> None:
         pieces = [chunk.choices[0].delta.content or "" for chunk in ask(1, stream=True)]
         assert "".join(pieces) == texts[1] and len(pieces) > 8
         best = client.completions.create(
-            model="smollm2-135m", prompt="The best thing about", max_tokens=10, seed=1,
+            model="smollm2-135m",
+            prompt="The best thing about",
+            max_tokens=10,
+            seed=1,
             extra_body={"steer": {"sampler": "best-of-n", "candidates": 6, "reward": "sentiment"}},
-        )  # fmt: skip
+        )
         assert best.steer["candidates"] == 6 and best.choices[0].steer["reward"] == best.steer["reward"]

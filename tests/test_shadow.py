@@ -114,12 +114,18 @@ def test_the_device_makes_mistakes_visible() -> None:
     x, row = torch.arange(6.0, device="shadow").reshape(2, 3), torch.tensor([1]).to("shadow")
     other = torch.zeros(2, 3, device="shadow:1")
     for wrong in (
-        lambda: x + torch.ones(3), lambda: torch.arange(3)[row], lambda: x.numpy(), lambda: x + other,
-        lambda: torch.zeros(2, 3).add_(x), lambda: torch.cat([x, torch.ones(2, 3)]),
+        lambda: x + torch.ones(3),
+        lambda: torch.arange(3)[row],
+        lambda: x.numpy(),
+        lambda: x + other,
+        lambda: torch.zeros(2, 3).add_(x),
+        lambda: torch.cat([x, torch.ones(2, 3)]),
         lambda: torch.where(x.cpu() > 0, x, x),
-        lambda: x.masked_fill(torch.ones(2, 3, dtype=torch.bool), 0.0), lambda: x.index_select(0, torch.tensor([0])),
-        lambda: torch.rand(3, device="shadow", generator=torch.Generator()), lambda: x @ torch.ones(3, 1),
-    ):  # fmt: skip
+        lambda: x.masked_fill(torch.ones(2, 3, dtype=torch.bool), 0.0),
+        lambda: x.index_select(0, torch.tensor([0])),
+        lambda: torch.rand(3, device="shadow", generator=torch.Generator()),
+        lambda: x @ torch.ones(3, 1),
+    ):
         with pytest.raises((RuntimeError, TypeError)):
             wrong()
     assert (x + torch.tensor(1.0)).tolist() == [[1, 2, 3], [4, 5, 6]]  # a number, as on CUDA
@@ -220,9 +226,10 @@ DECODING: dict[str, Callable[[LanguageModel], dict[str, Any]]] = {
     "blocks": lambda m: {"block": 3},
     "sentences": lambda m: {"block": 3, "until": ("s", "o")},
     "own": lambda m: {
-        "logits_processor": [TemperatureLogitsWarper(0.8)], "stopping_criteria": [MaxLengthCriteria(16)],
+        "logits_processor": [TemperatureLogitsWarper(0.8)],
+        "stopping_criteria": [MaxLengthCriteria(16)],
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("setting", DECODING)
@@ -272,9 +279,13 @@ def test_samplers(sampler: str, proposal: str, pair: Pair) -> None:
 
 
 SAMPLING = [
-    Sampling(temperature=0), Sampling(top_k=5), Sampling(top_p=0.7, min_p=0.02), Sampling(logit_bias=((5, 4.0),)),
-    Sampling(frequency_penalty=1.0, presence_penalty=0.5), Sampling(temperature=1.5),
-]  # fmt: skip
+    Sampling(temperature=0),
+    Sampling(top_k=5),
+    Sampling(top_p=0.7, min_p=0.02),
+    Sampling(logit_bias=((5, 4.0),)),
+    Sampling(frequency_penalty=1.0, presence_penalty=0.5),
+    Sampling(temperature=1.5),
+]
 
 
 def served(model: LanguageModel, path: Path) -> list[dict[int, str]]:
@@ -432,10 +443,11 @@ def test_the_fashion_model(sampler: str, edit: str) -> None:
 
 
 SIZES: dict[str, dict[str, Any]] = {
-    "sd15": {}, "sdxl": {"height": 16, "width": 16},
+    "sd15": {},
+    "sdxl": {"height": 16, "width": 16},
     "sd3": {"height": 16, "width": 16, "max_sequence_length": 12},
     "flux": {"height": 16, "width": 16, "max_sequence_length": 12},
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -498,8 +510,14 @@ def test_blocks_on_two_devices(tiny_lm_dir: Path, pair: Pair, tmp_path: Path) ->
     if DEVICE == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
     first = f"{DEVICE}:0"
-    where = {"model.embed_tokens": first, "model.rotary_emb": first, "model.layers.0": first, "model.layers.1": second,
-             "model.norm": second, "lm_head": second}  # fmt: skip
+    where = {
+        "model.embed_tokens": first,
+        "model.rotary_emb": first,
+        "model.layers.0": first,
+        "model.layers.1": second,
+        "model.norm": second,
+        "lm_head": second,
+    }
     network = dispatch_model(copy.deepcopy(pair[0].network), where, main_device=first)
     split = LanguageModel(network, pair[0].tokenizer, pair[0].name)
     assert split.info.fingerprint == pair[0].info.fingerprint

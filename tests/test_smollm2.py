@@ -48,8 +48,17 @@ def command(*args: str) -> dict[str, Any]:
 
 
 def test_the_command_line_steers_and_repeats(vector: Path) -> None:
-    plain = ["generate", "--model", "smollm2-135m", "--prompt", "My day at the lake", "--seed", "0",
-             "--max-new-tokens", "24"]  # fmt: skip
+    plain = [
+        "generate",
+        "--model",
+        "smollm2-135m",
+        "--prompt",
+        "My day at the lake",
+        "--seed",
+        "0",
+        "--max-new-tokens",
+        "24",
+    ]
     steered = [*plain, "--edit", f"{vector}:-0.2", "--reward", "sentiment"]
     first, second, unsteered = command(*steered), command(*steered), command(*plain)
     for result in (first, second):

@@ -37,13 +37,22 @@ def llama(seed: int, words: int = 4, never: int | None = None) -> LanguageModel:
     vocabulary = {word: i for i, word in enumerate(("<unk>", "<pad>", "<s>", "</s>", *WORDS[:words]))}
     splitter = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=splitter, unk_token="<unk>", pad_token="<pad>",
-                                        bos_token="<s>", eos_token="</s>")  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=splitter, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=32, pad_token_id=1, bos_token_id=2, eos_token_id=EOS, initializer_range=0.6,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=EOS,
+        initializer_range=0.6,
+    )
     network = LlamaForCausalLM(config)
     if never is not None:
         there = torch.arange(len(vocabulary)) == never
@@ -174,8 +183,9 @@ def test_rlg_runs_the_runs_own_processors_on_both_models(w: float, settings: dic
     base, policy = (processed(m, prompt, **settings) for m in (model, tuned))
     law = normalised(powers((base, 1 - w), (policy, w)) if w != 1 else policy)
     given = {"bad_words_ids": (), **settings}
-    samples = model.generate(RawText(prompt), n=3000, edits=RLGuidance(tuned.process(), w), max_new_tokens=3, seed=0,
-                             max_rows=3000, **given)  # fmt: skip
+    samples = model.generate(
+        RawText(prompt), n=3000, edits=RLGuidance(tuned.process(), w), max_new_tokens=3, seed=0, max_rows=3000, **given
+    )
     assert_law(samples, texts(law, 3))
     # What drifts is counted from the law before the edit, which the processors have changed as well.
     before = texts(base, 3)
@@ -190,8 +200,9 @@ def test_processors_of_other_models_and_prompts_of_two_lengths(
     model, tuned = llama(seed, words), llama(seed + 50, words)
     settings: dict[str, Any] = {"suppress_tokens": [4], "min_new_tokens": 2, "temperature": 0.8}
     edit = RLGuidance(tuned.process(temperature=0.8), 1.5)
-    samples = model.generate([RawText(p) for p in prompts], n=1500, edits=edit, max_new_tokens=length, seed=1,
-                             max_rows=4000, **settings)  # fmt: skip
+    samples = model.generate(
+        [RawText(p) for p in prompts], n=1500, edits=edit, max_new_tokens=length, seed=1, max_rows=4000, **settings
+    )
     for b, prompt in enumerate(prompts):
         parts = ((processed(m, prompt, **settings), w) for m, w in ((model, -0.5), (tuned, 1.5)))
         rows = samples.select((samples.group == b).nonzero().squeeze(1))
@@ -235,8 +246,9 @@ def test_a_product_for_some_prompts_leaves_the_others_alone(
     runs = 12 if tree else 300
     edits = [[RLGuidance(tuned.process(), w, "product")], None] * runs
     sampler: Any = DTS(None, rollouts=200, batch=8, explore=0.1) if tree else FKSteering(8)
-    samples = model.generate([prompt] * 2 * runs, edits=edits, sampler=sampler, reward=reward, max_new_tokens=length,
-                             seed=0, max_rows=10**5)  # fmt: skip
+    samples = model.generate(
+        [prompt] * 2 * runs, edits=edits, sampler=sampler, reward=reward, max_new_tokens=length, seed=0, max_rows=10**5
+    )
     base, policy = processed(model, "a"), processed(tuned, "a")
     z = samples.log_z.exp().reshape(runs, 2)
     # The number of children of an adaptive node leaves a bias of less than one part in thirty here.
@@ -265,8 +277,15 @@ def test_tokens_that_one_model_excludes(seed: int, length: int, words: int, w: f
     else:  # a proposal cannot correct for what it never draws
         reached = policy if w == 1 else normalised(powers((base, 1 - w), (policy, w)))
         masses = {text: mass for text, mass in texts(base, length).items() if text in texts(reached, length)}
-    samples = model.generate([RawText("a")] * 400, edits=RLGuidance(tuned.process(), w, aim), sampler=FKSteering(8),
-                             reward=reward, max_new_tokens=length, seed=0, max_rows=10**5)  # fmt: skip
+    samples = model.generate(
+        [RawText("a")] * 400,
+        edits=RLGuidance(tuned.process(), w, aim),
+        sampler=FKSteering(8),
+        reward=reward,
+        max_new_tokens=length,
+        seed=0,
+        max_rows=10**5,
+    )
     assert within(samples.log_z.exp(), evidence(model, masses))
     for sums in (samples.log_weight, samples.tilt, samples.base_log_prob):
         assert not bool(sums.isnan().any())
@@ -297,8 +316,14 @@ def test_evidence_is_an_expectation_under_the_law_that_is_drawn(
     base = processed(model, "b a", hot)
     drawn = cut(base, model, **sizes)
     edits = [Lean(by)] if by else []
-    given: dict[str, Any] = {"edits": edits, "sampler": FKSteering(6), "reward": reward, "max_new_tokens": length,
-                             "max_rows": 10**5, **settings}  # fmt: skip
+    given: dict[str, Any] = {
+        "edits": edits,
+        "sampler": FKSteering(6),
+        "reward": reward,
+        "max_new_tokens": length,
+        "max_rows": 10**5,
+        **settings,
+    }
     samples = model.generate(prompts, seed=0, **given)
     assert within(samples.log_z.exp(), evidence(model, texts(drawn, length)))
     reached = texts(cut(leaning(base, by), model, **sizes) if by else drawn, length)
@@ -316,8 +341,16 @@ def test_products_of_truncated_laws(settings: dict[str, Any], w: float) -> None:
     hot, sizes = settings.get("temperature", 1.0), {k: x for k, x in settings.items() if k != "temperature"}
     parts = [(cut(processed(m, "a", hot), m, **sizes), power) for m, power in ((model, 1 - w), (tuned, w))]
     edit = RLGuidance(tuned.process(), w, "product")
-    samples = model.generate([RawText("a")] * 600, edits=edit, sampler=FKSteering(8), reward=reward, max_new_tokens=3,
-                             seed=0, max_rows=10**5, **settings)  # fmt: skip
+    samples = model.generate(
+        [RawText("a")] * 600,
+        edits=edit,
+        sampler=FKSteering(8),
+        reward=reward,
+        max_new_tokens=3,
+        seed=0,
+        max_rows=10**5,
+        **settings,
+    )
     assert within(samples.log_z.exp(), evidence(model, texts(powers(*parts), 3)))
 
 
@@ -325,8 +358,16 @@ def test_products_of_truncated_laws(settings: dict[str, Any], w: float) -> None:
 def test_a_tree_weighs_by_the_truncated_law(settings: dict[str, Any]) -> None:
     model = llama(0)
     masses = texts(cut(processed(model, "a"), model, **settings), 3)
-    samples = model.generate([RawText("a")] * 16, edits=Lean(2.0), sampler=DTS(None, rollouts=200, explore=0.1),
-                             reward=reward, max_new_tokens=3, seed=0, max_rows=10**5, **settings)  # fmt: skip
+    samples = model.generate(
+        [RawText("a")] * 16,
+        edits=Lean(2.0),
+        sampler=DTS(None, rollouts=200, explore=0.1),
+        reward=reward,
+        max_new_tokens=3,
+        seed=0,
+        max_rows=10**5,
+        **settings,
+    )
     truth = evidence(model, masses)
     assert within(samples.log_z.exp(), truth, 0.02 * truth)
 

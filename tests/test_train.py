@@ -288,9 +288,17 @@ def six_tokens() -> LanguageModel:
     )
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=6, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, pad_token_id=1, bos_token_id=2, eos_token_id=3, initializer_range=0.1,
-    )  # fmt: skip
+        vocab_size=6,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=3,
+        initializer_range=0.1,
+    )
     return LanguageModel(LlamaForCausalLM(config).eval(), tokenizer, "six")
 
 
@@ -346,9 +354,14 @@ def value_error(model: LanguageModel, prompt: str, reward: Table, head: nn.Modul
 
 
 ENUMERATED: dict[str, Any] = {
-    "samples": 4000, "max_new_tokens": 3, "held_out": 0.0, "max_rows": 6000, "batch_size": 64, "epochs": 12,
+    "samples": 4000,
+    "max_new_tokens": 3,
+    "held_out": 0.0,
+    "max_rows": 6000,
+    "batch_size": 64,
+    "epochs": 12,
     "learning_rate": 4e-3,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

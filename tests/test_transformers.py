@@ -39,8 +39,9 @@ def build(family: str, tokenizer: Any, **more: Any) -> LanguageModel:
 
     torch.manual_seed(0)
     limit = {} if family == "gpt2" else {"max_position_embeddings": 64}
-    config = AutoConfig.for_model(family, **{**SMALL, **limit, **FAMILIES[family], **more}, initializer_range=0.2,
-                                  bos_token_id=2, eos_token_id=3)  # fmt: skip
+    config = AutoConfig.for_model(
+        family, **{**SMALL, **limit, **FAMILIES[family], **more}, initializer_range=0.2, bos_token_id=2, eos_token_id=3
+    )
     return LanguageModel(AutoModelForCausalLM.from_config(config), tokenizer, family)
 
 
@@ -362,8 +363,12 @@ def test_directional_stimuli_take_their_place_in_prompts_and_chats(tiny_lm: Lang
     edit = DirectionalStimulus(policy, "hello {hint} the {prompt}")
     chat = [{"role": "system", "content": "you"}, {"role": "user", "content": "the sun"}]
     prompts = ["the sun", RawText("a dog"), chat, "a cat"]
-    rewritten = ["hello the; {prompt} the the sun", RawText("hello a; {prompt} the a dog"),
-                 [chat[0], {"role": "user", "content": "hello the; {prompt} the the sun"}], "a cat"]  # fmt: skip
+    rewritten = [
+        "hello the; {prompt} the the sun",
+        RawText("hello a; {prompt} the a dog"),
+        [chat[0], {"role": "user", "content": "hello the; {prompt} the the sun"}],
+        "a cat",
+    ]
     assert edit.rewrite_all(prompts[:3]) == rewritten[:3] and isinstance(edit.rewrite(prompts[1]), RawText)
     settings: dict[str, Any] = {"max_new_tokens": 5, "seed": 0}
     out = tiny_lm.generate(prompts, edits=[[edit], [edit], [edit], None], **settings)

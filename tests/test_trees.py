@@ -302,9 +302,18 @@ def test_memory_is_bounded() -> None:
 
 def test_bad_input_is_refused() -> None:
     for field, value in (
-        ("n", 0), ("rollouts", 0), ("max_nfe", -1), ("batch", 0), ("levels", 0), ("seconds", 0.0), ("widening", 0.0),
-        ("exponent", 1.5), ("explore", 2.0), ("estimator", "x"), ("rollouts", True),
-    ):  # fmt: skip
+        ("n", 0),
+        ("rollouts", 0),
+        ("max_nfe", -1),
+        ("batch", 0),
+        ("levels", 0),
+        ("seconds", 0.0),
+        ("widening", 0.0),
+        ("exponent", 1.5),
+        ("explore", 2.0),
+        ("estimator", "x"),
+        ("rollouts", True),
+    ):
         with pytest.raises(InputError, match=field):
             DTS(**{field: value})
     with pytest.raises(InputError, match="rollouts"):

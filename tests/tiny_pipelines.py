@@ -42,10 +42,19 @@ def clip(tokenizer: Any, seed: int = 0, projected: bool = False) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=LENGTH, projection_dim=32, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-        hidden_act="gelu", initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        projection_dim=32,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        hidden_act="gelu",
+        initializer_range=0.3,
+    )
     kind = CLIPTextModelWithProjection if projected else CLIPTextModel
     return seeded(lambda: kind(config).eval(), seed)
 
@@ -55,9 +64,15 @@ def t5(tokenizer: Any, width: int = 32) -> Any:
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=37, num_layers=1, num_heads=4, pad_token_id=0,
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=8,
+        d_ff=37,
+        num_layers=1,
+        num_heads=4,
+        pad_token_id=0,
         eos_token_id=1,
-    )  # fmt: skip
+    )
     return seeded(lambda: T5EncoderModel(config).eval())
 
 
@@ -66,10 +81,14 @@ def vae(channels: int = 4, **config: Any) -> Any:
     from diffusers import AutoencoderKL
 
     settings = {
-        "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": channels, "norm_num_groups": 4,
-        "sample_size": 16, **config,
-    }  # fmt: skip
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": channels,
+        "norm_num_groups": 4,
+        "sample_size": 16,
+        **config,
+    }
     return seeded(lambda: AutoencoderKL(**settings).eval())
 
 
@@ -79,10 +98,13 @@ def tiny_vae(channels: int = 4) -> Any:
 
     return seeded(
         lambda: AutoencoderTiny(
-            latent_channels=channels, encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
-            num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
+            latent_channels=channels,
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
         ).eval()
-    )  # fmt: skip
+    )
 
 
 def ddim(**config: Any) -> Any:
@@ -90,9 +112,14 @@ def ddim(**config: Any) -> Any:
     from diffusers import DDIMScheduler
 
     settings = {
-        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
-        "set_alpha_to_one": False, "steps_offset": 1, **config,
-    }  # fmt: skip
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        **config,
+    }
     return DDIMScheduler(**settings)
 
 
@@ -108,10 +135,17 @@ def network(seed: int = 0, **config: Any) -> Any:
     from diffusers import UNet2DModel
 
     settings = {
-        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1,
-        "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 4,
-        "attention_head_dim": 8, **config,
-    }  # fmt: skip
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D",) * 2,
+        "up_block_types": ("UpBlock2D",) * 2,
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+        **config,
+    }
     return seeded(lambda: UNet2DModel(**settings).eval(), seed)
 
 
@@ -120,10 +154,18 @@ def unet(seed: int = 0, **config: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
     settings = {
-        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "norm_num_groups": 4, "attention_head_dim": 4,
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 32, **config,
-    }  # fmt: skip
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 32,
+        **config,
+    }
     return seeded(lambda: UNet2DConditionModel(**settings).eval(), seed)
 
 
@@ -133,9 +175,15 @@ def sd15(scheduler: Any = None) -> Any:
 
     tokenizer = clip_tokenizer()
     return StableDiffusionPipeline(
-        vae=vae(), text_encoder=clip(tokenizer), tokenizer=tokenizer, unet=unet(), scheduler=scheduler or ddim(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae(),
+        text_encoder=clip(tokenizer),
+        tokenizer=tokenizer,
+        unet=unet(),
+        scheduler=scheduler or ddim(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def sdxl(scheduler: Any = None) -> Any:
@@ -144,16 +192,25 @@ def sdxl(scheduler: Any = None) -> Any:
 
     tokenizer = clip_tokenizer()
     network = unet(
-        cross_attention_dim=64, addition_embed_type="text_time", addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 32, use_linear_projection=True,
-    )  # fmt: skip
+        cross_attention_dim=64,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 32,
+        use_linear_projection=True,
+    )
     own = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
     )
     return StableDiffusionXLPipeline(
-        vae=vae(), text_encoder=clip(tokenizer), text_encoder_2=clip(tokenizer, 1, True), tokenizer=tokenizer,
-        tokenizer_2=tokenizer, unet=network, scheduler=scheduler or own, add_watermarker=False,
-    )  # fmt: skip
+        vae=vae(),
+        text_encoder=clip(tokenizer),
+        text_encoder_2=clip(tokenizer, 1, True),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=network,
+        scheduler=scheduler or own,
+        add_watermarker=False,
+    )
 
 
 def sd3(scheduler: Any = None) -> Any:
@@ -163,16 +220,29 @@ def sd3(scheduler: Any = None) -> Any:
     tokenizer, other = clip_tokenizer(), t5_tokenizer()
     network = seeded(
         lambda: SD3Transformer2DModel(
-            sample_size=8, patch_size=1, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8,
-            num_attention_heads=4, joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64,
+            sample_size=8,
+            patch_size=1,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=64,
+            caption_projection_dim=32,
+            pooled_projection_dim=64,
         ).eval()
-    )  # fmt: skip
+    )
     return StableDiffusion3Pipeline(
-        transformer=network, scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=network,
+        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae(shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=clip(tokenizer, 0, True), tokenizer=tokenizer, text_encoder_2=clip(tokenizer, 1, True),
-        tokenizer_2=tokenizer, text_encoder_3=t5(other, 64), tokenizer_3=other,
-    )  # fmt: skip
+        text_encoder=clip(tokenizer, 0, True),
+        tokenizer=tokenizer,
+        text_encoder_2=clip(tokenizer, 1, True),
+        tokenizer_2=tokenizer,
+        text_encoder_3=t5(other, 64),
+        tokenizer_3=other,
+    )
 
 
 def flux(scheduler: Any = None) -> Any:
@@ -182,16 +252,27 @@ def flux(scheduler: Any = None) -> Any:
     tokenizer, other = clip_tokenizer(), t5_tokenizer()
     network = seeded(
         lambda: FluxTransformer2DModel(
-            patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-            num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            axes_dims_rope=(4, 4, 8),
             guidance_embeds=True,
         ).eval()
-    )  # fmt: skip
+    )
     return FluxPipeline(
-        transformer=network, scheduler=scheduler or FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        transformer=network,
+        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=vae(shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=clip(tokenizer), tokenizer=tokenizer, text_encoder_2=t5(other), tokenizer_2=other,
-    )  # fmt: skip
+        text_encoder=clip(tokenizer),
+        tokenizer=tokenizer,
+        text_encoder_2=t5(other),
+        tokenizer_2=other,
+    )
 
 
 def pixart(kind: str, scheduler: Any = None) -> Any:
@@ -201,10 +282,18 @@ def pixart(kind: str, scheduler: Any = None) -> Any:
     tokenizer = t5_tokenizer()
     network = seeded(
         lambda: diffusers.PixArtTransformer2DModel(
-            sample_size=8, patch_size=2, in_channels=4, out_channels=8, num_layers=1, attention_head_dim=8,
-            num_attention_heads=4, cross_attention_dim=32, caption_channels=32, norm_num_groups=4,
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=8,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            cross_attention_dim=32,
+            caption_channels=32,
+            norm_num_groups=4,
         ).eval()
-    )  # fmt: skip
+    )
     return getattr(diffusers, f"PixArt{kind}Pipeline")(
         tokenizer=tokenizer, text_encoder=t5(tokenizer), vae=vae(), transformer=network, scheduler=scheduler or ddim()
     )
@@ -217,33 +306,63 @@ def sana(scheduler: Any = None) -> Any:
 
     tokenizer = t5_tokenizer()
     encoder = Gemma2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
     network = seeded(
         lambda: SanaTransformer2DModel(
-            patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=4,
-            num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=32,
+            patch_size=1,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=4,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=4,
+            cross_attention_dim=8,
+            caption_channels=32,
             sample_size=8,
         ).eval()
-    )  # fmt: skip
+    )
     codec = seeded(
         lambda: AutoencoderDC(
-            in_channels=3, latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock",) * 2,
-            decoder_block_types=("ResBlock",) * 2, encoder_block_out_channels=(8, 8),
-            decoder_block_out_channels=(8, 8), encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()),
-            encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), downsample_block_type="conv",
-            upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu",
+            in_channels=3,
+            latent_channels=4,
+            attention_head_dim=2,
+            encoder_block_types=("ResBlock",) * 2,
+            decoder_block_types=("ResBlock",) * 2,
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            encoder_qkv_multiscales=((), ()),
+            decoder_qkv_multiscales=((), ()),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            downsample_block_type="conv",
+            upsample_block_type="interpolate",
+            decoder_norm_types="rms_norm",
+            decoder_act_fns="silu",
         ).eval()
-    )  # fmt: skip
+    )
     return SanaPipeline(
-        tokenizer=tokenizer, text_encoder=seeded(lambda: Gemma2Model(encoder).eval()), vae=codec, transformer=network,
+        tokenizer=tokenizer,
+        text_encoder=seeded(lambda: Gemma2Model(encoder).eval()),
+        vae=codec,
+        transformer=network,
         scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
-    )  # fmt: skip
+    )
 
 
 PIPELINES: dict[str, Callable[..., Any]] = {
-    "sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux, "sana": sana,
+    "sd15": sd15,
+    "sdxl": sdxl,
+    "sd3": sd3,
+    "flux": flux,
+    "sana": sana,
     "pixart_alpha": lambda scheduler=None: pixart("Alpha", scheduler),
     "pixart_sigma": lambda scheduler=None: pixart("Sigma", scheduler),
-}  # fmt: skip
+}

@@ -140,10 +140,11 @@ class FashionSettings(DenoiserSettings):
         """Networks of the classifiers, and how they are trained."""
         return {
             "classifier": (
-                RewardNet, ClassifierSettings(epochs=self.epochs, shift=1, noise=0.25, blur=0.2, seed=self.seed)
+                RewardNet,
+                ClassifierSettings(epochs=self.epochs, shift=1, noise=0.25, blur=0.2, seed=self.seed),
             ),
             "judge": (JudgeNet, ClassifierSettings(epochs=self.epochs, seed=self.seed + 1)),
-        }  # fmt: skip
+        }
 
 
 def train_fashion(
@@ -267,9 +268,11 @@ def _card(settings: DenoiserSettings, metrics: dict[str, Any], hashes: dict[str,
         "data": {"name": "Fashion-MNIST, 60000 training images", "license": "MIT", "sha256": hashes},
         "metrics": metrics,
         "made_with": {
-            "python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
         },
-    }  # fmt: skip
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -93,9 +93,12 @@ def _shipped(folder: Path, name: str, dtype: torch.dtype | None, device: Any, sc
     network = _placed(network, dtype, device).requires_grad_(False)
     classes = [str(c) for c in card.get("classes") or ()]
     source = NetworkSource(
-        network, replaced(own, scheduler), tuple((c, i) for i, c in enumerate(classes)), card.get("null_class"),
+        network,
+        replaced(own, scheduler),
+        tuple((c, i) for i, c in enumerate(classes)),
+        card.get("null_class"),
         int(card.get("pixel_unshuffle") or 1),
-    )  # fmt: skip
+    )
     nets: dict[str, Classifier] = {}
     for kind in ("classifier", "judge"):
         if (folder / kind).is_dir():
@@ -129,8 +132,12 @@ def _of_network(network: Any, scheduler: Any, name: str, classes: Sequence[str] 
         check(classes is None, "classes", classes, "unset: the network has no classes")
         return DiffusionModel(NetworkSource(network, scheduler), name)
     names = [str(i) for i in range(count)] if classes is None else [str(c) for c in classes]
-    check(len(set(names)) == len(names) and count - len(names) in (0, 1), "classes", names,
-          f"{count} different names, or {count - 1} and the null class last")  # fmt: skip
+    check(
+        len(set(names)) == len(names) and count - len(names) in (0, 1),
+        "classes",
+        names,
+        f"{count} different names, or {count - 1} and the null class last",
+    )
     if len(names) == count - 1:
         null = count - 1
     return DiffusionModel(
@@ -162,8 +169,12 @@ def _as_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     """None for "auto"."""
     if isinstance(dtype, torch.dtype):
         return dtype
-    check(dtype in ("auto", "float64", "float32", "bfloat16", "float16"), "dtype", dtype,
-          "auto, float64, float32, bfloat16, float16")  # fmt: skip
+    check(
+        dtype in ("auto", "float64", "float32", "bfloat16", "float16"),
+        "dtype",
+        dtype,
+        "auto, float64, float32, bfloat16, float16",
+    )
     return None if dtype == "auto" else getattr(torch, dtype)
 
 

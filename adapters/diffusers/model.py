@@ -43,9 +43,15 @@ class Source(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def make(
-        self, steps: int, eta: float, guidance_scale: float | None, scheduler: Any, kind: str | None, batch: int,
+        self,
+        steps: int,
+        eta: float,
+        guidance_scale: float | None,
+        scheduler: Any,
+        kind: str | None,
+        batch: int,
         options: dict[str, Any],
-    ) -> tuple[Denoiser, Schedule]: ...  # fmt: skip
+    ) -> tuple[Denoiser, Schedule]: ...
 
     def tuned(self, what: Any) -> Any: ...
 
@@ -120,10 +126,25 @@ class DiffusionModel(Model):
             UnsupportedError: the scheduler or the pipeline cannot do what an edit or the sampler needs.
         """
         drawn: Samples = super().generate(
-            prompts, edits=edits, sampler=sampler, reward=reward, beta=beta, n=n, seed=seed, max_rows=max_rows,
-            progress=progress, stream=stream, steps=steps, eta=eta, guidance_scale=guidance_scale, scheduler=scheduler,
-            kind=kind, shown=shown, max_batch=max_batch, **more,
-        )  # fmt: skip
+            prompts,
+            edits=edits,
+            sampler=sampler,
+            reward=reward,
+            beta=beta,
+            n=n,
+            seed=seed,
+            max_rows=max_rows,
+            progress=progress,
+            stream=stream,
+            steps=steps,
+            eta=eta,
+            guidance_scale=guidance_scale,
+            scheduler=scheduler,
+            kind=kind,
+            shown=shown,
+            max_batch=max_batch,
+            **more,
+        )
         return drawn
 
     def __repr__(self) -> str:

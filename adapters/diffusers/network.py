@@ -165,9 +165,15 @@ class NetworkSource:
         return next(self.network.parameters()).dtype
 
     def make(
-        self, steps: int, eta: float, guidance_scale: float | None, scheduler: Any, kind: str | None, batch: int,
+        self,
+        steps: int,
+        eta: float,
+        guidance_scale: float | None,
+        scheduler: Any,
+        kind: str | None,
+        batch: int,
         options: dict[str, Any],
-    ) -> tuple[Denoiser, Schedule]:  # fmt: skip
+    ) -> tuple[Denoiser, Schedule]:
         """A denoiser and its schedule. Raises `InputError`."""
         for name in options:
             raise InputError("setting", name, "steps, eta, guidance_scale, scheduler, kind, shown, max_batch")
@@ -176,9 +182,14 @@ class NetworkSource:
         size = config.sample_size
         sides = (size, size) if isinstance(size, int) else tuple(size)
         denoiser = NetworkDenoiser(
-            self.network, grid, (config.in_channels, *sides), self.labels, self.null,
-            1.0 if guidance_scale is None else guidance_scale, self.unshuffle,
-        )  # fmt: skip
+            self.network,
+            grid,
+            (config.in_channels, *sides),
+            self.labels,
+            self.null,
+            1.0 if guidance_scale is None else guidance_scale,
+            self.unshuffle,
+        )
         return denoiser, grid.schedule
 
     def tuned(self, what: Any) -> NetworkSource:

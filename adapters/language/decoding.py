@@ -40,8 +40,20 @@ _BOUNDS = {
     "min_new_tokens": (lambda x: isinstance(x, int) and x >= 0, "an integer of 0 or more"),
 }
 
-_OF_LAWS = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size",
-                      "min_new_tokens", "bad_words_ids", "suppress_tokens", "logits_processor"})  # fmt: skip
+_OF_LAWS = frozenset(
+    {
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "no_repeat_ngram_size",
+        "min_new_tokens",
+        "bad_words_ids",
+        "suppress_tokens",
+        "logits_processor",
+    }
+)
 
 
 def _finite(x: object) -> bool:

@@ -22,19 +22,53 @@ __all__ = ["decoding_settings", "fit_lengths", "mention_own", "own_settings"]
 log = logging.getLogger("steer")
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
-_HONOURED = ("max_new_tokens", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids",
-             "suppress_tokens", "eos_token_id")  # fmt: skip
+_HONOURED = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "suppress_tokens",
+    "eos_token_id",
+)
 _ELSEWHERE = ("max_length", "min_length", "num_return_sequences", "do_sample", "stop_strings")
 # Of the search over beams that is refused, the cache, what `generate` returns, and guesses that a model checks.
 _WITHOUT_EFFECT = (
-    "early_stopping", "length_penalty", "diversity_penalty", "low_memory", "use_cache", "cache_implementation",
-    "cache_config", "max_cache_len", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
-    "return_dict_in_generate", "pad_token_id", "bos_token_id", "decoder_start_token_id", "renormalize_logits",
-    "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
-    "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind",
-    "target_lookbehind", "assistant_ensemble_weight", "speculation_type", "use_mtp", "compile_config",
-    "disable_compile", "prefill_chunk_size", "transformers_version", "continuous_batching_config",
-)  # fmt: skip
+    "early_stopping",
+    "length_penalty",
+    "diversity_penalty",
+    "low_memory",
+    "use_cache",
+    "cache_implementation",
+    "cache_config",
+    "max_cache_len",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "output_logits",
+    "return_dict_in_generate",
+    "pad_token_id",
+    "bos_token_id",
+    "decoder_start_token_id",
+    "renormalize_logits",
+    "is_assistant",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+    "prompt_lookup_num_tokens",
+    "max_matching_ngram_size",
+    "assistant_early_exit",
+    "assistant_lookbehind",
+    "target_lookbehind",
+    "assistant_ensemble_weight",
+    "speculation_type",
+    "use_mtp",
+    "compile_config",
+    "disable_compile",
+    "prefill_chunk_size",
+    "transformers_version",
+    "continuous_batching_config",
+)
 
 
 def own_settings(config: GenerationConfig | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -55,8 +89,12 @@ def decoding_settings(config: GenerationConfig | str, own: Mapping[str, Any]) ->
 
     Raises `InputError` for a field that steer does not honour.
     """
-    check(isinstance(config, GenerationConfig) or config == "checkpoint", "generation_config", config,
-          'a GenerationConfig, or "checkpoint"')  # fmt: skip
+    check(
+        isinstance(config, GenerationConfig) or config == "checkpoint",
+        "generation_config",
+        config,
+        'a GenerationConfig, or "checkpoint"',
+    )
     given = (
         {} if isinstance(config, str) else {k: v for k, v in config.to_dict().items() if v is not None and k[0] != "_"}
     )
@@ -90,9 +128,11 @@ def _check_honoured(name: str, value: Any) -> None:
     if name in honoured or neutral or (name in ("num_beam_groups", "guidance_scale") and value == 1):
         return
     raise InputError(
-        f"generation_config.{name}", value, "unset: steer samples token by token (its samplers search) and knows of "
+        f"generation_config.{name}",
+        value,
+        "unset: steer samples token by token (its samplers search) and knows of "
         f"{', '.join(sorted({*_SAMPLING, *_HONOURED, *_ELSEWHERE}))}",
-    )  # fmt: skip
+    )
 
 
 def fit_lengths(settings: Mapping[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
@@ -132,5 +172,8 @@ def _unset(name: str) -> Any:
 
 @lru_cache(256)
 def _say(name: str, ignored: str) -> None:
-    log.warning('steer: %s: its generation_config.json is not followed (%s); generation_config="checkpoint" follows it',
-                name, ignored)  # fmt: skip
+    log.warning(
+        'steer: %s: its generation_config.json is not followed (%s); generation_config="checkpoint" follows it',
+        name,
+        ignored,
+    )

@@ -155,16 +155,39 @@ class TextModel(Model):
             UnsupportedError: the model cannot do what an edit, the sampler or `stream` needs.
         """
         given = dict(
-            generation_config=generation_config, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, min_new_tokens=min_new_tokens,
-            no_repeat_ngram_size=no_repeat_ngram_size, bad_words_ids=bad_words_ids, suppress_tokens=suppress_tokens,
-            stop=stop, eos_token_id=eos_token_id, logits_processor=logits_processor, block=block, until=until,
-            stopping_criteria=stopping_criteria, system=system, **more,
-        )  # fmt: skip
+            generation_config=generation_config,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            min_new_tokens=min_new_tokens,
+            no_repeat_ngram_size=no_repeat_ngram_size,
+            bad_words_ids=bad_words_ids,
+            suppress_tokens=suppress_tokens,
+            stop=stop,
+            eos_token_id=eos_token_id,
+            logits_processor=logits_processor,
+            block=block,
+            until=until,
+            stopping_criteria=stopping_criteria,
+            system=system,
+            **more,
+        )
         return super().generate(
-            prompts, edits=edits, sampler=sampler, reward=reward, beta=beta, n=n, seed=seed, max_rows=max_rows,
-            progress=progress, stream=stream, **given,
-        )  # fmt: skip
+            prompts,
+            edits=edits,
+            sampler=sampler,
+            reward=reward,
+            beta=beta,
+            n=n,
+            seed=seed,
+            max_rows=max_rows,
+            progress=progress,
+            stream=stream,
+            **given,
+        )
 
     def __repr__(self) -> str:
         info = self.info
@@ -273,6 +296,7 @@ def check_lengths(ids: Sequence[Sequence[int]], new: int, limit: int | None) -> 
             raise InputError(f"prompts[{i}]", "", "a prompt with at least one token")
         if limit is not None and len(row) + new > limit:
             raise InputError(
-                f"prompts[{i}]", f"{len(row)} tokens and max_new_tokens={new}",
+                f"prompts[{i}]",
+                f"{len(row)} tokens and max_new_tokens={new}",
                 f"at most {limit} tokens in all, the model's context",
-            )  # fmt: skip
+            )

@@ -75,10 +75,16 @@ class Preparer(ABC, Generic[P]):
         block = min(steering.block or self.block(steering, made.sampling.max_tokens), made.sampling.max_tokens)
         prompts = [p for p in made.prompts for _ in range(steering.repeats)]
         return prepare(
-            replace(made.process, block=block), prompts, edits=[list(made.edits)] * len(prompts),
-            sampler=steering.sampler, reward=made.reward, beta=steering.beta, seed=made.seed, max_rows=self.max_rows,
+            replace(made.process, block=block),
+            prompts,
+            edits=[list(made.edits)] * len(prompts),
+            sampler=steering.sampler,
+            reward=made.reward,
+            beta=steering.beta,
+            seed=made.seed,
+            max_rows=self.max_rows,
             model=self.text,
-        )  # fmt: skip
+        )
 
     def check_artifact(self, path: Path) -> None:
         """Raise `InputError` where an artifact does not fit the model, or asks for other files."""
@@ -115,9 +121,13 @@ class Preparer(ABC, Generic[P]):
 def decoding(sampling: Sampling) -> Decoding:
     """How each token is drawn, as processes know it."""
     return Decoding(
-        max_new_tokens=sampling.max_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
-        top_p=sampling.top_p, min_p=sampling.min_p, stop=sampling.stop,
-    )  # fmt: skip
+        max_new_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        stop=sampling.stop,
+    )
 
 
 class ServedModel(Generic[P]):

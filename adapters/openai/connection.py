@@ -109,11 +109,19 @@ def base_url(url: str, insecure: bool) -> str:
         _ = parts.port
     except ValueError:
         raise InputError("url", url, form) from None
-    check(parts.username is None and parts.password is None, "url", "an address with a user name or password",
-          "one without: a key goes into an environment variable (key_env)")  # fmt: skip
+    check(
+        parts.username is None and parts.password is None,
+        "url",
+        "an address with a user name or password",
+        "one without: a key goes into an environment variable (key_env)",
+    )
     check(parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query, "url", url, form)
-    check(parts.scheme == "https" or insecure or is_loopback(parts.hostname or ""), "url", url,
-          "https for another machine; insecure=True sends prompts and key in the clear")  # fmt: skip
+    check(
+        parts.scheme == "https" or insecure or is_loopback(parts.hostname or ""),
+        "url",
+        url,
+        "https for another machine; insecure=True sends prompts and key in the clear",
+    )
     return parts._replace(fragment="").geturl().rstrip("/")
 
 
@@ -256,8 +264,10 @@ class Connection:
         try:
             return json.loads(content)
         except ValueError:
-            raise self._error(f"an answer that is not JSON ({method} {path}): is this an OpenAI-compatible address "
-                              "(they mostly end in /v1)?") from None  # fmt: skip
+            raise self._error(
+                f"an answer that is not JSON ({method} {path}): is this an OpenAI-compatible address "
+                "(they mostly end in /v1)?"
+            ) from None
 
     def _error(self, what: str, status: int | None = None, param: str | None = None) -> EndpointError:
         line = " ".join(what.split())

@@ -14,14 +14,48 @@ __all__ = ["END_TOKENS", "Reply", "ReplyChoice", "Dialect", "Question"]
 
 
 END_TOKENS = (
-    "</s>", "<eos>", "[EOS]", "<EOS>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>",
-    "<|return|>", "<|eot|>", "<end_of_turn>", "<turn|>", "<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>",
-)  # fmt: skip
+    "</s>",
+    "<eos>",
+    "[EOS]",
+    "<EOS>",
+    "<|endoftext|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<|end|>",
+    "<|return|>",
+    "<|eot|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<｜end▁of▁sentence｜>",
+)
 """How tokens that end a text are shown among logprobs by widely used models."""
 
-_RESERVED = frozenset({"model", "messages", "prompt", "n", "seed", "temperature", "top_p", "top_k", "min_p", "stop",
-                       "logprobs", "top_logprobs", "stream", "stream_options", "max_tokens", "max_completion_tokens",
-                       "echo", "best_of", "continue_final_message", "add_generation_prompt"})  # fmt: skip
+_RESERVED = frozenset(
+    {
+        "model",
+        "messages",
+        "prompt",
+        "n",
+        "seed",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "stop",
+        "logprobs",
+        "top_logprobs",
+        "stream",
+        "stream_options",
+        "max_tokens",
+        "max_completion_tokens",
+        "echo",
+        "best_of",
+        "continue_final_message",
+        "add_generation_prompt",
+    }
+)
 
 PREFILL = ("continue_final_message", "prefix", "last")
 
@@ -89,13 +123,22 @@ class Dialect:
                 return Question(text=str(prompt))
             check(not raw, "prompt", "raw text", "a chat: this endpoint is asked for chat completions only (chat=True)")
             prompt = [{"role": "user", "content": str(prompt)}]
-        check(bool(prompt) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt),
-              "prompt", prompt, "text, or messages with role and content")  # fmt: skip
+        check(
+            bool(prompt) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt),
+            "prompt",
+            prompt,
+            "text, or messages with role and content",
+        )
         check(self.chat is not False, "prompt", "messages", "text: this endpoint is asked for completions (chat=False)")
         resumed = prompt[-1]["role"] == "assistant"
         if continued or resumed:
-            check(self.prefill is not None, "prefill", None, f"{', '.join(PREFILL)}: the way in which this endpoint "
-                  "continues a reply that was begun, if it can; or raw text, or chat=False")  # fmt: skip
+            check(
+                self.prefill is not None,
+                "prefill",
+                None,
+                f"{', '.join(PREFILL)}: the way in which this endpoint "
+                "continues a reply that was begun, if it can; or raw text, or chat=False",
+            )
         begun = not resumed or isinstance(prompt[-1]["content"], str)
         check(begun, "prompt", "content in parts", "text in the assistant's message that is to be continued")
         return Question(messages=tuple(dict(m) for m in prompt))
@@ -202,8 +245,12 @@ def _instead(message: dict[str, Any]) -> str:
     reasoning = message.get("reasoning_content") or message.get("reasoning") or thoughts
     refusal, calls = message.get("refusal"), message.get("tool_calls") or message.get("function_call")
     size = f"{len(reasoning)} characters of" if isinstance(reasoning, str) else "parts of"
-    found = [f"{size} reasoning" if reasoning else "", f"a refusal: {refusal}" if refusal else "",
-             "calls of tools" if calls else "", "audio" if message.get("audio") else ""]  # fmt: skip
+    found = [
+        f"{size} reasoning" if reasoning else "",
+        f"a refusal: {refusal}" if refusal else "",
+        "calls of tools" if calls else "",
+        "audio" if message.get("audio") else "",
+    ]
     return " and ".join(what for what in found if what)
 
 

@@ -80,16 +80,27 @@ def draw_block(
     """
     zero = torch.zeros(len(state), dtype=torch.float64)
     block = _Block(
-        endpoint, how, state, noise, state.group.tolist(), list(state.texts), state.finished.tolist(),
-        zero, zero.clone(), zero.clone(),
-    )  # fmt: skip
+        endpoint,
+        how,
+        state,
+        noise,
+        state.group.tolist(),
+        list(state.texts),
+        state.finished.tolist(),
+        zero,
+        zero.clone(),
+        zero.clone(),
+    )
     live = [i for i, over in enumerate(block.finished) if not over]
     _by_endpoint(block, [i for i in live if not how.here(block.group[i])])
     _by_tokens(block, [i for i in live if how.here(block.group[i])])
     after = replace(
-        state.add(block.log_prob, block.base, kl=block.kl), step=state.step + 1, cost=state.cost + block.cost,
-        finished=torch.tensor(block.finished, dtype=torch.bool), texts=tuple(block.texts),
-    )  # fmt: skip
+        state.add(block.log_prob, block.base, kl=block.kl),
+        step=state.step + 1,
+        cost=state.cost + block.cost,
+        finished=torch.tensor(block.finished, dtype=torch.bool),
+        texts=tuple(block.texts),
+    )
     return after, block.failed
 
 

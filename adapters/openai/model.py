@@ -144,9 +144,14 @@ class EndpointModel(Model):
             check(given in _HONOURED, "generate()", given, ", ".join(_HONOURED))
         kept = Results(results) if isinstance(results, str | Path) else results
         return EndpointProcess(
-            Endpoint(self.connection, self.dialect, kept), Decoding.create(**settings), block=block,
-            top_logprobs=top_logprobs, candidates=self.top_logprobs, logprobs=logprobs, base=base,
-        )  # fmt: skip
+            Endpoint(self.connection, self.dialect, kept),
+            Decoding.create(**settings),
+            block=block,
+            top_logprobs=top_logprobs,
+            candidates=self.top_logprobs,
+            logprobs=logprobs,
+            base=base,
+        )
 
     def generate(
         self,

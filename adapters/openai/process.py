@@ -79,14 +79,22 @@ class EndpointProcess(Process):
     sites = frozenset({Site.PROMPT, Site.TRANSITION})
 
     def __post_init__(self) -> None:
-        check(self.block is None or (isinstance(self.block, int) and self.block >= 1), "block", self.block,
-              "an integer of 1 or more, None for whole texts")  # fmt: skip
+        check(
+            self.block is None or (isinstance(self.block, int) and self.block >= 1),
+            "block",
+            self.block,
+            "an integer of 1 or more, None for whole texts",
+        )
         top = self.top_logprobs
         check(top is None or (isinstance(top, int) and 1 <= top <= 20), "top_logprobs", top, "1 to 20, or None")
         check(self.base in ("truncated", "full"), "base", self.base, "truncated, full")
         whole = self.decoding.temperature in (0, 1) and replace(self.decoding, temperature=1.0).truncates is False
-        check(whole or not self.logprobs or top is not None, "logprobs", self.logprobs, "False, but at temperature 0 "
-              "or 1 without truncation: endpoints report log-probabilities of that law")  # fmt: skip
+        check(
+            whole or not self.logprobs or top is not None,
+            "logprobs",
+            self.logprobs,
+            "False, but at temperature 0 or 1 without truncation: endpoints report log-probabilities of that law",
+        )
 
     @property
     def abilities(self) -> frozenset[Ability]:
@@ -114,9 +122,13 @@ class EndpointProcess(Process):
     def drawing(self) -> Drawing:
         """How its tokens are drawn."""
         return Drawing(
-            self.decoding, self.transitions, self.top_logprobs or self.candidates, self.top_logprobs is not None,
-            self.logprobs, self.proposal and self.base == "truncated" and self.decoding.cuts,
-        )  # fmt: skip
+            self.decoding,
+            self.transitions,
+            self.top_logprobs or self.candidates,
+            self.top_logprobs is not None,
+            self.logprobs,
+            self.proposal and self.base == "truncated" and self.decoding.cuts,
+        )
 
     def room(self, step: int) -> int:
         """Tokens of the block after `step` blocks."""

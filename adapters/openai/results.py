@@ -32,8 +32,12 @@ class Results:
         self._lock = threading.Lock()
         self._answers: dict[str, Any] = {}
         place = self.path if self.path.exists() else self.path.parent
-        check(self.path.parent.is_dir() and os.access(place, os.W_OK), "results", str(path),
-              "a file that can be written, in a folder that exists")  # fmt: skip
+        check(
+            self.path.parent.is_dir() and os.access(place, os.W_OK),
+            "results",
+            str(path),
+            "a file that can be written, in a folder that exists",
+        )
         content = self._content()
         lines = content.split(b"\n")
         if content:

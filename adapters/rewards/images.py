@@ -343,9 +343,14 @@ class ImageClassifierReward(ModelReward):
             with loading(self, source, "image classifier"):
                 preparation = Preparation.read(source)
             model = pretrained(
-                self, AutoModelForImageClassification, source, "image classifier", self.device, self.dtype,
+                self,
+                AutoModelForImageClassification,
+                source,
+                "image classifier",
+                self.device,
+                self.dtype,
                 use_safetensors=True,
-            )  # fmt: skip
+            )
             label_index(labels_of(model.config.to_dict()), self.label)
             self._loaded = (model, preparation)
         return self._loaded

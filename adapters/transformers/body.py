@@ -197,15 +197,25 @@ class Body:
             self.trunk(input_ids=tokens, **{k: v for k, v in given.items() if k in self._trunk_takes})
 
     def forward(
-        self, tokens: Tensor, mask: Tensor | None, position: Tensor, cache: Cache | None, program: dict[int, RowEdit],
-        *, keep: int = 1, hidden: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        position: Tensor,
+        cache: Cache | None,
+        program: dict[int, RowEdit],
+        *,
+        keep: int = 1,
+        hidden: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """Logits `[N, keep, V]` of tokens `[N, T]` (0 keeps every position) and, if asked, the final hidden states
         `[N, T, D]`, on which the output head works. `program` says what is done to the residual stream at each layer.
         """
         given: dict[str, Any] = {
-            "attention_mask": mask, "position_ids": position, "use_cache": cache is not None, "logits_to_keep": keep,
-        }  # fmt: skip
+            "attention_mask": mask,
+            "position_ids": position,
+            "use_cache": cache is not None,
+            "logits_to_keep": keep,
+        }
         if cache is not None:
             given[cache_argument(self.takes, self.network)] = cache
         if self._ropes:

@@ -114,9 +114,13 @@ class Trial:
 
     def _errors(self, layout: str) -> Iterator[float]:
         tries: dict[str, Callable[[], Iterator[float]]] = {
-            "single": self._single, "pads": self._pads, "chunks": self._chunks, "gaps": self._gaps,
-            "branches": self._branches, "shares": self._shares,
-        }  # fmt: skip
+            "single": self._single,
+            "pads": self._pads,
+            "chunks": self._chunks,
+            "gaps": self._gaps,
+            "branches": self._branches,
+            "shares": self._shares,
+        }
         return tries[layout]()
 
     def _single(self) -> Iterator[float]:
@@ -189,9 +193,10 @@ class Trial:
     def _wide(self) -> int:
         """Columns that are more than any window holds."""
         named = [
-            value for name, value in self.body.config.to_dict().items()
+            value
+            for name, value in self.body.config.to_dict().items()
             if isinstance(value, int) and any(word in name for word in ("window", "local", "chunk"))
-        ]  # fmt: skip
+        ]
         return min(_LONG + 1 + max([_WIDE, *(n for n in named if n <= 8192)]), (self.body.context or 2**20) - 2 * _NEW)
 
 

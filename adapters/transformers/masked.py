@@ -52,9 +52,14 @@ def load(
         if not isinstance(model, nn.Module):
             check_files(Path(model))
             network, found = AutoModelForMaskedLM.from_pretrained(
-                str(model), dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code,
-                use_safetensors=True, output_loading_info=True, **options,
-            )  # fmt: skip
+                str(model),
+                dtype=dtype,
+                device_map=device_map,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
             if not partial_weights:  # heads beside the masked one, such as BERT's next sentence, may be left over
                 check_weights({"missing_keys": found["missing_keys"]}, name or str(model))
             tokenizer = tokenizer or str(model)
@@ -98,8 +103,11 @@ class MaskedLanguageModel(Model):
         self.reader = PromptReader(tokenizer, name, special=False)
 
     def _find_mask(self) -> int:
-        for holder, field in ((self.tokenizer, "mask_token_id"), (self.config, "mask_token_id"),
-                              (self.config, "mask_index")):  # fmt: skip
+        for holder, field in (
+            (self.tokenizer, "mask_token_id"),
+            (self.config, "mask_token_id"),
+            (self.config, "mask_index"),
+        ):
             value = getattr(holder, field, None)
             if isinstance(value, int):
                 return value
@@ -160,8 +168,12 @@ class MaskedLanguageModel(Model):
         for b, row in enumerate(rows):
             size = len(row) + len(self.frame[1])
             fits = limit is None or size + length <= limit
-            check(fits, f"prompts[{b}]", f"{size} tokens and length={length}",
-                  f"at most {limit} tokens in all, the model's context")  # fmt: skip
+            check(
+                fits,
+                f"prompts[{b}]",
+                f"{size} tokens and length={length}",
+                f"at most {limit} tokens in all, the model's context",
+            )
             check(self.mask_id not in row, f"prompts[{b}]", "the mask token", "text without masks")
         return rows
 

@@ -76,9 +76,15 @@ def load(
         check_causal(config, name or str(model))
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
         network, found = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, output_loading_info=True,
-            **({} if extra else {"use_safetensors": True}), **extra, **options,
-        )  # fmt: skip
+            where,
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **({} if extra else {"use_safetensors": True}),
+            **extra,
+            **options,
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise SteerError(f"model: could not load {str(model)!r}: {first_line(error)}") from error
     check_causal(config, name or str(model), network, decoder_blocks(network))
@@ -127,10 +133,17 @@ class LanguageModel(TextModel):
         cache_argument(takes, bare(self.network))
         layout = Layout({}, probe if check else None)
         body = Body(
-            name=self.name, network=self.network, trunk=self.trunk, blocks=self.blocks, hooks=self.hooks,
-            config=self.config, pad_token_id=self.pad_token_id, context=self.context_length, layout=layout,
+            name=self.name,
+            network=self.network,
+            trunk=self.trunk,
+            blocks=self.blocks,
+            hooks=self.hooks,
+            config=self.config,
+            pad_token_id=self.pad_token_id,
+            context=self.context_length,
+            layout=layout,
             describe=lambda: self.info,
-        )  # fmt: skip
+        )
         layout.known.update(structure(body.new_cache(), takes))
         return body
 
@@ -206,9 +219,14 @@ class LanguageModel(TextModel):
     # ---- generation
 
     def process(
-        self, *, generation_config: GenerationConfig | str | None = None, block: int = 1, until: Sequence[str] = (),
-        base: str = "truncated", **settings: Any,
-    ) -> TextProcess:  # fmt: skip
+        self,
+        *,
+        generation_config: GenerationConfig | str | None = None,
+        block: int = 1,
+        until: Sequence[str] = (),
+        base: str = "truncated",
+        **settings: Any,
+    ) -> TextProcess:
         """The model as a `Process`, with decoding settings as for `generate`. A step draws `block` tokens, or fewer
         where a token holds one of the strings in `until`, such as sentence ends ".", "!", "?" and line breaks. `base`
         says what the weights of samplers refer to under truncation: "truncated" or "full" (see `TextProcess`).

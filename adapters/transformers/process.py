@@ -252,9 +252,14 @@ class TextProcess(Process):
         if self.until:
             finished |= length >= self.decoding.max_new_tokens
         state = replace(
-            state, filled=filled, length=length, finished=finished, over=None, unread=True,
+            state,
+            filled=filled,
+            length=length,
+            finished=finished,
+            over=None,
+            unread=True,
             drawn=state.drawn + alive.sum(),
-        )  # fmt: skip
+        )
         return self._spelled(state, alive) if self.until or self.decoding.stop else state
 
     # ---- laws
@@ -321,9 +326,12 @@ class TextProcess(Process):
             tracks.append(moved)
             calls += more
         return replace(
-            state, track=tracks[0], companions=tuple(tracks[1:]), unread=False,
+            state,
+            track=tracks[0],
+            companions=tuple(tracks[1:]),
+            unread=False,
             cost=state.cost + Cost(model_calls=calls),
-        )  # fmt: skip
+        )
 
     def context(self, state: TextState) -> TextContext:
         state = self.read(state)
@@ -367,10 +375,12 @@ class TextProcess(Process):
             waiting.append(not drew or any(end in word for end in self.until))
         device = state.finished.device
         return replace(
-            state, finished=torch.tensor(finished, device=device), over=all(finished),
+            state,
+            finished=torch.tensor(finished, device=device),
+            over=all(finished),
             waiting=torch.tensor(waiting, device=device) if self.until else None,
             resting=bool(self.until) and all(a or b for a, b in zip(finished, waiting, strict=True)),
-        )  # fmt: skip
+        )
 
     @torch.inference_mode()
     def gather(self, state: TextState, index: Tensor) -> TextState:

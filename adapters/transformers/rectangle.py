@@ -49,9 +49,17 @@ def left_padded(ids: Sequence[Sequence[int]], pad: int, device: torch.device) ->
 
 
 def _forward(
-    body: Body, tokens: Tensor, mask: Tensor, padded: bool, position: Tensor, cache: Cache,
-    program: dict[int, RowEdit], keep: int = 1, hidden: bool = False, attention: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    body: Body,
+    tokens: Tensor,
+    mask: Tensor,
+    padded: bool,
+    position: Tensor,
+    cache: Cache,
+    program: dict[int, RowEdit],
+    keep: int = 1,
+    hidden: bool = False,
+    attention: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     seen = attention if attention is not None else (mask if padded else None)
     position = position if position.dim() == 2 else position.unsqueeze(1)
     return body.forward(tokens, seen, position, cache, program, keep=keep, hidden=hidden)
@@ -89,9 +97,17 @@ def _last(hidden: Tensor | None) -> Tensor | None:
 
 
 def _read_again(
-    body: Body, tokens: Tensor, mask: Tensor, padded: bool, position: Tensor, cache: Cache, plan: HiddenProgram,
-    logits: Tensor, last: Tensor | None, hidden: bool,
-) -> tuple[Tensor, Tensor | None, Cache, Cost]:  # fmt: skip
+    body: Body,
+    tokens: Tensor,
+    mask: Tensor,
+    padded: bool,
+    position: Tensor,
+    cache: Cache,
+    plan: HiddenProgram,
+    logits: Tensor,
+    last: Tensor | None,
+    hidden: bool,
+) -> tuple[Tensor, Tensor | None, Cache, Cost]:
     """Now that the prompt has been read and its edits are known, redo what they change of it: nothing, the last
     position alone, or the whole prompt.
     """
@@ -166,16 +182,26 @@ def _advance_some(track: Track, tokens: Tensor, real: Tensor) -> tuple[Track, in
     seen = mask.clone()
     seen[:, -1] = 1
     logits, last = _forward(
-        track.body, tokens.unsqueeze(1), seen, True, track.position, track.cache, program,
+        track.body,
+        tokens.unsqueeze(1),
+        seen,
+        True,
+        track.position,
+        track.cache,
+        program,
         hidden=track.hidden is not None,
-    )  # fmt: skip
+    )
     hidden = _last(last)
     keep = real.unsqueeze(1)
     moved = replace(
-        track, mask=mask, padded=True, position=track.position + real, branch=None,
+        track,
+        mask=mask,
+        padded=True,
+        position=track.position + real,
+        branch=None,
         logits=torch.where(keep, logits[:, -1], track.logits),
         hidden=hidden if hidden is None or track.hidden is None else torch.where(keep, hidden, track.hidden),
-    )  # fmt: skip
+    )
     return moved, 1
 
 
@@ -188,13 +214,25 @@ def replay(track: Track, tokens: Tensor, real: Tensor) -> Track:
     whole = bool(real.all())
     program = track.plan.chunk(position.cpu()) if track.plan else {}
     logits, hidden = _forward(
-        track.body, tokens, mask, track.padded or not whole, position, track.cache, program, keep=1,
+        track.body,
+        tokens,
+        mask,
+        track.padded or not whole,
+        position,
+        track.cache,
+        program,
+        keep=1,
         hidden=track.hidden is not None,
-    )  # fmt: skip
+    )
     return replace(
-        track, mask=mask, padded=track.padded or not whole, position=track.position + real.sum(1),
-        logits=logits[:, -1], hidden=_last(hidden), branch=None,
-    )  # fmt: skip
+        track,
+        mask=mask,
+        padded=track.padded or not whole,
+        position=track.position + real.sum(1),
+        logits=logits[:, -1],
+        hidden=_last(hidden),
+        branch=None,
+    )
 
 
 def stack(tracks: Sequence[Track]) -> Track:
@@ -246,9 +284,17 @@ def look(track: Track, candidates: Tensor) -> Tensor:
     position = track.position.unsqueeze(1).expand(n, k)
     program = track.plan.decode(track.position) if track.plan else {}
     logits, hidden = _forward(
-        track.body, candidates, track.mask, True, position, track.cache, program, keep=0, hidden=True,
+        track.body,
+        candidates,
+        track.mask,
+        True,
+        position,
+        track.cache,
+        program,
+        keep=0,
+        hidden=True,
         attention=blocked,
-    )  # fmt: skip
+    )
     assert hidden is not None
     track.branch = (candidates, logits, hidden)
     return hidden

@@ -71,9 +71,14 @@ class TextState(Rows):
         rows = super().join(states)
         tracks = [tracking.stack(rows) for rows in zip(*(s.tracks for s in states), strict=True)]
         return replace(
-            rows, filled=max(s.filled for s in states), track=tracks[0], companions=tuple(tracks[1:]),
-            unread=any(s.unread for s in states), drawn=torch.stack([s.drawn for s in states]).sum(), over=None,
-        )  # fmt: skip
+            rows,
+            filled=max(s.filled for s in states),
+            track=tracks[0],
+            companions=tuple(tracks[1:]),
+            unread=any(s.unread for s in states),
+            drawn=torch.stack([s.drawn for s in states]).sum(),
+            over=None,
+        )
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,13 @@ def reread(state: TextState) -> TextState:
     cost = state.cost + Cost(prompt_tokens=read, model_calls=1, nfe=read * len(tracks))
     ids = None if state.ids is None else state.ids[group.to(prefix.device)]
     return replace(
-        state, filled=filled, prefix=prefix, real=real, track=tracks[0], companions=tuple(tracks[1:]), cost=cost,
-        ids=ids, unread=False,
-    )  # fmt: skip
+        state,
+        filled=filled,
+        prefix=prefix,
+        real=real,
+        track=tracks[0],
+        companions=tuple(tracks[1:]),
+        cost=cost,
+        ids=ids,
+        unread=False,
+    )

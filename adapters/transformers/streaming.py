@@ -33,8 +33,12 @@ class Follower:
     """Calls `emit` with every new `Piece`: `step` is what `engine.execute` calls, `finish` shows what was held back."""
 
     def __init__(self, model: TokenModel, plan: Plan, emit: Callable[[Piece], None]) -> None:
-        check(plan.sampler.keeps_all, "stream", type(plan.sampler).__name__,
-              "independent samples: others choose at the end")  # fmt: skip
+        check(
+            plan.sampler.keeps_all,
+            "stream",
+            type(plan.sampler).__name__,
+            "independent samples: others choose at the end",
+        )
         self._emit = emit
         stop: Sequence[str] = plan.process.decoding.stop  # type: ignore[attr-defined]
         self._grow = partial(GrowingText, lambda ids: model.decode(ids), stop)

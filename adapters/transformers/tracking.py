@@ -19,8 +19,21 @@ from steer.adapters.transformers.cache import nbytes as cache_bytes
 from steer.adapters.transformers.rectangle import Mounted, Track, left_padded
 from steer.core import Cost, UnsupportedError
 
-__all__ = ["AnyTrack", "Groups", "Track", "advance", "continuation_hidden", "continuation_logits", "fork",
-           "left_padded", "look", "nbytes", "replay", "stack", "start"]  # fmt: skip
+__all__ = [
+    "AnyTrack",
+    "Groups",
+    "Track",
+    "advance",
+    "continuation_hidden",
+    "continuation_logits",
+    "fork",
+    "left_padded",
+    "look",
+    "nbytes",
+    "replay",
+    "stack",
+    "start",
+]
 
 
 @dataclass

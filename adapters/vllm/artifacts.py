@@ -71,8 +71,12 @@ class PackedArtifact:
             gate = next((Gate(probe, layer) for layer, probe in gates.items()), None)
             made = replace(made, gate=gate, token_probes=probes)
         if isinstance(made, ValueGuidance):
-            check(self.card.recipe.get("head", "q") == "q", "value head", self.card.recipe.get("head"),
-                  "a Q-head: a scalar head looks ahead, which vLLM cannot")  # fmt: skip
+            check(
+                self.card.recipe.get("head", "q") == "q",
+                "value head",
+                self.card.recipe.get("head"),
+                "a Q-head: a scalar head looks ahead, which vLLM cannot",
+            )
         return made
 
     def for_any_model(self) -> PackedArtifact:
@@ -116,17 +120,24 @@ def _vector(edit: SteeringVector) -> tuple[dict[str, Tensor], Card]:
     for name, probe in probes.items():
         tensors[f"{name}.weight"], tensors[f"{name}.bias"] = probe.weight, torch.tensor([float(probe.bias)])
     settings = {
-        "strength": float(edit.strength), "unit": edit.unit, "operator": edit.operator, "keep_norm": edit.keep_norm,
+        "strength": float(edit.strength),
+        "unit": edit.unit,
+        "operator": edit.operator,
+        "keep_norm": edit.keep_norm,
         "scope": scope_name(edit.scope),
-    }  # fmt: skip
+    }
     return tensors, Card("vector", dict(edit.model), sorted(edit.directions), settings, {"packed": True})
 
 
 def _controller(edit: Controller) -> tuple[dict[str, Tensor], Card]:
     tensors = {f"network.{name}": v for name, v in edit.network.state_dict().items()}
     tensors["directions"] = edit.directions
-    settings = {"strength": float(edit.strength), "unit": edit.unit, "threshold": edit.threshold,
-                "scope": scope_name(edit.scope)}  # fmt: skip
+    settings = {
+        "strength": float(edit.strength),
+        "unit": edit.unit,
+        "threshold": edit.threshold,
+        "scope": scope_name(edit.scope),
+    }
     layers = list(range(len(edit.directions)))
     return tensors, Card("controller", dict(edit.model), layers, settings, {"inputs": list(edit.inputs)})
 

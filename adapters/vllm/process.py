@@ -225,9 +225,12 @@ class VLLMProcess(Process):
             b, mine = int(state.group[i]), state.tokens[i]
             tag = self._tag(state, i) if self._reads(asked[b]) else None
             inside = Inside(
-                tuple(asked[b]), prompt_length=len(state.ids[b]), weights=state.weights[i], tag=tag,
+                tuple(asked[b]),
+                prompt_length=len(state.ids[b]),
+                weights=state.weights[i],
+                tag=tag,
                 ends=len(state.ids[b]) + self.decoding.max_new_tokens,
-            )  # fmt: skip
+            )
             prompts.append(_tokens_prompt([*state.ids[b], *mine]))
             params.append(self._params(seeds[i], len(mine), inside))
         return self._client.draw(prompts, params, took)
@@ -256,14 +259,23 @@ class VLLMProcess(Process):
         d = self.decoding
         left = d.max_new_tokens - length
         return SamplingParams(
-            max_tokens=min(self.block, left), min_tokens=max(0, min(d.min_new_tokens - length, self.block)),
-            temperature=d.temperature, top_k=d.top_k, top_p=d.top_p, min_p=d.min_p,
-            repetition_penalty=d.repetition_penalty, stop=list(d.stop), include_stop_str_in_output=True,
-            ignore_eos=True, stop_token_ids=list(d.eos_token_id or ()), logprobs=0 if self.weighs else None,
+            max_tokens=min(self.block, left),
+            min_tokens=max(0, min(d.min_new_tokens - length, self.block)),
+            temperature=d.temperature,
+            top_k=d.top_k,
+            top_p=d.top_p,
+            min_p=d.min_p,
+            repetition_penalty=d.repetition_penalty,
+            stop=list(d.stop),
+            include_stop_str_in_output=True,
+            ignore_eos=True,
+            stop_token_ids=list(d.eos_token_id or ()),
+            logprobs=0 if self.weighs else None,
             seed=None if d.greedy else seed,
-            detokenize=bool(d.stop), output_kind=RequestOutputKind.FINAL_ONLY,
+            detokenize=bool(d.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args={"steer": inside} if inside.edits else None,
-        )  # fmt: skip
+        )
 
     def _ended(self, tokens: list[int], reason: str | None) -> bool:
         if len(tokens) >= self.decoding.max_new_tokens or reason == "stop":
@@ -300,10 +312,14 @@ class VLLMProcess(Process):
     def unpack(self, prompts: Sequence[Prompt], step: int, packed: dict[str, Tensor]) -> VLLMState:
         decided = [json.loads(text) for text in unpack_texts(packed["decided"], packed["decided_length"])]
         return VLLMState.unpack(
-            packed, step, prompts, ids=self.encode(prompts), run=uuid4().hex,
+            packed,
+            step,
+            prompts,
+            ids=self.encode(prompts),
+            run=uuid4().hex,
             tokens=unpack_tokens(packed["tokens"], packed["length"]),
             weights=[tuple(None if w is None else tuple(w) for w in row) for row in decided],
-        )  # fmt: skip
+        )
 
     @property
     def kl_kind(self) -> str:

@@ -105,8 +105,12 @@ def check_processes(config: Any) -> None:
 def _tuned(given: Any) -> tuple[tuple[str, str], ...]:
     check(isinstance(given, dict), "additional_config steer.tuned", given, "a dictionary of folders by name")
     for name, folder in given.items():
-        check(isinstance(name, str) and NAME.fullmatch(name) is not None, "additional_config steer.tuned", name,
-              "names of letters, digits, dot, dash and underscore, at most 128 of them")  # fmt: skip
+        check(
+            isinstance(name, str) and NAME.fullmatch(name) is not None,
+            "additional_config steer.tuned",
+            name,
+            "names of letters, digits, dot, dash and underscore, at most 128 of them",
+        )
         check(isinstance(folder, str) and folder != "", f"additional_config steer.tuned.{name}", folder, "a folder")
     return tuple(given.items())
 
@@ -143,15 +147,17 @@ def need(
     check(not unread, "gate or controller", f"reads layers {unread}", "layers in additional_config steer.reads")
     if stages > settings.stages:
         raise InputError(
-            "operator", f"{stages} operators on one block besides additions",
+            "operator",
+            f"{stages} operators on one block besides additions",
             f"at most {settings.stages}, additional_config steer.stages",
-        )  # fmt: skip
+        )
     each = settings.slots // settings.requests
     if settings.graphs and rows > each:
         raise InputError(
-            "steer.edits", f"edits that act in {rows} combinations along one text",
+            "steer.edits",
+            f"edits that act in {rows} combinations along one text",
             f"at most {each}, or additional_config steer.slots of {rows * settings.requests} or more",
-        )  # fmt: skip
+        )
 
 
 _WHERE = "additional_config steer.server"

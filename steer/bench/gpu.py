@@ -207,8 +207,10 @@ def memory(card: Card) -> dict[str, Any]:
     weights, bench = torch.cuda.memory_allocated() - before, card.bench(model)
     particles = {"sampler": FKSteering(32), "reward": "length", "block": 8}
     jobs: dict[str, tuple[int, dict[str, Any]]] = {
-        "plain": (8, {"n": 4}), "steered": (8, {"n": 4, "edits": bench.vector()}), "particles": (1, particles)
-    }  # fmt: skip
+        "plain": (8, {"n": 4}),
+        "steered": (8, {"n": 4, "edits": bench.vector()}),
+        "particles": (1, particles),
+    }
     found = {"weights": weights / 2**20}
     for name, (count, how) in jobs.items():
         torch.cuda.reset_peak_memory_stats()
@@ -234,9 +236,14 @@ def vllm(card: Card) -> dict[str, Any]:
 
 
 SECTIONS: dict[str, Callable[[Card], dict[str, Any]]] = {
-    "machine": machine, "suite": suite, "parity": parity, "waits": waits, "costs": costs, "memory": memory,
+    "machine": machine,
+    "suite": suite,
+    "parity": parity,
+    "waits": waits,
+    "costs": costs,
+    "memory": memory,
     "vllm": vllm,
-}  # fmt: skip
+}
 """What is measured, in order."""
 
 
@@ -247,9 +254,14 @@ def _table(rows: Sequence[Figure]) -> dict[str, Any]:
 def _run(command: Sequence[str], seconds: float, **variables: str) -> str:
     """What a command says; it is stopped after so many seconds."""
     done = subprocess.run(
-        command, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        timeout=seconds, check=False,
-    )  # fmt: skip
+        command,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
     return done.stdout
 
 

@@ -77,9 +77,17 @@ def _library(bench: Bench, prompts: Sequence[Any], tokens: int | None = None, n:
     model, length = bench.model, tokens or bench.tokens
     ids, mask = left_padded([model.encode(p) for p in prompts], model.pad_token_id, model.device)
     return lambda: model.network.generate(
-        ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-        max_new_tokens=length, num_return_sequences=n, pad_token_id=model.pad_token_id,
-    )  # fmt: skip
+        ids,
+        attention_mask=mask,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=length,
+        num_return_sequences=n,
+        pad_token_id=model.pad_token_id,
+    )
 
 
 @contextlib.contextmanager
@@ -138,9 +146,14 @@ def _plan(depth: int) -> Any:
     from steer.core import ModelInfo
 
     info = ModelInfo(
-        name="stack", model_type="", fingerprint="", num_layers=depth, width=WIDTH,
-        residual_norms=lambda: torch.ones(depth), unembedding=lambda: torch.zeros(1, WIDTH),
-    )  # fmt: skip
+        name="stack",
+        model_type="",
+        fingerprint="",
+        num_layers=depth,
+        width=WIDTH,
+        residual_norms=lambda: torch.ones(depth),
+        unembedding=lambda: torch.zeros(1, WIDTH),
+    )
     vector = SteeringVector({layer: torch.randn(WIDTH) for layer in range(depth)}, 0.02)
     return HiddenProgram.compile([(vector, None)], info, [5], [None])
 
@@ -233,9 +246,14 @@ def best_of_n(bench: Bench, length: int = 512, n: int = 32, tokens: int = 16) ->
 
 def _best_of(bench: Bench, prompt: Any, n: int, tokens: int) -> Task:
     return lambda: bench.model.generate(
-        prompt, sampler="best-of-n", n=n, reward=lambda texts: [float(len(text)) for text in texts], seed=0,
-        max_new_tokens=tokens, eos_token_id=[],
-    )  # fmt: skip
+        prompt,
+        sampler="best-of-n",
+        n=n,
+        reward=lambda texts: [float(len(text)) for text in texts],
+        seed=0,
+        max_new_tokens=tokens,
+        eos_token_id=[],
+    )
 
 
 def value(bench: Bench) -> Iterator[Figure]:

@@ -47,9 +47,14 @@ def calls(bench: Bench) -> Iterator[Figure]:
 
     torch.manual_seed(0)
     network = diffusers.UNet2DModel(
-        sample_size=32, in_channels=3, out_channels=3, block_out_channels=(32, 64), layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
     pipeline = diffusers.DDPMPipeline(network, diffusers.DDPMScheduler())
     pipeline.set_progress_bar_config(disable=True)
     model = load(pipeline)

@@ -62,9 +62,13 @@ class VLLMBench(Bench):
         """Those of every engine; two share a card."""
         share = {} if self.device == "cpu" else {"gpu_memory_utilization": 0.3}
         return {
-            **share, "dtype": self.dtype, "enforce_eager": not self.compiled, "max_model_len": 1024, "block_size": 32,
+            **share,
+            "dtype": self.dtype,
+            "enforce_eager": not self.compiled,
+            "max_model_len": 1024,
+            "block_size": 32,
             "max_num_seqs": self.rows,
-        }  # fmt: skip
+        }
 
     def prompts(self, count: int) -> list[Any]:
         from steer import RawText
@@ -132,8 +136,13 @@ def against_transformers(bench: VLLMBench) -> Iterator[Figure]:
     yield Figure("transformers", "times faster than the transformers adapter, batch 32", ratios(slow, fast), at_least=3)
     prompt = long_prompt(bench)
     common: dict[str, Any] = {
-        "sampler": "best-of-n", "n": 32, "reward": "length", "seed": 0, "max_new_tokens": 32, "eos_token_id": []
-    }  # fmt: skip
+        "sampler": "best-of-n",
+        "n": 32,
+        "reward": "length",
+        "seed": 0,
+        "max_new_tokens": 32,
+        "eos_token_id": [],
+    }
 
     def best(model: Any) -> Any:
         if model is bench.engine:
@@ -191,9 +200,13 @@ def graphs(bench: VLLMBench) -> Iterator[Figure]:
 
 
 GROUPS = {
-    "steered": steered, "decided": decided, "transformers": against_transformers, "guided": guided, "peers": peers,
+    "steered": steered,
+    "decided": decided,
+    "transformers": against_transformers,
+    "guided": guided,
+    "peers": peers,
     "graphs": graphs,
-}  # fmt: skip
+}
 """What can be measured, by name."""
 
 
@@ -218,10 +231,13 @@ def peer_job(bench: VLLMBench, rows: int, vector: Any) -> dict[str, Any]:
 
     ((layer, direction),) = vector.directions.items()
     return {
-        "model": str(resolve(MODEL)), "engine": {**bench.settings, "logprobs_mode": "processed_logprobs"},
-        "prompts": [bench.engine.encode(prompt) for prompt in bench.prompts(rows)], "tokens": bench.tokens,
-        "layer": layer, "vector": (vector.strength * direction).tolist(),
-    }  # fmt: skip
+        "model": str(resolve(MODEL)),
+        "engine": {**bench.settings, "logprobs_mode": "processed_logprobs"},
+        "prompts": [bench.engine.encode(prompt) for prompt in bench.prompts(rows)],
+        "tokens": bench.tokens,
+        "layer": layer,
+        "vector": (vector.strength * direction).tolist(),
+    }
 
 
 def bench_controller() -> Any:
@@ -281,9 +297,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_LENS_DISABLE"] = "1"  # where it is installed, it would turn itself on in this process
     bench = VLLMBench(
-        repeats=chosen.repeats, tokens=chosen.tokens, compiled=chosen.compiled, dtype=chosen.dtype, peers=chosen.peers,
+        repeats=chosen.repeats,
+        tokens=chosen.tokens,
+        compiled=chosen.compiled,
+        dtype=chosen.dtype,
+        peers=chosen.peers,
         device="cuda" if torch.cuda.is_available() else "cpu",
-    )  # fmt: skip
+    )
     how = "compiled" if chosen.compiled else "eager"
     print(f"engine: vLLM, {how}, {chosen.dtype}, on {bench.device}, in this process", flush=True)
     rows = []

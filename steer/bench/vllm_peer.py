@@ -34,9 +34,12 @@ def working(job: dict[str, Any], folder: str | None) -> Iterator[Callable[[str],
     paths = [path for path in (folder, os.environ.get("PYTHONPATH")) if path]
     environment = os.environ | {"VLLM_PLUGINS": "activations", "VLLM_LENS_DISABLE": "0"}
     process = subprocess.Popen(
-        [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-P", __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
         env=environment | {"PYTHONPATH": os.pathsep.join(paths)},
-    )  # fmt: skip
+    )
     read, write = process.stdout, process.stdin
     assert read is not None and write is not None
 
@@ -79,11 +82,18 @@ class Peer:
         made = []
         for seed in range(len(self.prompts)):
             edit = SteeringVector(activations=vector, layer_indices=[self.job["layer"]])
-            made.append(SamplingParams(
-                max_tokens=self.job["tokens"], temperature=temperature, seed=seed if temperature else None,
-                ignore_eos=True, logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
-                extra_args={"apply_steering_vectors": [edit]} if steered else None,
-            ))  # fmt: skip
+            made.append(
+                SamplingParams(
+                    max_tokens=self.job["tokens"],
+                    temperature=temperature,
+                    seed=seed if temperature else None,
+                    ignore_eos=True,
+                    logprobs=0,
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                    extra_args={"apply_steering_vectors": [edit]} if steered else None,
+                )
+            )
         return made
 
     def answer(self, line: str) -> Any:

@@ -20,9 +20,13 @@ __all__ = ["app"]
 
 _HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
-    name="steer", help="Steer and align open-weight models at inference time.", no_args_is_help=True,
-    pretty_exceptions_enable=False, rich_markup_mode="rich", context_settings=_HELP,
-)  # fmt: skip
+    name="steer",
+    help="Steer and align open-weight models at inference time.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings=_HELP,
+)
 models = typer.Typer(help="Models that come with steer.", no_args_is_help=True)
 train = typer.Typer(help="Train a vector, a controller, a value head or a policy.", no_args_is_help=True)
 app.add_typer(models, name="models")
@@ -86,9 +90,11 @@ def _command(name: str) -> Callable[..., None]:
 
 
 _DRY = inspect.Parameter(
-    "dry_run", inspect.Parameter.KEYWORD_ONLY, default=False,
+    "dry_run",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
     annotation=Annotated[bool, typer.Option("--dry-run", help="Check everything, then stop.", rich_help_panel="Run")],
-)  # fmt: skip
+)
 
 
 def _panels(options: type) -> dict[str, str]:

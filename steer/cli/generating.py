@@ -170,10 +170,17 @@ def _texts(options: GenerateOptions, coming: Coming) -> Run:
 
             mounted.append(SystemPrompt(options.system))
         plan = prepare(
-            model.process(**settings), [RawText(p) for p in prompts] if options.raw else prompts,
-            edits=[mounted] * len(prompts), sampler=asked.sampler, reward=asked.reward, beta=options.beta,
-            seed=asked.seed, max_rows=options.max_rows, model=model, progress=session.progress and not options.stream,
-        )  # fmt: skip
+            model.process(**settings),
+            [RawText(p) for p in prompts] if options.raw else prompts,
+            edits=[mounted] * len(prompts),
+            sampler=asked.sampler,
+            reward=asked.reward,
+            beta=options.beta,
+            seed=asked.seed,
+            max_rows=options.max_rows,
+            model=model,
+            progress=session.progress and not options.stream,
+        )
         samples = _streamed(model, plan, session) if options.stream else execute(plan)
         showing.show_samples(samples, options, asked.seed, session, streamed=options.stream)
 
@@ -226,8 +233,10 @@ def _images(options: GenerateOptions, coming: Coming) -> Run:
     check(options.eta > 0 or not forking, "eta", options.eta, way_out)
     check(
         options.gradient is None or asked.reward is not None,
-        "gradient", options.gradient, "unset, or with a --reward to climb",
-    )  # fmt: skip
+        "gradient",
+        options.gradient,
+        "unset, or with a --reward to climb",
+    )
     pictures = showing.Pictures.of(options, len(prompts))
 
     def run(session: Session) -> None:
@@ -244,10 +253,17 @@ def _images(options: GenerateOptions, coming: Coming) -> Run:
             assert asked.reward is not None
             edits.append(GradientGuidance(asked.reward.bind(model), strength=options.gradient))
         plan = prepare(
-            model.process(**settings), prompts, edits=[edits] * len(prompts), sampler=asked.sampler,
-            reward=asked.reward, beta=options.beta, seed=asked.seed, max_rows=options.max_rows, model=model,
+            model.process(**settings),
+            prompts,
+            edits=[edits] * len(prompts),
+            sampler=asked.sampler,
+            reward=asked.reward,
+            beta=options.beta,
+            seed=asked.seed,
+            max_rows=options.max_rows,
+            model=model,
             progress=session.progress,
-        )  # fmt: skip
+        )
         samples = execute(plan, pictures.watch(plan))
         showing.show_samples(samples, options, asked.seed, session, pictures)
 

@@ -59,10 +59,20 @@ def evaluation(options: EvalOptions, coming: Coming = frozenset()) -> Run:
     def run(session: Session) -> None:
         model = session.load(options)
         report: Report = evaluate(
-            model, prompts, make(model), strengths=strengths, reward=reward, seed=options.seed, n=options.n,
-            max_new_tokens=options.max_new_tokens, temperature=options.temperature, beta=options.beta,
-            system=options.system, control=options.control, progress=session.progress,
-        )  # fmt: skip
+            model,
+            prompts,
+            make(model),
+            strengths=strengths,
+            reward=reward,
+            seed=options.seed,
+            n=options.n,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            beta=options.beta,
+            system=options.system,
+            control=options.control,
+            progress=session.progress,
+        )
         report = replace(report, artifact=Path(options.edit).name)
         report.write(options.out)
         draw_report(report, options.out / "report.png")
@@ -94,10 +104,20 @@ def compare(options: CompareOptions, coming: Coming = frozenset()) -> Run:
 
     def run(session: Session) -> None:
         found = measure(
-            session.load(options), tasks, options.out, prompt=options.prompt, methods=options.method or None,
-            outputs=options.outputs, particles=options.particles, steps=options.steps, seeds=options.seeds,
-            pool=options.pool, budgets=budgets, curves=options.curve or None, progress=session.progress,
-        )  # fmt: skip
+            session.load(options),
+            tasks,
+            options.out,
+            prompt=options.prompt,
+            methods=options.method or None,
+            outputs=options.outputs,
+            particles=options.particles,
+            steps=options.steps,
+            seeds=options.seeds,
+            pool=options.pool,
+            budgets=budgets,
+            curves=options.curve or None,
+            progress=session.progress,
+        )
         draw_curves(found, options.out / "curves.png")
         session.say(f"{found.tables()}\nwrote {options.out}")
 
@@ -130,10 +150,20 @@ def race(options: RaceOptions, coming: Coming = frozenset()) -> Run:
         process = _process(model, options, images, block=options.block)
         about = {"model": options.model, "edits": [Path(text).name for text in options.edit]}
         found = measure(
-            process, prompts, reward.bind(model), budgets, options.out, methods=options.method,
-            edits=[make(model) for make in edits], beta=options.beta, seeds=options.seeds, reach=options.reach,
-            options=settings, about=about, progress=session.progress,
-        )  # fmt: skip
+            process,
+            prompts,
+            reward.bind(model),
+            budgets,
+            options.out,
+            methods=options.method,
+            edits=[make(model) for make in edits],
+            beta=options.beta,
+            seeds=options.seeds,
+            reach=options.reach,
+            options=settings,
+            about=about,
+            progress=session.progress,
+        )
         draw_race(found, options.out / "race.png")
         session.say(f"{found.table()}\nwrote {options.out / 'race.json'} and {options.out / 'race.png'}")
 
@@ -188,11 +218,18 @@ def guide(options: GuideOptions, coming: Coming = frozenset()) -> Run:
             draw_guide(found, options.out / "guide.png")
 
         found = sweep(
-            _process(model, options, images), _process(tuned, options, images), prompts, reward.bind(model), ws=ws,
-            outputs=options.outputs, particles=options.particles, seeds=options.seeds, progress=session.progress,
+            _process(model, options, images),
+            _process(tuned, options, images),
+            prompts,
+            reward.bind(model),
+            ws=ws,
+            outputs=options.outputs,
+            particles=options.particles,
+            seeds=options.seeds,
+            progress=session.progress,
             about={"model": options.model, "tuned": options.tuned.name, "reward": options.reward},
             on_point=keep,
-        )  # fmt: skip
+        )
         session.say(f"{found.table()}\nwrote {options.out / 'guide.json'} and {options.out / 'guide.png'}")
 
     return run

@@ -380,9 +380,12 @@ COMMANDS: dict[str, type[Options]] = {
 """Commands that a recipe can hold."""
 
 PANELS = {
-    "ModelOptions": "Model", "SampleOptions": "Prompts and sampling", "TextOptions": "Language models",
-    "ImageOptions": "Diffusion models", "TrainOptions": "Training",
-}  # fmt: skip
+    "ModelOptions": "Model",
+    "SampleOptions": "Prompts and sampling",
+    "TextOptions": "Language models",
+    "ImageOptions": "Diffusion models",
+    "TrainOptions": "Training",
+}
 """Titles in the help, by the class that declares an option."""
 
 EXAMPLES: dict[str, tuple[str, ...]] = {

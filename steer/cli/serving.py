@@ -72,11 +72,16 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
 
         sockets = listen(options.host, options.port)
         app = create_app(
-            _engine(options, session), artifacts=options.artifacts, files=() if default is None else default.files,
-            keys=keys, local=is_loopback(options.host), origins=options.allow_origin, limits=_limits(options),
+            _engine(options, session),
+            artifacts=options.artifacts,
+            files=() if default is None else default.files,
+            keys=keys,
+            local=is_loopback(options.host),
+            origins=options.allow_origin,
+            limits=_limits(options),
             rewards=rewards,
             default=None if default is None else default.request,
-        )  # fmt: skip
+        )
         for name, why in {**app.state.server.store.refused, **rewards.refused}.items():
             print(f"steer: not registered: {name}: {why}", file=sys.stderr)
         serve_until_told(app, sockets, options.drain)
@@ -91,9 +96,11 @@ def _keys(options: ServeOptions) -> tuple[str, ...]:
         check(bool(keys), "api_key_env", options.api_key_env, "an environment variable that holds a key")
         return keys
     check(
-        is_loopback(options.host) or options.no_key, "host", options.host,
+        is_loopback(options.host) or options.no_key,
+        "host",
+        options.host,
         "127.0.0.1, or --api-key-env NAME beside it; --no-key lets everybody in who can reach it",
-    )  # fmt: skip
+    )
     return ()
 
 
@@ -116,15 +123,23 @@ def _engine(options: ServeOptions, session: Session) -> Engine:
         from steer.adapters.vllm.server.own_engine import serving_engine
 
         return serving_engine(
-            options.model, name=_served_name(options), dtype=options.dtype, max_rows=options.max_rows,
-            searches=options.searches, settings=_engine_settings(options),
-        )  # fmt: skip
+            options.model,
+            name=_served_name(options),
+            dtype=options.dtype,
+            max_rows=options.max_rows,
+            searches=options.searches,
+            settings=_engine_settings(options),
+        )
     from steer.adapters.transformers.serving.engine import TransformersEngine
 
     return TransformersEngine(
-        session.load(options), name=_served_name(options), max_rows=options.max_rows, cache_tokens=options.cache_tokens,
-        searches=options.searches, search_share=options.search_share,
-    )  # fmt: skip
+        session.load(options),
+        name=_served_name(options),
+        max_rows=options.max_rows,
+        cache_tokens=options.cache_tokens,
+        searches=options.searches,
+        search_share=options.search_share,
+    )
 
 
 def _engine_settings(options: ServeOptions) -> dict[str, Any]:
@@ -169,10 +184,14 @@ def _from_recipe(source: str) -> _Default:
         candidates = settings.pop(kind.population, candidates)
     request = SteerRequest.parse(
         {
-            "edits": [edit for edit, _ in edits], "sampler": job.sampler, "settings": settings,
-            "candidates": None if job.sampler == "ancestral" else candidates, "reward": job.reward, "beta": job.beta,
+            "edits": [edit for edit, _ in edits],
+            "sampler": job.sampler,
+            "settings": settings,
+            "candidates": None if job.sampler == "ancestral" else candidates,
+            "reward": job.reward,
+            "beta": job.beta,
         }
-    )  # fmt: skip
+    )
     return _Default(job.model, request, tuple(path for _, path in edits))
 
 

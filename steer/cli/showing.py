@@ -207,9 +207,12 @@ class Pictures:
             return False
         columns = [*moves, trace[-1]]
         draw_lineage(
-            path, [entry.ancestors for entry in moves], [entry.outputs for entry in columns],
-            [entry.value for entry in columns], [entry.step for entry in columns],
-        )  # fmt: skip
+            path,
+            [entry.ancestors for entry in moves],
+            [entry.outputs for entry in columns],
+            [entry.value for entry in columns],
+            [entry.step for entry in columns],
+        )
         return True
 
     def _draw_tree(self, path: Path, samples: Samples) -> bool:

@@ -126,9 +126,14 @@ def train_policy(options: TrainPolicyOptions, coming: Coming = frozenset()) -> R
 
     def run(session: Session) -> None:
         folder = train(
-            session.load(options), data, settings, out=options.out, reward=reward, work=_work(options.out),
+            session.load(options),
+            data,
+            settings,
+            out=options.out,
+            reward=reward,
+            work=_work(options.out),
             progress=session.progress,
-        )  # fmt: skip
+        )
         _finish(folder, session, options.keep_work)
 
     return run

@@ -138,5 +138,10 @@ def _path(name: str, value: Any) -> Path:
 
 
 _READERS: dict[Any, Callable[[str, Any], Any]] = {
-    str: _text, int: _whole, float: _number, bool: _flag, Path: _path, Any: lambda name, value: value,
-}  # fmt: skip
+    str: _text,
+    int: _whole,
+    float: _number,
+    bool: _flag,
+    Path: _path,
+    Any: lambda name, value: value,
+}

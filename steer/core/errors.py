@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["InputError", "RewardError", "SteerError", "UnsupportedError", "check", "check_unicode", "check_whole",
-           "first_line"]  # fmt: skip
+__all__ = [
+    "InputError",
+    "RewardError",
+    "SteerError",
+    "UnsupportedError",
+    "check",
+    "check_unicode",
+    "check_whole",
+    "first_line",
+]
 
 
 class SteerError(Exception):

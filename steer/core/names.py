@@ -11,9 +11,14 @@ from steer.core.errors import check
 __all__ = ["check_known", "check_meant", "meant", "our_names"]
 
 _SAME = {
-    "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "num_return_sequences": "n",
-    "num_images_per_prompt": "n", "num_inference_steps": "steps", "stop_strings": "stop", "stop_sequences": "stop",
-}  # fmt: skip
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "num_return_sequences": "n",
+    "num_images_per_prompt": "n",
+    "num_inference_steps": "steps",
+    "stop_strings": "stop",
+    "stop_sequences": "stop",
+}
 """Of transformers, OpenAI, vLLM and diffusers; a value means the same under both names."""
 _OTHERWISE = {
     "generator": "seed, a whole number",

@@ -134,10 +134,13 @@ class Samples:
 
     def _row(self, i: int, kl: Tensor | None, weights: Tensor) -> Sample:
         return Sample(
-            prompt=self.prompts[int(self.group[i])], output=self.outputs[i], weight=float(weights[i]),
-            reward=None if self.reward is None else float(self.reward[i]), kl=None if kl is None else float(kl[i]),
+            prompt=self.prompts[int(self.group[i])],
+            output=self.outputs[i],
+            weight=float(weights[i]),
+            reward=None if self.reward is None else float(self.reward[i]),
+            kl=None if kl is None else float(kl[i]),
             tokens=None if self.tokens is None else self.tokens[i],
-        )  # fmt: skip
+        )
 
     @property
     def texts(self) -> list[str]:
@@ -328,11 +331,16 @@ class Samples:
             raise SteerError("to_pandas needs pandas: pip install pandas") from None
         images = isinstance(self.outputs, Tensor)
         columns: dict[str, Any] = {
-            "prompt": [s.prompt for s in self], "text": None if images else self.texts, "reward": self.reward,
-            "weight": self.weights, "kl": self.kl, "num_tokens": self.tokens and [len(t) for t in self.tokens],
-        }  # fmt: skip
-        return pandas.DataFrame({k: v.tolist() if isinstance(v, Tensor) else v for k, v in columns.items()
-                                 if v is not None})  # fmt: skip
+            "prompt": [s.prompt for s in self],
+            "text": None if images else self.texts,
+            "reward": self.reward,
+            "weight": self.weights,
+            "kl": self.kl,
+            "num_tokens": self.tokens and [len(t) for t in self.tokens],
+        }
+        return pandas.DataFrame(
+            {k: v.tolist() if isinstance(v, Tensor) else v for k, v in columns.items() if v is not None}
+        )
 
     def save(self, folder: Path | str) -> None:
         """Write `samples.json` (as `to_dict` has it) and, of images, one PNG for each row, `000.png` and on."""

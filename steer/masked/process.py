@@ -125,8 +125,12 @@ class MaskedProcess(Process):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             check(whole and value >= least, name, value, f"an integer of {least} or more")
-        check(_number(self.temperature) and 0 <= self.temperature < float("inf"), "temperature", self.temperature,
-              "a number of 0 (the likeliest token) or more")  # fmt: skip
+        check(
+            _number(self.temperature) and 0 <= self.temperature < float("inf"),
+            "temperature",
+            self.temperature,
+            "a number of 0 (the likeliest token) or more",
+        )
         check(_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "0 < top_p <= 1")
         check(self.order in ("random", "confidence"), "order", self.order, "random, confidence")
         check(self.shown in ("sample", "argmax"), "shown", self.shown, "sample, argmax")
@@ -167,8 +171,12 @@ class MaskedProcess(Process):
                 check(masked, "companion", type(companion).__name__, "a masked diffusion process")
                 assert isinstance(companion, MaskedProcess)
                 theirs = (companion.length, companion.network.vocabulary, companion.network.mask_id)
-                check(ours == theirs, "companion", "length {}, vocabulary {}, mask {}".format(*theirs),
-                      "length {}, vocabulary {}, mask {}".format(*ours))  # fmt: skip
+                check(
+                    ours == theirs,
+                    "companion",
+                    "length {}, vocabulary {}, mask {}".format(*theirs),
+                    "length {}, vocabulary {}, mask {}".format(*ours),
+                )
 
     def encode(self, prompts: Sequence[Prompt]) -> Any:
         """What the network needs to know of the prompts, after the prompt edits that each of them asked for."""
@@ -326,10 +334,16 @@ class MaskedProcess(Process):
             kl=diverged(self.order, state.gap, shown, left),
         )
         return replace(
-            after, tokens=tokens, step=state.step + 1, law=None, gap=None,
-            base=state.base if reusable else None, fresh=same if reusable else None,
-            noise=self._noise(len(state), generator), cost=state.cost + Cost(generated_tokens=len(i)),
-        )  # fmt: skip
+            after,
+            tokens=tokens,
+            step=state.step + 1,
+            law=None,
+            gap=None,
+            base=state.base if reusable else None,
+            fresh=same if reusable else None,
+            noise=self._noise(len(state), generator),
+            cost=state.cost + Cost(generated_tokens=len(i)),
+        )
 
     # ---- looking
 

@@ -285,9 +285,14 @@ def compare(
     setting = Setting(outputs, particles, steps)
     process = model.process(steps=steps, max_batch=256)
     settings = {
-        "model": model.name, "prompt": prompt, "outputs": outputs, "particles": particles, "steps": steps, "pool": pool,
+        "model": model.name,
+        "prompt": prompt,
+        "outputs": outputs,
+        "particles": particles,
+        "steps": steps,
+        "pool": pool,
         "tasks": [asdict(t) for t in tasks],
-    }  # fmt: skip
+    }
     found = Comparison.read(out / "results.json", settings)
     out.mkdir(parents=True, exist_ok=True)
     points = _pool(model, process, prompt, pool, 0, out / "pool.safetensors", progress)
@@ -342,17 +347,33 @@ def _line(
     features, labels = _judge(model, samples.outputs)
     assert samples.reward is not None
     return Line(
-        task.name, method, seed, samples.cost.nfe / len(samples), float(samples.reward.mean()),
-        frechet_distance(features, target), 1000 * mmd(features, target),
-        total_variation(labels, target, len(model.judge.classes)), unique_share(samples.outputs),
-        samples.cost.seconds, rollouts,
-    )  # fmt: skip
+        task.name,
+        method,
+        seed,
+        samples.cost.nfe / len(samples),
+        float(samples.reward.mean()),
+        frechet_distance(features, target),
+        1000 * mmd(features, target),
+        total_variation(labels, target, len(model.judge.classes)),
+        unique_share(samples.outputs),
+        samples.cost.seconds,
+        rollouts,
+    )
 
 
 def _curve(
-    model: Any, process: Process, prompt: str, task: Problem, reward: Reward, target: Target, seed: int, outputs: int,
-    budgets: list[int], found: Comparison, base: _Judged,
-) -> Iterator[Line]:  # fmt: skip
+    model: Any,
+    process: Process,
+    prompt: str,
+    task: Problem,
+    reward: Reward,
+    target: Target,
+    seed: int,
+    outputs: int,
+    budgets: list[int],
+    found: Comparison,
+    base: _Judged,
+) -> Iterator[Line]:
     """Distance against budget: one tree that grows, read by both estimators; populations of the same size."""
 
     def line(method: str, samples: Samples, size: int, seconds: float) -> Line:
@@ -386,8 +407,12 @@ def _curve(
         index = resample(scores[:size] / task.beta, generator, "ssp", outputs)
         zero = torch.zeros(outputs)
         drawn = Samples(
-            [prompt], base.outputs[index], zero.long(), zero, scores[index],
+            [prompt],
+            base.outputs[index],
+            zero.long(),
+            zero,
+            scores[index],
             cost=Cost(nfe=size * process.num_steps, model_calls=process.num_steps),
-        )  # fmt: skip
+        )
         if not found.has(task.name, "importance resampling", seed, size):
             yield line("importance resampling", drawn, size, 0.0)

@@ -160,10 +160,13 @@ def _point(method: str, given: Mapping[str, Any], samples: Any) -> Point:
     kl = samples.kl
     told = ", ".join(f"{k} {_brief(v)}" for k, v in given.items() if k != "sampler")
     return Point(
-        method=method, setting=told, rewards=samples.mean_reward().tolist(), kl_kind=samples.kl_kind or "unknown",
+        method=method,
+        setting=told,
+        rewards=samples.mean_reward().tolist(),
+        kl_kind=samples.kl_kind or "unknown",
         kls=None if kl is None else samples.mean(kl).tolist(),
         tokens=samples.cost.generated_tokens / len(samples.prompts),
-    )  # fmt: skip
+    )
 
 
 def _brief(value: Any) -> str:

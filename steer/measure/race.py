@@ -212,9 +212,14 @@ def race(
         check(bool(edits) or not known[name].guided, "methods", name, "methods without guidance, or an edit to guide")
     check(bool(budgets) and all(b > 0 for b in budgets), "budgets", budgets, "numbers above 0")
     settings = {
-        **(about or {}), "prompts": list(prompts), "beta": beta, "seeds": seeds, "steps": process.num_steps,
-        "options": options or {}, "reward": str(reward),
-    }  # fmt: skip
+        **(about or {}),
+        "prompts": list(prompts),
+        "beta": beta,
+        "seeds": seeds,
+        "steps": process.num_steps,
+        "options": options or {},
+        "reward": str(reward),
+    }
     out.mkdir(parents=True, exist_ok=True)
     found = Race.read(out / "race.json", settings)
     guided = process
@@ -232,8 +237,15 @@ def race(
             rewards: list[list[list[float]]] = [[] for _ in some]
             spent = 0.0
             for seed in range(seeds):
-                best, nfe = _heat(guided if entry.guided else process, prompts, samplers, reward,
-                                  beta / entry.sharpness, seed, at_once)  # fmt: skip
+                best, nfe = _heat(
+                    guided if entry.guided else process,
+                    prompts,
+                    samplers,
+                    reward,
+                    beta / entry.sharpness,
+                    seed,
+                    at_once,
+                )
                 for mine, of_seed in zip(rewards, best, strict=True):
                     mine.append(of_seed)
                 spent += nfe / len(prompts) / seeds

@@ -105,12 +105,20 @@ class Report:
         ]
         rows, broken = [head], {b.strength for b in self.breaks}
         for row in [*self.of("steered"), *(r for r in self.of("random") if r.kind == "random"), *self.of("system")]:
-            rows.append([
-                row.kind, "" if row.strength is None else f"{row.strength:+g}", f"{row.reward:.3f}",
-                f"{row.reward_low:.3f} .. {row.reward_high:.3f}", _cell(row.kl), _cell(row.kl_per_token),
-                f"{row.perplexity:.2f}", f"{row.distinct_2:.3f}", f"{row.tokens:.1f}",
-                "< breaks" if row.kind == "steered" and row.strength in broken else "",
-            ])  # fmt: skip
+            rows.append(
+                [
+                    row.kind,
+                    "" if row.strength is None else f"{row.strength:+g}",
+                    f"{row.reward:.3f}",
+                    f"{row.reward_low:.3f} .. {row.reward_high:.3f}",
+                    _cell(row.kl),
+                    _cell(row.kl_per_token),
+                    f"{row.perplexity:.2f}",
+                    f"{row.distinct_2:.3f}",
+                    f"{row.tokens:.1f}",
+                    "< breaks" if row.kind == "steered" and row.strength in broken else "",
+                ]
+            )
         title = f"{self.artifact} on {self.model}, reward {self.reward}"
         return f"{title}\n\n{aligned(rows)}\n\n{self.verdict}"
 
@@ -251,13 +259,21 @@ class _Sweep:
         low, high = _interval(_by_prompt(samples))
         texts, kl = samples.texts, None if kind == "unsteered" else samples.kl
         return ReportRow(
-            kind=kind, strength=strength, reward=float(samples.reward.mean()), reward_low=low, reward_high=high,
+            kind=kind,
+            strength=strength,
+            reward=float(samples.reward.mean()),
+            reward_low=low,
+            reward_high=high,
             kl=0.0 if kind == "unsteered" else None if kl is None else float(kl.mean()),
             kl_per_token=0.0 if kind == "unsteered" else None if kl is None else float(kl.sum() / tokens.sum()),
-            perplexity=perplexity, perplexity_ratio=perplexity / base.perplexity if base else 1.0,
-            distinct_1=distinct_n(texts, 1), distinct_2=distinct_n(texts, 2), distinct_3=distinct_n(texts, 3),
-            tokens=float(tokens.mean()), examples=_examples(samples),
-        )  # fmt: skip
+            perplexity=perplexity,
+            perplexity_ratio=perplexity / base.perplexity if base else 1.0,
+            distinct_1=distinct_n(texts, 1),
+            distinct_2=distinct_n(texts, 2),
+            distinct_3=distinct_n(texts, 3),
+            tokens=float(tokens.mean()),
+            examples=_examples(samples),
+        )
 
 
 def _by_prompt(samples: Samples) -> Tensor:

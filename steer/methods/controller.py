@@ -98,8 +98,12 @@ class Controller(HiddenEdit):
     def terms(self, model: ModelInfo) -> list[Term]:
         check_model(self.model, model, "controller")
         shape = tuple(self.directions.shape)
-        check(shape == (model.num_layers, model.width), "controller", f"directions of shape {shape}",
-              f"({model.num_layers}, {model.width}), that of {model.name}")  # fmt: skip
+        check(
+            shape == (model.num_layers, model.width),
+            "controller",
+            f"directions of shape {shape}",
+            f"({model.num_layers}, {model.width}), that of {model.name}",
+        )
         norms = model.residual_norms() if self.unit == "norm" else torch.ones(model.num_layers)
         return [
             Term(layer, Add(self.strength * float(norms[layer]) * self.directions[layer].float()))

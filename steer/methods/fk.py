@@ -173,9 +173,12 @@ class FKSteering(Sampler):
             run.step(state)
         samples = process.decode(state) if finished is None else finished
         pool = replace(
-            samples, log_weight=particles.among(prompts), reward=particles.value, trace=trace,
+            samples,
+            log_weight=particles.among(prompts),
+            reward=particles.value,
+            trace=trace,
             log_z=particles.evidence(prompts),
-        )  # fmt: skip
+        )
         pool = replace(pool, kl_estimate=_drift(pool, run.beta) if self.correct else None)
         return self._selected(pool, particles, run.generator)
 

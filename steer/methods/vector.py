@@ -26,9 +26,10 @@ def check_model(given: Mapping[str, Any], model: ModelInfo, what: str) -> None:
         theirs = given.get(name)
         if theirs not in (None, "", mine):
             raise InputError(
-                what, f"made for {given.get('name', 'another model')} ({name} {theirs})",
+                what,
+                f"made for {given.get('name', 'another model')} ({name} {theirs})",
                 f"an artifact of {model.name} ({name} {mine}); model=any skips the fingerprint",
-            )  # fmt: skip
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +110,12 @@ class SteeringVector(HiddenEdit):
                 layer,
                 f"0 to {model.num_layers - 1}, the blocks of {model.name}",
             )
-            check(len(direction) == model.width, f"direction of layer {layer}", f"width {len(direction)}",
-                  f"width {model.width}, that of {model.name}")  # fmt: skip
+            check(
+                len(direction) == model.width,
+                f"direction of layer {layer}",
+                f"width {len(direction)}",
+                f"width {model.width}, that of {model.name}",
+            )
         if self.strength == 0 and self.operator in ("add", "ablate", "rotate"):
             return []
         return [Term(layer, self._operator(layer, model)) for layer in sorted(self.directions)]

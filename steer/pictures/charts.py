@@ -53,8 +53,16 @@ def draw_report(report: Report, path: Path) -> None:
 
 def _panel(axis: Any, report: Report, title: str, unit: str, value: Callable[[ReportRow], float | None]) -> None:
     axis.set_title(title, pad=8)
-    axis.annotate(unit, (1, 1), xycoords="axes fraction", xytext=(0, 8), textcoords="offset points", ha="right",
-                  color=FAINT, fontsize=9)  # fmt: skip
+    axis.annotate(
+        unit,
+        (1, 1),
+        xycoords="axes fraction",
+        xytext=(0, 8),
+        textcoords="offset points",
+        ha="right",
+        color=FAINT,
+        fontsize=9,
+    )
     for kind in ("random", "steered"):
         rows = [row for row in report.of(kind) if value(row) is not None]
         x, y = [row.strength for row in rows], [value(row) for row in rows]
@@ -119,8 +127,14 @@ def _legend(figure: Any, axis: Any) -> None:
     entries = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     order = [label for label in (*reversed(_LABELS.values()), "texts break") if label in entries]
     order.sort(key=lambda label: label != _LABELS["steered"])
-    figure.legend([entries[label] for label in order], order, loc="lower center", ncols=len(order), handlelength=2.4,
-                  bbox_to_anchor=(0.525, 0.005))  # fmt: skip
+    figure.legend(
+        [entries[label] for label in order],
+        order,
+        loc="lower center",
+        ncols=len(order),
+        handlelength=2.4,
+        bbox_to_anchor=(0.525, 0.005),
+    )
 
 
 # ------------------------------------------------------------------------------------------- races, sweeps, comparisons
@@ -228,8 +242,17 @@ def _key(figure: Any, axis: Any) -> None:
     """What the lines are, in rows between the title and the panels."""
     handles, labels = axis.get_legend_handles_labels()
     room = figure.get_figwidth() * (1 - figure.subplotpars.left) / 1.4
-    figure.legend(handles, labels, loc="upper left", ncols=max(1, int(room)), fontsize=9, handlelength=1.8,
-                  columnspacing=1.4, borderpad=0, bbox_to_anchor=(figure.subplotpars.left, 0.93))  # fmt: skip
+    figure.legend(
+        handles,
+        labels,
+        loc="upper left",
+        ncols=max(1, int(room)),
+        fontsize=9,
+        handlelength=1.8,
+        columnspacing=1.4,
+        borderpad=0,
+        bbox_to_anchor=(figure.subplotpars.left, 0.93),
+    )
 
 
 @contextmanager

@@ -85,8 +85,17 @@ def name_columns(axis: Any, x: Sequence[float] | NDArray[Any], names: Sequence[s
             kept.append(i)
     for i in kept:
         prefix = f"{label} " if i == min(kept) and names[i].isdecimal() else ""
-        axis.annotate(prefix + names[i], (x[i], 0), xytext=(0, -8), textcoords="offset points", ha="center", va="top",
-                      color=FAINT, fontsize=9, annotation_clip=False)  # fmt: skip
+        axis.annotate(
+            prefix + names[i],
+            (x[i], 0),
+            xytext=(0, -8),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            color=FAINT,
+            fontsize=9,
+            annotation_clip=False,
+        )
 
 
 def draw_bar(figure: Any, axis: Any, paint: Paint, label: str) -> None:

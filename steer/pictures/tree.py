@@ -147,9 +147,16 @@ def _draw_nodes(
     sizes = _area(count[shown])
     order = np.argsort(-count[shown], kind="stable")
     at = np.asarray(shown)[order]
-    axis.scatter([plan.x_of[i] for i in at], [plan.y_of[i] for i in at], s=sizes[order], c=colours[at], zorder=4,
-                 clip_on=False, linewidths=[1.4 if i in best else 0.5 for i in at],
-                 edgecolors=[_BEST if i in best else "white" for i in at])  # fmt: skip
+    axis.scatter(
+        [plan.x_of[i] for i in at],
+        [plan.y_of[i] for i in at],
+        s=sizes[order],
+        c=colours[at],
+        zorder=4,
+        clip_on=False,
+        linewidths=[1.4 if i in best else 0.5 for i in at],
+        edgecolors=[_BEST if i in best else "white" for i in at],
+    )
 
 
 def _area(count: NDArray[Any]) -> NDArray[Any]:
@@ -170,8 +177,13 @@ def _draw_leaves(
     heights = spread([plan.y_of[i] for i in leaves], height + 0.08, plan.strip, plan.height)
     left = plan.width - width
     for i, y in zip(leaves, heights, strict=True):
-        axis.plot([plan.x_of[i] + 0.12, left - 0.06], [plan.y_of[i], y], color=_BEST if i in best else EXTINCT,
-                  linewidth=0.9, zorder=1)  # fmt: skip
+        axis.plot(
+            [plan.x_of[i] + 0.12, left - 0.06],
+            [plan.y_of[i], y],
+            color=_BEST if i in best else EXTINCT,
+            linewidth=0.9,
+            zorder=1,
+        )
         edge = _BEST if i in best else colours[i]
         draw_image(axis, images[i], left + width / 2, y, width, height, edge)
 

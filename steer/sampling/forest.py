@@ -150,9 +150,13 @@ class Forest:
 
     def _batch(self, size: int) -> None:
         draws = torch.rand(
-            len(self.trees), size, len(self.steps), dtype=torch.float64, generator=self.generator,
+            len(self.trees),
+            size,
+            len(self.steps),
+            dtype=torch.float64,
+            generator=self.generator,
             device=self.generator.device,
-        ).tolist()  # fmt: skip
+        ).tolist()
         waiting: dict[int, list[_Rollout]] = {}
         done: list[_Rollout] = []
         for t, tree in enumerate(self.trees):
@@ -391,9 +395,17 @@ class Forest:
     def _facts(self) -> tuple[Any, ...]:
         s = self.sampler
         return (
-            type(s).__name__, s.batch, s.widening, s.exponent, s.exploration, s.lookahead, s.trust, self.steps,
-            self.beta, len(self.prompts),
-        )  # fmt: skip
+            type(s).__name__,
+            s.batch,
+            s.widening,
+            s.exponent,
+            s.exploration,
+            s.lookahead,
+            s.trust,
+            self.steps,
+            self.beta,
+            len(self.prompts),
+        )
 
     def load(self, path: Path | str) -> Forest:
         """Take up the forest that was saved to `path` by a sampler with the same settings. Returns itself.

@@ -134,8 +134,13 @@ class Answer(ABC):
             self._held = None
 
     def _chunk(self, choice: dict[str, Any] | None, steer: dict[str, Any] | None = None) -> dict[str, Any]:
-        made: dict[str, Any] = {"id": self.id, "object": self.chunk_object, "created": self.created,
-                                "model": self.model, "choices": [] if choice is None else [choice]}  # fmt: skip
+        made: dict[str, Any] = {
+            "id": self.id,
+            "object": self.chunk_object,
+            "created": self.created,
+            "model": self.model,
+            "choices": [] if choice is None else [choice],
+        }
         if self.usage_wanted:
             made["usage"] = None
         if steer is not None:
@@ -162,11 +167,14 @@ class Chat(Answer):
     def whole(self) -> ChatAnswer:
         choices = [
             ChatChoice(
-                index=i, message=AssistantMessage(content="".join(c.text)), finish_reason=ended.reason,
-                logprobs=self._named(c.logprobs), steer=self.choice_steer(ended),
+                index=i,
+                message=AssistantMessage(content="".join(c.text)),
+                finish_reason=ended.reason,
+                logprobs=self._named(c.logprobs),
+                steer=self.choice_steer(ended),
             )
             for i, (c, ended) in enumerate(zip(self._choices, self.ended, strict=True))
-        ]  # fmt: skip
+        ]
         return ChatAnswer(
             id=self.id, created=self.created, model=self.model, choices=choices, usage=self.usage(), steer=self.steer()
         )
@@ -181,9 +189,10 @@ class Chat(Answer):
     def _piece(self, event: Delta) -> dict[str, Any]:
         named = self._named(event.logprobs)
         return {
-            **self._nothing(event.choice), "delta": {"content": event.text},
+            **self._nothing(event.choice),
+            "delta": {"content": event.text},
             "logprobs": None if named is None else named.model_dump(),
-        }  # fmt: skip
+        }
 
     def _named(self, tokens: Sequence[TokenLogprob]) -> ChatLogprobs | None:
         if self.task.sampling.logprobs is None:
@@ -205,11 +214,14 @@ class Completion(Answer):
     def whole(self) -> CompletionAnswer:
         choices = [
             CompletionChoice(
-                index=i, text="".join(c.text), finish_reason=ended.reason, logprobs=self._named(c, c.logprobs),
+                index=i,
+                text="".join(c.text),
+                finish_reason=ended.reason,
+                logprobs=self._named(c, c.logprobs),
                 steer=self.choice_steer(ended),
             )
             for i, (c, ended) in enumerate(zip(self._choices, self.ended, strict=True))
-        ]  # fmt: skip
+        ]
         return CompletionAnswer(
             id=self.id, created=self.created, model=self.model, choices=choices, usage=self.usage(), steer=self.steer()
         )
@@ -220,9 +232,10 @@ class Completion(Answer):
     def _piece(self, event: Delta) -> dict[str, Any]:
         named = self._named(self._choices[event.choice], event.logprobs)
         return {
-            **self._nothing(event.choice), "text": event.text,
+            **self._nothing(event.choice),
+            "text": event.text,
             "logprobs": None if named is None else named.model_dump(),
-        }  # fmt: skip
+        }
 
     def _named(self, choice: _Choice, tokens: Sequence[TokenLogprob]) -> CompletionLogprobs | None:
         if self.task.sampling.logprobs is None:

@@ -79,18 +79,35 @@ def create_app(
         reading.shutdown(wait=False, cancel_futures=True)
         engine.close()
 
-    app = FastAPI(title="steer", summary="OpenAI-compatible generation with steering.", lifespan=lifespan,
-                  docs_url=None, redoc_url=None, redirect_slashes=False)  # fmt: skip
+    app = FastAPI(
+        title="steer",
+        summary="OpenAI-compatible generation with steering.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.state.server = server
     errors.install(app)
     for routes in (completions.router, registry.router, *([models.router] if alone else []), models.own_router):
         app.include_router(routes(server))
-    app.add_middleware(Guard, keys=tuple(keys), local=local and not keys, body_bytes=limits.body_bytes,
-                       artifact_bytes=limits.artifact_bytes, origins=tuple(origins))  # fmt: skip
+    app.add_middleware(
+        Guard,
+        keys=tuple(keys),
+        local=local and not keys,
+        body_bytes=limits.body_bytes,
+        artifact_bytes=limits.artifact_bytes,
+        origins=tuple(origins),
+    )
     app.add_middleware(CountedRequests, metrics=metrics)
     if origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST", "DELETE"],
-                           allow_headers=["*"], expose_headers=["Retry-After"])  # fmt: skip
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
     _describe(app, server.names, bool(keys))
     return app
 

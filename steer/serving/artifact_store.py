@@ -274,9 +274,10 @@ class Store:
         while count > self.limit or total > self.limit_bytes:
             if not idle:
                 raise TooLargeError(
-                    "file", f"{count} artifacts of {total} bytes in all",
+                    "file",
+                    f"{count} artifacts of {total} bytes in all",
                     f"{self.limit} artifacts, {self.limit_bytes} bytes; those that are there are in use or fixed",
-                )  # fmt: skip
+                )
             leaving.append(idle.pop(0))
             count, total = count - 1, total - leaving[-1].size
         for entry in leaving:

@@ -37,13 +37,19 @@ class Metrics:
         self.reward_calls = counter("steer_reward_calls", "Texts that were scored.")
         self.left = counter("steer_clients_left", "Requests whose client went away.")
         self.seconds = Histogram(
-            "steer_request_seconds", "From a request's arrival to its end.", ["kind"], buckets=_SECONDS,
+            "steer_request_seconds",
+            "From a request's arrival to its end.",
+            ["kind"],
+            buckets=_SECONDS,
             registry=self._registry,
-        )  # fmt: skip
+        )
         self.first_token = Histogram(
-            "steer_first_text_seconds", "From a request's arrival to its first text.", ["kind"], buckets=_SECONDS,
+            "steer_first_text_seconds",
+            "From a request's arrival to its first text.",
+            ["kind"],
+            buckets=_SECONDS,
             registry=self._registry,
-        )  # fmt: skip
+        )
 
     def text(self) -> bytes:
         """Everything in Prometheus's text format."""

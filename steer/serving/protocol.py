@@ -135,8 +135,11 @@ class _Common(_FromClients):
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[Count, Field(ge=0, lt=2**31)] | None = Field(default=None, description="Not OpenAI's; 0 is off.")
     min_p: Annotated[Number, Field(ge=0, lt=1)] | None = Field(default=None, description="Not OpenAI's; 0 is off.")
-    stop: Annotated[Text, Field(min_length=1)] | Annotated[list[Annotated[Text, Field(min_length=1)]],
-        Field(max_length=4)] | None = None  # fmt: skip
+    stop: (
+        Annotated[Text, Field(min_length=1)]
+        | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=4)]
+        | None
+    ) = None
     seed: Annotated[Count, Field(ge=-(2**63), lt=2**64)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
@@ -173,8 +176,12 @@ class ChatRequest(_Common):
 class CompletionRequest(_Common):
     """A request for `/v1/completions`."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Count], Field(min_length=1)] | Annotated[
-        list[Annotated[list[Count], Field(min_length=1)]], Field(min_length=1)]  # fmt: skip
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1)]
+        | Annotated[list[Count], Field(min_length=1)]
+        | Annotated[list[Annotated[list[Count], Field(min_length=1)]], Field(min_length=1)]
+    )
     logprobs: Annotated[Count, Field(ge=0, le=5)] | None = None
     echo: Literal[False] | None = None
     suffix: None = Field(default=None, description="Not supported.")

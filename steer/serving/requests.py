@@ -161,9 +161,10 @@ def _sized(task: Task, ids: Sequence[Sequence[int]], words: Words) -> Sampling:
         return replace(sampling, max_tokens=min(sampling.max_tokens, limit - longest))
     if longest + sampling.max_tokens > limit:
         raise InputError(
-            name, f"{longest} tokens and max_tokens={sampling.max_tokens}",
+            name,
+            f"{longest} tokens and max_tokens={sampling.max_tokens}",
             f"at most {limit} tokens in all, the model's context",
-        )  # fmt: skip
+        )
     return sampling
 
 
@@ -187,9 +188,10 @@ def check_rows(request: Request, max_rows: int, cache_tokens: int | None = None)
         raise TooLargeError("n", f"{rows} choices", f"at most {max_rows} rows that decode together")
     if cache_tokens is not None and rows * request.columns > cache_tokens:
         raise TooLargeError(
-            "max_tokens", f"{rows} choices of up to {request.columns} tokens with their prompt",
+            "max_tokens",
+            f"{rows} choices of up to {request.columns} tokens with their prompt",
             f"at most {cache_tokens} tokens in all, the room of the cache",
-        )  # fmt: skip
+        )
 
 
 def check_search(request: Request, max_rows: int, cache_tokens: int | None = None) -> None:
@@ -290,10 +292,12 @@ def scored(
 ) -> list[float]:
     """Rewards of finished choices, in order."""
     samples = Samples(
-        prompts=[words.show(p) for p in request.prompts], outputs=list(texts), tokens=[list(row) for row in tokens],
+        prompts=[words.show(p) for p in request.prompts],
+        outputs=list(texts),
+        tokens=[list(row) for row in tokens],
         group=torch.arange(len(texts)) // request.task.n,
         log_weight=torch.zeros(len(texts), dtype=torch.float64),
-    )  # fmt: skip
+    )
     return [float(x) for x in reward(samples)]
 
 

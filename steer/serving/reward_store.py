@@ -123,8 +123,12 @@ class Rewards:
         check(self.folder is not None, "name", name, "nothing: the server was started without --artifacts")
         check((reward is None) != (folder is None), "reward", reward, "one of reward and folder")
         check(label is None or folder is not None, "label", label, "unset without folder")
-        check(name.isidentifier() and name.isascii() and len(name) <= 64, "name", name,
-              "letters, digits and _, a letter first, at most 64 of them")  # fmt: skip
+        check(
+            name.isidentifier() and name.isascii() and len(name) <= 64,
+            "name",
+            name,
+            "letters, digits and _, a letter first, at most 64 of them",
+        )
         check(name not in shipped(), "name", name, "a name that no shipped reward has")
         made = self._made(name, reward, folder, label)
         with self._lock:
@@ -159,8 +163,12 @@ class Rewards:
         assert self.folder is not None
         path = self.folder / folder
         plain = NAME.fullmatch(folder) is not None and path.is_dir() and not path.is_symlink()
-        check(plain and (path / "config.json").is_file() and any(path.glob("*.safetensors")), "folder", folder,
-              "the name of a folder among the artifacts, with config.json and safetensors")  # fmt: skip
+        check(
+            plain and (path / "config.json").is_file() and any(path.glob("*.safetensors")),
+            "folder",
+            folder,
+            "the name of a folder among the artifacts, with config.json and safetensors",
+        )
         text = f'"{path}"' if label is None else f'"{path}":"{label}"'
         try:
             return parse_reward(text)

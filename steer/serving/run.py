@@ -105,9 +105,14 @@ def run(app: FastAPI, sockets: list[socket.socket], patience: float) -> None:
     # Its one warning here is that a client left while something was being sent, which is theirs to do.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, lifespan="on", timeout_graceful_shutdown=5,
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=65_536,
-    )  # fmt: skip
+    )
     _Draining(config, app, patience).run(sockets)
 
 

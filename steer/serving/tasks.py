@@ -42,9 +42,11 @@ class Tasks:
     def chat(self, request: ChatRequest) -> Task:
         """Raises `InputError` that names the field, and `TooLargeError`."""
         check(
-            request.top_logprobs is None or bool(request.logprobs), "top_logprobs", request.top_logprobs,
+            request.top_logprobs is None or bool(request.logprobs),
+            "top_logprobs",
+            request.top_logprobs,
             "unset, or with logprobs=true",
-        )  # fmt: skip
+        )
         messages: Prompt = [message.plain() for message in request.messages]
         wanted = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
@@ -59,9 +61,11 @@ class Tasks:
         self, request: Any, prompts: tuple[Prompt | TokenPrompt, ...], wanted: int | None, logprobs: int | None
     ) -> Task:
         check(
-            request.stream_options is None or bool(request.stream), "stream_options", "an object",
+            request.stream_options is None or bool(request.stream),
+            "stream_options",
+            "an object",
             "unset, or with stream=true",
-        )  # fmt: skip
+        )
         n, limits = request.n or 1, self.limits
         if len(prompts) * n > limits.choices:
             raise TooLargeError("n", f"{len(prompts) * n} choices in all", f"at most {limits.choices}")
@@ -69,14 +73,19 @@ class Tasks:
         if wanted is not None and wanted > limits.tokens:
             raise TooLargeError(field, wanted, f"at most {limits.tokens}")
         sampling = Sampling(
-            max_tokens=limits.tokens if wanted is None else wanted, trim=wanted is None,
-            temperature=_given(request.temperature, 1.0), top_p=_given(request.top_p, 1.0),
-            top_k=request.top_k or 0, min_p=_given(request.min_p, 0.0),
+            max_tokens=limits.tokens if wanted is None else wanted,
+            trim=wanted is None,
+            temperature=_given(request.temperature, 1.0),
+            top_p=_given(request.top_p, 1.0),
+            top_k=request.top_k or 0,
+            min_p=_given(request.min_p, 0.0),
             stop=(request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ()),
-            seed=request.seed, frequency_penalty=_given(request.frequency_penalty, 0.0),
-            presence_penalty=_given(request.presence_penalty, 0.0), logit_bias=_bias(request.logit_bias),
+            seed=request.seed,
+            frequency_penalty=_given(request.frequency_penalty, 0.0),
+            presence_penalty=_given(request.presence_penalty, 0.0),
+            logit_bias=_bias(request.logit_bias),
             logprobs=logprobs,
-        )  # fmt: skip
+        )
         asked = request.steer or self.default
         steering = None if asked is None else self._steering(asked, sampling, len(prompts), n)
         total = len(prompts) * n * sampling.max_tokens

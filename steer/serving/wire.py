@@ -39,9 +39,12 @@ Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
 Beta = Annotated[float, Field(ge=1e-6, le=1e6)]
 Count = Annotated[int, Field(ge=1, le=_MOST)]
 Scalar = (
-    bool | Annotated[int, Field(ge=-_MOST, le=_MOST)] | Annotated[float, Field(ge=-1e9, le=1e9)] | None
+    bool
+    | Annotated[int, Field(ge=-_MOST, le=_MOST)]
+    | Annotated[float, Field(ge=-1e9, le=1e9)]
+    | None
     | Annotated[str, Field(max_length=256), AfterValidator(encodable)]
-)  # fmt: skip
+)
 
 
 def is_loopback(host: str) -> bool:

@@ -146,10 +146,16 @@ def train_controller(
     before = _mean_weights(network, states[label > 0])
     rows, recipe = data_hash([*positive, *negative]), chosen.recipe(reads)
     history = fit(
-        network, lesson.batches, _paper_loss(states, label) if chosen.paper else lesson.loss, epochs=chosen.epochs,
-        learning_rate=chosen.learning_rate, run={**recipe, "data": rows}, work=work, progress=progress,
+        network,
+        lesson.batches,
+        _paper_loss(states, label) if chosen.paper else lesson.loss,
+        epochs=chosen.epochs,
+        learning_rate=chosen.learning_rate,
+        run={**recipe, "data": rows},
+        work=work,
+        progress=progress,
         what="training the controller",
-    )  # fmt: skip
+    )
     network.eval()
     paper = {"unit": "raw", "threshold": 0.0, "scope": "generated"}
     ours = {"unit": "norm", "threshold": 0.5, "scope": "reply"}

@@ -128,10 +128,12 @@ def train_value(
         recipe=recipe,
         data={"sha256": run["data"], "rows": len(prompts), "rollouts": len(data)},
         metrics={
-            "reward_mean": data.mean, "reward_std": data.spread, "loss": [round(x, 5) for x in history],
+            "reward_mean": data.mean,
+            "reward_std": data.spread,
+            "loss": [round(x, 5) for x in history],
             "explained": data.explained(network, torch.arange(_learnt(data, chosen), len(data))),
         },
-    )  # fmt: skip
+    )
     return Artifact(_in_plain_units(network, data), card)
 
 
@@ -157,10 +159,16 @@ def _fit(
         return 0.5 * ((values - returns).square() * real).sum() / real.sum()
 
     history = fit(
-        network, list(order.split(settings.batch_size)), loss, epochs=settings.epochs,
-        learning_rate=settings.learning_rate, run=run, work=work, progress=progress,
+        network,
+        list(order.split(settings.batch_size)),
+        loss,
+        epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        run=run,
+        work=work,
+        progress=progress,
         what="fitting values",
-    )  # fmt: skip
+    )
     return network.eval(), history
 
 
@@ -294,10 +302,14 @@ def _roll(
     model: Any, prompts: Sequence[Prompt], reward: Reward, settings: ValueSettings, first: int
 ) -> dict[str, Tensor]:
     drawn = model.generate(
-        list(prompts), n=settings.samples, temperature=settings.temperature, reward=reward,
-        max_new_tokens=settings.max_new_tokens, seed=settings.seed * 100_003 + first,
+        list(prompts),
+        n=settings.samples,
+        temperature=settings.temperature,
+        reward=reward,
+        max_new_tokens=settings.max_new_tokens,
+        seed=settings.seed * 100_003 + first,
         max_rows=len(prompts) * settings.samples,
-    )  # fmt: skip
+    )
     width = settings.max_new_tokens
     features = model.rollout_features(list(prompts), drawn, after=settings.head == "v", width=width)
     tokens = torch.zeros(len(drawn), width, dtype=torch.long)

@@ -139,10 +139,13 @@ def lm_eval() -> None:
 
 
 CLIENTS: dict[str, tuple[Callable[[], None], str]] = {
-    "openai": (openai, "openai"), "langchain-openai": (langchain_openai, "langchain-openai"),
-    "litellm": (litellm, "litellm"), "llama-index": (llama_index, "llama-index-llms-openai-like"),
-    "instructor": (instructor, "instructor"), "lm-eval": (lm_eval, "httpx"),
-}  # fmt: skip
+    "openai": (openai, "openai"),
+    "langchain-openai": (langchain_openai, "langchain-openai"),
+    "litellm": (litellm, "litellm"),
+    "llama-index": (llama_index, "llama-index-llms-openai-like"),
+    "instructor": (instructor, "instructor"),
+    "lm-eval": (lm_eval, "httpx"),
+}
 
 if __name__ == "__main__":
     run, package = CLIENTS[sys.argv[1]]

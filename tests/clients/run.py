@@ -37,8 +37,14 @@ def command(name: str, python: str) -> list[str]:
 
 def run(server: Running, model: str, python: str, node: str) -> int:
     """How many clients failed; each is told in one line, and why."""
-    there = {"STEER_URL": f"{server.url}/v1", "STEER_KEY": KEY, "STEER_MODEL": model, "STEER_EDIT": "calm",
-             "STEER_NODE": str(Path(node).resolve()), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # fmt: skip
+    there = {
+        "STEER_URL": f"{server.url}/v1",
+        "STEER_KEY": KEY,
+        "STEER_MODEL": model,
+        "STEER_EDIT": "calm",
+        "STEER_NODE": str(Path(node).resolve()),
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    }
     failed = 0
     for name in page():
         done = subprocess.run(

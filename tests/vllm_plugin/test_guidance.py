@@ -41,8 +41,16 @@ def write_lora(folder: Path, base: dict[str, torch.Tensor], seed: int, size: flo
             held[f"base_model.model.{name}.lora_B.weight"] = b * norm / (b @ a).norm()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(held, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": [t.split(".")[1] for t in TARGETS],
-              "use_rslora": False, "fan_in_fan_out": False, "bias": "none", "init_lora_weights": True}  # fmt: skip
+    config = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "target_modules": [t.split(".")[1] for t in TARGETS],
+        "use_rslora": False,
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "init_lora_weights": True,
+    }
     (folder / "adapter_config.json").write_text(json.dumps({**config, **settings}))
     return folder
 
@@ -76,9 +84,10 @@ def folders(folder: Path, base: dict[str, torch.Tensor], tmp_path_factory: pytes
     root = tmp_path_factory.mktemp("tuned")
     one, two = (write_lora(root / f"lora{seed}", base, seed, 0.25) for seed in (1, 2))
     return {
-        "polite": one, "terse": write_whole(root / "terse", folder, base, two),
+        "polite": one,
+        "terse": write_whole(root / "terse", folder, base, two),
         "polite-whole": write_whole(root / "polite", folder, base, one),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="session")
@@ -110,9 +119,19 @@ def test_every_weight_in_one_batch(paired: Any, reference: Any, towards: Any) ->
     chunks, since a step has 64 tokens.
     """
     asked: list[Any] = [
-        None, ("polite", 1.0), ("terse", 2.0), ("polite", 0.5), ("terse", 0.0), ("polite", 2.0), ("terse", 1.0),
-        ("terse", -0.5), ("polite", 1.6), None, (("polite", 0.5), ("terse", 0.7)), (("terse", 1.0), ("polite", 0.0)),
-    ]  # fmt: skip
+        None,
+        ("polite", 1.0),
+        ("terse", 2.0),
+        ("polite", 0.5),
+        ("terse", 0.0),
+        ("polite", 2.0),
+        ("terse", 1.0),
+        ("terse", -0.5),
+        ("polite", 1.6),
+        None,
+        (("polite", 0.5), ("terse", 0.7)),
+        (("terse", 1.0), ("polite", 0.0)),
+    ]
     prompts = [PROMPTS[i % 4] for i in range(len(asked))]
 
     def edits(make: Any) -> list[Any]:
@@ -298,9 +317,17 @@ def test_bad_folders_are_refused_before_anything_is_loaded(folder: Path, folders
 
 
 @pytest.mark.parametrize(
-    "setting", [{"use_dora": True}, {"fan_in_fan_out": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]},
-                {"init_lora_weights": "pissa"}, {"alpha_pattern": {"q_proj": 2}}, {"peft_type": "IA3"}],
-)  # fmt: skip
+    "setting",
+    [
+        {"use_dora": True},
+        {"fan_in_fan_out": True},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"init_lora_weights": "pissa"},
+        {"alpha_pattern": {"q_proj": 2}},
+        {"peft_type": "IA3"},
+    ],
+)
 def test_adapters_of_other_kinds(setting: dict[str, Any], base: Any, tmp_path: Path) -> None:
     write_lora(tmp_path / "lora", base, 0, 0.1, **setting)
     with pytest.raises(InputError, match=next(iter(setting))):
@@ -374,8 +401,13 @@ def test_weights_travel_with_the_states(dtype: torch.dtype) -> None:
 # ----------------------------------------------------------------------------------------------------- other engines
 
 
-SMALL = {"vocab_size": 49152, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
-         "max_position_embeddings": 512}  # fmt: skip
+SMALL = {
+    "vocab_size": 49152,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 512,
+}
 WIDER = {**SMALL, "intermediate_size": 128, "num_key_value_heads": 1, "head_dim": 32}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma3_text": {**WIDER, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 2},

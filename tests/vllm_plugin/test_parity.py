@@ -87,8 +87,16 @@ def test_controllers(engine: Any, reference: Any) -> None:
 
 def test_every_order_of_arrival(engine: Any, reference: Any) -> None:
     """Requests that come and go while others run, one edit each, in three orders."""
-    edits = [vector(0.3), vector(0.3, seed=1, scope="generated"), None, vector(0.6, operator="clamp"),
-             controller(), vector(0.3, seed=2, scope="from:12"), None, vector(0.5, scope="prompt")]  # fmt: skip
+    edits = [
+        vector(0.3),
+        vector(0.3, seed=1, scope="generated"),
+        None,
+        vector(0.6, operator="clamp"),
+        controller(),
+        vector(0.3, seed=2, scope="from:12"),
+        None,
+        vector(0.5, scope="prompt"),
+    ]
     prompts = [PROMPTS[i % 4] for i in range(8)]
     lengths = [12, 20, 5, 16, 9, 20, 14, 7]
     want = {i: greedy(reference, prompts[i], [edits[i]], lengths[i]).tokens[0] for i in range(8)}

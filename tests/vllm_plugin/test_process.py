@@ -16,8 +16,11 @@ from steer.methods.samplers import make_sampler
 from steer.rewards.algebra import lift
 
 
-@pytest.mark.parametrize("edit", [None, vector(0.3, scope="generated"), controller(), vector(0.4, scope="prompt")],
-                         ids=["plain", "generated", "controller", "prompt"])  # fmt: skip
+@pytest.mark.parametrize(
+    "edit",
+    [None, vector(0.3, scope="generated"), controller(), vector(0.4, scope="prompt")],
+    ids=["plain", "generated", "controller", "prompt"],
+)
 def test_blocks_join(edit: Any, engine: Any) -> None:
     """A text drawn in blocks is the text drawn at once: scopes count from the prompt, what was decided stays."""
     edits = () if edit is None else edit
@@ -110,8 +113,13 @@ def test_rewards_while_others_decode(engine: Any) -> None:
         return [-float(text.count("e")) for text in texts]
 
     settings: dict[str, Any] = {
-        "sampler": "best-of-n", "n": 12, "seed": 3, "max_new_tokens": 48, "stop": ["."], "temperature": 1.2
-    }  # fmt: skip
+        "sampler": "best-of-n",
+        "n": 12,
+        "seed": 3,
+        "max_new_tokens": 48,
+        "stop": ["."],
+        "temperature": 1.2,
+    }
     waited = engine.generate(RawText("The sun was"), reward=lift(sparse), **settings)
     assert running == [False]
     running.clear()
@@ -123,9 +131,14 @@ def test_rewards_while_others_decode(engine: Any) -> None:
 def test_candidates_are_given_up(engine: Any) -> None:
     """Half of the rest after every block: they cost no further tokens."""
     drawn = engine.generate(
-        RawText("The sun was"), sampler=BestOfN(16, reject=0.5), reward="length", seed=0, max_new_tokens=32, block=8,
+        RawText("The sun was"),
+        sampler=BestOfN(16, reject=0.5),
+        reward="length",
+        seed=0,
+        max_new_tokens=32,
+        block=8,
         eos_token_id=[],
-    )  # fmt: skip
+    )
     assert len(drawn.pool) == 2 and drawn.cost.generated_tokens == 8 * (16 + 8 + 4 + 2)
     assert float(drawn.reward[0]) == float(drawn.pool.reward.max())
 
@@ -150,8 +163,13 @@ def test_trees(name: str, engine: Any) -> None:
 
     sampler = make_sampler(name, rollouts=12, batch=2, widening=1.0, exponent=0.5)
     settings: dict[str, Any] = {
-        "sampler": sampler, "reward": vowels, "beta": 0.05, "max_new_tokens": 24, "block": 8, "eos_token_id": []
-    }  # fmt: skip
+        "sampler": sampler,
+        "reward": vowels,
+        "beta": 0.05,
+        "max_new_tokens": 24,
+        "block": 8,
+        "eos_token_id": [],
+    }
     drawn, same = (engine.generate(RawText("The sun was"), seed=2, **settings) for _ in range(2))
     assert drawn.texts == same.texts and all(len(tokens) == 24 for tokens in drawn.tokens)
     assert float(drawn.reward[0]) == pytest.approx(vowels(drawn.texts)[0])

@@ -36,9 +36,17 @@ def info(norms: Tensor | None = None) -> ModelInfo:
 
 def settings(**more: Any) -> Settings:
     values: dict[str, Any] = {
-        "layers": tuple(range(DEPTH)), "reads": tuple(range(DEPTH)), "stages": 2, "slots": 4, "requests": 2,
-        "artifacts": 3, "artifact_bytes": 1 << 20, "graphs": False, "parallel": (1, 1), "speculative": False,
-    }  # fmt: skip
+        "layers": tuple(range(DEPTH)),
+        "reads": tuple(range(DEPTH)),
+        "stages": 2,
+        "slots": 4,
+        "requests": 2,
+        "artifacts": 3,
+        "artifact_bytes": 1 << 20,
+        "graphs": False,
+        "parallel": (1, 1),
+        "speculative": False,
+    }
     return Settings(**{**values, **more})
 
 
@@ -151,11 +159,15 @@ def test_equal_tokens_under_other_edits_have_other_keys(front: Registry) -> None
     """By content, settings, and every position where an edit begins or ends."""
     registered(front, "loud", vector(seed=5))
     given = [
-        ([{"name": "calm"}], 10), ([{"name": "loud"}], 10), ([{"name": "calm", "strength": 0.5}], 10),
-        ([{"name": "calm"}, {"name": "loud"}], 10), ([{"name": "calm", "scope": "from:9"}], 10),
-        ([{"name": "calm", "scope": "from:10"}], 10), ([{"name": "calm", "scope": "prompt"}], 10),
+        ([{"name": "calm"}], 10),
+        ([{"name": "loud"}], 10),
+        ([{"name": "calm", "strength": 0.5}], 10),
+        ([{"name": "calm"}, {"name": "loud"}], 10),
+        ([{"name": "calm", "scope": "from:9"}], 10),
+        ([{"name": "calm", "scope": "from:10"}], 10),
+        ([{"name": "calm", "scope": "prompt"}], 10),
         ([{"name": "calm", "scope": "prompt"}], 11),
-    ]  # fmt: skip
+    ]
     seen = {keys(front, edits, length)[2] for edits, length in given}
     assert len(seen) == len(given)
     before = keys(front, [{"name": "calm"}], 10)

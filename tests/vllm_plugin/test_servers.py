@@ -80,8 +80,11 @@ PLAIN: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("given", [*(json.dumps(p).encode() for p in PLAIN), b"", b'{"steer": {}', b"\xff\"steer\"",
-                                   b"[" * 100_000 + b'"steer"'], ids=range(len(PLAIN) + 4))  # fmt: skip
+@pytest.mark.parametrize(
+    "given",
+    [*(json.dumps(p).encode() for p in PLAIN), b"", b'{"steer": {}', b'\xff"steer"', b"[" * 100_000 + b'"steer"'],
+    ids=range(len(PLAIN) + 4),
+)
 def test_the_servers_own_requests_arrive_as_they_came(given: bytes) -> None:
     for pieces in (1, 7):
         assert asked(given, pieces=pieces) == ("vllm", "/v1/chat/completions", given)
@@ -107,8 +110,19 @@ def test_what_asks_for_steering_comes_to_steer() -> None:
 
 def test_steering_that_would_be_lost_is_refused() -> None:
     body, inside = (json.dumps(given).encode() for given in (STEERED, PLAIN[3]))
-    for path in ("/v1/responses", "/v1/messages", "/invocations", "/v1/chat/completions/batch", "/v1/embeddings",
-                 "/pooling", "/score", "/v1/rerank", "/classify", "/tokenize", "/inference/v1/generate"):  # fmt: skip
+    for path in (
+        "/v1/responses",
+        "/v1/messages",
+        "/invocations",
+        "/v1/chat/completions/batch",
+        "/v1/embeddings",
+        "/pooling",
+        "/score",
+        "/v1/rerank",
+        "/classify",
+        "/tokenize",
+        "/inference/v1/generate",
+    ):
         assert asked(body, path)["param"] == "steer", path
         assert asked(body.replace(b'"steer"', b'"\\u0073teer"'), path)["param"] == "steer", path
     for path in ("/v1/responses", "/v1/messages", "/invocations", "/v1/completions"):
@@ -131,8 +145,9 @@ def test_steering_with_what_is_vllms_own_is_refused(tiny_lm_dir: Any) -> None:
     pooled = PoolingParams(extra_kwargs={"steer": "{}"})
     drawn: list[Any] = []
 
-    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, tasks: Any, when: Any = None,
-                       lora_request: Any = None) -> None:  # fmt: skip
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, tasks: Any, when: Any = None, lora_request: Any = None
+    ) -> None:
         drawn.append(params)
 
     def ask(params: Any, *more: Any, **named: Any) -> None:
@@ -152,8 +167,18 @@ def test_steering_with_what_is_vllms_own_is_refused(tiny_lm_dir: Any) -> None:
 
 
 def test_several_api_processes_end_with_one_line(tiny_lm_dir: Any) -> None:
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(tiny_lm_dir), "--api-server-count", "2",
-               "--additional-config", '{"steer": {}}', "--enforce-eager", "--max-model-len", "64"]  # fmt: skip
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        "serve",
+        str(tiny_lm_dir),
+        "--api-server-count",
+        "2",
+        "--additional-config",
+        '{"steer": {}}',
+        "--enforce-eager",
+        "--max-model-len",
+        "64",
+    ]
     with knowing_its_name() as named:
         environment = {**os.environ, **named, "VLLM_PLUGINS": "steer,steer_http", "VLLM_LOGGING_LEVEL": "ERROR"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -215,8 +240,10 @@ def test_no_web_page_steers_a_server_without_a_key(small_engine: Any) -> None:
     client = beside(small_engine, "--host", "127.0.0.1")
     here = {"Host": "localhost:8000"}
     for headers in ({"Host": "evil.example"}, {**here, "Origin": "https://evil.example"}):
-        for call in (lambda h: client.get("/v1/steer/artifacts", headers=h),
-                     lambda h: client.post("/v1/completions", json=STEERED, headers=h)):  # fmt: skip
+        for call in (
+            lambda h: client.get("/v1/steer/artifacts", headers=h),
+            lambda h: client.post("/v1/completions", json=STEERED, headers=h),
+        ):
             assert call(headers).status_code == 403
     assert client.get("/v1/steer/artifacts", headers=here).status_code == 200
     assert beside(small_engine).get("/v1/steer/artifacts").status_code == 200, "one that listens to all has other names"
@@ -482,8 +509,20 @@ class TestSteerServeOnVLLM(Contract):
 
     @staticmethod
     def serve(model: Path, artifacts: Path) -> Any:
-        options = ["--engine", "vllm", "--artifacts", artifacts, "--api-key-env", "TEST_KEY", "--name", "smol",
-                   "--max-body-bytes", LIMITS["body_bytes"], "--dtype", "float32"]  # fmt: skip
+        options = [
+            "--engine",
+            "vllm",
+            "--artifacts",
+            artifacts,
+            "--api-key-env",
+            "TEST_KEY",
+            "--name",
+            "smol",
+            "--max-body-bytes",
+            LIMITS["body_bytes"],
+            "--dtype",
+            "float32",
+        ]
         return serving(model, *options, TEST_KEY=KEY)
 
 

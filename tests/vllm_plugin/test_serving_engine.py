@@ -78,8 +78,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Artifacts of every kind."""
     from steer.adapters.vllm.artifacts import pack
 
-    edits = {"vector": vector(1.0), "other": vector(1.0, seed=1), "clamp": vector(2.0, operator="clamp"),
-             "controller": controller(strength=2.0), "value": guide(beta=None)}  # fmt: skip
+    edits = {
+        "vector": vector(1.0),
+        "other": vector(1.0, seed=1),
+        "clamp": vector(2.0, operator="clamp"),
+        "controller": controller(strength=2.0),
+        "value": guide(beta=None),
+    }
     folder = tmp_path_factory.mktemp("artifacts")
     for name, edit in edits.items():
         (folder / f"{name}.safetensors").write_bytes(pack(edit))
@@ -145,11 +150,14 @@ def same_logprobs(ours: Any, theirs: Any) -> None:
 @pytest.mark.parametrize("kind", ["plain", "vector", "scoped", "clamp", "controller", "value", "two"])
 def test_greedy_events_are_those_of_the_other_engine(kind: str, ours: Any, theirs: Any, files: Any) -> None:
     edits = {
-        "plain": (), "vector": (named(files["vector"]),), "clamp": (named(files["clamp"]),),
+        "plain": (),
+        "vector": (named(files["vector"]),),
+        "clamp": (named(files["clamp"]),),
         "scoped": (named(files["vector"], strength=1.5, layers="12-14", scope="generated"),),
-        "controller": (named(files["controller"]),), "value": (named(files["value"]),),
+        "controller": (named(files["controller"]),),
+        "value": (named(files["value"]),),
         "two": (named(files["vector"]), named(files["other"], strength=-0.2)),
-    }[kind]  # fmt: skip
+    }[kind]
     steering = Steering(edits, reward=as_reward("sentiment"), beta=0.02, kl=False)
     changed = []
     for prompt in (CHAT, RAW):
@@ -197,8 +205,10 @@ def test_streams_and_seeds(ours: Any, files: Any) -> None:
     assert sum(isinstance(e, Delta) for e in whole) == 3
     assert sum(isinstance(e, Delta) for e in stream) > 20
     for choice in range(3):
-        pieces = [[t for e in found if isinstance(e, Delta) and e.choice == choice for t in e.logprobs]
-                  for found in (whole, stream)]  # fmt: skip
+        pieces = [
+            [t for e in found if isinstance(e, Delta) and e.choice == choice for t in e.logprobs]
+            for found in (whole, stream)
+        ]
         same_logprobs(*pieces)
         assert "".join(t.token for t in pieces[0]) == texts(whole)[choice]
     stops = drawn(1, 5, stream=True, stop=(texts(whole)[0][9:14],))
@@ -207,9 +217,11 @@ def test_streams_and_seeds(ours: Any, files: Any) -> None:
 
 def test_a_crowd_writes_what_each_writes_alone(ours: Any, files: Any) -> None:
     kinds = [
-        Steering(), Steering((named(files["vector"]),)), Steering((named(files["controller"]),)),
+        Steering(),
+        Steering((named(files["vector"]),)),
+        Steering((named(files["controller"]),)),
         Steering((named(files["vector"], strength=-1.5, scope="reply"),)),
-    ]  # fmt: skip
+    ]
     tasks = [Task((CHAT,), 1, GREEDY, kind) for kind in kinds]
     alone = [texts(events(ours, task)) for task in tasks]
 
@@ -244,10 +256,15 @@ def test_drift_is_none_where_it_is_not_known(ours: Any, files: Any) -> None:
         (choice,) = ended(events(ours, Task((CHAT,), 1, Sampling(max_tokens=4, **given), steering)))
         assert choice.kl == 0
     unknown: list[tuple[dict[str, Any], Steering | None]] = [
-        ({}, None), ({}, Steering(kl=False)), ({"top_p": 0.9}, Steering()), ({"temperature": 0.5}, Steering(edits)),
-        ({"top_k": 5}, Steering(edits)), ({}, Steering(head)), ({"temperature": 0}, Steering(edits)),
+        ({}, None),
+        ({}, Steering(kl=False)),
+        ({"top_p": 0.9}, Steering()),
+        ({"temperature": 0.5}, Steering(edits)),
+        ({"top_k": 5}, Steering(edits)),
+        ({}, Steering(head)),
+        ({"temperature": 0}, Steering(edits)),
         ({"presence_penalty": 1.0}, Steering(edits)),
-    ]  # fmt: skip
+    ]
     for given, asked in unknown:
         (choice,) = ended(events(ours, Task((CHAT,), 1, Sampling(max_tokens=4, **given), asked)))
         assert choice.kl is None
@@ -288,8 +305,12 @@ def test_best_of_n(ours: Any, files: Any) -> None:
 def sample(text: str) -> Any:
     from steer.core import Samples
 
-    return Samples(prompts=[CHAT], outputs=[text], group=torch.zeros(1, dtype=torch.long),
-                   log_weight=torch.zeros(1, dtype=torch.float64))  # fmt: skip
+    return Samples(
+        prompts=[CHAT],
+        outputs=[text],
+        group=torch.zeros(1, dtype=torch.long),
+        log_weight=torch.zeros(1, dtype=torch.float64),
+    )
 
 
 def test_fk_and_a_reward_of_the_model(ours: Any) -> None:

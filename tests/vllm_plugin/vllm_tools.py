@@ -25,9 +25,13 @@ except ImportError as error:
     MISSING = f"vLLM cannot be imported ({error}): nothing of the plug-in was tried on an engine"
 
 SETTINGS = {
-    "dtype": "float32", "enforce_eager": True, "max_model_len": 512, "block_size": 32, "max_num_batched_tokens": 64,
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 512,
+    "block_size": 32,
+    "max_num_batched_tokens": 64,
     "max_num_seqs": 16,
-}  # fmt: skip
+}
 """Small steps, so that prompts are read in chunks."""
 
 

@@ -26,9 +26,16 @@ def batch() -> list[tuple[Any, Any]]:
     """Prompts and edits of every kind."""
     from vllm_tools import PROMPTS, controller, vector
 
-    edits = [vector(0.3), vector(0.3, seed=1, scope="generated"), None, vector(0.3, seed=2, scope="from:12"),
-             controller(), [vector(0.6, operator="clamp"), vector(0.1, seed=3)], None,
-             vector(0.5, scope="prompt")]  # fmt: skip
+    edits = [
+        vector(0.3),
+        vector(0.3, seed=1, scope="generated"),
+        None,
+        vector(0.3, seed=2, scope="from:12"),
+        controller(),
+        [vector(0.6, operator="clamp"), vector(0.1, seed=3)],
+        None,
+        vector(0.5, scope="prompt"),
+    ]
     return [(PROMPTS[i % 4], edit) for i, edit in enumerate(edits)]
 
 
@@ -44,8 +51,10 @@ def unread() -> list[tuple[Any, Any]]:
     """`batch` without edits that read the prompt."""
     from vllm_tools import vector
 
-    return [(prompt, vector(0.3, seed=5, layers=[0, 14, 15, 29]) if hasattr(edit, "network") else edit)
-            for prompt, edit in batch()]  # fmt: skip
+    return [
+        (prompt, vector(0.3, seed=5, layers=[0, 14, 15, 29]) if hasattr(edit, "network") else edit)
+        for prompt, edit in batch()
+    ]
 
 
 def gated() -> list[tuple[Any, Any]]:

@@ -262,24 +262,40 @@ class PipelineSource:
         return network_of(self.pipeline).dtype
 
     def make(
-        self, steps: int, eta: float, guidance_scale: float | None, scheduler: Any, kind: str | None, batch: int,
+        self,
+        steps: int,
+        eta: float,
+        guidance_scale: float | None,
+        scheduler: Any,
+        kind: str | None,
+        batch: int,
         options: dict[str, Any],
-    ) -> tuple[Denoiser, Schedule]:  # fmt: skip
+    ) -> tuple[Denoiser, Schedule]:
         """A denoiser and its schedule. Raises `InputError` and `UnsupportedError`."""
         decoder = options.pop("preview_decoder", None)
         denoiser = PipelineDenoiser(
-            self.pipeline, replaced(self.scheduler, scheduler), steps=steps, eta=eta, kind=kind,
-            guidance_scale=guidance_scale, negative_prompt=options.pop("negative_prompt", None),
-            preview_decoder=self._decoder(decoder), options=options,
-        )  # fmt: skip
+            self.pipeline,
+            replaced(self.scheduler, scheduler),
+            steps=steps,
+            eta=eta,
+            kind=kind,
+            guidance_scale=guidance_scale,
+            negative_prompt=options.pop("negative_prompt", None),
+            preview_decoder=self._decoder(decoder),
+            options=options,
+        )
         return denoiser, denoiser.grid.schedule
 
     def _decoder(self, given: Any) -> Any:
         """A preview decoder from a folder, an id, a module or a callable."""
         if given is None or callable(given):
             return given
-        check(isinstance(given, str) or hasattr(given, "__fspath__"), "preview_decoder", given,
-              "a folder or id of an AutoencoderTiny, a VAE, or a callable")  # fmt: skip
+        check(
+            isinstance(given, str) or hasattr(given, "__fspath__"),
+            "preview_decoder",
+            given,
+            "a folder or id of an AutoencoderTiny, a VAE, or a callable",
+        )
         from diffusers import AutoencoderTiny
 
         try:

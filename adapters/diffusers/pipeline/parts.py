@@ -8,17 +8,39 @@ from typing import Any
 from steer.core import UnsupportedError, check
 
 _OURS = {
-    "prompt", "num_inference_steps", "num_images_per_prompt", "generator", "latents", "output_type", "return_dict",
-    "eta", "guidance_scale", "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask",
-    "negative_pooled_prompt_embeds", "negative_prompt_attention_mask", "args", "kwargs",
-}  # fmt: skip
+    "prompt",
+    "num_inference_steps",
+    "num_images_per_prompt",
+    "generator",
+    "latents",
+    "output_type",
+    "return_dict",
+    "eta",
+    "guidance_scale",
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "pooled_prompt_embeds",
+    "prompt_attention_mask",
+    "negative_pooled_prompt_embeds",
+    "negative_prompt_attention_mask",
+    "args",
+    "kwargs",
+}
 """Arguments of a call that are not for the user to set."""
 
 _WHOLE_LOOP = {
-    "callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "denoising_end",
-    "control_guidance_start", "control_guidance_end",
-    "skip_guidance_layers", "skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop",
-}  # fmt: skip
+    "callback",
+    "callback_steps",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+    "denoising_end",
+    "control_guidance_start",
+    "control_guidance_end",
+    "skip_guidance_layers",
+    "skip_layer_guidance_scale",
+    "skip_layer_guidance_start",
+    "skip_layer_guidance_stop",
+}
 """Arguments that mean something to a loop over all steps only."""
 
 

@@ -87,9 +87,12 @@ def _model_card(model: DiffusionModel, policy: Card, name: str) -> dict[str, Any
     else:
         config: Any = source.network.config
         card = {
-            "kind": "diffusion", "classes": model.classes or [], "null_class": source.null,
-            "pixel_unshuffle": source.unshuffle, "image_channels": config.in_channels // source.unshuffle**2,
-        }  # fmt: skip
+            "kind": "diffusion",
+            "classes": model.classes or [],
+            "null_class": source.null,
+            "pixel_unshuffle": source.unshuffle,
+            "image_channels": config.in_channels // source.unshuffle**2,
+        }
     old = {key: card.pop(key) for key in ("training", "metrics", "made_with", "base", "policy") if key in card}
     return {**card, "name": name, "policy": asdict(policy), "base": {"name": model.name, **old}}
 

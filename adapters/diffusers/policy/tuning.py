@@ -115,10 +115,17 @@ class _Job:
             pairs = own_pairs(self.base.chain, prompts, settings, self.reward, self.work, self.progress)
         policy = self._copy()
         history = tune(
-            policy, self.base, settings, prompts=prompts, pairs=pairs, reward=self.reward if online else None,
-            earlier=self._copy() if settings.method == "seppo" else None, work=self.work, run=self.run,
+            policy,
+            self.base,
+            settings,
+            prompts=prompts,
+            pairs=pairs,
+            reward=self.reward if online else None,
+            earlier=self._copy() if settings.method == "seppo" else None,
+            work=self.work,
+            run=self.run,
             progress=self.progress,
-        )  # fmt: skip
+        )
         save_network(policy.module, self.model, folder)
         if self.reward is not None and settings.measured:
             metrics |= self._measured("after", tunable(self.model.tuned(folder), settings.chain), prompts)

@@ -37,19 +37,30 @@ class Objective:
 
 _SFT = ("nll", "dft")
 _DPO = (
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-)  # fmt: skip
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+)
 _DRAWN = ("group_size", "max_new_tokens", "temperature")
 OBJECTIVES = {
     "sft": Objective("SFT", _SFT, 2e-5, ("prompt", "completion")),
     "dpo": Objective("DPO", _DPO, 5e-6, ("prompt", "chosen", "rejected"), ("beta", "f_divergence")),
     "kto": Objective("KTO", ("kto", "apo_zero_unpaired"), 5e-6, ("prompt", "completion", "label"), ("beta",)),
-    "grpo": Objective(
-        "GRPO", ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo"), 2e-6, own=("beta", *_DRAWN)
-    ),
+    "grpo": Objective("GRPO", ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo"), 2e-6, own=("beta", *_DRAWN)),
     "raft": Objective("SFT", _SFT, 2e-5, own=(*_DRAWN, "rounds")),
-}  # fmt: skip
+}
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 _DIFFERENCES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 """Losses of the difference of two rewards, in which the partition function of another divergence cancels."""

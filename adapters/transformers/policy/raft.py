@@ -22,9 +22,14 @@ from steer.train.policy_folder import thinned
 
 
 def run_raft(
-    model: LanguageModel, rows: list[dict[str, Any]], online: Online, tuning: PolicySettings, out: Path, work: Path,
+    model: LanguageModel,
+    rows: list[dict[str, Any]],
+    online: Online,
+    tuning: PolicySettings,
+    out: Path,
+    work: Path,
     progress: bool,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Rounds of samples and SFT on the best; each round's are kept in `work`, and the last round's weights in `out`."""
     start: Path | None = None
     history: dict[str, Any] = {"loss": [], "reward": [], "reward_best": []}
@@ -56,16 +61,20 @@ def _draws(
     number: int,
     folder: Path,
     progress: bool,
-) -> dict[str, list[Any]]:  # fmt: skip
+) -> dict[str, list[Any]]:
     """A round's samples, `group_size` for each prompt: their `group` (number of the prompt), `tokens`, `reward`."""
     path = folder / "samples.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     policy = model if start is None else open_network(model, start)
     samples = policy.generate(
-        list(online.prompts), n=tuning.group_size, temperature=tuning.temperature,
-        max_new_tokens=tuning.max_new_tokens, seed=tuning.seed * 100_003 + number, progress=progress,
-    )  # fmt: skip
+        list(online.prompts),
+        n=tuning.group_size,
+        temperature=tuning.temperature,
+        max_new_tokens=tuning.max_new_tokens,
+        seed=tuning.seed * 100_003 + number,
+        progress=progress,
+    )
     group, tokens = samples.group.tolist(), samples.tokens or []
     reward = scores(model, online, range(len(online.prompts)), group, tokens).tolist()
     drawn = {"group": group, "tokens": tokens, "reward": reward}
@@ -113,7 +122,11 @@ def mean_reward(
     """Mean reward of samples for the first 64 prompts, with one seed for all policies."""
     prompts = list(online.prompts[:64])
     drawn = policy.generate(
-        prompts, n=max(1, min(tuning.group_size, 64 // len(prompts))), temperature=tuning.temperature,
-        max_new_tokens=tuning.max_new_tokens, seed=tuning.seed * 100_003 + 99_991, progress=progress,
-    )  # fmt: skip
+        prompts,
+        n=max(1, min(tuning.group_size, 64 // len(prompts))),
+        temperature=tuning.temperature,
+        max_new_tokens=tuning.max_new_tokens,
+        seed=tuning.seed * 100_003 + 99_991,
+        progress=progress,
+    )
     return round(float(scores(base, online, range(len(prompts)), drawn.group.tolist(), drawn.tokens or []).mean()), 5)

@@ -121,9 +121,15 @@ class _Recipe:
 
 
 def _trainer(
-    model: LanguageModel, rows: Sequence[dict[str, Any]], tuning: PolicySettings, start: Path | None,
-    online: Online | None, folder: Path, scratch: Path, keep: bool,
-) -> Any:  # fmt: skip
+    model: LanguageModel,
+    rows: Sequence[dict[str, Any]],
+    tuning: PolicySettings,
+    start: Path | None,
+    online: Online | None,
+    folder: Path,
+    scratch: Path,
+    keep: bool,
+) -> Any:
     import trl
     from datasets import Dataset
 
@@ -132,7 +138,9 @@ def _trainer(
     recipe = _Recipe(
         {**_settings(model, len(rows), tuning, folder, keep), "loss_type": tuning.loss},
         {
-            "model": network, "peft_config": adapter, "processing_class": copy.deepcopy(model.tokenizer),
+            "model": network,
+            "peft_config": adapter,
+            "processing_class": copy.deepcopy(model.tokenizer),
             "train_dataset": Dataset.from_list(_columns(name, rows, tuning)),
         },
         {
@@ -140,7 +148,7 @@ def _trainer(
             "_send_telemetry": lambda self: None,
             "create_model_card": lambda self, *args, **kwargs: None,
         },
-    )  # fmt: skip
+    )
     if name == "SFT":
         recipe.settings |= {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
     elif name == "GRPO":
@@ -159,14 +167,20 @@ def _add_pairs(recipe: _Recipe, model: LanguageModel, tuning: PolicySettings) ->
     if tuning.method == "dpo":
         smoothing = max(_SMOOTHING.get(part, 0.0) for part in tuning.losses)
         recipe.settings |= {
-            "loss_type": tuning.losses, "f_divergence_type": tuning.f_divergence, "label_smoothing": smoothing,
-        }  # fmt: skip
+            "loss_type": tuning.losses,
+            "f_divergence_type": tuning.f_divergence,
+            "label_smoothing": smoothing,
+        }
 
 
 def _add_grpo(
-    recipe: _Recipe, model: LanguageModel, rows: Sequence[dict[str, Any]], tuning: PolicySettings, online: Online,
+    recipe: _Recipe,
+    model: LanguageModel,
+    rows: Sequence[dict[str, Any]],
+    tuning: PolicySettings,
+    online: Online,
     scratch: Path,
-) -> None:  # fmt: skip
+) -> None:
     """What GRPO is told besides: our tokens, the reward, and how samples are drawn."""
     ids = [row["prompt_ids"] for row in rows]
     recipe.ours["_tokenize_prompts"] = lambda self, prompts: ([ids[int(p)] for p in prompts], None, {})
@@ -174,10 +188,14 @@ def _add_grpo(
     recipe.given["reward_funcs"] = _scorer(model, online)
     size = min(tuning.batch_size, len(rows))
     recipe.settings |= {
-        "beta": tuning.beta, "num_generations": tuning.group_size, "max_completion_length": tuning.max_new_tokens,
-        "temperature": tuning.temperature, "per_device_train_batch_size": size * tuning.group_size,
-        "disable_dropout": True, "shuffle_dataset": False,
-    }  # fmt: skip
+        "beta": tuning.beta,
+        "num_generations": tuning.group_size,
+        "max_completion_length": tuning.max_new_tokens,
+        "temperature": tuning.temperature,
+        "per_device_train_batch_size": size * tuning.group_size,
+        "disable_dropout": True,
+        "shuffle_dataset": False,
+    }
     if tuning.beta and not tuning.lora_rank:
         # This trainer loads its reference from where the configuration says that the network came from.
         model.network.save_pretrained(scratch / "reference")
@@ -229,9 +247,13 @@ def _trainee(model: LanguageModel, tuning: PolicySettings, start: Path | None) -
         place = {"torch_device": str(model.device)}
         return PeftModel.from_pretrained(network, str(start), is_trainable=True, **place), None
     return network, LoraConfig(
-        r=tuning.lora_rank, lora_alpha=tuning.lora_alpha, lora_dropout=0.0, target_modules=tuning.targets,
-        bias="none", task_type="CAUSAL_LM",
-    )  # fmt: skip
+        r=tuning.lora_rank,
+        lora_alpha=tuning.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=tuning.targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
 
 
 def _without_dropout(network: Any) -> Any:
@@ -286,14 +308,30 @@ def _settings(model: LanguageModel, rows: int, tuning: PolicySettings, folder: P
     steps = tuning.total_steps(rows)
     on_cpu = model.device.type == "cpu"
     return {
-        "output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": min(tuning.batch_size, rows),
-        "learning_rate": tuning.learning_rate, "lr_scheduler_type": "cosine", "weight_decay": 0.0,
-        "optim": "adamw_torch", "max_grad_norm": 1.0, "seed": tuning.seed, "data_seed": tuning.seed,
-        "bf16": False, "fp16": False, "use_cpu": on_cpu, "gradient_checkpointing": not on_cpu,
-        "dataloader_pin_memory": False, "report_to": "none", "disable_tqdm": True, "logging_strategy": "steps",
-        "logging_steps": 1, "logging_nan_inf_filter": False, "save_strategy": "steps" if keep else "no",
-        "save_steps": max(1, -(-steps // 10)), "save_total_limit": 2,
-    }  # fmt: skip
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": min(tuning.batch_size, rows),
+        "learning_rate": tuning.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.0,
+        "optim": "adamw_torch",
+        "max_grad_norm": 1.0,
+        "seed": tuning.seed,
+        "data_seed": tuning.seed,
+        "bf16": False,
+        "fp16": False,
+        "use_cpu": on_cpu,
+        "gradient_checkpointing": not on_cpu,
+        "dataloader_pin_memory": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps" if keep else "no",
+        "save_steps": max(1, -(-steps // 10)),
+        "save_total_limit": 2,
+    }
 
 
 def _scorer(model: LanguageModel, online: Online) -> Callable[..., list[float]]:

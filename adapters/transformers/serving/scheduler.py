@@ -229,9 +229,14 @@ class Scheduler:
     def _row(self, ticket: Ticket, choice: int) -> BatchRow:
         prepared, steering = ticket.prepared, ticket.prepared.task.steering
         return BatchRow(
-            self.model, prepared.sampling, choice, prepared.seed, edits=prepared.guided,
-            measured=steering is not None and steering.kl, taken=lambda *new: self._taken(ticket, *new),
-        )  # fmt: skip
+            self.model,
+            prepared.sampling,
+            choice,
+            prepared.seed,
+            edits=prepared.guided,
+            measured=steering is not None and steering.kl,
+            taken=lambda *new: self._taken(ticket, *new),
+        )
 
     def _taken(self, ticket: Ticket, row: BatchRow, text: str, logprobs: Sequence[TokenLogprob]) -> None:
         if ticket.gone:

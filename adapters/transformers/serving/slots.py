@@ -152,9 +152,13 @@ class SlotRows:
         self._layout.columns, self._layout.width = position, width
         mask = (torch.arange(width, device=device) <= position.unsqueeze(1)).long()
         logits, hidden = self.body.forward(
-            tokens.unsqueeze(1), mask if min(self._lengths) + 1 < width else None, position.unsqueeze(1),
-            Cache(layers=self._layers), self._steps(), hidden=any(self._watching),
-        )  # fmt: skip
+            tokens.unsqueeze(1),
+            mask if min(self._lengths) + 1 < width else None,
+            position.unsqueeze(1),
+            Cache(layers=self._layers),
+            self._steps(),
+            hidden=any(self._watching),
+        )
         self.logits, self.hidden = logits[:, -1], None if hidden is None else hidden[:, -1]
         self._lengths = [length + 1 for length in self._lengths]
 

@@ -166,9 +166,13 @@ class _Paired:
         model.forward, model.compute_logits, model.load_weights = self.forward, self.compute_logits, self.load_weights
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None,
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Any = None,
         **more: Any,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """The states of all models as one (see `Mixture.joined`)."""
         given = (input_ids, positions, intermediate_tensors, inputs_embeds)
         states = self._forward(*given, **more)

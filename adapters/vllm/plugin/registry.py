@@ -74,8 +74,12 @@ class Registry:
 
         Raises `InputError`: a bad name or artifact, one of another model, or no room.
         """
-        check(isinstance(name, str) and NAME.fullmatch(name) is not None, "name", name,
-              "letters, digits, dot, dash and underscore, at most 128 of them")  # fmt: skip
+        check(
+            isinstance(name, str) and NAME.fullmatch(name) is not None,
+            "name",
+            name,
+            "letters, digits, dot, dash and underscore, at most 128 of them",
+        )
         check(name not in self._tuned, "name", name, "a name that additional_config steer.tuned does not have")
         artifact = PackedArtifact.parse(data)
         artifact = artifact.for_any_model() if any_model else artifact
@@ -86,8 +90,12 @@ class Registry:
         elif isinstance(made, ValueGuidance):
             if self.settings.speculative:
                 raise UnsupportedError("value heads do not go with speculative decoding in vLLM")
-            check(self.settings.parallel[0] == 1, "value head", f"{self.settings.parallel[0]} tensor parallel ranks",
-                  "tensor_parallel_size 1: it needs the whole output embedding")  # fmt: skip
+            check(
+                self.settings.parallel[0] == 1,
+                "value head",
+                f"{self.settings.parallel[0]} tensor parallel ranks",
+                "tensor_parallel_size 1: it needs the whole output embedding",
+            )
         return artifact, self._crowded_out(artifact, set(used))
 
     def _crowded_out(self, new: PackedArtifact, used: set[str]) -> list[str]:
@@ -105,8 +113,12 @@ class Registry:
             if digest in kept and digest not in used:
                 gone.append(digest)
                 del kept[digest]
-        check(fits(), "artifact", f"{new.size} bytes, with {len(kept)} artifacts in use",
-              f"at most {number} artifacts and {size} bytes in all")  # fmt: skip
+        check(
+            fits(),
+            "artifact",
+            f"{new.size} bytes, with {len(kept)} artifacts in use",
+            f"at most {number} artifacts and {size} bytes in all",
+        )
         return gone
 
     def add(self, name: str, artifact: PackedArtifact, gone: Iterable[str]) -> None:
@@ -141,8 +153,12 @@ class Registry:
         else:
             request = SteerRequest.parse(given)
             for name in _SEARCH:
-                check(getattr(request, name) is None, f"steer.{name}", getattr(request, name),
-                      "unset: the engine draws token by token; search runs in front of it")  # fmt: skip
+                check(
+                    getattr(request, name) is None,
+                    f"steer.{name}",
+                    getattr(request, name),
+                    "unset: the engine draws token by token; search runs in front of it",
+                )
             check(not request.settings, "steer.settings", request.settings, "unset: there is no sampler to set")
             asked = Inside(tuple(request.edits), request.beta)
         need(self.settings, stages=stages_of([m.compiled for m in self._of(asked) if m.compiled is not None]))
@@ -201,10 +217,19 @@ class Registry:
         first = min((e.start for e in hidden if e.stop is None or e.stop > e.start), default=None)
         rewind = first if reads and first is not None and first < prompt else None
         resolved = Resolved(
-            tuple(hidden), tuple(values), tuple(tuned), asked.beta, prompt, length,
-            ends=asked.ends or length + (max_tokens or 0), reads=reads, rewind=rewind,
-            private=rewind is not None and rewind < prompt - 1, measure=asked.measure, tag=asked.tag,
-        )  # fmt: skip
+            tuple(hidden),
+            tuple(values),
+            tuple(tuned),
+            asked.beta,
+            prompt,
+            length,
+            ends=asked.ends or length + (max_tokens or 0),
+            reads=reads,
+            rewind=rewind,
+            private=rewind is not None and rewind < prompt - 1,
+            measure=asked.measure,
+            tag=asked.tag,
+        )
         need(self.settings, rows=resolved.rows)
         return resolved
 
@@ -214,9 +239,7 @@ def _resolved(mounted: ReadyEdit, edit: HiddenEdit, prompt: int, known: tuple[fl
     # What an edit that reads decides depends on where the prompt ends.
     key = f"{mounted.key}@{prompt}" if edit.reads else mounted.key
     weights = tuple(known) if edit.reads and known is not None else None
-    return ResolvedEdit(
-        mounted.digest, mounted.options, key, start, None if math.isinf(stop) else int(stop), weights
-    )  # fmt: skip
+    return ResolvedEdit(mounted.digest, mounted.options, key, start, None if math.isinf(stop) else int(stop), weights)
 
 
 def _options(edit: EditRequest) -> dict[str, Any]:

@@ -25,17 +25,42 @@ Weights = Iterable[tuple[str, Tensor]]
 _CONFIG, _ADAPTER, _DELTAS = "config.json", "adapter_config.json", "adapter_model.safetensors"
 _FOLDER = f"a folder with {_ADAPTER} and {_DELTAS}, or with {_CONFIG} and *.safetensors"
 _OTHER_LORA = (
-    "fan_in_fan_out", "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alpha_pattern", "layer_replication",
-    "modules_to_save", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
-    "kasa_config", "velora_config", "monteclora_config",
-)  # fmt: skip
+    "fan_in_fan_out",
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "alpha_pattern",
+    "layer_replication",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+)
 """Settings of PEFT under which a layer is more than `W + scale B A`."""
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base's weights as they are."""
-_NO_MATTER = frozenset({
-    "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id", "dtype", "eos_token_id",
-    "initializer_range", "max_position_embeddings", "pad_token_id", "torch_dtype", "transformers_version", "use_cache",
-})  # fmt: skip
+_NO_MATTER = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "initializer_range",
+        "max_position_embeddings",
+        "pad_token_id",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
 """Settings of a network in which base and tuned may differ."""
 
 
@@ -84,8 +109,12 @@ class Adapter:
         config = _json(folder / _ADAPTER, field)
         check(config.get("peft_type") == "LORA", field, f"peft_type {config.get('peft_type')!r}", "LORA")
         for name in _OTHER_LORA:
-            check(not config.get(name), field, f"{name} {config.get(name)!r} in {_ADAPTER}",
-                  "a plain LoRA of linear layers; merge any other into a whole network first")  # fmt: skip
+            check(
+                not config.get(name),
+                field,
+                f"{name} {config.get(name)!r} in {_ADAPTER}",
+                "a plain LoRA of linear layers; merge any other into a whole network first",
+            )
         check(config.get("bias", "none") == "none", field, f"bias {config.get('bias')!r} in {_ADAPTER}", "bias none")
         start = config.get("init_lora_weights", True)
         check(start in _STARTS, field, f"init_lora_weights {start!r}", "one that leaves the base's weights as they are")
@@ -239,5 +268,9 @@ def _check_config(model: Any, network: Network) -> None:
         for path, revision in ((network.folder, None), (model.model, model.revision))
     )
     for name in sorted(set(ours) & set(theirs) - _NO_MATTER):
-        check(ours[name] == theirs[name], network.field, f"{network.folder}: {name} {ours[name]!r}",
-              f"{theirs[name]!r}, as in the engine's model")  # fmt: skip
+        check(
+            ours[name] == theirs[name],
+            network.field,
+            f"{network.folder}: {name} {ours[name]!r}",
+            f"{theirs[name]!r}, as in the engine's model",
+        )

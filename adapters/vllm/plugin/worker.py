@@ -91,9 +91,14 @@ class Worker:
             else:
                 continue
             own = BlockSteering(
-                self.info.width, self.settings.slots + 1, self.settings.stages if graphs else 0, self._slot,
-                self._stage_slot, self._rows if graphs and layer in reads else None, like,
-            )  # fmt: skip
+                self.info.width,
+                self.settings.slots + 1,
+                self.settings.stages if graphs else 0,
+                self._slot,
+                self._stage_slot,
+                self._rows if graphs and layer in reads else None,
+                like,
+            )
             block.steering = own
             self.blocks[layer] = own
         self.slots = RowBank(self.blocks, self.info.num_layers, self.settings.stages, self.settings.slots, not graphs)
@@ -358,8 +363,16 @@ def embedding_sample(model: nn.Module, config: Any) -> dict[str, Any]:
     text = config.model_config.hf_text_config
     rows, width = int(text.vocab_size), int(text.hidden_size)
     step = max(1, rows * width // 256)
-    table: Any = next((m for m in model.modules() if hasattr(m, "org_vocab_size") and hasattr(m, "shard_indices")
-                  and type(m).__name__ == "VocabParallelEmbedding"), None)  # fmt: skip
+    table: Any = next(
+        (
+            m
+            for m in model.modules()
+            if hasattr(m, "org_vocab_size")
+            and hasattr(m, "shard_indices")
+            and type(m).__name__ == "VocabParallelEmbedding"
+        ),
+        None,
+    )
     if table is None:
         return {"shape": [rows, width], "index": [], "value": []}
     low, high = table.shard_indices.org_vocab_start_index, table.shard_indices.org_vocab_end_index

@@ -97,9 +97,16 @@ def _application(client: Any, loop: asyncio.AbstractEventLoop, names: Sequence[s
     rewards = Rewards(settings.allow_reward, settings.artifacts)
     engine = VLLMEngine(client, loop, name=names[0])
     app = create_app(
-        engine, artifacts=settings.artifacts, keys=_keys(args), local=_is_local(args), origins=_origins(args),
-        limits=settings.limits, rewards=rewards, names=names, alone=False,
-    )  # fmt: skip
+        engine,
+        artifacts=settings.artifacts,
+        keys=_keys(args),
+        local=_is_local(args),
+        origins=_origins(args),
+        limits=settings.limits,
+        rewards=rewards,
+        names=names,
+        alone=False,
+    )
     store = app.state.server.store
     for name, why in {**store.refused, **rewards.refused}.items():
         log.warning("not registered: %s: %s", name, why)

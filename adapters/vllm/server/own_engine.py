@@ -123,7 +123,14 @@ def _arguments(model: str, dtype: str, max_rows: int, given: Mapping[str, Any]) 
     # On a CPU compiling takes minutes, and the default block of 128 tokens shares few prefixes.
     slow = {"enforce_eager": True, "block_size": 32} if current_platform.is_cpu() else {}
     return {
-        "model": model, "dtype": dtype, "max_num_seqs": max_rows, "enable_prefix_caching": True,
-        "logprobs_mode": "raw_logprobs", "max_logprobs": 20, "disable_log_stats": True, **slow, **given,
+        "model": model,
+        "dtype": dtype,
+        "max_num_seqs": max_rows,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "raw_logprobs",
+        "max_logprobs": 20,
+        "disable_log_stats": True,
+        **slow,
+        **given,
         "additional_config": {"steer": {}, **extra},
-    }  # fmt: skip
+    }

@@ -96,8 +96,12 @@ class Preparer(language.Preparer[Prepared]):
         if sampling.logprobs is None:
             return
         most = int(self.model.config.model_config.max_logprobs)
-        check(most < 0 or sampling.logprobs <= most, "top_logprobs", sampling.logprobs,
-              f"at most {most}, max_logprobs of this engine")  # fmt: skip
+        check(
+            most < 0 or sampling.logprobs <= most,
+            "top_logprobs",
+            sampling.logprobs,
+            f"at most {most}, max_logprobs of this engine",
+        )
         check(self.raw, "logprobs", True, "unset: this engine was not started with logprobs_mode=raw_logprobs")
 
     def _drift(self, read: Request, guided: Sequence[bool]) -> Drift | None:

@@ -84,12 +84,22 @@ class Choice:
         kind = RequestOutputKind.DELTA if prepared.task.stream else RequestOutputKind.FINAL_ONLY
         known = 0 if prepared.drift == "estimate" else None
         return SamplingParams(
-            max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p,
-            frequency_penalty=s.frequency_penalty, presence_penalty=s.presence_penalty,
-            logit_bias=dict(s.logit_bias) or None, logprobs=known if s.logprobs is None else s.logprobs,
-            stop=list(s.stop), ignore_eos=True, stop_token_ids=list(self._model.eos_token_ids),
-            seed=choice_seed(s, self.number), output_kind=kind, extra_args=extra_args(prepared.edits),
-        )  # fmt: skip
+            max_tokens=s.max_tokens,
+            temperature=s.temperature,
+            top_p=s.top_p,
+            top_k=s.top_k,
+            min_p=s.min_p,
+            frequency_penalty=s.frequency_penalty,
+            presence_penalty=s.presence_penalty,
+            logit_bias=dict(s.logit_bias) or None,
+            logprobs=known if s.logprobs is None else s.logprobs,
+            stop=list(s.stop),
+            ignore_eos=True,
+            stop_token_ids=list(self._model.eos_token_ids),
+            seed=choice_seed(s, self.number),
+            output_kind=kind,
+            extra_args=extra_args(prepared.edits),
+        )
 
 
 def choice_seed(sampling: Sampling, choice: int) -> int | None:
@@ -126,9 +136,11 @@ def spent(prepared: Prepared, choices: Sequence[Choice]) -> Cost:
     """What writing took."""
     drawn, read = sum(len(c.tokens) for c in choices), sum(map(len, prepared.ids))
     return Cost(
-        prompt_tokens=read, generated_tokens=drawn, nfe=read + drawn,
+        prompt_tokens=read,
+        generated_tokens=drawn,
+        nfe=read + drawn,
         model_calls=max((len(c.tokens) for c in choices), default=0),
-    )  # fmt: skip
+    )
 
 
 def measured(model: VLLMModel, prepared: Prepared, choices: Sequence[Choice], emit: Emit) -> Cost:

@@ -30,9 +30,11 @@ def router(server: Server) -> APIRouter:
         return ModelList(data=[model()])
 
     @routes.get(
-        "/v1/models/{name:path}", response_model=Model, tags=["openai"],
+        "/v1/models/{name:path}",
+        response_model=Model,
+        tags=["openai"],
         responses={**_DENIED, 404: {"model": ErrorAnswer, "description": "No such model."}},
-    )  # fmt: skip
+    )
     async def one_model(name: str) -> Model:
         """One model."""
         if name != engine.name:
@@ -40,9 +42,11 @@ def router(server: Server) -> APIRouter:
         return model()
 
     @routes.get(
-        "/health", response_model=Health, tags=["server"],
+        "/health",
+        response_model=Health,
+        tags=["server"],
         responses={503: {"model": Health, "description": "The server is shutting down."}},
-    )  # fmt: skip
+    )
     async def health() -> JSONResponse:
         """Whether requests are taken."""
         draining = server.gate.draining

@@ -56,8 +56,15 @@ _REFUSED: dict[int | str, dict[str, Any]] = {
 _NAME = {"type": "string", "description": "Letters, digits, dot, dash, underscore; at most 128.", "maxLength": 128}
 _FILE = {"type": "string", "format": "binary"}
 _BODY: dict[str, Any] = {
-    "parameters": [{"name": "name", "in": "query", "required": False, "schema": _NAME,
-                    "description": "The artifact's name where the body is its bytes."}],
+    "parameters": [
+        {
+            "name": "name",
+            "in": "query",
+            "required": False,
+            "schema": _NAME,
+            "description": "The artifact's name where the body is its bytes.",
+        }
+    ],
     "requestBody": {
         "required": True,
         "content": {
@@ -68,7 +75,7 @@ _BODY: dict[str, Any] = {
             "application/json": {"schema": {"$ref": "#/components/schemas/RegisterRequest"}},
         },
     },
-}  # fmt: skip
+}
 
 
 def router(server: Server) -> APIRouter:
@@ -125,9 +132,12 @@ def _add_rewards(routes: APIRouter, server: Server) -> None:
         return RewardList(data=[Reward(id=n, usage=u, fixed=n not in own) for n, u in known.usages().items()])
 
     @routes.post(
-        "/rewards", response_model=Reward, status_code=201, responses={**_DENIED, **_REFUSED},
+        "/rewards",
+        response_model=Reward,
+        status_code=201,
+        responses={**_DENIED, **_REFUSED},
         dependencies=[Depends(json_body)],
-    )  # fmt: skip
+    )
     async def register_reward(body: RegisterReward) -> Reward:
         """Give a reward a name: an expression of others, or a reward model in the folder of artifacts."""
         since = server.gate.enter()
@@ -137,9 +147,7 @@ def _add_rewards(routes: APIRouter, server: Server) -> None:
             server.gate.leave(since)
         return Reward(id=entry.name, usage=entry.usage, fixed=False)
 
-    @routes.delete(
-        "/rewards/{name}", response_model=Deleted, responses={**_DENIED, **_MISSING, 400: _REFUSED[400]}
-    )  # fmt: skip
+    @routes.delete("/rewards/{name}", response_model=Deleted, responses={**_DENIED, **_MISSING, 400: _REFUSED[400]})
     async def delete_reward(name: str) -> Deleted:
         """Forget a registered reward. Requests that use it run to their end."""
         try:
@@ -152,9 +160,16 @@ def _add_rewards(routes: APIRouter, server: Server) -> None:
 def _shown(entry: Entry) -> Artifact:
     card = entry.card
     return Artifact(
-        id=entry.name, kind=card.kind, bytes=entry.size, sha256=entry.digest, created=entry.created, fixed=entry.fixed,
-        layers=card.layers, settings=card.settings, model=card.model,
-    )  # fmt: skip
+        id=entry.name,
+        kind=card.kind,
+        bytes=entry.size,
+        sha256=entry.digest,
+        created=entry.created,
+        fixed=entry.fixed,
+        layers=card.layers,
+        settings=card.settings,
+        model=card.model,
+    )
 
 
 async def _registered(server: Server, request: Request) -> Entry:

@@ -97,9 +97,17 @@ def train_classifier(
     net.train()
     run = {**asdict(settings), "network": type(net).__name__, "data": rows_sha256(images, labels)}
     history = fit(
-        net, list(range(rows // size)), loss, epochs=settings.epochs, learning_rate=settings.learning_rate,
-        run=run, weight_decay=settings.weight_decay, work=work, progress=progress, what=what,
-    )  # fmt: skip
+        net,
+        list(range(rows // size)),
+        loss,
+        epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        run=run,
+        weight_decay=settings.weight_decay,
+        work=work,
+        progress=progress,
+        what=what,
+    )
     net.cpu().eval()
     return history
 
