@@ -115,31 +115,14 @@ PARTS = {"role": "assistant", "content": [{"type": "text", "text": "go"}, {"type
     ],
 )
 def test_columns_of_trl(columns: str, row: dict[str, Any], want: dict[str, Any], tmp_path: Path, tiny_lm: Any) -> None:
-    from steer.adapters.transformers.policy.data import Tuning
+    from steer.adapters.transformers.policy.data import PolicySettings
     from steer.adapters.transformers.policy.data import read_rows as as_tokens
 
     (tmp_path / "data.jsonl").write_text(json.dumps(row))
     assert read_rows(tmp_path / "data.jsonl", columns.split()) == [want]
     method = {"completion": "sft", "rejected": "dpo", "label": "kto"}[columns.split()[-1]]
-    loss = "apo_zero_unpaired" if method == "kto" else None
-    tuning = Tuning.create(
-        method=method,
-        loss=loss,
-        learning_rate=None,
-        lora_rank=4,
-        lora_alpha=None,
-        beta=0.1,
-        epochs=1,
-        steps=1,
-        f_divergence="reverse_kl",
-        lora_targets="all-linear",
-        batch_size=2,
-        group_size=2,
-        max_new_tokens=4,
-        temperature=1.0,
-        rounds=1,
-        seed=0,
-    )
+    loss = {"loss": "apo_zero_unpaired"} if method == "kto" else {}
+    tuning = PolicySettings(method=method, lora_rank=4, batch_size=2, group_size=2, max_new_tokens=4, steps=1, **loss)
     assert as_tokens(tiny_lm, [row], tuning) == as_tokens(tiny_lm, [want], tuning)
 
 
