@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import steer
 from steer.cli import main
 from steer.core import InputError
 from steer.measure.compare import METHODS, Comparison, Problem, compare
@@ -253,3 +254,28 @@ def test_bad_requests_end_with_one_line(
     command, *rest = arguments
     code, out, err = run(capsys, command, "--model", "fashion-ddpm", "--out", str(tmp_path / "x"), *rest)
     assert code == 2 and out == "" and field in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_methods_by_reward_against_kl_on_the_command_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_lm_dir: Path
+) -> None:
+    """A vector swept, a system prompt, best-of-n and FK on one set of prompts: numbers that `generate` gives again."""
+    model = steer.load(tiny_lm_dir, dtype="float32")
+    pairs = [{"positive": "the sun is good", "negative": "the rain is bad"}, {"positive": "happy", "negative": "sad"}]
+    steer.train_vector(model, pairs).save(tmp_path / "up.safetensors")
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps(["the sun", "hello world", "a dog"]), encoding="utf-8")
+    line = f"frontier --model {tiny_lm_dir} --dtype float32 --prompts {prompts} --reward keywords:dog,sun --n 4"
+    more = f"--edit {tmp_path / 'up.safetensors'} --strengths 0.2,0.4 --max-new-tokens 6 --out {tmp_path / 'f'}"
+    code, out, err = run(capsys, *line.split(), *more.split())
+    assert code == 0, err
+    found = json.loads((tmp_path / "f/frontier.json").read_text())["points"]
+    assert [p["method"] for p in found] == ["base", *["best-of-n"] * 4, *["fk"] * 3, "up", "up"]
+    assert (tmp_path / "f/frontier.png").read_bytes()[:4] == b"\x89PNG" and "kind of KL" in out
+    up = steer.load_edit(tmp_path / "up.safetensors", strength=0.4, model=model)
+    again = model.generate(
+        ["the sun", "hello world", "a dog"], edits=up, reward="keywords:dog,sun", n=4, seed=0, max_new_tokens=6
+    )
+    assert found[-1]["kls"] == pytest.approx(again.mean(again.kl).tolist(), rel=1e-5)
+    assert found[-1]["rewards"] == pytest.approx(again.mean_reward().tolist())
+    assert run(capsys, *line.split(), "--method", "magic", "--out", str(tmp_path / "g"))[0] == 2

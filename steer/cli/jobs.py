@@ -24,6 +24,7 @@ JOBS: dict[str, Callable[..., Run]] = {
     "eval": measuring.evaluation,
     "compare": measuring.compare,
     "race": measuring.race,
+    "frontier": measuring.frontier,
     "guide": measuring.guide,
     "serve": serving.serve,
 }

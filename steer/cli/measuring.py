@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 from steer.cli import checks
 from steer.cli.checks import Coming
 from steer.cli.generating import tuned_model
-from steer.cli.options import CompareOptions, EvalOptions, GuideOptions, ModelOptions, RaceOptions
+from steer.cli.options import CompareOptions, EvalOptions, FrontierOptions, GuideOptions, ModelOptions, RaceOptions
 from steer.cli.session import Run, Session
 from steer.cli.values import pairs, typed
 from steer.core import Sampler, check
@@ -17,7 +17,7 @@ from steer.measure.report import Report, evaluate
 from steer.rewards import parse_reward
 from steer.rewards.algebra import check_reward
 
-__all__ = ["compare", "evaluation", "guide", "race"]
+__all__ = ["compare", "evaluation", "frontier", "guide", "race"]
 
 
 def _positive(options: Any, *names: str) -> None:
@@ -192,6 +192,54 @@ def _by_method(options: RaceOptions) -> dict[str, dict[str, Any]]:
         made[name] = typed(given, settable, f"setting of {name}")
         kind(**made[name])
     return made
+
+
+def frontier(options: FrontierOptions, coming: Coming = frozenset()) -> Run:
+    """Check a request to compare methods by reward against KL."""
+    from steer.measure.frontier import SWEEPS
+    from steer.measure.frontier import frontier as measure
+    from steer.pictures.charts import draw_frontier
+
+    checks.check_model(options)
+    checks.check_causal(options)
+    prompts = checks.read_prompts(options.prompts)
+    check(len(prompts) >= 2, "prompts", f"{len(prompts)} prompts", "at least 2: intervals are over prompts")
+    reward = parse_reward(options.reward)
+    check_reward(reward, images=False)
+    checks.check_decoding(options.temperature, options.max_new_tokens)
+    check(
+        options.temperature > 0, "temperature", options.temperature, "above 0: greedy texts have no KL worth the name"
+    )
+    for name in options.method:
+        check(name in SWEEPS, "method", name, ", ".join(SWEEPS))
+    _positive(options, "n")
+    strengths = _numbers("strengths", options.strengths)
+    edits = {text: checks.edit_maker(text, coming) for text in options.edit}
+    checks.check_folder(options.out)
+
+    def run(session: Session) -> None:
+        model = session.load(options)
+        methods: dict[str, Any] = {name: SWEEPS[name] for name in options.method}
+        for text, make in edits.items():
+            edit = make(model)
+            methods[Path(text.partition(":")[0]).stem] = [{"edits": replace(edit, strength=x)} for x in strengths]
+        methods |= {f"system: {text[:40]}": [{"system": text}] for text in options.system}
+        found = measure(
+            model,
+            prompts,
+            reward,
+            methods,
+            n=options.n,
+            seed=options.seed,
+            progress=session.progress,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+        )
+        found.write(options.out)
+        draw_frontier(found, options.out / "frontier.png")
+        session.say(f"{found.table()}\nwrote {options.out / 'frontier.json'} and {options.out / 'frontier.png'}")
+
+    return run
 
 
 def guide(options: GuideOptions, coming: Coming = frozenset()) -> Run:

@@ -17,6 +17,7 @@ __all__ = [
     "COMMANDS",
     "CompareOptions",
     "EvalOptions",
+    "FrontierOptions",
     "GuideOptions",
     "RaceOptions",
     "GenerateOptions",
@@ -295,6 +296,29 @@ class RaceOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FrontierOptions(ModelOptions):
+    """Compare methods by reward against KL to the base model, each at several strengths, on the same prompts."""
+
+    prompts: Annotated[Path, _Prompts]
+    reward: Annotated[str, _Reward]
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for frontier.json and frontier.png.")]
+    method: Annotated[list[str], typer.Option(metavar="NAME", help="best-of-n, fk or svdd; repeatable.")] = field(
+        default_factory=lambda: ["best-of-n", "fk"]
+    )
+    edit: Annotated[
+        list[str], typer.Option(metavar="FILE[:KEY=VALUE]", help="An edit, swept over --strengths; repeatable.")
+    ] = field(default_factory=list)
+    strengths: Annotated[str, typer.Option(metavar="A,B,...", help="Of every --edit.")] = "0.05,0.1,0.15,0.2"
+    system: Annotated[
+        list[str], typer.Option(metavar="TEXT", help="A system prompt that asks for the same; repeatable.")
+    ] = field(default_factory=list)
+    n: Annotated[int, typer.Option("--n", "-n", help="Texts of the base model and of edits, for each prompt.")] = 8
+    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0
+    max_new_tokens: Annotated[int, typer.Option(help="The longest output.")] = 48
+    temperature: Annotated[float, typer.Option(help="Above 0.")] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class GuideOptions(ModelOptions):
     """Sweep RL guidance from the base (w = 0) to its tuned policy (1) and beyond, plain and corrected."""
 
@@ -374,6 +398,7 @@ COMMANDS: dict[str, type[Options]] = {
     "eval": EvalOptions,
     "compare": CompareOptions,
     "race": RaceOptions,
+    "frontier": FrontierOptions,
     "guide": GuideOptions,
     "serve": ServeOptions,
 }
@@ -401,6 +426,9 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "train policy": ("steer train policy --model smollm2-135m --method dpo --data pairs.jsonl --out bright",),
     "eval": ("steer eval --model smollm2-135m --edit calm.safetensors --prompts prompts.json --out report",),
     "race": ("steer race --model smollm2-135m --prompts prompts.json --reward sentiment --budgets 100,400 --out race",),
+    "frontier": (
+        "steer frontier --model smollm2-135m --prompts prompts.json --reward sentiment --edit calm.safetensors --out f",
+    ),
     "serve": ("steer serve --model smollm2-135m --artifacts vectors --port 8000",),
 }
 """Command lines at the end of a command's help."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from steer.core import Prompt, Reward, check
 from steer.core.notebook import text_html
+from steer.files import as_json, write_text
 from steer.measure.distances import interval
 from steer.measure.tables import aligned
 from steer.model import Model
@@ -91,6 +93,11 @@ class Frontier:
             kl = "" if p.kl is None else _shown(*p.kl)
             rows.append([p.method, p.setting, _shown(*p.reward), kl, p.kl_kind, f"{p.tokens:.0f}"])
         return aligned(rows)
+
+    def write(self, folder: Path | str) -> None:
+        """Write frontier.json into `folder` in one step."""
+        points = [{**asdict(p), "reward": p.reward, "kl": p.kl} for p in self.points]
+        write_text(Path(folder) / "frontier.json", as_json({"points": points}) + "\n")
 
     def __repr__(self) -> str:
         return f"Frontier({', '.join(self.methods)}; {len(self.points)} points, {len(self.points[0].rewards)} prompts)"
