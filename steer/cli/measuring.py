@@ -221,7 +221,7 @@ def frontier(options: FrontierOptions, coming: Coming = frozenset()) -> Run:
         model = session.load(options)
         methods: dict[str, Any] = {name: SWEEPS[name] for name in options.method}
         for text, make in edits.items():
-            edit = make(model)
+            edit: Any = make(model)
             methods[Path(text.partition(":")[0]).stem] = [{"edits": replace(edit, strength=x)} for x in strengths]
         methods |= {f"system: {text[:40]}": [{"system": text}] for text in options.system}
         found = measure(

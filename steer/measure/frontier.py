@@ -177,7 +177,10 @@ def _point(method: str, given: Mapping[str, Any], samples: Any) -> Point:
 
 
 def _brief(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else repr(value)
+    if hasattr(value, "strength"):
+        return f"at {value.strength:g}"
+    text = f"{value:.3g}" if isinstance(value, float) else repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _between(low: tuple[float, float], high: tuple[float, float], kl: float) -> float:
