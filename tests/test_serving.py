@@ -186,7 +186,8 @@ def test_those_who_leave_stop_their_work(tiny_lm_dir: Path) -> None:
     """A stream, an answer and a search whose clients hang up; then a full queue, and a server that is told to stop."""
     with serving(tiny_lm_dir, "--name", "tiny", "--max-requests", 2, "--drain", 20) as server:
         body = {"model": "tiny", "messages": CHAT, "max_tokens": 100}
-        search = {"sampler": "dts-star", "candidates": 250, "reward": "sentiment", "settings": {"batch": 8}}
+        # One rollout a round: some seconds, so that it still runs when a later step of the test asks.
+        search = {"sampler": "dts-star", "candidates": 250, "reward": "sentiment", "settings": {"batch": 1}}
         wordy = {"n": 32, "logit_bias": {"3": -100}}
         for more in ({**wordy, "stream": True}, wordy, {"steer": search}):
             left = server.metric("steer_clients_left_total")
