@@ -7,6 +7,7 @@ OUT.parts/      of a URL, whose files cannot be appended to: finished pieces, jo
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
@@ -176,7 +177,8 @@ class _File(_Lines):
     """A file of this machine. Lines are appended to it; the last, where a killed job left half of one, is cut off."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._file, self._synced = path, None, 0.0
+        self.path, self._synced = path, 0.0
+        self._file: io.FileIO | None = None
         self.final = path.with_name(path.name.removesuffix(".part.jsonl"))
         self.job = self.final.with_name(f"{self.final.name}.job.json")
 
@@ -218,7 +220,7 @@ class _File(_Lines):
             with replacing(self.path) as temporary:
                 temporary.write_bytes(b"".join(self._finished()))
         whole = sum(map(len, self.blocks()))
-        self._file = self.path.open("r+b" if self.path.is_file() else "wb", buffering=0)
+        self._file = io.FileIO(self.path, "r+" if self.path.is_file() else "w")
         self._file.truncate(whole)
         self._file.seek(whole)
 

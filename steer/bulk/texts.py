@@ -14,7 +14,7 @@ from steer.core import InputError, check
 from steer.seeds import mixed
 from steer.serving.answers import Answer, Chat, Completion
 from steer.serving.engine import Engine, Task
-from steer.serving.protocol import ChatRequest, CompletionRequest
+from steer.serving.protocol import ChatAnswer, ChatRequest, CompletionRequest
 from steer.serving.tasks import Tasks
 from steer.serving.wire import field_of, nearest, wanted
 
@@ -121,6 +121,7 @@ class Requests:
         if asked.openai:
             response = {"status_code": 200, "request_id": whole.id, "body": whole.model_dump()}
             return {"id": row.id, "custom_id": row.id, "response": response, "error": None, **asked.kept}
+        assert isinstance(whole, ChatAnswer)
         samples = [
             {
                 "text": choice.message.content,

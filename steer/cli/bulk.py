@@ -157,7 +157,7 @@ def _outputs(options: BatchOptions, images: bool) -> Any:
         settings["system"] = options.system
 
     def make(session: Session) -> Worker:
-        from steer.images import save_png
+        from steer.images import save_image
 
         return Outputs(
             session.load(options),
@@ -172,7 +172,7 @@ def _outputs(options: BatchOptions, images: bool) -> Any:
             seed=options.seed,
             keep=frozenset(options.keep),
             capacity=_CONNECTIONS if is_endpoint(options.model) else 1,
-            write=lambda image, path: save_png(path, image[None], scale=1),
+            write=lambda image, path: save_image(path, image),
         )
 
     return make

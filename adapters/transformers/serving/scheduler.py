@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -108,8 +109,10 @@ class Scheduler:
         self._worker.start()
 
     def submit(self, ticket: Ticket) -> None:
-        """Take a request on."""
+        """Take a request on. Once the scheduler is closed, it fails."""
         self._arrivals.put(ticket)
+        if self._closed:
+            self._turn_away()
 
     def wake(self) -> None:
         """Have the worker look around, for instance because a ticket was cancelled."""
@@ -138,6 +141,15 @@ class Scheduler:
                     log.error("the worker failed", exc_info=error)
                     self._abandon(error)
             self._abandon(SteerError("the server is stopping"))
+            self._turn_away()
+
+    def _turn_away(self) -> None:
+        """Tell those who come when nobody works any more."""
+        with suppress(queue.Empty):
+            while True:
+                ticket = self._arrivals.get_nowait()
+                if ticket is not None:
+                    ticket.fail(SteerError("the server is stopping"))
 
     def _turn(self) -> None:
         self._sweep()
