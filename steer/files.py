@@ -39,12 +39,21 @@ def replacing(path: Path | str) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
+        _open_to_others(temporary)
         os.replace(temporary, final)
     except OSError as error:
         raise SteerError(f"cannot write {final}: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _open_to_others(path: Path) -> None:
+    """Give a file the permissions of any new one: some libraries write what nobody but the owner can read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    if path.is_file() and not path.is_symlink():
+        path.chmod(0o666 & ~mask | path.stat().st_mode & 0o111)
 
 
 # ------------------------------------------------------------------------------------------------------------- JSON
@@ -77,6 +86,8 @@ def replacing_folder(final: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        for path in temporary.rglob("*"):
+            _open_to_others(path)
         if final.exists():
             os.rename(final, before)
         os.rename(temporary, final)

@@ -366,11 +366,11 @@ def test_train_with_work(steer: Steer, training: list[dict[str, Any]], tiny_lm_d
     (tmp_path / "p.json").write_text('["a", "b"]')
     controller = ("--positive", "p.json", "--negative", "p.json", "--set", "epochs=3", "--keep-work")
     value = ("--prompts", "p.json", "--reward", "sentiment - 0.1*length", "--set", "td_lambda=0.5")
-    assert steer("train", "controller", "--model", tiny_lm_dir, *controller, "--out", "c.st").code == 0
-    assert steer("train", "value", "--model", tiny_lm_dir, *value, "--out", "v.st").code == 0
+    assert steer("train", "controller", "--model", tiny_lm_dir, *controller, "--out", "c.safetensors").code == 0
+    assert steer("train", "value", "--model", tiny_lm_dir, *value, "--out", "v.safetensors").code == 0
     assert training[0]["settings"] == ControllerSettings(epochs=3) and training[0]["positive"] == ["a", "b"]
     assert training[1]["settings"] == ValueSettings(td_lambda=0.5) and training[1]["reward"] == "sentiment - 0.1*length"
-    assert Path("c.st.work").is_dir() and not Path("v.st.work").exists()
+    assert Path("c.safetensors.work").is_dir() and not Path("v.safetensors.work").exists()
     refused(steer("train", "value", "--model", tiny_lm_dir, *value, "--out", os.devnull + "/v.st"), "out")
 
 
@@ -384,3 +384,39 @@ def test_eval(steer: Steer, tiny_lm_dir: Path, tmp_path: Path) -> None:
     refused(steer(*given, "--strengths", "1,two", "--out", "report"), "strengths", "two")
     refused(steer(*given, "--strengths", "1,inf", "--out", "report"), "strengths")
     refused(steer(*given, "--out", "p.json"), "out")
+
+
+def test_nothing_finished_is_trained_over_without_a_word(steer: Steer, tiny_lm_dir: Path) -> None:
+    """Refused before anything is loaded, unless asked; recipes make their files anew."""
+    Path("pairs.jsonl").write_text(
+        '{"positive": "happy", "negative": "sad"}\n{"positive": "good", "negative": "bad"}\n'
+    )
+    train = ("train", "vector", "--model", tiny_lm_dir, "--pairs", "pairs.jsonl", "--out", "v.safetensors")
+    assert steer(*train).code == 0
+    before = Path("v.safetensors").stat()
+    refused = steer(*train)
+    assert refused.code == 2 and "already there" in refused.err and "--overwrite" in refused.err
+    assert Path("v.safetensors").stat().st_mtime_ns == before.st_mtime_ns
+    assert steer(*train, "--overwrite").code == 0
+    assert before.st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_files_have_the_names_that_say_what_is_in_them(steer: Steer, tiny_lm_dir: Path) -> None:
+    Path("pairs.jsonl").write_text('{"positive": "happy", "negative": "sad"}\n')
+    for name in ("v.pt", "v", "v.bin"):
+        wrong = steer("train", "vector", "--model", tiny_lm_dir, "--pairs", "pairs.jsonl", "--out", name)
+        assert wrong.code == 2 and ".safetensors" in wrong.err and not Path(name).exists()
+
+
+def test_a_command_says_less_or_more(steer: Steer, tiny_lm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("STEER_VERBOSE", "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        monkeypatch.setenv(name, "")
+    wrong = ("generate", "--model", tiny_lm_dir, "--prompt", "hi", "--sampler", "nothing")
+    assert "Traceback" not in steer(*wrong, "-q").err
+    assert "Traceback" in steer(*wrong, "-v").err and "sampler" in steer(*wrong, "-v").err

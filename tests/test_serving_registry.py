@@ -375,7 +375,7 @@ def test_the_command_checks_before_it_loads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("steer.cli.serving._engine", lambda *given: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("steer.cli.serving.start_engine", lambda *given: pytest.fail("the model was loaded"))
     assert main(["serve", "--model", str(tiny_lm_dir), *arguments]) == 2
     assert word in capsys.readouterr().err
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from steer.cli.options import COMMANDS, EXAMPLES, PANELS
+from steer.cli.verbosity import talk
 
 __all__ = ["app"]
 
@@ -68,32 +69,39 @@ def _command(name: str) -> Callable[..., None]:
         return inspect.Parameter(option.name, kind, default=default, annotation=hints[option.name])
 
     def call(**given: Any) -> None:
-        results, dry = sys.stdout, given.pop("dry_run")
+        results, dry, quiet, verbose = sys.stdout, *(given.pop(p.name) for p in _RUN)
         # Whatever a library or a reward prints belongs beside the results, not among them.
         with redirect_stdout(sys.stderr):
             from steer.cli.jobs import JOBS
             from steer.cli.session import Session, kept_on_interrupt
 
+            if verbose:
+                talk()
             run = JOBS[name](options(**given))
             if dry:
                 print(f"steer {name}: everything checks; nothing was run", file=sys.stderr)
                 return
-            session = Session(results)
+            session = Session(results, progress=not quiet)
             with kept_on_interrupt(given.get("out")):
                 run(session)
 
-    declared = [*(parameter(f) for f in fields(options)), _DRY]
+    declared = [*(parameter(f) for f in fields(options)), *_RUN]
     call.__signature__ = inspect.Signature(declared)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in declared}
     call.__doc__ = options.__doc__
     return call
 
 
-_DRY = inspect.Parameter(
-    "dry_run",
-    inspect.Parameter.KEYWORD_ONLY,
-    default=False,
-    annotation=Annotated[bool, typer.Option("--dry-run", help="Check everything, then stop.", rich_help_panel="Run")],
+def _flag(name: str, told: str, *spelled: str) -> inspect.Parameter:
+    """A flag of every command, which no recipe holds."""
+    option = typer.Option(*spelled, help=told, rich_help_panel="Run")
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
+
+
+_RUN = (
+    _flag("dry_run", "Check everything, then stop.", "--dry-run"),
+    _flag("quiet", "No progress.", "--quiet", "-q"),
+    _flag("verbose", "What the libraries below say, and where an error comes from.", "--verbose", "-v"),
 )
 
 

@@ -209,9 +209,10 @@ def read_pairs(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def check_output(path: Path, field: str = "out") -> None:
-    """A file that can be written."""
+def check_output(path: Path, field: str = "out", suffix: str = "") -> None:
+    """A file that can be written, whose name says what will be in it."""
     check(not path.is_dir(), field, str(path), "a file, not a folder")
+    check(path.suffix.lower() == suffix or not suffix, field, str(path), f"a file that ends in {suffix}")
     _check_writable(path.parent, field)
 
 

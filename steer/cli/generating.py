@@ -137,7 +137,10 @@ def tuned_model(model: Any, folder: Path, images: bool) -> Any:
 
 def _texts(options: GenerateOptions, coming: Coming) -> Run:
     check(
-        (options.prompt is None) != (options.prompts is None), "prompt", options.prompt, "one of --prompt and --prompts"
+        (options.prompt is None) != (options.prompts is None),
+        "prompt",
+        "neither" if options.prompt is None else "both",
+        "--prompt TEXT or --prompts FILE, one of them",
     )
     prompts: list[Any] = [options.prompt] if options.prompts is None else checks.read_prompts(options.prompts)
     checks.check_prompt("prompt", prompts[0])

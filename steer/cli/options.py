@@ -151,11 +151,12 @@ class GenerateOptions(ImageOptions, TextOptions, SampleOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(ModelOptions):
-    """What all kinds of training share."""
+    """What all kinds of training share. Recipes, which make their files anew, set `overwrite`."""
 
     out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Where the result goes.")]
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0
     set: _Settings = field(default_factory=list)
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew, in place of what OUT holds.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)

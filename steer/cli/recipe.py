@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from steer.cli.options import COMMANDS, Options
+from steer.cli.options import COMMANDS, Options, TrainOptions
 from steer.cli.values import build, check_known, pairs, spelled
 from steer.core import InputError, check
 
@@ -189,4 +189,7 @@ def _filled(value: Any, variables: Mapping[str, Any], where: str) -> Any:
 def _build(name: str, step: dict[str, Any], variables: Mapping[str, Any]) -> Step:
     where = f"recipe {name}, step {step['name']}"
     settings = _filled(step["settings"], variables, where)
-    return Step(step["name"], step["command"], build(COMMANDS[step["command"]], settings, where))
+    kind = COMMANDS[step["command"]]
+    # A recipe makes its files anew, as often as it is run.
+    anew = {"overwrite": True} if issubclass(kind, TrainOptions) else {}
+    return Step(step["name"], step["command"], build(kind, {**anew, **settings}, where))

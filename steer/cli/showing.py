@@ -147,7 +147,7 @@ class Pictures:
             check(prompts == 1 or name == "previews", name, str(path), f"one prompt ({prompts} are given)")
             files[name] = path
         for name, path in files.items():
-            checks.check_output(path, name)
+            checks.check_output(path, name, suffix=".png")
         written = [*files.values(), *([options.out] if options.out else [])]
         apart = len({path.absolute() for path in written}) == len(written)
         check(apart, "png", [str(path) for path in written], "files that differ")

@@ -70,7 +70,13 @@ def train_value(options: TrainValueOptions, coming: Coming = frozenset()) -> Run
 def _check_training(options: TrainOptions) -> None:
     checks.check_model(options)
     checks.check_causal(options)
-    checks.check_output(options.out)
+    checks.check_output(options.out, suffix=".safetensors")
+
+
+def _check_new(options: TrainOptions) -> None:
+    """What is finished is not trained over without a word."""
+    there = options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir()))
+    check(options.overwrite or not there, "out", f"{options.out} (already there)", "a new place, or --overwrite")
 
 
 S = TypeVar("S")
@@ -93,6 +99,7 @@ def _work(out: Path) -> Path:
 def _trainer(options: TrainOptions, train: Callable[[Any, dict[str, Any]], Any], keep_work: bool | None = None) -> Run:
     """`keep_work` is None for training that leaves nothing to resume from."""
     work = _work(options.out)
+    _check_new(options)
 
     def run(session: Session) -> None:
         more: dict[str, Any] = {"progress": session.progress}
@@ -123,6 +130,7 @@ def train_policy(options: TrainPolicyOptions, coming: Coming = frozenset()) -> R
     if reward is not None:
         check_reward(reward, images)
     train, data, settings = (_tune_images if images else _tune_text)(options, reward)
+    _check_new(options)
 
     def run(session: Session) -> None:
         folder = train(

@@ -118,8 +118,9 @@ def parse_reward(text: str, *, trusted: bool = True, names: Mapping[str, Reward]
 
 
 def _allowed(trusted: bool = True) -> str:
-    usages = ", ".join(entry.usage for _, entry in sorted(_registry.items()) if trusted or not entry.loads)
-    return f"{usages}{f'; {_FORMS}' if trusted else ''}; joined by + - * / ( )"
+    names = ", ".join(name for name, entry in sorted(_registry.items()) if trusted or not entry.loads)
+    more = f" (steer rewards says how each is written); {_FORMS}" if trusted else ""
+    return f"{names}{more}; joined by + - * / ( )"
 
 
 def _whole_model(text: str, trusted: bool) -> Reward | None:
@@ -158,9 +159,8 @@ class _Parser:
         while position < len(text.rstrip()):
             match = _TOKEN.match(text, position)
             if match is None:
-                raise InputError(
-                    "reward", text, f"{_allowed(trusted)}; cannot read it from {text[position:].strip()[:30]!r} on"
-                )
+                rest = text[position:].strip()[:30]
+                raise InputError("reward", f"{text} (cannot read it from {rest!r} on)", _allowed(trusted))
             self.tokens.append(match)
             position = match.end()
 
@@ -218,14 +218,15 @@ class _Parser:
             return lift(_make(name, items, given))
         if len(items) == 1 and items[0][0] is None:
             return lift(_function(name, items[0][1], given, self.trusted))
-        named = f"; {', '.join(self.names)}" if self.names else ""
+        named = f"here also: {', '.join(self.names)}" if self.names else ""
         raise _unknown(name, given, self.trusted, named)
 
 
 def _unknown(name: str, given: str, trusted: bool, why: str = "") -> InputError:
     close = difflib.get_close_matches(name.lower(), _registry, n=1, cutoff=0.6)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return InputError("reward", given, f"{hint}{_allowed(trusted)}{why}")
+    hints = [part for part in (why, f"did you mean {close[0]!r}?" if close else "") if part]
+    reason = f" ({'; '.join(hints)})" if hints else ""
+    return InputError("reward", f"{given}{reason}" if reason else given, _allowed(trusted))
 
 
 def _make(name: str, items: list[tuple[str | None, str]], given: str) -> Reward:
@@ -249,13 +250,13 @@ def _function(module: str, path: str, given: str, trusted: bool) -> Reward:
     try:
         found: Any = _imported(module)
     except Exception as error:
-        raise _unknown(module, given, trusted, f"; importing {module!r} failed: {error}") from error
+        raise _unknown(module, given, trusted, f"importing {module!r} failed: {error}") from error
     for part in path.split("."):
         found = getattr(found, part, None)
     if isinstance(found, Reward):
         return found
     if not callable(found) or isinstance(found, type):
-        raise _unknown(module, given, trusted, f"; module {module!r} has no function or Reward {path!r}")
+        raise _unknown(module, given, trusted, f"module {module!r} has no function or Reward {path!r}")
     return CallableReward(found, given)
 
 
