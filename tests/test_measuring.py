@@ -126,6 +126,22 @@ def test_race_spends_its_budget_and_finds_more_with_more(tmp_path: Path) -> None
         race(process, ["a"], TWOS, [], tmp_path)
 
 
+def test_nothing_is_saved_on_a_baseline_that_does_not_rise() -> None:
+    """Ties and noise: best-of-n's largest budget found no more than its smallest."""
+
+    def heat(method: str, nfe: int, *rewards: float) -> Measured:
+        return Measured(method, nfe, [list(rewards)], nfe)
+
+    flat = [
+        heat("best-of-n", 100, 0.0, 0.1, 0.0),
+        heat("best-of-n", 400, 0.0, 0.0, 0.0),
+        heat("fk", 100, 0.5, 0.4, 0.6),
+    ]
+    assert Race({}, flat).saving("fk") is None and Race({}, flat).needs("fk") is None
+    table = Race({}, flat).table()
+    assert "nan" not in table and "3 prompts: few" in table
+
+
 def test_savings_are_read_off_the_curve() -> None:
     def heat(method: str, nfe: float, reward: float) -> Measured:
         return Measured(method, int(nfe), [[reward]] * 3, nfe)

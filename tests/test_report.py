@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from steer.core import InputError
-from steer.measure.report import Report, ReportRow, _breaks, _interval, default_strengths, evaluate
+from steer.measure.report import Report, ReportRow, _breaks, _interval, _ratio_interval, default_strengths, evaluate
+from steer.measure.tables import ranged
 from steer.methods.prompt import SystemPrompt
 from steer.methods.vector import SteeringVector
 from steer.pictures.charts import draw_report
@@ -108,6 +109,39 @@ def test_bootstrap_interval() -> None:
     assert high == pytest.approx(float(values.mean()) + half, abs=0.02)
 
 
+def test_the_interval_of_a_ratio_is_that_of_its_prompts() -> None:
+    """Against the normal approximation of the log ratio, whose differences by prompt are independent."""
+    draws = torch.Generator().manual_seed(2)
+    tokens = torch.full((400,), 10.0)
+    base, mine = (torch.randn(400, generator=draws) * 3 + mean for mean in (20, 24))
+    low, high = _ratio_interval(torch.stack([mine, tokens], 1), torch.stack([base, tokens], 1))
+    gap = (mine - base).double() / 10
+    half = 1.96 * float(gap.std(correction=0)) / 20
+    assert math.log(low) == pytest.approx(float(gap.mean()) - half, abs=0.01)
+    assert math.log(high) == pytest.approx(float(gap.mean()) + half, abs=0.01)
+
+
+def test_no_verdict_from_almost_nothing() -> None:
+    """A ratio whose interval reaches below the limit breaks nothing; few prompts are named."""
+    rows = [_row("unsteered", 0.0), replace(_row("steered", 0.2, 28.0), ratio_low=1.2, ratio_high=6.0)]
+    assert _breaks(rows) == []
+    report = Report("m", "a", "r", {"prompts": 4}, rows, [])
+    assert "4 prompts: few" in report.verdict and "few" not in Report("m", "a", "r", {"prompts": 40}, rows, []).verdict
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "shown"),
+    [
+        (-0.0001, 0.2, "0.000 ±0.200"),
+        (0.5, math.nan, "0.500"),
+        (-0.5, 0.01, "-0.500 ±0.010"),
+        (math.nan, math.nan, "-"),
+    ],
+)
+def test_numbers_are_written_plainly(mean: float, half: float, shown: str) -> None:
+    assert ranged(mean, half) == shown
+
+
 def _row(kind: str, strength: float, perplexity: float = 10.0, distinct: float = 0.8) -> ReportRow:
     return ReportRow(
         kind=kind,
@@ -119,6 +153,8 @@ def _row(kind: str, strength: float, perplexity: float = 10.0, distinct: float =
         kl_per_token=strength**2 / 10,
         perplexity=perplexity,
         perplexity_ratio=perplexity / 10,
+        ratio_low=perplexity / 10 - 0.05,
+        ratio_high=perplexity / 10 + 0.05,
         distinct_1=distinct,
         distinct_2=distinct,
         distinct_3=distinct,

@@ -22,7 +22,7 @@ from torch import Tensor
 from steer.core import Cost, Process, Reward, Sampler, Samples, UnsupportedError, check
 from steer.files import replacing
 from steer.measure.distances import Target, frechet_distance, interval, mmd, total_variation, unique_share
-from steer.measure.tables import aligned
+from steer.measure.tables import aligned, number, ranged
 from steer.methods.best_of_n import Ancestral, BestOfN
 from steer.methods.dts import DTS
 from steer.methods.fk import FKSteering
@@ -198,8 +198,8 @@ def _table(head: str, rows: list[tuple[str, dict[str, tuple[float, float]]]]) ->
         line = [method]
         for name, _, shape in _COLUMNS:
             mean, half = columns[name]
-            exact = name in ("calls", "seconds") or half != half
-            line.append(shape.format(mean) if exact else f"{shape.format(mean)} ±{shape.format(half)}")
+            exact = name in ("calls", "seconds")
+            line.append(number(mean, shape) if exact else ranged(mean, half, shape))
         cells.append(line)
     return f"{head}\n{aligned(cells)}"
 

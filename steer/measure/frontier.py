@@ -17,7 +17,7 @@ from steer.core import Prompt, Reward, check
 from steer.core.notebook import text_html
 from steer.files import as_json, write_text
 from steer.measure.distances import interval
-from steer.measure.tables import aligned
+from steer.measure.tables import aligned, ranged
 from steer.model import Model
 from steer.progress import ticking
 from steer.rewards import as_reward
@@ -90,8 +90,8 @@ class Frontier:
         """Plain text: a row for each point."""
         rows = [["method", "setting", "reward", "KL", "kind of KL", "tokens"]]
         for p in self.points:
-            kl = "" if p.kl is None else _shown(*p.kl)
-            rows.append([p.method, p.setting, _shown(*p.reward), kl, p.kl_kind, f"{p.tokens:.0f}"])
+            kl = "" if p.kl is None else ranged(*p.kl)
+            rows.append([p.method, p.setting, ranged(*p.reward), kl, p.kl_kind, f"{p.tokens:.0f}"])
         return aligned(rows)
 
     def write(self, folder: Path | str) -> None:
@@ -186,7 +186,3 @@ def _brief(value: Any) -> str:
 def _between(low: tuple[float, float], high: tuple[float, float], kl: float) -> float:
     share = (kl - low[0]) / (high[0] - low[0]) if high[0] > low[0] else 1.0
     return low[1] + share * (high[1] - low[1])
-
-
-def _shown(mean: float, half: float) -> str:
-    return f"{mean:.3f}" if math.isnan(half) else f"{mean:.3f} ±{half:.3f}"

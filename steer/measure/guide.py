@@ -19,7 +19,7 @@ from torch import Tensor
 from steer.core import Process, Prompt, Reward, Sampler, Samples, check
 from steer.files import replacing
 from steer.measure.distances import interval
-from steer.measure.tables import aligned
+from steer.measure.tables import aligned, ranged
 from steer.methods.best_of_n import Ancestral
 from steer.methods.fk import FKSteering
 from steer.methods.rlg import RLGuidance
@@ -58,7 +58,7 @@ class Sweep:
         """Plain text."""
         rows = [["", "w", "reward", "KL", "ESS"]]
         for p in self.points:
-            reward, kl = f"{p.reward:.3f} ±{p.reward_half:.3f}", f"{p.kl:.2f} ±{p.kl_half:.2f}"
+            reward, kl = ranged(p.reward, p.reward_half), ranged(p.kl, p.kl_half, "{:.2f}")
             rows.append([p.kind, f"{p.w:.2f}", reward, kl, f"{p.ess:.0%}" if p.kind == "corrected" else ""])
         return aligned(rows)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from steer.core import Edit, Process, Prompt, Reward, Sampler, Samples, check
 from steer.files import replacing
 from steer.measure.distances import interval
-from steer.measure.tables import aligned
+from steer.measure.tables import aligned, few, ranged
 from steer.methods.best_of_n import BestOfN, reward_curve
 from steer.methods.dts import SearchDTS
 from steer.methods.fk import FKSteering
@@ -109,17 +109,19 @@ class Race:
         rows = [["", *(f"{b} evaluations" for b in budgets), "saves", "best-of-n needs"]]
         for method in dict.fromkeys(h.method for h in self.heats):
             mine = {h.budget: h for h in self.heats if h.method == method}
-            cells = [f"{mine[b].mean:.3f} ±{mine[b].half:.3f}" if b in mine else "" for b in budgets]
+            cells = [ranged(mine[b].mean, mine[b].half) if b in mine else "" for b in budgets]
             saved = self.saving(method)
             rows.append([method, *cells, "" if saved is None else f"{saved:.1f}x", self._needs(method)])
-        return aligned(rows)
+        warning = few(max((len(h.rewards[0]) for h in self.heats), default=0))
+        return aligned(rows) + (f"\n{warning}" if warning else "")
 
     def saving(self, method: str) -> float | None:
         """Evaluations that best-of-n took at its largest budget over those at which `method` reaches the same mean
-        reward, between its budgets on a logarithmic scale; None where it never does.
+        reward, between its budgets on a logarithmic scale; None where it never does, and where best-of-n itself does
+        not rise by more than its intervals: then there is nothing to be saved.
         """
         base, mine = self._curve("best-of-n"), self._curve(method)
-        if not base or method == "best-of-n":
+        if not base or method == "best-of-n" or not _rises(base):
             return None
         there = _reached(mine, base[-1].mean)
         return None if there is None else base[-1].nfe / there
@@ -129,7 +131,7 @@ class Race:
         that it took there; infinite where best-of-n never does in its budgets, None without it.
         """
         base, mine = self._curve("best-of-n"), self._curve(method)
-        if not base or method == "best-of-n":
+        if not base or method == "best-of-n" or not _rises(base):
             return None
         there = _reached(base, mine[-1].mean)
         return math.inf if there is None else there / mine[-1].nfe
@@ -159,6 +161,13 @@ class Race:
                 names = ("method", "budget", "rewards", "nfe")
                 return cls(settings, [Measured(**{k: h[k] for k in names}) for h in found["heats"]])
         return cls(settings)
+
+
+def _rises(curve: list[Measured]) -> bool:
+    """Whether the last mean lies above the first by more than both of their half widths, where those are known."""
+    first, last = curve[0], curve[-1]
+    doubt = math.hypot(*(half for half in (first.half, last.half) if not math.isnan(half)))
+    return len(curve) == 1 or last.mean - first.mean > doubt
 
 
 def _reached(curve: list[Measured], goal: float) -> float | None:
@@ -226,6 +235,8 @@ def race(
     for edit in edits:
         guided = guided.edited(edit.with_beta(beta))
     lengths = {False: _per_chain(process, prompts), True: _per_chain(guided, prompts) if edits else (0.0, 1.0)}
+    least = math.ceil(max(sum(lengths[known[name].guided]) for name in methods))
+    check(min(budgets) >= least, "budgets", min(budgets), f"at least {least}, which one output takes on average")
     rejecting = bool((options or {}).get("best-of-n", {}).get("reject"))
     jobs = _jobs(found, methods, budgets, reach, rejecting)
     with ticking(progress, "racing", len(jobs) * seeds) as tick:

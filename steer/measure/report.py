@@ -18,7 +18,7 @@ from steer.core import Edit, Reward, Samples, check
 from steer.core.notebook import text_html
 from steer.edits import Artifact, as_edit
 from steer.files import as_json, write_text
-from steer.measure.tables import aligned
+from steer.measure.tables import FEW, aligned, few, number
 from steer.methods.prompt import SystemPrompt
 from steer.methods.vector import SteeringVector
 from steer.progress import ticking
@@ -28,7 +28,7 @@ __all__ = ["Break", "Report", "ReportRow", "default_strengths", "evaluate"]
 
 
 PERPLEXITY_LIMIT = 1.5
-"""Steering breaks where perplexity is this many times the unsteered one ..."""
+"""Steering breaks where perplexity is this many times the unsteered one, by its whole interval ..."""
 DIVERSITY_LIMIT = 0.5
 """... or distinct-2 falls below this share of the unsteered one."""
 
@@ -49,6 +49,9 @@ class ReportRow:
     perplexity: float
     """Of the texts under the unsteered model."""
     perplexity_ratio: float
+    ratio_low: float
+    ratio_high: float
+    """95% interval of the ratio, by bootstrap over prompts."""
     distinct_1: float
     distinct_2: float
     distinct_3: float
@@ -85,9 +88,9 @@ class Report:
     @property
     def verdict(self) -> str:
         """Where steering breaks, in words."""
-        if not self.breaks:
-            return "no strength in this sweep breaks the texts"
-        return "; ".join(f"breaks at {b.strength:+g}: {b.reason}" for b in self.breaks)
+        said = "; ".join(f"breaks at {b.strength:+g}: {b.reason}" for b in self.breaks)
+        warning = few(int(self.settings.get("prompts", FEW)))
+        return (said or "no strength in this sweep breaks the texts") + (f" ({warning})" if warning else "")
 
     def table(self) -> str:
         """Plain text for a terminal."""
@@ -108,9 +111,9 @@ class Report:
             rows.append(
                 [
                     row.kind,
-                    "" if row.strength is None else f"{row.strength:+g}",
-                    f"{row.reward:.3f}",
-                    f"{row.reward_low:.3f} .. {row.reward_high:.3f}",
+                    "" if row.strength is None else f"{row.strength:+g}" if row.strength else "0",
+                    number(row.reward),
+                    f"{number(row.reward_low)} .. {number(row.reward_high)}",
                     _cell(row.kl),
                     _cell(row.kl_per_token),
                     f"{row.perplexity:.2f}",
@@ -139,7 +142,7 @@ class Report:
 
 
 def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None else number(value)
 
 
 # ------------------------------------------------------------------------------------------------------------ sweep
@@ -242,6 +245,8 @@ class _Sweep:
     prompts: list[Any]
     reward: Reward
     settings: dict[str, Any]
+    unsteered: list[Tensor] = field(default_factory=list)
+    """Surprise and tokens of every prompt `[B, 2]` without the edit, once they are there."""
 
     def validate(self, edits: list[Edit]) -> None:
         """Refuse what does not fit the model before anything is generated."""
@@ -257,6 +262,11 @@ class _Sweep:
         total, tokens = self.model.log_likelihood(replace(samples, prompts=self.prompts))
         perplexity = math.exp(min(-float(total.sum()) / max(float(tokens.sum()), 1.0), 700.0))
         low, high = _interval(_by_prompt(samples))
+        surprise = torch.stack([-total, tokens])
+        fluency = torch.stack([surprise[:, samples.group == b].sum(1) for b in range(len(samples.prompts))])
+        if base is None:
+            self.unsteered.append(fluency)
+        ratio_low, ratio_high = _ratio_interval(fluency, self.unsteered[0])
         texts, kl = samples.texts, None if kind == "unsteered" else samples.kl
         return ReportRow(
             kind=kind,
@@ -268,6 +278,8 @@ class _Sweep:
             kl_per_token=0.0 if kind == "unsteered" else None if kl is None else float(kl.sum() / tokens.sum()),
             perplexity=perplexity,
             perplexity_ratio=perplexity / base.perplexity if base else 1.0,
+            ratio_low=ratio_low,
+            ratio_high=ratio_high,
             distinct_1=distinct_n(texts, 1),
             distinct_2=distinct_n(texts, 2),
             distinct_3=distinct_n(texts, 3),
@@ -286,6 +298,15 @@ def _interval(values: Tensor, draws: int = 2000) -> tuple[float, float]:
     """95% bootstrap interval of the mean of `[B]`."""
     index = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(0))
     low, high = torch.quantile(values[index].mean(1), torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high
+
+
+def _ratio_interval(mine: Tensor, base: Tensor, draws: int = 2000) -> tuple[float, float]:
+    """95% bootstrap interval of the perplexity ratio, over prompts that both share: surprise and tokens `[B, 2]`."""
+    index = torch.randint(len(mine), (draws, len(mine)), generator=torch.Generator().manual_seed(0))
+    (a, n), (b, m) = (x.double()[index].sum(1).unbind(-1) for x in (mine, base))
+    ratio = (a / n.clamp_min(1) - b / m.clamp_min(1)).clamp(-700, 700).exp()
+    low, high = torch.quantile(ratio, torch.tensor([0.025, 0.975], dtype=ratio.dtype)).tolist()
     return low, high
 
 
@@ -315,7 +336,7 @@ def _breaks(rows: list[ReportRow]) -> list[Break]:
 
 def _broken(row: ReportRow, base: ReportRow) -> str | None:
     ratio = row.perplexity_ratio
-    if ratio > PERPLEXITY_LIMIT:
+    if row.ratio_low > PERPLEXITY_LIMIT:
         return f"perplexity {ratio:,.{1 if ratio < 10 else 0}f} x unsteered"
     if row.distinct_2 < DIVERSITY_LIMIT * base.distinct_2:
         return f"distinct-2 {row.distinct_2:.2f}, unsteered {base.distinct_2:.2f}"

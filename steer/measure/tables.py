@@ -1,14 +1,36 @@
-"""Plain-text tables of measurements."""
+"""Plain-text tables of measurements, and how numbers are written in them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from io import StringIO
 
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["aligned"]
+__all__ = ["FEW", "aligned", "few", "number", "ranged"]
+
+FEW = 20
+"""Below so many prompts a difference is more likely chance than not, and tables say so."""
+
+
+def number(x: float, shape: str = "{:.3f}") -> str:
+    """A number as `shape` writes it, without the sign of a zero; a dash for what is not known."""
+    if math.isnan(x):
+        return "-"
+    shown = shape.format(x)
+    return shown[1:] if shown.startswith("-") and not shown.strip("-0.x%") else shown
+
+
+def ranged(mean: float, half: float, shape: str = "{:.3f}") -> str:
+    """A mean and the half width of its interval, where there is one."""
+    return number(mean, shape) if math.isnan(half) else f"{number(mean, shape)} ±{number(half, shape)}"
+
+
+def few(prompts: int, what: str = "prompts") -> str:
+    """A line of warning where a table stands on little; the empty text elsewhere."""
+    return "" if prompts >= FEW else f"{prompts} {what}: few, so that differences of this size may be chance"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
