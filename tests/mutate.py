@@ -41,7 +41,7 @@ MUTATIONS = [
         "a draw waits for its random numbers",
         'at = at.to(cdf.device, cdf.dtype, non_blocking=cdf.device.type != "mps")',
         "at = at.to(cdf)",
-        "test_waits_of_a_token and plain",
+        "test_waits_of_a_token and top-k",
     ),
     Mutation(
         "a generator of the CPU for numbers on the device",
