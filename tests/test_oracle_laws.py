@@ -11,7 +11,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from test_text_laws import EOS, cut, llama, processed
 from torch import Tensor
 
 from steer.chain import FunctionProcess
-from steer.core import Context, RawText, SteerError
+from steer.core import Context, PromptEdit, RawText, SteerError
 from steer.masked import MaskedProcess
 from steer.methods.best_of_n import Ancestral, BestOfN, best_of_n_kl, best_of_n_law, reward_curve
 from steer.methods.dts import DTS, SearchDTS
@@ -673,6 +673,14 @@ def of_masked_texts(rng: random.Random, more: int) -> float:
     return worst
 
 
+@dataclass(frozen=True)
+class Told(PromptEdit):
+    """Says something before the prompt."""
+
+    def rewrite(self, prompt: Any) -> Any:
+        return RawText(f"d d {prompt}")
+
+
 def of_decoding(rng: random.Random, more: int) -> float:
     """Texts of a tiny Llama under settings in any combination, prompts of unequal length and edits for some of them:
     log-probabilities and divergences of rows from the library's own processors in float64.
@@ -702,21 +710,22 @@ def of_decoding(rng: random.Random, more: int) -> float:
     model, tuned = llama(seed), llama(seed + 10)
     prompts = ["a b", rng.choice(["c d a b", "a", "d d d"]), "b"]
     lean, w = [rng.uniform(-1, 1) for _ in range(8)], rng.choice([-0.5, 0.6, 1.0, 1.8])
-    edits: list[Any] = [None, None, None]
-    if rng.random() < 0.8:
-        edits[1] = (
-            Lean(torch.tensor(lean)) if rng.random() < 0.5 else RLGuidance(tuned.process(temperature=temperature), w)
-        )
-        edits[2] = edits[1] if rng.random() < 0.5 else Lean(torch.tensor(lean))
+    guided = [Lean(torch.tensor(lean)), RLGuidance(tuned.process(temperature=temperature), w)]
+    told = rng.random() < 0.3
+    edits: list[Any] = [None, *(rng.choice([None, Told()] if told else [None, *guided]) for _ in range(2))]
+    if told and rng.random() < 0.3:
+        edits[2] = guided[0]
     steps = []
     for k, prompt in enumerate(prompts):
         base, other = (processed(m, prompt, temperature, **settings) for m in (model, tuned))
 
-        def law(prefix: Words, base: Any = base, other: Any = other, edit: Any = edits[k]) -> Tensor:
+        seen = processed(model, edits[k].rewrite(prompt), temperature, **settings) if edits[k] == Told() else base
+
+        def law(prefix: Words, base: Any = seen, other: Any = other, edit: Any = edits[k]) -> Tensor:
             p = base(prefix)
             if isinstance(edit, Lean):
                 p = torch.log_softmax(p + edit.by, -1)
-            elif edit is not None:
+            elif isinstance(edit, RLGuidance):
                 q = other(prefix)
                 gone = p.isneginf() | q.isneginf()
                 p = torch.log_softmax((p + w * (q - p)).masked_fill(gone, -INF), -1)
@@ -733,22 +742,26 @@ def of_decoding(rng: random.Random, more: int) -> float:
             temperature=temperature,
             block=rng.choice([1, 1, 2]),
             until=until,
+            max_rows=100,
             **settings,
             **cuts,
         )
     except SteerError as error:
         assert "no token could be drawn" in str(error) and any(ends_nowhere(law, (), length) for _, law in steps)
         return 0.0
-    for text, group, *found in zip(
-        samples.tokens, samples.group.tolist(), samples.log_prob, samples.base_log_prob, samples.kl, strict=True
-    ):
+    rewritten, one_sample = Told() in edits, Told() in edits and any(isinstance(edit, Lean) for edit in edits)
+    for i, (text, group) in enumerate(zip(samples.tokens, samples.group.tolist(), strict=True)):
         (base, law), (log_q, log_p, kl) = steps[group], (0.0, 0.0, 0.0)
         assert until or len(text) == length or text[-1] == EOS
         for t, token in enumerate(text):
             q, p = law(tuple(text[:t])), base(tuple(text[:t]))
             log_q, log_p = log_q + float(q[token]), log_p + float(p[token])
             kl += float(torch.where(q.isneginf(), 0.0, q.exp() * (q - p)).sum())
-        close(torch.stack(found), [log_q, log_p, kl], 3e-4)
+        close([samples.log_prob[i], samples.kl[i]], [log_q, log_q - log_p if one_sample else kl], 3e-4)
+        if rewritten:
+            assert samples.base_log_prob is None
+        else:
+            close(samples.base_log_prob[i], log_p, 3e-4)
     return 0.0
 
 

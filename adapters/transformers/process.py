@@ -422,8 +422,8 @@ class TextProcess(Process):
         return "exact" if recorded or steps_are_exact(self) else "one-sample"
 
     def log_likelihood(self, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Summed log-probability `[N]` of each row's `tokens` after its prompt, at this process's temperature, under
-        its hidden and prompt edits (transition edits and truncation are left out).
+        """Summed log-probability `[N]` of each row's `tokens` after its prompt, after this process's logits processors
+        and temperature, under its hidden and prompt edits (transition edits and truncation are left out).
         """
         return log_likelihood(self, prompts, group, tokens)
 
