@@ -262,7 +262,7 @@ def of_uneven_ends(rng: random.Random, more: int) -> float:
     """Texts of prompts with laws, edits and ends of their own: accounts of rows, laws of draws, Z and the tilted law
     of FK and of trees.
     """
-    runs = 150 * more
+    runs = 500 * more
     s = Spelled(rng, runs)
     beta = rng.choice([0.7, 1.5])
     ends = [s.ends(k) for k in range(s.kinds)]
@@ -780,7 +780,7 @@ SUBJECTS: dict[str, tuple[Callable[[random.Random, int], float], int, int]] = {
     "resampling": (of_resampling, 6, 100),
     "curves": (of_a_curve, 40, 500),
     "best of n": (of_the_best, 12, 200),
-    "uneven ends": (of_uneven_ends, 8, 200),
+    "uneven ends": (of_uneven_ends, 10, 200),
     "value guidance": (of_value_guidance, 15, 300),
     "candidates": (of_candidates, 12, 200),
     "spread of Z": (of_the_spread, 10, 200),
