@@ -26,6 +26,7 @@ from steer.methods.fk import FKSteering
 from steer.rewards import lift
 from steer.sampling.forest import Forest
 from steer.sampling.lookahead import Preview
+from steer.sampling.tree import Tree
 from steer.toy import GaussianProcess
 
 SHIFT = 3.0
@@ -58,20 +59,27 @@ def distances(samples: Samples, mean: float, deviation: float) -> Tensor:
     return torch.stack(found)
 
 
+def _root(tree: Tree, node: int) -> int:
+    """The child of the root that a node descends from."""
+    while tree.parent[node]:
+        node = int(tree.parent[node])
+    return node
+
+
 def starts(samples: Samples) -> Tensor:
     """Effective number `[B]` of first states from which the weight of each prompt's outputs comes."""
     weights, prompts = samples.weights, len(samples.prompts)
+    assert samples.trace is not None
     if isinstance(samples.trace[0], Forest):
-        roots = []
-        for leaf, tree in zip(
-            samples.lineage.tolist(), (samples.trace[0].trees[b] for b in samples.group.tolist()), strict=True
-        ):
-            while tree.parent[leaf]:
-                leaf = int(tree.parent[leaf])
-            roots.append(leaf)
-        first = torch.tensor(roots)
+        assert samples.lineage is not None
+        first = torch.tensor(
+            [
+                _root(samples.trace[0].trees[b], leaf)
+                for b, leaf in zip(samples.group.tolist(), samples.lineage.tolist(), strict=True)
+            ]
+        )
     else:
-        first = torch.arange(len(weights) if samples.pool is None else len(samples.pool))
+        first = torch.arange(len(samples.pool or samples))
         for generation in samples.trace:
             first = first[generation.ancestors]
         first = first if samples.pool is None else first[samples.lineage]
