@@ -18,7 +18,7 @@ from torch import Tensor
 from steer.core import Ability, Context, Cost, Mounted, Process, Prompt, Samples, Site, check, check_whole
 from steer.core.context import Opaque, aimed, shifted
 from steer.core.rows import Rows, accounted, beginning
-from steer.sampling.laws import divergence
+from steer.sampling.laws import check_possible, divergence
 
 __all__ = ["ChainContext", "ChainState", "FunctionProcess", "TokenChain"]
 
@@ -114,7 +114,7 @@ class TokenChain(Process):
     def propose(self, state: ChainState, generator: torch.Generator) -> ChainState:
         context = self.context(state)
         base = context.base
-        law = torch.log_softmax(shifted(self.edits, context, state.group), -1)
+        law = check_possible(torch.log_softmax(shifted(self.edits, context, state.group), -1))
         token = torch.multinomial(law.exp(), 1, generator=generator)
         drawn = law.gather(1, token).squeeze(1)
         aim = aimed(self.edits, context, state.group, token)

@@ -1,4 +1,5 @@
-"""Device mistakes planted one at a time in a copy of the tree: the shadow device must find each.
+"""Mistakes planted one at a time in a copy of the tree: of devices, which the shadow device must find, and of laws, for
+the oracles of random configurations.
 
 Run with `python tests/mutate.py [WORD]`; a word takes the mutations whose names have it. A mutation whose text is not
 found exactly once, tests that fail without any, and mutations that no test finds end with status 1.
@@ -22,12 +23,19 @@ MAPPED = ("adapters", "recipes")
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old` becomes `new` in the one file that has it; `tests` says which tests are to fail, as pytest's -k does."""
+    """`old` becomes `new` in the one file that has it; `tests` says which tests of `file` are to fail, as pytest's -k
+    does.
+    """
 
     name: str
     old: str
     new: str
     tests: str
+    file: str = "tests/test_shadow.py"
+
+
+def law(name: str, old: str, new: str, tests: str, file: str = "tests/test_oracle_laws.py") -> Mutation:
+    return Mutation(name, old, new, tests, file)
 
 
 MUTATIONS = [
@@ -41,7 +49,7 @@ MUTATIONS = [
         "a draw waits for its random numbers",
         'at = at.to(cdf.device, cdf.dtype, non_blocking=cdf.device.type != "mps")',
         "at = at.to(cdf)",
-        "test_waits_of_a_token and plain",
+        "test_waits_of_a_token and top-k",
     ),
     Mutation(
         "a generator of the CPU for numbers on the device",
@@ -151,6 +159,99 @@ MUTATIONS = [
         "law = law.index_copy(0, at.cpu(), torch.log_softmax(changed, -1))",
         "test_rows_that_come_and_go",
     ),
+    law(
+        "the token that reaches a mass is cut off",
+        "inside = mass.cumsum(-1) - mass < top_p",
+        "inside = mass.cumsum(-1) < top_p",
+        "cuts",
+    ),
+    law(
+        "two particles swap chances when one is rounded",
+        "up, down = min(1 - a, b), min(a, 1 - b)",
+        "down, up = min(1 - a, b), min(a, 1 - b)",
+        "resampling",
+    ),
+    law(
+        "a tie is broken by order",
+        "g = _tied_mean(ordered, gold.gather(-1, order))",
+        "g = gold.gather(-1, order)",
+        "curves",
+    ),
+    law(
+        "the law of best-of-n counts a candidate less below",
+        "(upto**n - below**n)[which]",
+        "(upto**n - below ** (n - 1))[which]",
+        "best",
+    ),
+    law(
+        "values are not centred",
+        "push = (q - q.mean(-1, keepdim=True))",
+        "push = q",
+        "guidance",
+    ),
+    law(
+        "candidates are chosen at beta 1",
+        'best = resample(value / run.beta, run.generator, "multinomial", 1).squeeze(1)',
+        'best = resample(value, run.generator, "multinomial", 1).squeeze(1)',
+        "candidates",
+    ),
+    law(
+        "a divergence the other way round",
+        "after = state.add(drawn, base.gather(1, token).squeeze(1), aim, divergence(law, base))",
+        "after = state.add(drawn, base.gather(1, token).squeeze(1), aim, divergence(base, law))",
+        "uneven",
+    ),
+    law(
+        "a proposal is weighed again at every step",
+        "step, self.ratio = step + gained(ratio, self.ratio), ratio",
+        "step = step + gained(ratio, self.ratio)",
+        "uneven",
+    ),
+    law(
+        "the last factor does not take back those before",
+        "return (self.carried if running else rho) - self.total",
+        "return self.carried if running else rho",
+        "spread",
+    ),
+    law(
+        "equal children count once",
+        "self.value[node] = self.beta * (top + spread - np.log(self.draws[node]))",
+        "self.value[node] = self.beta * (top + spread - np.log(len(at)))",
+        "trees and not tilted",
+    ),
+    law(
+        "rollouts to one leaf count once",
+        "return leaf, mass - np.log(max(1, len(paths))) + tree.value[leaf] / self.beta",
+        "return leaf, mass - np.log(max(1, len(leaf))) + tree.value[leaf] / self.beta",
+        "trees and not tilted",
+    ),
+    law(
+        "positions that were not revealed diverge",
+        'share = gap / left if order == "random"',
+        'share = gap if order == "random"',
+        "masked",
+    ),
+    law(
+        "processors see the padding of short prompts",
+        "apart = waits or (ordered and len({len(row) for row in ids}) > 1)",
+        "apart = False",
+        "alone",
+        "tests/test_text_laws.py",
+    ),
+    law(
+        "a product of Gaussians without its normaliser",
+        "0.5 * w * (1 - w) * tuned.square().sum(1)",
+        "0.5 * w * tuned.square().sum(1)",
+        "evidence",
+        "tests/test_step_laws.py",
+    ),
+    law(
+        "a mean's distance is that of rounded means",
+        "gap = schedule.gap(state.moved, state.x0, step)",
+        "gap = (mean - schedule.mean(state.x, state.x0, step)).double().flatten(1)",
+        "evidence",
+        "tests/test_step_laws.py",
+    ),
 ]
 
 
@@ -173,8 +274,8 @@ def place(tree: Path, mutation: Mutation) -> Path:
     return found[0]
 
 
-def status(tree: Path, tests: str) -> int:
-    """Exit status of the chosen shadow tests on this tree: 0 passed, 1 failed."""
+def status(tree: Path, tests: str, file: str) -> int:
+    """Exit status of the chosen tests of one file on this tree: 0 passed, 1 failed."""
     command = [
         sys.executable,
         "-m",
@@ -183,7 +284,7 @@ def status(tree: Path, tests: str) -> int:
         "-x",
         "-p",
         "no:cacheprovider",
-        "tests/test_shadow.py",
+        file,
         "-k",
         tests,
     ]
@@ -203,14 +304,15 @@ def main(word: str = "") -> int:
         except LookupError as error:
             print(error)
             return 1
-        if status(tree, " or ".join(sorted({f"({m.tests})" for m in chosen}))):
-            print("the tests fail without a mutation")
-            return 1
+        for name in sorted({m.file for m in chosen}):
+            if status(tree, " or ".join(sorted({f"({m.tests})" for m in chosen if m.file == name})), name):
+                print(f"{name} fails without a mutation")
+                return 1
         missed = 0
         for mutation, file in zip(chosen, files, strict=True):
             began, text = time.monotonic(), file.read_text(encoding="utf-8")
             file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
-            found = status(tree, mutation.tests) == 1
+            found = status(tree, mutation.tests, mutation.file) == 1
             file.write_text(text, encoding="utf-8")
             missed += not found
             print(f"{'found ' if found else 'MISSED'} {mutation.name} ({time.monotonic() - began:.0f} s)", flush=True)

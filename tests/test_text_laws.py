@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from steer.adapters.transformers import LanguageModel
-from steer.core import Context, InputError, RawText, Samples, TransitionEdit, UnsupportedError
+from steer.core import Context, InputError, RawText, Samples, SteerError, TransitionEdit, UnsupportedError
 from steer.methods.dts import DTS
 from steer.methods.fk import FKSteering
 from steer.methods.prompt import SystemPrompt
@@ -375,3 +375,48 @@ def test_a_tree_weighs_by_the_truncated_law(settings: dict[str, Any]) -> None:
 def test_another_word_for_the_base_is_refused() -> None:
     with pytest.raises(InputError, match="base: got 'raw'"):
         llama(0).process(base="raw")
+
+
+# ------------------------------------------------------------------------------------------ padding, and dead ends
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 3.0},
+        {"no_repeat_ngram_size": 1},
+        {"no_repeat_ngram_size": 2, "min_new_tokens": 2},
+        {"bad_words_ids": [[4, 4, 5], [6]]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("until", [(), ("a", "b")])
+def test_a_prompt_has_the_law_that_it_has_alone(settings: dict[str, Any], until: tuple[str, ...]) -> None:
+    """Also where the token that pads short prompts is the end of the text, as in many models."""
+    model = copy.copy(llama(0))
+    model.body = replace(model.body, pad_token_id=EOS)
+    process = model.process(max_new_tokens=4, block=2, until=until, **settings)
+    prompts = [RawText("a"), RawText("d c b a d c b a"), RawText("b a a")]
+
+    def law(some: list[str], tokens: list[list[int]]) -> Tensor:
+        packed = process.pack(process.init(some, 1, torch.Generator()))
+        columns = torch.tensor([[token + [EOS] * 9][0][: process.columns] for token in tokens])
+        real = torch.arange(columns.shape[1]) < torch.tensor([[len(token)] for token in tokens])
+        length = torch.tensor([len(token) for token in tokens])
+        return process.laws(process.unpack(some, 1, packed | {"prefix": columns, "real": real, "length": length}))[0]
+
+    for tokens in ([[], [], []], [[4, 6], [5, 5], [4, 4]], *([[[4], [6, 5], [7]]] if until else [])):
+        together = law(prompts, tokens)
+        for i, prompt in enumerate(prompts):
+            alone = law([prompt], [tokens[i]])[0]
+            assert torch.equal(alone.isneginf(), together[i].isneginf())
+            assert torch.allclose(alone.exp(), together[i].exp(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", [None, FKSteering(3), DTS(n=1, rollouts=4)], ids=["plain", "fk", "dts"])
+def test_a_step_at_which_nothing_is_possible_is_one_line(sampler: Any) -> None:
+    model, everything = llama(0), list(range(8))
+    given = {} if sampler is None else {"sampler": sampler, "reward": reward}
+    with pytest.raises(SteerError, match="no token could be drawn") as caught:
+        model.generate(RawText("a b"), max_new_tokens=3, seed=0, suppress_tokens=everything, **given)
+    assert "\n" not in str(caught.value)

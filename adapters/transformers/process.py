@@ -15,6 +15,7 @@ from steer.adapters.language.model import check_ids, check_lengths
 from steer.adapters.language.texts import pieces_of
 from steer.adapters.transformers import tracking
 from steer.adapters.transformers.body import Body
+from steer.adapters.transformers.processing import Processing
 from steer.adapters.transformers.scoring import divergence, log_likelihood, steps_are_exact, token_divergences
 from steer.adapters.transformers.state import TextContext, TextState, begin, reread, tokens_of, without_rows
 from steer.adapters.transformers.tracking import AnyTrack
@@ -187,10 +188,10 @@ class TextProcess(Process):
         exact = not (self.mounted(HiddenEdit) or self.mounted(PromptEdit))
         state = begin(prompts, n, self.columns, tracks, cost, exact)
         device = state.prefix.device
-        seen = tracking.left_padded(ids, self.body.pad_token_id, device)[0].repeat_interleave(n, 0)
-        processors = self.decoding.processors(seen.shape[1], self.decoding.eos_token_id or (), device)
-        watched = bool(processors or self.decoding.stopping_criteria)
-        return replace(state, processors=tuple(processors), ids=seen if watched else None)
+        processing = Processing.of(self.decoding, ids, bool(self.until), device)
+        watched = bool(processing or self.decoding.stopping_criteria)
+        seen = processing.padded.repeat_interleave(n, 0) if watched else None
+        return replace(state, processing=processing if processing else None, ids=seen)
 
     def _tracks(self, ids: Sequence[Sequence[int]], n: int) -> tuple[list[AnyTrack], Cost]:
         """This model's rows and those of every companion, `n` for each prompt."""
@@ -335,15 +336,15 @@ class TextProcess(Process):
 
     def context(self, state: TextState) -> TextContext:
         state = self.read(state)
-        ids = None if state.ids is None else torch.cat([state.ids, state.prefix[:, : state.filled]], 1)
+        prefix, real = state.prefix[:, : state.filled], state.real[:, : state.filled]
 
         def law(logits: Tensor) -> Tensor:
-            for processor in state.processors:
-                logits = processor(ids, logits)
+            if state.processing is not None:
+                assert state.ids is not None
+                logits = state.processing(logits, state.ids, prefix, real, state.group)
             return self.decoding.tempered(logits)
 
         others = {id(p): t for p, t in zip(self.companions(), state.companions, strict=True)}
-        prefix = state.prefix[:, : state.filled]
         left = self.decoding.max_new_tokens - 1 - state.length
         return TextContext(state.filled, prefix, law(state.track.logits), left, state.track, others, law)
 
@@ -421,8 +422,8 @@ class TextProcess(Process):
         return "exact" if recorded or steps_are_exact(self) else "one-sample"
 
     def log_likelihood(self, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Summed log-probability `[N]` of each row's `tokens` after its prompt, at this process's temperature, under
-        its hidden and prompt edits (transition edits and truncation are left out).
+        """Summed log-probability `[N]` of each row's `tokens` after its prompt, after this process's logits processors
+        and temperature, under its hidden and prompt edits (transition edits and truncation are left out).
         """
         return log_likelihood(self, prompts, group, tokens)
 
@@ -432,11 +433,8 @@ class TextProcess(Process):
 
     def decode(self, state: TextState) -> Samples:
         tokens = tokens_of(state)
-        prompts, group, log_prob = (
-            state.prompts,
-            state.group,
-            state.log_prob.double().cpu(),
-        )  # and not the state's cache
+        log_prob = laws.check_possible(state.log_prob.double().cpu())
+        prompts, group = state.prompts, state.group  # and not the state's cache
 
         def later() -> Tensor:
             return divergence(self, prompts, group, tokens, log_prob)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.transformers import tracking
+from steer.adapters.transformers.processing import Processing
 from steer.adapters.transformers.body import Body
 from steer.core import HiddenEdit, Mounted, Prompt, TransitionEdit
 from steer.sampling import laws
@@ -44,7 +45,7 @@ def sequence_logits(
     process: Scored, ids: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
 ) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
     """Yields `(rows, logits [n, T, V], targets [n, T], real [n, T])` in batches of similar length: the logits from
-    which each row's `tokens` follow its prompt `ids`, under the process's hidden edits.
+    which each row's `tokens` follow its prompt `ids`, under the process's hidden edits and after its logits processors.
     """
     body = process.body
     for rows in _batches(ids, tokens, _LOGITS // body.vocabulary):
@@ -53,7 +54,22 @@ def sequence_logits(
         real = torch.tensor([[j < len(tokens[i]) for j in range(width)] for i in rows], device=body.device)
         edits = _by_row(process.mounted(HiddenEdit), rows)
         track, _ = tracking.start(body, [ids[i] for i in rows], edits, 1, hidden=False, new=width)
-        yield rows, tracking.continuation_logits(track, target), target, real
+        logits = tracking.continuation_logits(track, target)
+        yield rows, processed(process, [ids[i] for i in rows], logits, target), target, real
+
+
+def processed(process: Scored, ids: Sequence[Sequence[int]], logits: Tensor, target: Tensor) -> Tensor:
+    """Logits `[n, T, V]` of every step of texts `target` `[n, T]` after prompts `ids`, processed as they were when the
+    texts were drawn.
+    """
+    processing = Processing.of(process.decoding, ids, False, logits.device)
+    if not processing:
+        return logits
+    real, group = torch.ones_like(target, dtype=torch.bool), torch.arange(len(ids))
+    steps = [
+        processing(logits[:, t], processing.padded, target[:, :t], real[:, :t], group) for t in range(target.shape[1])
+    ]
+    return torch.stack(steps, 1)
 
 
 def _batches(ids: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
@@ -74,8 +90,8 @@ def _batches(ids: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], budg
 def log_likelihood(
     process: Scored, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]]
 ) -> Tensor:
-    """Summed log-probability `[N]` of each row's `tokens` after its prompt, at the process's temperature, under its
-    hidden and prompt edits.
+    """Summed log-probability `[N]` of each row's `tokens` after its prompt, under the process's hidden and prompt
+    edits, after its processors and temperature.
     """
     owner, ids = group.tolist(), process.encode(prompts)
     mine = process.copy(_by_row(process.edits, owner))
@@ -93,10 +109,11 @@ def divergence(
     tokens: Sequence[Sequence[int]],
     log_prob: Tensor,
 ) -> Tensor:
-    """KL of the edited law to the base along each text `[N]`: the exact KL of every step's law, after temperature and
-    truncation, summed over the tokens that were drawn. Two passes over the finished text, for edits of prompts and
-    hidden states. Where transition edits or processors act as well, the one-sample estimate `log q(y) - log p(y)` of
-    each text instead, with log q as it was recorded while sampling: unbiased, noisier, and negative for some texts.
+    """KL of the edited law to the base along each text `[N]`: the exact KL of every step's law, after processors,
+    temperature and truncation, from that of the base after processors and temperature, summed over the tokens that were
+    drawn. Two passes over the finished text, for edits of prompts and hidden states. Where transition edits act as
+    well, the one-sample estimate `log q(y) - log p(y)` of each text instead, with log q as it was recorded while
+    sampling: unbiased, noisier, and negative for some texts.
     """
     if not steps_are_exact(process):
         return log_prob - process.unedited().log_likelihood(prompts, group, tokens)
@@ -108,7 +125,7 @@ def divergence(
 
 def steps_are_exact(process: Scored) -> bool:
     """Whether the law of every step can be read again from a finished text."""
-    return not (process.mounted(TransitionEdit) or process.decoding.processors(0, (), process.body.device))
+    return not process.mounted(TransitionEdit)
 
 
 def token_divergences(
@@ -134,7 +151,9 @@ def divergence_of_steps(
         law = process.decoding.truncated(process.decoding.tempered(logits))
         prompts_of = [base_ids[owner[i]] for i in rows]
         track, _ = tracking.start(process.body, prompts_of, (), 1, hidden=False, new=target.shape[1])
-        reference = process.decoding.tempered(tracking.continuation_logits(track, target))
+        reference = process.decoding.tempered(
+            processed(process, prompts_of, tracking.continuation_logits(track, target), target)
+        )
         steps = torch.where(real, laws.divergence(law, reference), 0.0).double().cpu()
         yield from ((i, row[: len(tokens[i])].clone()) for i, row in zip(rows, steps, strict=True))
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from steer.adapters.transformers import tracking
 from steer.adapters.transformers.body import Body
+from steer.adapters.transformers.processing import Processing
 from steer.adapters.transformers.tracking import AnyTrack, Track
 from steer.core import Context, Cost, Process, Prompt, Samples, UnsupportedError
 from steer.core.rows import Rows, beginning
@@ -37,7 +37,7 @@ class TextState(Rows):
     """Tokens drawn so far, by every row that ever lived."""
     track: AnyTrack = field(repr=False)
     companions: tuple[AnyTrack, ...] = field(repr=False)
-    processors: tuple[Any, ...] = field(default=(), repr=False)
+    processing: Processing | None = field(default=None, repr=False)
     unread: bool = False
     """Whether the last column is still to be read by the model."""
     ids: Tensor | None = field(default=None, repr=False)

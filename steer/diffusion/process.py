@@ -39,7 +39,7 @@ from steer.core import (
 )
 from steer.core.context import Opaque, shifted
 from steer.core.rows import accounted, beginning, in_batches
-from steer.diffusion.schedule import DETERMINISTIC, Schedule, account, gaussian, log_ratio
+from steer.diffusion.schedule import DETERMINISTIC, Schedule, account, gaussian, log_product
 from steer.diffusion.state import Denoiser, DiffusionState
 
 __all__ = ["DiffusionContext", "DiffusionProcess"]
@@ -199,25 +199,27 @@ class Diffusion(Process):
         x = mean if z is None else mean + std * z
         gap = None
         if state.moved is not state.x0:
-            gap = (mean - schedule.mean(state.x, state.x0, step)).double().flatten(1)
+            gap = schedule.gap(state.moved, state.x0, step)
         log_prob, base, kl = account(z, gap, std, len(state))
         aim = None
         if gap is not None and z is not None and std > DETERMINISTIC:
-            tilt = self._tilt(state, z, gap)
-            aim = None if tilt is None else base + tilt
+            ratio = self._log_product(state, z, gap)
+            aim = None if ratio is None else log_prob + ratio
         return replace(state.add(log_prob, base, aim, kl), x=x, step=step + 1, x0=None, moved=None, parent=state.x0)
 
-    def _tilt(self, state: DiffusionState, z: Tensor, gap: Tensor) -> Tensor | None:
-        """w times `log p_companion - log p` of the step that was drawn `[N]`; None where no edit has a power."""
+    def _log_product(self, state: DiffusionState, z: Tensor, gap: Tensor) -> Tensor | None:
+        """Log of the product that is aimed at over the law that was drawn from, of the step that was drawn `[N]`; None
+        where no edit has a power.
+        """
         power = self._power()
         if power is None or power[1] == 0:
             return None
-        w, std = power[1], self.schedule.std[state.step]
+        w = power[1]
         assert state.x0 is not None and state.moved is not None
-        tuned = state.x0 + (state.moved - state.x0) / w
-        base = self.schedule.mean(state.x, state.x0, state.step)
-        there = (self.schedule.mean(state.x, tuned, state.step) - base).double().flatten(1)
-        return w * log_ratio(z, gap, there, std)
+        # Rows that did not ask for the edit have not moved, and for them this is 0.
+        tuned = state.x0.double() + (state.moved.double() - state.x0.double()) / w
+        there = self.schedule.gap(tuned, state.x0, state.step)
+        return log_product(z, gap, there, w, self.schedule.std[state.step])
 
     def _power(self) -> tuple[Process, float] | None:
         powers = [edit.power for edit, _ in self.edits if isinstance(edit, TransitionEdit)]

@@ -104,6 +104,15 @@ class Schedule:
         eps = self.noise_hat(x, kept if self.clip_noise else x0, step)
         return self.signal[step] * kept + self.noise[step] * eps
 
+    def gap(self, x0: Tensor, other: Tensor, step: int) -> Tensor:
+        """How far the mean of the next state is for one x0-hat from where it is for another, `[N, D]` in float64: from
+        the difference of the two, since that of their means would lose the digits that a step of little noise needs.
+        """
+        here, there = x0.double().flatten(1), other.double().flatten(1)
+        kept = self.clipped(here) - self.clipped(there)
+        eps = kept if self.clip_noise else here - there
+        return self.signal[step] * kept - self.noise[step] * self.alpha[step] / self.sigma[step] * eps
+
     def clipped(self, x0: Tensor) -> Tensor:
         """x0-hat as the step and previews use it."""
         return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
@@ -149,10 +158,14 @@ def account(z: Tensor | None, gap: Tensor | None, std: float, rows: int) -> tupl
     return log_prob, log_prob - ((flat * pushed).sum(1) + kl).cpu(), kl.cpu()
 
 
-def log_ratio(z: Tensor, gap: Tensor, there: Tensor, std: float) -> Tensor:
-    """Log-density `[N]` of a drawn step under a law whose mean is `there` `[N, D]` away from the base's, over that
-    under the base; the law that was drawn from has its mean `gap` `[N, D]` away.
+def log_product(z: Tensor, gap: Tensor, tuned: Tensor, w: float, std: float) -> Tensor:
+    """`log p^(1 - w) p_tuned^w - log q` of a drawn step `[N]`, not normalised: q is the law that was drawn from, whose
+    mean is `gap` `[N, D]` away from that of p; that of p_tuned is `tuned` `[N, D]` away from it.
+
+    With both in units of std, and `rest = gap - w tuned` what q misses of the product's mean, it is
+    `-(z rest + rest^2 / 2) - w (1 - w) tuned^2 / 2`. The three log-densities themselves are huge where std is small,
+    and so is the rounding of their sum.
     """
-    there = there / std
-    here = z.double().flatten(1) + gap / std
-    return ((here * there).sum(1) - 0.5 * there.square().sum(1)).cpu()
+    rest, tuned = (gap - w * tuned) / std, tuned / std
+    missed = (z.double().flatten(1) * rest).sum(1) + 0.5 * rest.square().sum(1)
+    return -(missed + 0.5 * w * (1 - w) * tuned.square().sum(1)).cpu()

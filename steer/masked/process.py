@@ -14,6 +14,7 @@ from steer.core.context import Opaque, shifted, touched
 from steer.core.rows import accounted, beginning
 from steer.masked.laws import Laws, carried, divergence
 from steer.masked.state import MaskedDenoiser, MaskedState
+from steer.sampling.laws import check_possible
 
 
 def uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -329,7 +330,7 @@ class MaskedProcess(Process):
         same = ~shown.any(1)
         reusable = bool(same.any())
         after = state.add(
-            gained(len(state), i, law, token),
+            check_possible(gained(len(state), i, law, token)),
             None if base is law else gained(len(state), i, base, token),
             kl=diverged(self.order, state.gap, shown, left),
         )

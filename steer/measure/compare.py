@@ -81,6 +81,8 @@ Make = Callable[[Setting], tuple[Sampler, bool]]
 """A sampler, and whether it is run once for each output."""
 
 _LOOKING: dict[str, Any] = {"lookahead": Preview(), "trust": 4.0}
+_NARROW: dict[str, Any] = {**_LOOKING, "exponent": 0.3}
+"""With `2 N^0.8` children a node draws a new one at each of its first 36 visits; with `2 N^0.3` at the first 4."""
 
 
 def _tree(s: Setting, **settings: Any) -> DTS:
@@ -380,7 +382,12 @@ def _curve(
         samples = replace(samples, cost=replace(samples.cost, seconds=seconds))
         return _line(model, task, method, seed, samples, target, size)
 
-    for names, looking in ((("DTS", "DTS, published"), {}), (("DTS, x0-hat",), _LOOKING)):
+    trees: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+        (("DTS", "DTS, published"), {}),
+        (("DTS, x0-hat",), _LOOKING),
+        (("DTS, x0-hat, exponent 0.3",), _NARROW),
+    ]
+    for names, looking in trees:
         if all(found.has(task.name, name, seed, size) for name in names for size in budgets):
             continue
         began = time.process_time()

@@ -18,6 +18,11 @@ chains Z comes out a fifth too small at any number of rollouts. So a share `expl
 What bias is left comes from how many children adaptive nodes have, and vanishes with the number of rollouts; no promise
 is made for a small tree. Edits of the process are a proposal whose weight rides on the edges.
 
+**How deep a tree chooses.** A node draws a new child until it has `C N^alpha` of them: with the paper's C = 2 and alpha
+= 0.8 at each of its first 36 visits, so that a tree of some thousand rollouts chooses among its roots, hardly below
+them, and does little more than importance sampling. A smaller `exponent` goes down sooner, at fewer evaluations a
+rollout and from fewer roots (`recipes/README.md`, "Where trees stand").
+
 The paper's lambda is 1 / beta.
 """
 

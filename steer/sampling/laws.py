@@ -16,7 +16,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Setting", "divergence", "draw", "proposal", "restrict", "temper", "truncate"]
+from steer.core.errors import SteerError
+
+__all__ = ["Setting", "check_possible", "divergence", "draw", "proposal", "restrict", "temper", "truncate"]
 
 Setting = float | Tensor
 
@@ -116,7 +118,8 @@ def proposal(
 
 def draw(law: Tensor, at: Tensor) -> Tensor:
     """Tokens `[N, m]` of log-laws `[N, V]` at uniform numbers `[N, m]` in [0, 1), by inverting the CDF: at the same
-    numbers laws that are nearly the same mostly agree.
+    numbers laws that are nearly the same mostly agree. A law that is not a number (nothing is possible) gives the last
+    token, whose log-probability says so.
     """
     cdf = law.exp().cumsum(-1)
     whole = cdf[:, -1:].contiguous()
@@ -124,7 +127,19 @@ def draw(law: Tensor, at: Tensor) -> Tensor:
     at = at.to(cdf.device, cdf.dtype, non_blocking=cdf.device.type != "mps")
     token = torch.searchsorted(cdf, at * whole, right=True)
     # Rounding can put a point at the very end, where tokens may have no mass.
-    return torch.minimum(token, torch.searchsorted(cdf, whole))
+    return torch.minimum(token, torch.searchsorted(cdf, whole)).clamp_max(law.shape[-1] - 1)
+
+
+def check_possible(log_prob: Tensor) -> Tensor:
+    """Log-probabilities of what was drawn, unless one is not a number: at some step nothing could be drawn."""
+    if bool(log_prob.isnan().any()):
+        raise SteerError(
+            "at some step no token could be drawn: the settings of decoding or the edits exclude every token there "
+            "(suppress_tokens, bad_words_ids, no_repeat_ngram_size, min_new_tokens, a logits processor, "
+            "ValueGuidance(tail='mask'), RLGuidance between models that share no token), or the model's logits are "
+            "not numbers"
+        )
+    return log_prob
 
 
 def divergence(law: Tensor, base: Tensor) -> Tensor:
