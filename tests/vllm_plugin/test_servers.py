@@ -19,7 +19,6 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from http_fuzz import Fuzz, hang_up_at_once, mutated_files
 from openai_contract import TOKENS, Contract, Target, refused, texts
 from serving_tools import Running, knowing_its_name, serving, vllm_serving, write_vector
 from vllm_tools import DEPTH, MISSING, WIDTH
@@ -358,20 +357,6 @@ def target(server: Running, vectors: tuple[Path, Path], reference: Any) -> Targe
     return Target(server.url, KEY, "smol", reference, vectors[0], STRENGTH, vectors[1])
 
 
-def _fuzz(server: Running, target: Target) -> None:
-    """Requests of steer's and files made up by chance (see `http_fuzz`); its limits on bodies refuse the longest.
-
-    A plain request has longer than elsewhere: real weights on a CPU share each step with searches of others.
-    """
-    fuzz = Fuzz(server, target.model, [target.vector.stem, target.vector.stem, "nobody"], plain=20, always=True)
-    with fuzz.watched():
-        fuzz.requests(400, together=4)
-        fuzz.files(mutated_files(target.spare.read_bytes(), 60))
-        hang_up_at_once(server)
-    fuzz.check()
-    assert server.settles("steer_inside", 0)
-
-
 class TestVLLMServe(Contract):
     """vLLM's own server."""
 
@@ -433,10 +418,6 @@ class TestVLLMServe(Contract):
         assert written[0] != written[1] == target.expected(strength=STRENGTH).texts
         server.delete("/v1/steer/artifacts/mine", headers=target.headers)
         refused(400, "steer.edits.name", lambda: target.chat(extra_body=xargs), "mine")
-
-    @pytest.mark.slow
-    def test_nothing_that_is_sent_breaks_it(self, server: Running, target: Target) -> None:
-        _fuzz(server, target)
 
     def test_every_name_of_the_model(self, target: Target) -> None:
         for steer in (None, {}):
@@ -502,10 +483,6 @@ def _running(server: Running) -> float:
 
 class TestSteerServeOnVLLM(Contract):
     """`steer serve --engine vllm`."""
-
-    @pytest.mark.slow
-    def test_nothing_that_is_sent_breaks_it(self, server: Running, target: Target) -> None:
-        _fuzz(server, target)
 
     @staticmethod
     def serve(model: Path, artifacts: Path) -> Any:

@@ -19,6 +19,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp
@@ -27,6 +28,7 @@ from steer.adapters.vllm.server.dispatch import Dispatch
 from steer.adapters.vllm.settings import SERVER_PLUGIN, ServerSettings, check_processes, settings_of
 from steer.core import InputError, SteerError, UnsupportedError
 from steer.serving.artifact_store import Store, UnknownArtifactError
+from steer.serving.engine import Sampling
 from steer.serving.wire import is_loopback
 
 if TYPE_CHECKING:
@@ -95,7 +97,8 @@ def _application(client: Any, loop: asyncio.AbstractEventLoop, names: Sequence[s
 
     settings = _settings(client.vllm_config)
     rewards = Rewards(settings.allow_reward, settings.artifacts)
-    engine = VLLMEngine(client, loop, name=names[0])
+    engine = VLLMEngine(client, loop, name=names[0], split_special_tokens=settings.split_special_tokens)
+    engine.warm()
     app = create_app(
         engine,
         artifacts=settings.artifacts,
@@ -104,6 +107,7 @@ def _application(client: Any, loop: asyncio.AbstractEventLoop, names: Sequence[s
         origins=_origins(args),
         limits=settings.limits,
         rewards=rewards,
+        unsaid=_unsaid(client.vllm_config.model_config),
         names=names,
         alone=False,
     )
@@ -123,6 +127,19 @@ def _settings(config: Any) -> ServerSettings:
     check_processes(config)
     given = config.additional_config["steer"].get("server", {})
     return ServerSettings.of(given, settings.artifacts, settings.artifact_bytes)
+
+
+def _unsaid(model_config: Any) -> Sampling:
+    """How tokens are drawn where a request does not say: as vLLM draws in its own requests, by `--generation-config`,
+    whose default is the checkpoint's. What steered requests have no setting for is named in the log.
+    """
+    given = dict(model_config.get_diff_sampling_param())
+    given.pop("max_tokens", None)
+    sampling = {field.name: given.pop(field.name) for field in fields(Sampling) if field.name in given}
+    if given and given != {"repetition_penalty": 1.0}:
+        log.warning("steered requests do not follow these of the server's default sampling parameters: %s", given)
+    sampling["top_k"] = max(0, sampling.get("top_k", 0))
+    return Sampling(**sampling)
 
 
 def _keys(args: Any) -> list[str]:
