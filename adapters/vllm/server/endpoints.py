@@ -34,6 +34,7 @@ from steer.serving.wire import is_loopback
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from steer.adapters.language.prompts import PromptReader
     from steer.adapters.vllm.model import VLLMModel
     from steer.serving.server import Server
 
@@ -51,10 +52,11 @@ class SteerEndpoints:
 
     def __init__(self) -> None:
         self._app: FastAPI | None = None
+        self._reader: PromptReader | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Stand before vLLM's routes, and behind what vLLM puts there afterwards, such as its check of keys."""
-        app.add_middleware(Dispatch, ours=self._ours)
+        app.add_middleware(Dispatch, ours=self._ours, spelled=self._spelled)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Make steer's application over vLLM's engine. Ends the process with one line where it cannot be."""
@@ -65,7 +67,12 @@ class SteerEndpoints:
             self._app = await asyncio.to_thread(_application, engine_client, loop, names, args)
         except SteerError as error:
             raise SystemExit(f"steer: {error}") from None
+        reader = self._app.state.server.engine.model.reader
+        self._reader = reader if reader.split_special_tokens else None
         _drain_before_shutdown(self._app.state.server, engine_client, loop)
+
+    def _spelled(self, texts: list[str]) -> list[str]:
+        return [] if self._reader is None else self._reader.spelled(texts)
 
     def _ours(self) -> ASGIApp:
         assert self._app is not None, "the server takes requests once init_state is done"
