@@ -103,6 +103,16 @@ SETTINGS: dict[str, list[Any]] = {
     "dts-star": [{"batch": 2}, {"bonus": 1.0, "backup": "max"}],
 }
 
+_SAID = [{"role": "user", "content": "tell me about the sun"}]
+OWN_ROUTES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": _SAID, "max_tokens": 2},
+    "/v1/completions": {"prompt": "the sun", "max_tokens": 2},
+    "/v1/responses": {"input": _SAID, "max_output_tokens": 2},
+    "/v1/messages": {"messages": _SAID, "max_tokens": 2},
+    "/v1/chat/completions/batch": {"messages": [_SAID], "max_tokens": 2},
+}
+"""Of vLLM's server."""
+
 
 @dataclass
 class Fuzz:
@@ -119,6 +129,8 @@ class Fuzz:
     """Seconds in which a plain request is answered."""
     always: bool = False
     """Whether every request asks for steering: others are not this server's own."""
+    inside: float = 0.0
+    """Share of requests to vLLM's own routes, with the steering in `vllm_xargs`."""
     statuses: Counter[int] = field(default_factory=Counter)
     failed: list[str] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
@@ -173,6 +185,8 @@ class Fuzz:
 
     def wrong(self) -> tuple[str, bytes]:
         """A route and a body in which some fields are of any type and size."""
+        if self.random.random() < self.inside:
+            return self._wrong_inside()
         path, body = self.right()
         fields = ChatRequest if path.endswith("chat/completions") else CompletionRequest
         for _ in range(self.random.randint(1, 2)):
@@ -181,6 +195,24 @@ class Fuzz:
         if self.random.random() < 0.03:
             text = self._broken(text)
         return path, text.encode("utf-8", "surrogatepass")
+
+    def _wrong_inside(self) -> tuple[str, bytes]:
+        """One of vLLM's own routes and a right body, but for what its `vllm_xargs` say of steering."""
+        r = self.random
+        path = r.choice(list(OWN_ROUTES))
+        steer: Any = {
+            "edits": [{"name": r.choice(self.edits), "strength": r.choice([0.5, -1]), "scope": r.choice(SCOPES)}]
+        }
+        for _ in range(r.randint(0, 2)):
+            fields = [*SteerRequest.model_fields, "unknown"]
+            edits = [e for e in steer["edits"] if isinstance(e, dict)] if isinstance(steer.get("edits"), list) else []
+            place, names = r.choice([(steer, fields), *((e, list(EditRequest.model_fields)) for e in edits)])
+            place[r.choice(names)] = copy.deepcopy(r.choice(VALUES))
+        given: Any = json.dumps(steer)
+        if r.random() < 0.1:
+            given = r.choice([self._broken(given), steer, *VALUES])
+        body = {"model": self.model, "temperature": 0, "vllm_xargs": {"steer": given}, **OWN_ROUTES[path]}
+        return path, json.dumps(body).encode("utf-8", "surrogatepass")
 
     def _replace(self, body: dict[str, Any], fields: list[str]) -> None:
         r = self.random

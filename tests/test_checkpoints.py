@@ -16,6 +16,7 @@ import transformers
 from architectures import NEW, PROMPTS, TINY, VOCABULARY, Library, network, tokenizer
 
 import steer
+from steer.adapters.language.blocks import blocks_of
 from steer.core import InputError, SteerError, UnsupportedError
 from steer.edits import load_edit
 from steer.methods.vector import SteeringVector
@@ -132,6 +133,50 @@ def with_depth(depth: int, folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": depth}))
     return folder
+
+
+class Part(torch.nn.Module):
+    """A module with parts of these names; vLLM's have a configuration, and wrappers name their language model."""
+
+    def __init__(self, config: Any = None, **parts: Any) -> None:
+        super().__init__()
+        self.config = config
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+class Wrapper(Part):
+    def get_language_model(self) -> Any:
+        if not hasattr(self, "language_model"):
+            raise NotImplementedError
+        return self.language_model
+
+
+def stack(width: int, depth: int = 4, missing: int = 0) -> torch.nn.ModuleList:
+    here = [torch.nn.Linear(width, width) for _ in range(depth - missing)]
+    return torch.nn.ModuleList([*(torch.nn.Identity() for _ in range(missing)), *here])
+
+
+def test_the_text_models_blocks_in_vllms_layouts() -> None:
+    """A tower as deep as the text model, wider, and nearer to the top."""
+    text = transformers.LlamaConfig(**TINY)
+    for missing in (0, 2):  # pipeline parallel: others have the first blocks
+        layers = stack(8, missing=missing)
+        language = Part(text, model=Part(text, layers=layers))
+        owner = Part(None, language=language)
+        for model in (
+            Wrapper(None, blocks=stack(64), language_model=language),
+            Wrapper(None, blocks=stack(64), inner=owner),  # names none; one part has the configuration
+            Part(None, vision_tower=Part(None, layers=stack(64)), other=owner),
+            Part(text, model=Part(None, layers=layers), steer_tuned_0=Part(None, model=Part(None, layers=stack(8)))),
+        ):
+            found = blocks_of(model, text)
+            assert list(found) == list(range(missing, 4))
+            assert all(block is layers[i] for i, block in found.items())
+    with pytest.raises(SteerError, match="side by side"):
+        blocks_of(Part(None, a=Part(None, x=stack(8)), b=Part(None, y=stack(64))), text)
+    with pytest.raises(SteerError, match="no stack of 4"):
+        blocks_of(Part(None, layers=stack(8, depth=3)), text)
 
 
 def test_a_classifier_is_no_language_model(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,29 +12,37 @@ from steer.core import SteerError, UnsupportedError
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
-    """The model's stack of decoder blocks, in order.
+    """The model's stack of decoder blocks, in order, by the configuration that the model carries: see `stack_of`.
 
-    It is the outermost `ModuleList` with one entry for each of the text configuration's hidden layers, looked for in
-    the module that the model names as its decoder, then in the one that owns the text configuration, then everywhere.
-    (A block of two attention layers counts twice in `num_hidden_layers`, and once in `num_layers`.) Raises `SteerError`
-    where there is no such list, or where several lie side by side.
+    (A block of two attention layers counts twice in `num_hidden_layers`, and once in `num_layers`.) Raises
+    `SteerError`.
     """
     config: Any = model.config
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    for depth in (text.num_hidden_layers, getattr(text, "num_layers", None)):
-        for home in _homes(model, text):
+    return stack_of(model, text, (text.num_hidden_layers, getattr(text, "num_layers", None)))
+
+
+def stack_of(model: nn.Module, text: Any, depths: Sequence[int | None]) -> nn.ModuleList:
+    """The outermost `ModuleList` of one of `depths`, the likeliest first. It is looked for in the module that the model
+    names as its decoder or language model, then in the one that owns the text configuration `text`, then everywhere.
+    Raises `SteerError` where there is no such list, or where several lie side by side.
+    """
+    homes = _homes(model, text)
+    for depth in depths:
+        for home in homes:
             stacks = [(n, m) for n, m in home.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
             if stacks:
                 return _outermost(model, stacks)
-    raise SteerError(
-        f"model {type(model).__name__}: found no stack of {text.num_hidden_layers} decoder blocks to steer"
-    )
+    raise SteerError(f"model {type(model).__name__}: found no stack of {depths[0]} decoder blocks to steer")
 
 
 def _homes(model: Any, text: Any) -> list[nn.Module]:
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    named = []
+    for name in ("get_decoder", "get_language_model"):
+        with suppress(NotImplementedError):
+            named.append(getattr(model, name)() if hasattr(model, name) else None)
     owner = next((m for m in model.modules() if m is not model and getattr(m, "config", None) is text), None)
-    return [home for home in (decoder, owner, model) if isinstance(home, nn.Module)]
+    return [home for home in (*named, owner, model) if isinstance(home, nn.Module)]
 
 
 def _outermost(model: nn.Module, stacks: list[tuple[str, nn.ModuleList]]) -> nn.ModuleList:
@@ -72,12 +82,9 @@ def residual_stream(output: Any, stream: int | None = None) -> Tensor:
     return hidden[stream]
 
 
-def blocks_of(model: nn.Module, depth: int) -> dict[int, nn.Module]:
-    """Decoder blocks that this rank has, by their number in the whole model, found by structure: the list of that
-    length that holds the most parameters. Raises `SteerError`.
+def blocks_of(model: nn.Module, text: Any) -> dict[int, nn.Module]:
+    """Decoder blocks that this rank has, by their number in the whole model, found as `stack_of` finds them by the text
+    configuration `text`. Raises `SteerError`.
     """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not lists:
-        raise SteerError(f"model {type(model).__name__}: found no stack of {depth} decoder blocks to steer")
-    stack = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+    stack = stack_of(model, text, (int(text.num_hidden_layers),))
     return {i: block for i, block in enumerate(stack) if any(True for _ in block.parameters())}

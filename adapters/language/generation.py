@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from steer.core import InputError, check
 
-__all__ = ["decoding_settings", "fit_lengths", "mention_own", "own_settings"]
+__all__ = ["decoding_settings", "fit_lengths", "mention_own", "own_settings", "sampling_settings"]
 
 log = logging.getLogger("steer")
 
@@ -114,6 +114,20 @@ def decoding_settings(config: GenerationConfig | str, own: Mapping[str, Any]) ->
         return {**values, "temperature": 0.0}
     sampling = {"top_k": _neutral()["top_k"], **{name: merged[name] for name in _SAMPLING if name in merged}}
     return {**values, **sampling, "temperature": float(sampling.get("temperature", 1.0))}
+
+
+def sampling_settings(own: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of temperature and truncation, which is all that a server draws by; the lengths and ends
+    of texts are known elsewhere. Raises `InputError` for other settings of the law.
+    """
+    values = decoding_settings("checkpoint", own)
+    for name in ("max_new_tokens", "max_length", "min_length", "eos_token_id"):
+        values.pop(name, None)
+    for name in values.keys() - {*_SAMPLING}:
+        unset = values[name] in (None, _neutral().get(name)) or not values[name]
+        allowed = f"unset in generation_config.json: servers draw by {', '.join(_SAMPLING)}"
+        check(unset, f"generation_config.{name}", values[name], allowed)
+    return {name: values[name] for name in _SAMPLING if values.get(name) is not None}
 
 
 @lru_cache(1)

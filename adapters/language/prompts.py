@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -128,7 +129,7 @@ class PromptReader:
                 return list(self._tokenise(str(prompt), self.special))
             prompt = [{"role": "user", "content": str(prompt)}]
         messages = plain_messages(prompt)
-        spelled = self._spelled(messages) if self.split_special_tokens else []
+        spelled = self.spelled([m["content"] for m in messages]) if self.split_special_tokens else []
         if not spelled:
             return list(self._tokenise(self.template.rendered(messages), False))
         return self._with_text(messages, spelled)
@@ -138,14 +139,14 @@ class PromptReader:
 
     # ---- control tokens that are spelled in messages
 
-    def _spelled(self, messages: Messages) -> list[str]:
-        """Control tokens that some content spells out, the longest first: special tokens, and added ones that the
-        template itself writes.
+    def spelled(self, contents: Sequence[str]) -> list[str]:
+        """Control tokens that some content of a message spells out, the longest first: special tokens, and added ones
+        that the template itself writes.
         """
         template = str(self.tokenizer.chat_template)
         added = [t for t in self.tokenizer.added_tokens_decoder.values() if t.special or t.content in template]
         names = {t.content for t in added if t.content.strip()} | set(self.tokenizer.all_special_tokens)
-        found = {name for name in names if name and any(name in m["content"] for m in messages)}
+        found = {name for name in names if name and any(name in content for content in contents)}
         return sorted(found, key=lambda name: (-len(name), name))
 
     def _with_text(self, messages: Messages, spelled: list[str]) -> list[int]:

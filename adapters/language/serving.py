@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from steer.adapters.language.decoding import Decoding
+from steer.adapters.language.generation import sampling_settings
 from steer.core import Edit, Reward
 from steer.model import Plan, prepare
 from steer.serving import requests
@@ -25,6 +26,9 @@ class ServableModel(Words, Protocol):
     """A language model that takes requests one by one."""
 
     split_special_tokens: bool
+
+    @property
+    def own_settings(self) -> dict[str, Any]: ...
 
     def forget_prompts(self) -> None: ...
 
@@ -75,7 +79,7 @@ class Preparer(ABC, Generic[P]):
         block = min(steering.block or self.block(steering, made.sampling.max_tokens), made.sampling.max_tokens)
         prompts = [p for p in made.prompts for _ in range(steering.repeats)]
         return prepare(
-            replace(made.process, block=block),
+            replace(self.weighing(made.process, steering.base), block=block),
             prompts,
             edits=[list(made.edits)] * len(prompts),
             sampler=steering.sampler,
@@ -114,6 +118,10 @@ class Preparer(ABC, Generic[P]):
     def block(self, steering: Steering, tokens: int) -> int:
         """Tokens in one step of a search, where the request does not say."""
 
+    def weighing(self, process: Any, base: str) -> Any:
+        """The process whose weights refer to that base law: see `SteerRequest.base`."""
+        return replace(process, base=base)
+
     def check_sampling(self, sampling: Sampling) -> None:
         """Raise `InputError` for what the engine cannot draw or report."""
 
@@ -147,6 +155,10 @@ class ServedModel(Generic[P]):
     @property
     def context_length(self) -> int | None:
         return self.preparer.text.context_length
+
+    def own_sampling(self) -> Sampling:
+        """How the checkpoint's own `generation_config.json` draws. Raises `InputError` for what a server does not."""
+        return Sampling(**sampling_settings(self.preparer.text.own_settings))
 
     @property
     def own_edits(self) -> tuple[str, ...]:

@@ -172,6 +172,8 @@ class ServerSettings:
     allow_reward: tuple[str, ...] = ()
     """Rewards that requests may name besides the shipped ones, as `steer serve --allow-reward` takes them."""
     limits: Limits = field(default_factory=Limits)
+    split_special_tokens: bool = True
+    """Control tokens that messages of steered requests spell are text; vLLM parses them in its own."""
 
     @classmethod
     def of(cls, given: Any, artifacts: int, artifact_bytes: int) -> ServerSettings:
@@ -187,7 +189,9 @@ class ServerSettings:
         check(texts, f"{_WHERE}.allow_reward", rewards, "a list of rewards")
         room = {"artifacts": artifacts, "artifact_bytes": artifact_bytes}
         limits = _limits(given.get("limits", {}), room)
-        return cls(None if folder is None else Path(folder), tuple(rewards), limits)
+        split = given.get("split_special_tokens", True)
+        check(isinstance(split, bool), f"{_WHERE}.split_special_tokens", split, "true, false")
+        return cls(None if folder is None else Path(folder), tuple(rewards), limits, split)
 
 
 def _limits(given: Any, room: dict[str, int]) -> Limits:

@@ -86,7 +86,18 @@ def check_causal(options: ModelOptions) -> None:
     check(not denoises_text(options), "model", options.model, "a language model that writes from left to right")
 
 
-_CAUSAL = ("edit", "repetition_penalty", "block", "until", "stream", "tuned", "w")
+_CAUSAL = (
+    "edit",
+    "repetition_penalty",
+    "generation_config",
+    "base",
+    "split_special_tokens",
+    "block",
+    "until",
+    "stream",
+    "tuned",
+    "w",
+)
 """Options of models that write from left to right."""
 
 
@@ -109,12 +120,21 @@ def check_beta(beta: float) -> None:
     check(0 < beta < math.inf, "beta", beta, "a number above 0")
 
 
-def check_decoding(temperature: float, max_new_tokens: int, top_k: int = 0, top_p: float = 1.0) -> None:
-    """The same bounds that the adapter has, before it is imported."""
-    check(0 <= temperature < math.inf, "temperature", temperature, "a number of 0 (greedy) or more")
+def check_decoding(
+    temperature: float | None, max_new_tokens: int, top_k: int | None = None, top_p: float | None = None
+) -> None:
+    """The same bounds that the adapter has, before it is imported; None is its default."""
+    good = temperature is None or 0 <= temperature < math.inf
+    check(good, "temperature", temperature, "a number of 0 (greedy) or more")
     check(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "an integer of 1 or more")
-    check(top_k >= 0, "top_k", top_k, "an integer of 0 (off) or more")
-    check(0 < top_p <= 1, "top_p", top_p, "0 < top_p <= 1")
+    check(top_k is None or top_k >= 0, "top_k", top_k, "an integer of 0 (off) or more")
+    check(top_p is None or 0 < top_p <= 1, "top_p", top_p, "0 < top_p <= 1")
+
+
+def check_generation_config(given: str | None) -> None:
+    """Whose settings are followed where no option says otherwise."""
+    allowed = "checkpoint, or unset: the model's whole law at temperature 1"
+    check(given in (None, "checkpoint"), "generation_config", given, allowed)
 
 
 # ------------------------------------------------------------------------------------------------------------ files

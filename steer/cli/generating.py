@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -148,9 +149,10 @@ def _texts(options: GenerateOptions, coming: Coming) -> Run:
     check(not mixed, "raw", "messages or a system message", "texts alone: raw text has no messages")
     check(options.system is None or bool(options.system.strip()), "system", options.system, "text that is not empty")
     checks.check_decoding(options.temperature, options.max_new_tokens, options.top_k, options.top_p)
-    check(
-        options.repetition_penalty > 0, "repetition_penalty", options.repetition_penalty, "a number above 0 (1 is off)"
-    )
+    checks.check_generation_config(options.generation_config)
+    penalty = options.repetition_penalty
+    check(penalty is None or penalty > 0, "repetition_penalty", penalty, "a number above 0 (1 is off)")
+    check(options.base in ("truncated", "full"), "base", options.base, "truncated, full")
     check(options.block >= 1, "block", options.block, "an integer of 1 or more")
     check(all(options.until), "until", options.until, "texts that are not empty")
     asked = request(options, False, coming)
@@ -160,7 +162,8 @@ def _texts(options: GenerateOptions, coming: Coming) -> Run:
     )
     remote, masked = is_endpoint(options.model), checks.denoises_text(options)
     check(options.steps >= 1, "steps", options.steps, "an integer of 1 or more")
-    for name in ("stream", "edit", "until", "tuned") if remote else ():
+    only_here = ("stream", "edit", "until", "tuned", "generation_config", "split_special_tokens")
+    for name in only_here if remote else ():
         check(not getattr(options, name), spelled(name), getattr(options, name), "unset: the model is an endpoint's")
     edits = [checks.edit_maker(text, coming) for text in options.edit]
 
@@ -172,19 +175,20 @@ def _texts(options: GenerateOptions, coming: Coming) -> Run:
             from steer.methods.prompt import SystemPrompt
 
             mounted.append(SystemPrompt(options.system))
-        plan = prepare(
-            model.process(**settings),
-            [RawText(p) for p in prompts] if options.raw else prompts,
-            edits=[mounted] * len(prompts),
-            sampler=asked.sampler,
-            reward=asked.reward,
-            beta=options.beta,
-            seed=asked.seed,
-            max_rows=options.max_rows,
-            model=model,
-            progress=session.progress and not options.stream,
-        )
-        samples = _streamed(model, plan, session) if options.stream else execute(plan)
+        with _reading(model, options.split_special_tokens):
+            plan = prepare(
+                model.process(**settings),
+                [RawText(p) for p in prompts] if options.raw else prompts,
+                edits=[mounted] * len(prompts),
+                sampler=asked.sampler,
+                reward=asked.reward,
+                beta=options.beta,
+                seed=asked.seed,
+                max_rows=options.max_rows,
+                model=model,
+                progress=session.progress and not options.stream,
+            )
+            samples = _streamed(model, plan, session) if options.stream else execute(plan)
         showing.show_samples(samples, options, asked.seed, session, streamed=options.stream)
 
     return run
@@ -200,23 +204,46 @@ def process_settings(options: GenerateOptions, images: bool, masked: bool = Fals
     return (_masked_settings if masked else _text_settings)(options)
 
 
+@contextmanager
+def _reading(model: Any, split: bool) -> Iterator[None]:
+    """Control tokens in messages are text meanwhile, where that was asked for: models outlive a job."""
+    if not split:
+        yield
+        return
+    kept, model.split_special_tokens = model.split_special_tokens, True
+    try:
+        yield
+    finally:
+        model.split_special_tokens = kept
+
+
 def _text_settings(options: GenerateOptions) -> dict[str, Any]:
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "block", "until")
-    return {name: getattr(options, name) for name in names}
+    return {name: getattr(options, name) for name in ("max_new_tokens", "block", "until", "base")} | _given(
+        options, "generation_config", "temperature", "top_k", "top_p", "repetition_penalty"
+    )
+
+
+def _given(options: GenerateOptions, *names: str) -> dict[str, Any]:
+    """Settings that were given."""
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 
 def _masked_settings(options: GenerateOptions) -> dict[str, Any]:
     """Settings of a masked diffusion process: all of `max_new_tokens` positions, revealed in `steps`."""
-    names = ("steps", "temperature", "top_k", "top_p")
-    return {"length": options.max_new_tokens, **{name: getattr(options, name) for name in names}}
+    return {
+        "length": options.max_new_tokens,
+        "steps": options.steps,
+        **_given(options, "temperature", "top_k", "top_p"),
+    }
 
 
 def _endpoint_settings(options: GenerateOptions) -> dict[str, Any]:
     """What was asked for beyond the defaults, which an endpoint may not have; whole texts without --block."""
-    check(options.repetition_penalty == 1, "repetition_penalty", options.repetition_penalty, "1: endpoints have none")
-    found: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
-    found |= {"top_k": options.top_k} if options.top_k else {}
-    found |= {"top_p": options.top_p} if options.top_p < 1 else {}
+    penalty = options.repetition_penalty
+    check(penalty in (None, 1), "repetition_penalty", penalty, "1: endpoints have none")
+    found: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "base": options.base}
+    given = _given(options, "temperature", "top_k", "top_p")
+    found |= {name: value for name, value in given.items() if (name, value) not in (("top_k", 0), ("top_p", 1))}
     return found | ({"block": options.block} if options.block > 1 else {})
 
 

@@ -99,12 +99,28 @@ class TextOptions(Options):
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without the chat template.")] = (
         False
     )
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0
-    top_k: Annotated[int, typer.Option(help="Keep the K likeliest tokens; 0 is off.")] = 0
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this mass; 1 is off.")] = 1.0
-    repetition_penalty: Annotated[float, typer.Option(help="Divides the logits of tokens already there; 1 is off.")] = (
-        1.0
-    )
+    split_special_tokens: Annotated[
+        bool, typer.Option("--split-special-tokens", help="Read control tokens that messages spell as text.")
+    ] = False
+    generation_config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="checkpoint", help="Draw as the model's generation_config.json says, where no option here does."
+        ),
+    ] = None
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: 1.")] = None
+    top_k: Annotated[int | None, typer.Option(help="Keep the K likeliest tokens; default: 0, off.")] = None
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of this mass; default: 1, off.")] = None
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Divides the logits of tokens already there; default: 1, off.")
+    ] = None
+    base: Annotated[
+        str,
+        typer.Option(
+            metavar="LAW",
+            help="What samplers weigh against under top-k and top-p: the truncated law, or the full one before.",
+        ),
+    ] = "truncated"
     max_new_tokens: Annotated[int, typer.Option(help="The longest output.")] = 64
     block: Annotated[int, typer.Option(help="Tokens in one step of a sampler that weighs or searches.")] = 1
     until: Annotated[
@@ -365,6 +381,15 @@ class ServeOptions(ModelOptions):
     artifacts: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of vectors, controllers and value heads; clients' too.")
     ] = None
+    generation_config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="checkpoint", help="Draw as the model's generation_config.json says, where requests do not say."
+        ),
+    ] = None
+    split_special_tokens: Annotated[
+        bool, typer.Option("--split-special-tokens/--parse-special-tokens", help="Control tokens in messages are text.")
+    ] = True
     recipe: Annotated[
         str | None, typer.Option(metavar="RECIPE", help="Steer as its last generate job does where nothing is asked.")
     ] = None

@@ -57,6 +57,7 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
     options = replace(options, model=named)
     checks.check_model(options)
     checks.check_causal(options)
+    checks.check_generation_config(options.generation_config)
     rewards = Rewards(options.allow_reward, options.artifacts)
     if default is not None and default.request.reward is not None:
         rewards.parse(default.request.reward)
@@ -70,8 +71,9 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
         from steer.serving.run import run as serve_until_told
 
         sockets = listen(options.host, options.port)
+        engine = start_engine(options, session)
         app = create_app(
-            start_engine(options, session),
+            engine,
             artifacts=options.artifacts,
             files=() if default is None else default.files,
             keys=keys,
@@ -80,6 +82,7 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
             limits=_limits(options),
             rewards=rewards,
             default=None if default is None else default.request,
+            unsaid=None if options.generation_config is None else engine.own_sampling(),
         )
         for name, why in {**app.state.server.store.refused, **rewards.refused}.items():
             print(f"steer: not registered: {name}: {why}", file=sys.stderr)
@@ -135,6 +138,7 @@ def start_engine(options: ServeOptions, session: Session) -> Engine:
             max_rows=options.max_rows,
             searches=options.searches,
             settings=_engine_settings(options),
+            split_special_tokens=options.split_special_tokens,
         )
     from steer.adapters.transformers.serving.engine import TransformersEngine
 
@@ -145,6 +149,7 @@ def start_engine(options: ServeOptions, session: Session) -> Engine:
         cache_tokens=options.cache_tokens,
         searches=options.searches,
         search_share=options.search_share,
+        split_special_tokens=options.split_special_tokens,
     )
 
 

@@ -14,7 +14,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from steer.serving import errors
 from steer.serving.artifact_store import Store
-from steer.serving.engine import Engine
+from steer.serving.engine import Engine, Sampling
 from steer.serving.gate import Gate
 from steer.serving.guard import Guard
 from steer.serving.idle import Idle
@@ -41,6 +41,7 @@ def create_app(
     limits: Limits | None = None,
     rewards: Rewards | None = None,
     default: SteerRequest | None = None,
+    unsaid: Sampling | None = None,
     names: Sequence[str] = (),
     alone: bool = True,
 ) -> FastAPI:
@@ -56,6 +57,7 @@ def create_app(
         limits: see `Limits`.
         rewards: those that requests may name; default: the shipped ones that load nothing.
         default: steering of requests that ask for none.
+        unsaid: how tokens are drawn where a request does not say; default: by the whole law at temperature 1.
         names: further names of the model.
         alone: False leaves the models, health and metrics to a server that this application is part of; its own metrics
             are at `/v1/steer/metrics`.
@@ -66,7 +68,7 @@ def create_app(
     )
     gate = Gate(limits.requests, Idle(engine.give_back_memory))
     metrics = Metrics(engine, gate, store)
-    tasks = Tasks(store, rewards or Rewards(folder=artifacts), limits, default, engine.own_edits)
+    tasks = Tasks(store, rewards or Rewards(folder=artifacts), limits, default, engine.own_edits, unsaid or Sampling())
     reading = ThreadPoolExecutor(1, "steer-files")
     server = Server(
         engine, store, tasks, gate, metrics, reading, int(time.time()), tuple(dict.fromkeys((engine.name, *names)))

@@ -91,6 +91,7 @@ class Steering:
     beta: float = 1.0
     block: int | None = None
     kl: bool = True
+    base: str = "truncated"
 
 
 @dataclass(frozen=True)

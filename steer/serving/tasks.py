@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, get_type_hints
 
@@ -38,6 +38,8 @@ class Tasks:
     default: SteerRequest | None = None
     own_edits: tuple[str, ...] = ()
     """Names of edits that are the engine's own."""
+    unsaid: Sampling = field(default_factory=Sampling)
+    """How tokens are drawn where a request does not say."""
 
     def chat(self, request: ChatRequest) -> Task:
         """Raises `InputError` that names the field, and `TooLargeError`."""
@@ -75,14 +77,14 @@ class Tasks:
         sampling = Sampling(
             max_tokens=limits.tokens if wanted is None else wanted,
             trim=wanted is None,
-            temperature=_given(request.temperature, 1.0),
-            top_p=_given(request.top_p, 1.0),
-            top_k=request.top_k or 0,
-            min_p=_given(request.min_p, 0.0),
+            temperature=_given(request.temperature, self.unsaid.temperature),
+            top_p=_given(request.top_p, self.unsaid.top_p),
+            top_k=self.unsaid.top_k if request.top_k is None else request.top_k,
+            min_p=_given(request.min_p, self.unsaid.min_p),
             stop=(request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ()),
             seed=request.seed,
-            frequency_penalty=_given(request.frequency_penalty, 0.0),
-            presence_penalty=_given(request.presence_penalty, 0.0),
+            frequency_penalty=_given(request.frequency_penalty, self.unsaid.frequency_penalty),
+            presence_penalty=_given(request.presence_penalty, self.unsaid.presence_penalty),
             logit_bias=_bias(request.logit_bias),
             logprobs=logprobs,
         )
@@ -102,6 +104,7 @@ class Tasks:
             check(
                 asked.candidates is None, "steer.candidates", asked.candidates, "unset without a sampler that chooses"
             )
+            check(asked.base == "truncated", "steer.base", asked.base, "truncated without a sampler that weighs")
             check(not asked.settings, "steer.settings", asked.settings, "unset without a sampler that chooses")
             most = prompts * n * sampling.max_tokens
             _check_budget(asked, most)
@@ -112,7 +115,7 @@ class Tasks:
         check(reward is not None or not kind.needs_reward, "steer.reward", None, f"a reward: {name} chooses by it")
         sampler, candidates = self._sampler(asked, name, sampling, prompts, n)
         repeats = n if kind.population == "n" else 1  # one output from all its candidates
-        return Steering(edits, sampler, repeats, candidates, reward, asked.beta, asked.block, asked.kl)
+        return Steering(edits, sampler, repeats, candidates, reward, asked.beta, asked.block, asked.kl, asked.base)
 
     def _edit(self, asked: SteerRequest, i: int) -> NamedEdit:
         request = asked.edits[i]

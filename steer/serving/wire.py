@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -164,6 +164,8 @@ class SteerRequest(_Strict):
     """Tokens that may be generated in all, of every candidate."""
     block: Count | None = None
     """Tokens in one step of a sampler that weighs or searches; by default each engine's own choice."""
+    base: Literal["truncated", "full"] = "truncated"
+    """What samplers weigh against under top-k, top-p and min-p: the truncated law, or the full one before."""
     kl: bool = True
     """Measure the drift of every choice. For hidden-state edits that takes two more passes over the finished text."""
 

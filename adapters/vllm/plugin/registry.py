@@ -159,6 +159,8 @@ class Registry:
                     getattr(request, name),
                     "unset: the engine draws token by token; search runs in front of it",
                 )
+            allowed = "truncated: without a sampler nothing is weighed"
+            check(request.base == "truncated", "steer.base", request.base, allowed)
             check(not request.settings, "steer.settings", request.settings, "unset: there is no sampler to set")
             asked = Inside(tuple(request.edits), request.beta)
         need(self.settings, stages=stages_of([m.compiled for m in self._of(asked) if m.compiled is not None]))

@@ -74,7 +74,7 @@ class Worker:
     def _arm(self) -> None:
         scheduler = self.config.scheduler_config
         tokens = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs) + 1024  # captured sizes are padded
-        blocks = blocks_of(self.model, self.info.num_layers)
+        blocks = self._stack = blocks_of(self.model, self.config.model_config.hf_text_config)
         first = next(p for block in blocks.values() for p in block.parameters())
         like = torch.empty(0, dtype=self.config.model_config.dtype, device=first.device)
         graphs, reads = self.settings.graphs, set(self.settings.reads)
@@ -128,7 +128,7 @@ class Worker:
         """Begin to measure norms, or end and return them, by block."""
         if on:
             self.live.measured = {}
-            self._undo = _uncompiled(self.model, self.live) if self.settings.graphs else []
+            self._undo = _uncompiled(self.model, self._stack, self.live) if self.settings.graphs else []
             return {}
         for undo in self._undo:
             undo()
@@ -344,14 +344,14 @@ class Worker:
         return seen[k : k + 1].float().cpu()
 
 
-def _uncompiled(model: nn.Module, live: Live) -> list[Callable[[], None]]:
+def _uncompiled(model: nn.Module, blocks: dict[int, nn.Module], live: Live) -> list[Callable[[], None]]:
     """Run the network uncompiled, with hooks that measure; returns what undoes it."""
     undo: list[Callable[[], None]] = []
     for module in model.modules():
         if getattr(module, "do_not_compile", None) is False:
             setattr(module, "do_not_compile", True)  # noqa: B010  # a plain attribute, not a parameter or a buffer
             undo.append(partial(setattr, module, "do_not_compile", False))
-    for layer, block in blocks_of(model, len(live.added)).items():
+    for layer, block in blocks.items():
         undo.append(block.register_forward_hook(measuring_hook(layer, live)).remove)
     return undo
 

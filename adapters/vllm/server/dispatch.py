@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,10 +26,14 @@ class Dispatch:
     Args:
         app: the server's own application.
         ours: steer's, asked for with each request.
+        spelled: control tokens that some of these texts spell out. vLLM's own routes would read them as what they are
+            to the model, so that steered requests to them are refused where a user's text holds one.
     """
 
-    def __init__(self, app: ASGIApp, ours: Callable[[], ASGIApp]) -> None:
-        self.app, self.ours = app, ours
+    def __init__(
+        self, app: ASGIApp, ours: Callable[[], ASGIApp], spelled: Callable[[list[str]], list[str]] = lambda texts: []
+    ) -> None:
+        self.app, self.ours, self.spelled = app, ours, spelled
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
@@ -39,7 +43,7 @@ class Dispatch:
         elif scope["type"] == "http" and scope["method"] == "POST" and not _is_form(scope):
             body, receive = await _read(receive)
             try:
-                if _is_steered(body, path):
+                if _is_steered(body, path, self.spelled):
                     app = self._at(path)
             except Refused as error:
                 app = answer(error)
@@ -77,7 +81,7 @@ async def _read(receive: Receive) -> tuple[bytes, Receive]:
     return b"".join(pieces), again
 
 
-def _is_steered(body: bytes, path: str) -> bool:
+def _is_steered(body: bytes, path: str, spelled: Callable[[list[str]], list[str]]) -> bool:
     """Whether the request asks for steering on top. Raises `Refused` where it would be lost."""
     if b'"steer"' not in body and b"\\u00" not in body:  # letters may be written as their numbers
         return False
@@ -99,4 +103,29 @@ def _is_steered(body: bytes, path: str) -> bool:
     if given.get("use_beam_search"):
         allowed = "unset with steering, which beam search would lose"
         raise Refused(400, f"use_beam_search: got {given['use_beam_search']!r}; allowed: {allowed}", "use_beam_search")
+    field = "input" if path == "/v1/responses" else "messages"
+    control = spelled(list(_of_users(given.get(field))))
+    if control:
+        allowed = 'text without it with vllm_xargs; with a "steer" field it is read as text'
+        raise Refused(400, f"{field}: got the control token {control[0]!r} in a user's text; allowed: {allowed}", field)
     return False
+
+
+def _of_users(messages: Any) -> Iterator[str]:
+    """Texts of users and tools in messages of any of vLLM's routes."""
+    if isinstance(messages, str):
+        yield messages
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, dict) and message.get("role") not in ("system", "developer", "assistant"):
+            yield from _texts(message)
+
+
+def _texts(part: Any) -> Iterator[str]:
+    """Every text in a part of a message."""
+    waiting = [part]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, dict | list):
+            waiting += one.values() if isinstance(one, dict) else one

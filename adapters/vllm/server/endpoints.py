@@ -19,6 +19,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp
@@ -27,11 +28,13 @@ from steer.adapters.vllm.server.dispatch import Dispatch
 from steer.adapters.vllm.settings import SERVER_PLUGIN, ServerSettings, check_processes, settings_of
 from steer.core import InputError, SteerError, UnsupportedError
 from steer.serving.artifact_store import Store, UnknownArtifactError
+from steer.serving.engine import Sampling
 from steer.serving.wire import is_loopback
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from steer.adapters.language.prompts import PromptReader
     from steer.adapters.vllm.model import VLLMModel
     from steer.serving.server import Server
 
@@ -49,10 +52,11 @@ class SteerEndpoints:
 
     def __init__(self) -> None:
         self._app: FastAPI | None = None
+        self._reader: PromptReader | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Stand before vLLM's routes, and behind what vLLM puts there afterwards, such as its check of keys."""
-        app.add_middleware(Dispatch, ours=self._ours)
+        app.add_middleware(Dispatch, ours=self._ours, spelled=self._spelled)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Make steer's application over vLLM's engine. Ends the process with one line where it cannot be."""
@@ -63,7 +67,12 @@ class SteerEndpoints:
             self._app = await asyncio.to_thread(_application, engine_client, loop, names, args)
         except SteerError as error:
             raise SystemExit(f"steer: {error}") from None
+        reader = self._app.state.server.engine.model.reader
+        self._reader = reader if reader.split_special_tokens else None
         _drain_before_shutdown(self._app.state.server, engine_client, loop)
+
+    def _spelled(self, texts: list[str]) -> list[str]:
+        return [] if self._reader is None else self._reader.spelled(texts)
 
     def _ours(self) -> ASGIApp:
         assert self._app is not None, "the server takes requests once init_state is done"
@@ -95,7 +104,8 @@ def _application(client: Any, loop: asyncio.AbstractEventLoop, names: Sequence[s
 
     settings = _settings(client.vllm_config)
     rewards = Rewards(settings.allow_reward, settings.artifacts)
-    engine = VLLMEngine(client, loop, name=names[0])
+    engine = VLLMEngine(client, loop, name=names[0], split_special_tokens=settings.split_special_tokens)
+    engine.warm()
     app = create_app(
         engine,
         artifacts=settings.artifacts,
@@ -104,6 +114,7 @@ def _application(client: Any, loop: asyncio.AbstractEventLoop, names: Sequence[s
         origins=_origins(args),
         limits=settings.limits,
         rewards=rewards,
+        unsaid=_unsaid(client.vllm_config.model_config),
         names=names,
         alone=False,
     )
@@ -123,6 +134,19 @@ def _settings(config: Any) -> ServerSettings:
     check_processes(config)
     given = config.additional_config["steer"].get("server", {})
     return ServerSettings.of(given, settings.artifacts, settings.artifact_bytes)
+
+
+def _unsaid(model_config: Any) -> Sampling:
+    """How tokens are drawn where a request does not say: as vLLM draws in its own requests, by `--generation-config`,
+    whose default is the checkpoint's. What steered requests have no setting for is named in the log.
+    """
+    given = dict(model_config.get_diff_sampling_param())
+    given.pop("max_tokens", None)
+    sampling = {field.name: given.pop(field.name) for field in fields(Sampling) if field.name in given}
+    if given and given != {"repetition_penalty": 1.0}:
+        log.warning("steered requests do not follow these of the server's default sampling parameters: %s", given)
+    sampling["top_k"] = max(0, sampling.get("top_k", 0))
+    return Sampling(**sampling)
 
 
 def _keys(args: Any) -> list[str]:

@@ -74,6 +74,17 @@ class VLLMEngine(ServedModel[Prepared]):
     def own_edits(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.model.front.settings.tuned)
 
+    def warm(self) -> None:
+        """Have the engine compile what it only does once log-probabilities are asked for: it takes seconds, in which
+        nobody else is answered. Blocks: not for the engine's loop.
+        """
+        from vllm import SamplingParams
+
+        most = int(self.model.config.model_config.max_logprobs)
+        if most != 0:
+            params = SamplingParams(max_tokens=2, temperature=0.0, logprobs=1, prompt_logprobs=0)
+            self._client.draw([{"prompt_token_ids": [0, 0]}], [params])
+
     def run(self, prepared: Prepared) -> AsyncGenerator[Event]:
         def begin(emit: Emit) -> Callable[[], None]:
             if self._closed:

@@ -25,14 +25,7 @@ class _Owner(VLLMEngine):
     def __init__(self, loop: _Loop, client: Any, **settings: Any) -> None:
         self._thread = loop
         super().__init__(client, loop.loop, **settings)
-        self._warm()
-
-    def _warm(self) -> None:
-        """Have the engine compile what it only does once log-probabilities are asked for, which takes seconds."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(max_tokens=2, temperature=0.0, logprobs=1, prompt_logprobs=0)
-        self._client.draw([{"prompt_token_ids": [0, 0]}], [params])
+        self.warm()
 
     def close(self) -> None:
         if self._closed:
@@ -79,6 +72,7 @@ def serving_engine(
     max_rows: int = 32,
     searches: int = 4,
     settings: Mapping[str, Any] | None = None,
+    split_special_tokens: bool = True,
 ) -> VLLMEngine:
     """A vLLM engine for `steer serve`, in processes of its own; `close` ends them.
 
@@ -107,7 +101,14 @@ def serving_engine(
         loop.stop()
         raise
     try:
-        return _Owner(loop, client, name=name or str(model), max_rows=max_rows, searches=searches)
+        return _Owner(
+            loop,
+            client,
+            name=name or str(model),
+            max_rows=max_rows,
+            searches=searches,
+            split_special_tokens=split_special_tokens,
+        )
     except BaseException:
         client.shutdown()
         loop.stop()

@@ -89,6 +89,10 @@ class Preparer(language.Preparer[Prepared]):
         whole = steering.sampler is None or steering.sampler.chooses_whole
         return tokens if whole else 16
 
+    def weighing(self, process: ServedProcess, base: str) -> ServedProcess:
+        check(base == "truncated", "steer.base", base, "truncated: this engine knows no other base law")
+        return process
+
     def check_edits(self, made: Prepared) -> None:
         self.model.front.parse(Inside(tuple(edit.request for edit in made.edits)))
 
