@@ -11,11 +11,13 @@ from rich.table import Table
 __all__ = ["aligned"]
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as text: the first column to the left, all others to the right, no line wider than its cells."""
+def aligned(rows: Sequence[Sequence[str]], left: bool = False) -> str:
+    """Rows of cells as text: the first column to the left, all others to the right (or all to the left), no line wider
+    than its cells.
+    """
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for i in range(len(rows[0])):
-        table.add_column(justify="right" if i else "left", no_wrap=True)
+        table.add_column(justify="right" if i and not left else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console = Console(file=StringIO(), width=10_000, color_system=None, highlight=False, markup=False, emoji=False)
