@@ -322,7 +322,7 @@ def _download(requirement: str, folder: Path) -> Path:
 
 
 def _python_with_pip(folder: Path) -> str:
-    """This interpreter, or one in an environment below `folder` where this one has no pip, as in those that uv makes."""
+    """This interpreter; where it has no pip, as in environments that uv makes, one in an environment below `folder`."""
     if importlib.util.find_spec("pip") is not None:
         return sys.executable
     made = folder / "pip"

@@ -1,4 +1,4 @@
-"""`steer doctor`: versions against what is asked for, devices, caches and models, on this machine and on made-up ones."""
+"""`steer doctor`: versions against what is asked for, devices, caches and models, here and on made-up machines."""
 
 from __future__ import annotations
 
