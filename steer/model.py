@@ -15,6 +15,7 @@ from steer.core import Edit, Process, Prompt, Reward, Sampler, Samples, Unsuppor
 from steer.core.edit import Prompts
 from steer.core.errors import check_unicode
 from steer.core.names import check_known, check_meant, meant, our_names
+from steer.core.notebook import facts_html
 from steer.edits import as_edits
 from steer.methods.prompt import SystemPrompt
 from steer.methods.samplers import SAMPLERS, make_sampler, sampler_fields, sampler_name
@@ -125,6 +126,13 @@ class Model(ABC):
     @abstractmethod
     def process(self, **settings: Any) -> Process:
         """The model as a `Process`."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a notebook shows of the model, by name."""
+        return {}
+
+    def _repr_html_(self) -> str:
+        return facts_html(f"{type(self).__name__} {self.name}", self.facts())
 
     def generate(
         self,

@@ -154,7 +154,7 @@ def test_images_by_fk_and_a_grid(tmp_path: Path) -> None:
     ]
     with pytest.raises(steer.SteerError, match=r"\.images"):
         _ = samples.texts
-    assert samples._repr_html_().count("data:image/png;base64,") == 4
+    assert samples._repr_html_().count("data:image/png;base64,") == 4 and "boot, bag" in model._repr_html_()
 
 
 def test_a_policy_of_ones_own() -> None:
@@ -349,7 +349,9 @@ def test_what_is_seen_is_short(samples: Any, tiny_lm: Any) -> None:
     assert repr(samples).startswith("Samples(6 texts, 2 prompts") and len(repr(samples)) < 120
     assert repr(tiny_lm).startswith("LanguageModel(") and len(repr(tiny_lm)) < 120
     page = samples._repr_html_()
-    assert page.count("<tr>") == 7 and "rgba(" in page and 'title="KL' in page
+    assert page.count("<tr>") == 7 and "rgba(" in page and 'title="KL' in page and "Tint" in page
+    assert page.count(PROMPTS[0]) == 1 and "<b>weight</b>" not in page and "<b>reward</b>" in page
+    assert "blocks" in tiny_lm._repr_html_() and tiny_lm.info.model_type in tiny_lm._repr_html_()
 
 
 def test_why_there_is_no_kl(tiny_lm: Any) -> None:
