@@ -35,9 +35,14 @@ def calm(tiny_lm: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------- the ten tasks
 
 
-def test_a_vector_from_pairs_and_its_use(tiny_lm: Any) -> None:
+def test_a_vector_from_pairs_and_its_use(tiny_lm: Any, tmp_path: Path) -> None:
     calm = steer.train_vector(tiny_lm, PAIRS)
     steered = tiny_lm.generate("the sun", edits=calm(2.5), max_new_tokens=8, temperature=0)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    read = steer.train_vector(tiny_lm, tmp_path / "pairs.jsonl")
+    assert all(torch.equal(read.tensors[name], calm.tensors[name]) for name in calm.tensors) and read.card == calm.card
+    with pytest.raises(InputError, match="pairs"):
+        steer.train_vector(tiny_lm, tmp_path / "absent.jsonl")
     assert steered.texts != tiny_lm.generate("the sun", max_new_tokens=8, temperature=0).texts
 
 

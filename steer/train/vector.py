@@ -6,6 +6,7 @@ Letters: `P` pairs, `L` layers, `D` width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from steer.artifacts import Card, data_hash
 from steer.core import RawText, check
 from steer.core.errors import check_unicode
-from steer.data import plain_pair
+from steer.data import FORMATS, plain_pair, read_table
 from steer.edits import Artifact, parse_layers
 from steer.progress import ticking
 from steer.train.settings import Part, Positive, Real, Seed, settings_class, settle
@@ -58,7 +59,7 @@ class VectorSettings:
 
 def train_vector(
     model: Any,
-    pairs: Sequence[Mapping[str, str]],
+    pairs: Sequence[Mapping[str, str]] | Path | str,
     settings: VectorSettings | None = None,
     *,
     progress: bool = False,
@@ -69,7 +70,7 @@ def train_vector(
     Args:
         model: a language model from `steer.load`.
         pairs: rows `{"positive": text, "negative": text}`; with a `"prompt"`, the texts are the assistant's replies to
-            it.
+            it. Or a file of such rows: JSON lines, a JSON list, CSV or parquet.
         settings: how; fields of `VectorSettings` may also be `given` by name.
 
     Raises:
@@ -77,6 +78,8 @@ def train_vector(
     """
     chosen = settle(VectorSettings, settings, given, "train_vector")
     layers = chosen.steered(model.info.num_layers)
+    if isinstance(pairs, str | Path):
+        pairs = [row for _, row in read_table("pairs", Path(pairs), FORMATS)]
     positive, negative = encode_pairs(model, pairs)
     with ticking(progress, "reading pairs", len(positive) + len(negative)) as tick:
         seen = model.hidden_states([*positive, *negative], pool=chosen.pool, on_batch=tick)
