@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -213,6 +214,32 @@ def test_the_readme_is_short_and_its_pictures_are_small() -> None:
 def test_every_page_is_tested() -> None:
     there = {str(path.relative_to(ROOT)) for d in ("steer", "adapters", "recipes") for path in (ROOT / d).rglob("*.md")}
     assert there | {"README.md"} == {*PAGES, *OTHERS}
+
+
+def test_make_lists_its_targets() -> None:
+    said = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    listed = re.findall(r"^make (\S+) +\S", said, re.MULTILINE)
+    declared = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert declared is not None and set(listed) == set(declared[1].split())
+
+
+@pytest.mark.slow
+def test_the_reference_has_every_public_name() -> None:
+    pytest.importorskip("pdoc")
+    binaries = Path(sys.executable).parent
+    done = subprocess.run(
+        ["make", "docs", f"BIN={binaries}", "-o", f"{binaries}/steer"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "Warn" not in done.stderr, done.stderr
+    page = (ROOT / "build" / "docs" / "steer.html").read_text()
+    import steer
+
+    assert all(f'id="{name}"' in page for name in steer.__all__ if name != "__version__")
+    assert (ROOT / "build" / "docs" / "steer" / "methods" / "fk.html").is_file()
 
 
 def test_the_citation_is_of_this_version() -> None:
