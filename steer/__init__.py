@@ -1,4 +1,4 @@
-"""Steer and align open-weight models at inference time."""
+"""Steering and alignment of open-weight models at inference time: the public names, loaded when first used."""
 
 from __future__ import annotations
 

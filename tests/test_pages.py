@@ -99,8 +99,8 @@ class Reader:
             # Line numbers in a traceback are those of the page.
             exec(compile("\n" * block.line + text, str(ROOT / page), "exec"), self.names)
             return
-        for line in re.findall(r"^\$ (.*(?:\n> .*)*)", text, re.MULTILINE):
-            self.type(line.replace("\n> ", " "))
+        for line in re.findall(r"^\$ (.*)", text.replace("\\\n", ""), re.MULTILINE):
+            self.type(line)
 
     def type(self, line: str) -> None:
         """One line of a shell."""

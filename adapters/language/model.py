@@ -1,4 +1,4 @@
-"""Prompts to token ids and tokens to text, for any engine."""
+"""Language models of any engine: `generate` with its settings, and the reading of prompts."""
 
 from __future__ import annotations
 

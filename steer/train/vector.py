@@ -1,4 +1,4 @@
-"""Fit steering vectors from contrastive pairs: every layer from one pass over the texts.
+"""Steering vectors fitted to contrastive pairs: every layer from one pass over the texts.
 
 Letters: `P` pairs, `L` layers, `D` width.
 """
