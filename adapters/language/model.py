@@ -220,7 +220,7 @@ class TextModel(Model):
         self.reader.split_special_tokens = bool(whether)
 
     def forget_prompts(self) -> None:
-        """Remember no prompt's tokens from here on: those of strangers seldom come again."""
+        """Keep no prompt's tokens from here on: prompts of many clients seldom repeat."""
         self.reader.forget()
 
     @property
