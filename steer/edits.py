@@ -48,11 +48,17 @@ class Artifact(NamedTuple):
     def __rmul__(self, factor: Any) -> Any:
         return self() * factor
 
+    def __truediv__(self, divisor: Any) -> Any:
+        return self() / divisor
+
     def __neg__(self) -> Any:
         return self() * -1.0
 
     def __add__(self, other: Any) -> Any:
         return self() + (other() if isinstance(other, Artifact) else other)
+
+    def __radd__(self, other: Any) -> Any:
+        return other + self()
 
     def __sub__(self, other: Any) -> Any:
         return self() + (other() if isinstance(other, Artifact) else other) * -1.0
@@ -180,6 +186,7 @@ def edit_of(
     if compared == "any":
         card = replace(card, model={k: v for k, v in card.model.items() if k != "fingerprint"})
     if strength is not None:
+        check(isinstance(strength, int | float), "strength", strength, "a number")
         check(abs(strength) <= MAX_STRENGTH, "strength", strength, f"a number of at most {MAX_STRENGTH:g} either way")
     return KINDS[card.kind](tensors, card, strength, options, model)
 

@@ -186,11 +186,13 @@ class Model(ABC):
         self, sampler: Sampler | str | None, n: int | None, given: dict[str, Any]
     ) -> tuple[dict[str, Any], Sampler]:
         """Settings of `process` and the sampler, which takes what of `given` are its own where only its name is."""
-        fields = [] if isinstance(sampler, Sampler) or sampler not in SAMPLERS else sampler_fields(sampler)
+        named = isinstance(sampler, str) and sampler in SAMPLERS
+        fields = sampler_fields(str(sampler)) if named else []
         own = {k: given.pop(k) for k in list(given) if k in fields and k not in self.settings}
         for name in given:
             close = meant(name, fields, 0.85) if name not in self.settings else ""
-            check(not close, f"sampler {sampler}", name, f"{', '.join(fields)}{close}")
+            where = f"sampler {sampler}" if named else "generate()"
+            check(not close, where, name, f"{', '.join(fields or sorted(self.settings))}{close}")
         size = self.default_n(given) if n is None else n
         return given, make_sampler(sampler, size, **own)
 
