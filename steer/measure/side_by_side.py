@@ -6,17 +6,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from steer.core import InputError, check
 from steer.measure.distances import interval
-from steer.measure.tables import aligned
+from steer.measure.tables import aligned, rendered
 
 __all__ = ["Written", "means_table", "read_written", "texts_markdown", "texts_table"]
 
@@ -94,10 +92,7 @@ def texts_table(written: Sequence[Written], width: int) -> str:
         table.add_column(name, overflow="fold", ratio=2 if name == "prompt" else 3)
     for row in _rows(written):
         table.add_row(*row)
-    console = Console(file=StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
-    with console.capture() as shown:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in shown.get().rstrip().split("\n"))
+    return rendered(table, width).rstrip()
 
 
 def texts_markdown(written: Sequence[Written]) -> str:
