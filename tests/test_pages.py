@@ -25,6 +25,7 @@ import pytest
 import yaml
 
 from steer.cli import main
+from steer.cli.options import COMMANDS
 from steer.embedded import find
 
 ROOT = Path(__file__).parents[1]
@@ -209,6 +210,12 @@ def test_the_readme_is_short_and_its_pictures_are_small() -> None:
     shown = re.findall(r"!\[([^]]+)\]\(([^)]+)\)", text)
     assert len(shown) >= 2 and all(about for about, _ in shown)
     assert sum((ROOT / file).stat().st_size for _, file in shown) < 300_000
+
+
+def test_the_readme_names_every_command() -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    named = set(" ".join(re.findall(r"`([^`]+)`", text.replace("\n", " "))).split())
+    assert {name.split()[-1] for name in COMMANDS if name != "train images"} <= named
 
 
 def test_every_page_is_tested() -> None:
