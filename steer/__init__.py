@@ -1,4 +1,4 @@
-"""Steer and align open-weight models at inference time."""
+"""Steering and alignment of open-weight models at inference time: the public names, loaded when first used."""
 
 from __future__ import annotations
 
@@ -142,15 +142,20 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        try:
-            return metadata.version("steer-engine")
-        except metadata.PackageNotFoundError:
-            return "0"
-    if name not in _HOME:
+        value: Any = _version()
+    elif name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+    else:
         raise AttributeError(f"module 'steer' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value
+
+
+def _version() -> str:
+    try:
+        return metadata.version("steer-engine")
+    except metadata.PackageNotFoundError:
+        return "0"
 
 
 def __dir__() -> list[str]:

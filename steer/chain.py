@@ -1,4 +1,4 @@
-"""Chains of tokens whose next law is at hand: a process from any function that gives logits.
+"""Chains of tokens as processes: any function that gives the logits of the next one.
 
 A `FunctionProcess` is what samplers, transition edits and rewards need of a policy of one's own (a network that is no
 language model of transformers, a simulator, a table): it is sampled, forked, weighed and searched like any other.

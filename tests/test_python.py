@@ -35,9 +35,14 @@ def calm(tiny_lm: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------- the ten tasks
 
 
-def test_a_vector_from_pairs_and_its_use(tiny_lm: Any) -> None:
+def test_a_vector_from_pairs_and_its_use(tiny_lm: Any, tmp_path: Path) -> None:
     calm = steer.train_vector(tiny_lm, PAIRS)
     steered = tiny_lm.generate("the sun", edits=calm(2.5), max_new_tokens=8, temperature=0)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    read = steer.train_vector(tiny_lm, tmp_path / "pairs.jsonl")
+    assert all(torch.equal(read.tensors[name], calm.tensors[name]) for name in calm.tensors) and read.card == calm.card
+    with pytest.raises(InputError, match="pairs"):
+        steer.train_vector(tiny_lm, tmp_path / "absent.jsonl")
     assert steered.texts != tiny_lm.generate("the sun", max_new_tokens=8, temperature=0).texts
 
 
@@ -154,7 +159,7 @@ def test_images_by_fk_and_a_grid(tmp_path: Path) -> None:
     ]
     with pytest.raises(steer.SteerError, match=r"\.images"):
         _ = samples.texts
-    assert samples._repr_html_().count("data:image/png;base64,") == 4
+    assert samples._repr_html_().count("data:image/png;base64,") == 4 and "boot, bag" in model._repr_html_()
 
 
 def test_a_policy_of_ones_own() -> None:
@@ -242,6 +247,45 @@ def test_artifacts_are_edits(tiny_lm: Any, calm: Any) -> None:
         assert len(repr(edit)) < 120 and "layers" in repr(edit)
     with pytest.raises(InputError, match="option of a vector"):
         calm(0.2, layer=3)
+
+
+def test_arithmetic_of_artifacts_and_edits(tiny_lm: Any, calm: Any) -> None:
+    settings: dict[str, Any] = {"seed": 0, "max_new_tokens": 6}
+    want = tiny_lm.generate("the sun", edits=calm(0.3), **settings).tokens
+    halves = (calm + calm, calm * 0.5 + calm * 1.5, calm / 2 + calm(0.225), calm(0.15) + calm, sum([calm, calm(0.15)]))
+    for edit in (*halves, calm(0.6) / 2, calm(0.45) - calm, 2 * calm):
+        assert tiny_lm.generate("the sun", edits=edit, **settings).tokens == want
+    for wrong in (lambda: calm + 1, lambda: calm(0.1) + "calm", lambda: 1 + calm):
+        with pytest.raises(TypeError):
+            wrong()
+
+
+def test_pairs_are_rows_or_two_texts(tiny_lm: Any, calm: Any) -> None:
+    pairs = [(row["positive"], row["negative"]) for row in PAIRS]
+    for given in (pairs, [list(pair) for pair in pairs], tuple(pairs)):
+        made = steer.train_vector(tiny_lm, given)
+        assert made.card == calm.card and torch.equal(made.tensors["direction.0"], calm.tensors["direction.0"])
+    columns = {"positive": ["a", "b"], "negative": ["c", "d"]}
+    for wrong in (["a good dog", "a bad cat"], columns, [("a", "b", "c")] * 2, [("a", 1)] * 2, [None] * 2, []):
+        with pytest.raises(InputError, match="pairs"):
+            steer.train_vector(tiny_lm, wrong)  # type: ignore[arg-type]
+
+
+def test_one_prompt_is_one_prompt_wherever_prompts_are_measured(tiny_lm: Any, calm: Any) -> None:
+    report = steer.evaluate(tiny_lm, "the sun", calm, strengths=[0.1], reward="length", max_new_tokens=3)
+    listed = steer.evaluate(tiny_lm, ["the sun"], calm, strengths=[0.1], reward="length", max_new_tokens=3)
+    assert [row.tokens for row in report.rows] == [row.tokens for row in listed.rows]
+    with pytest.raises(InputError, match="at least 2"):
+        steer.frontier(tiny_lm, "the sun and the rain", "length")
+
+
+def test_what_is_no_setting_is_told_by_its_place(tiny_lm: Any, calm: Any) -> None:
+    with pytest.raises(InputError, match=r"FKSteering\(num_particles=16\)"):
+        tiny_lm.generate("the sun", sampler=steer.FKSteering, reward="length")
+    with pytest.raises(InputError, match=r"^generate\(\)"):
+        tiny_lm.generate("the sun", max_length=9)
+    with pytest.raises(InputError, match="strength"):
+        calm("0.1")
 
 
 def test_a_top_level_generate_takes_models_and_processes(tiny_lm: Any) -> None:
@@ -349,7 +393,9 @@ def test_what_is_seen_is_short(samples: Any, tiny_lm: Any) -> None:
     assert repr(samples).startswith("Samples(6 texts, 2 prompts") and len(repr(samples)) < 120
     assert repr(tiny_lm).startswith("LanguageModel(") and len(repr(tiny_lm)) < 120
     page = samples._repr_html_()
-    assert page.count("<tr>") == 7 and "rgba(" in page and 'title="KL' in page
+    assert page.count("<tr>") == 7 and "rgba(" in page and 'title="KL' in page and "Tint" in page
+    assert page.count(PROMPTS[0]) == 1 and "<b>weight</b>" not in page and "<b>reward</b>" in page
+    assert "blocks" in tiny_lm._repr_html_() and tiny_lm.info.model_type in tiny_lm._repr_html_()
 
 
 def test_why_there_is_no_kl(tiny_lm: Any) -> None:

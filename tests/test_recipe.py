@@ -23,6 +23,7 @@ description: fit a vector, then see what it does
 variables:
   prompts: ${recipes}/prompts.json
   strength: 0.2
+next: steer show ${out}/v.safetensors
 steps:
   - name: fit
     command: train vector
@@ -70,6 +71,7 @@ def test_a_vector_is_trained_and_evaluated_with_one_model(
     assert json.loads(Path("out/fit/report/report.json").read_text())["rows"]
     output = capsys.readouterr()
     assert "[2/2] 2: eval" in output.err and "steered" in output.out
+    assert output.err.endswith("next: steer show ./out/fit/v.safetensors\n")
 
 
 def test_variables_and_overrides(folder: Path) -> None:

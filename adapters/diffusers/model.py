@@ -152,6 +152,10 @@ class DiffusionModel(Model):
         classes = f", {len(self.classes)} classes" if self.classes else ""
         return f"DiffusionModel({self.name!r}, {kind} on {self.device}, {self.dtype}{classes})"
 
+    def facts(self) -> dict[str, Any]:
+        found = {"source": type(self.source).__name__, "device": self.device, "dtype": self.dtype}
+        return found | ({"classes": ", ".join(self.classes)} if self.classes else {})
+
     def process(
         self,
         *,

@@ -1,4 +1,4 @@
-"""Finds a model's decoder blocks by structure, never by a list of names and never by size."""
+"""Decoder blocks of a model, found by structure, never by a list of names and never by size."""
 
 from __future__ import annotations
 

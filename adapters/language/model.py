@@ -1,4 +1,4 @@
-"""Prompts to token ids and tokens to text, for any engine."""
+"""Language models of any engine: `generate` with its settings, and the reading of prompts."""
 
 from __future__ import annotations
 
@@ -194,6 +194,16 @@ class TextModel(Model):
         name, blocks = Path(self.name).name, f"{info.num_layers} blocks of width {info.width}"
         return f"{type(self).__name__}({name!r}, {info.model_type}, {blocks})"
 
+    def facts(self) -> dict[str, Any]:
+        info, found = self.info, {"architecture": self.info.model_type}
+        found |= {
+            "blocks": str(info.num_layers),
+            "width": str(info.width),
+            "vocabulary": f"{len(self.tokenizer):,} tokens",
+        }
+        limit = getattr(self, "context_length", None)
+        return found | ({"context": f"{limit:,} tokens"} if limit else {})
+
     @property
     def settings(self) -> frozenset[str]:
         return super().settings | {f.name for f in fields(Decoding)}
@@ -210,7 +220,7 @@ class TextModel(Model):
         self.reader.split_special_tokens = bool(whether)
 
     def forget_prompts(self) -> None:
-        """Remember no prompt's tokens from here on: those of strangers seldom come again."""
+        """Keep no prompt's tokens from here on: prompts of many clients seldom repeat."""
         self.reader.forget()
 
     @property

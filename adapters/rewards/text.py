@@ -63,7 +63,7 @@ def pretrained(
 
 
 class ModelReward(Composable):
-    """What a sequence classifier thinks of (prompt, output): a reward model's raw score (one label), otherwise the
+    """The score of (prompt, output) under a sequence classifier: a reward model's raw score (one label), otherwise the
     log-probability of `label` in nats.
 
     `source` is a model id, a folder, or `(model, tokenizer)`; weights are loaded on first use, and code that comes

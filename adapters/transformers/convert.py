@@ -1,4 +1,4 @@
-"""Turn files of other formats into folders that transformers loads directly."""
+"""Conversion of files of other formats into folders that transformers loads directly."""
 
 from __future__ import annotations
 

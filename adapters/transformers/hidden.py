@@ -1,4 +1,4 @@
-"""Compiles mounted hidden edits into what the hooks do, and keeps the hooks.
+"""Mounted hidden edits, compiled into what the hooks do, and the hooks themselves.
 
 Before decoding everything constant is merged: a decode step costs one addition per steered layer, however many
 vectors are mounted. Positions are absolute, per row and without padding; the phase is never guessed from a chunk.

@@ -57,7 +57,7 @@ class Opening:
 
 
 class _Enough(Exception):
-    """Everything that was wanted of a pass has been seen."""
+    """Raised to end a pass once it has given what was wanted."""
 
 
 def _stop(module: Any, args: Any, output: Any) -> None:

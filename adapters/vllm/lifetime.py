@@ -1,4 +1,4 @@
-"""Lets an engine's processes end with the process that started them, however that one ended."""
+"""The end of an engine's processes: with the process that started them, however that one ended."""
 
 from __future__ import annotations
 

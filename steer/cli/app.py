@@ -152,6 +152,20 @@ def list_rewards() -> None:
     typer.echo(listed())
 
 
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of text.")] = False,
+) -> None:
+    """What is installed, devices, caches, models, and what each feature lacks."""
+    from steer.cli.doctor import diagnose
+    from steer.files import as_json
+
+    found = diagnose()
+    typer.echo(as_json(found.to_dict()) if json else str(found))
+    if not found.sound:
+        raise typer.Exit(1)
+
+
 @models.command("list")
 def list_models() -> None:
     """What can be fetched, and what is here."""

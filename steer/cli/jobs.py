@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from steer.cli import bulk, generating, measuring, serving, training
+from steer.cli import bulk, generating, measuring, serving, tabulating, training
 from steer.cli.recipe import Recipe
 from steer.cli.session import Run, Session
 from steer.core import SteerError
@@ -27,6 +27,7 @@ JOBS: dict[str, Callable[..., Run]] = {
     "race": measuring.race,
     "frontier": measuring.frontier,
     "guide": measuring.guide,
+    "table": tabulating.tabulate,
     "serve": serving.serve,
 }
 """By the names in `steer.cli.options.COMMANDS`."""
@@ -46,3 +47,5 @@ def run_recipe(recipe: Recipe, session: Session) -> None:
     for number, (step, job) in enumerate(zip(recipe.steps, jobs, strict=True), 1):
         print(f"[{number}/{len(jobs)}] {step.name}: {step.command}", file=sys.stderr)
         job(session)
+    if recipe.next:
+        print(f"next: {recipe.next}", file=sys.stderr)

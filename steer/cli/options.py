@@ -27,6 +27,7 @@ __all__ = [
     "Options",
     "SampleOptions",
     "ServeOptions",
+    "TableOptions",
     "TextOptions",
     "TrainControllerOptions",
     "TrainImagesOptions",
@@ -416,6 +417,15 @@ class ServeOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TableOptions(Options):
+    """Print samples that generate wrote (--out) side by side: mean reward and KL, what they cost, and their texts."""
+
+    files: Annotated[list[Path], typer.Argument(metavar="FILE.json...", help="Samples of the same prompts.")]
+    texts: Annotated[bool, typer.Option("--texts", help="Also the texts, in columns.")] = False
+    markdown: Annotated[bool, typer.Option("--markdown", help="The texts as a table in Markdown.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchOptions(ModelOptions):
     """Answer a file of rows, one record each, whatever the engine and the sampler; what is done is never done again.
 
@@ -476,6 +486,7 @@ COMMANDS: dict[str, type[Options]] = {
     "race": RaceOptions,
     "frontier": FrontierOptions,
     "guide": GuideOptions,
+    "table": TableOptions,
     "serve": ServeOptions,
 }
 """Commands that a recipe can hold."""
@@ -509,6 +520,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "frontier": (
         "steer frontier --model smollm2-135m --prompts prompts.json --reward sentiment --edit calm.safetensors --out f",
     ),
+    "table": ("steer table plain.json calm.json best-of-8.json --texts",),
     "serve": ("steer serve --model smollm2-135m --artifacts vectors --port 8000",),
 }
 """Command lines at the end of a command's help."""

@@ -11,6 +11,7 @@
 
 A recipe with one job may have `command` and `settings` at the top in place of `steps`. Settings are the options of the
 command, with underscores. `${out}` is ./out/NAME unless `out` is given, `${recipes}` the folder of shipped recipes.
+`next` is a command to go on with, shown at the end.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from steer.core import InputError, check
 __all__ = ["Recipe", "Step", "described", "load_recipe", "shipped"]
 
 
-_TOP = ("name", "description", "variables", "command", "settings", "steps")
+_TOP = ("name", "description", "variables", "command", "settings", "steps", "next")
 _STEP = ("name", "command", "settings")
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 
@@ -58,6 +59,8 @@ class Recipe:
     steps: list[Step]
     description: str = ""
     variables: dict[str, Any] = field(default_factory=dict)
+    next: str = ""
+    """A command to go on with, shown at the end."""
 
 
 def shipped() -> dict[str, Path]:
@@ -88,7 +91,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         _override(key, _scalar(key, text), variables, steps)
     values = _resolved(variables)
     made = [_build(name, step, values) for step in steps]
-    return Recipe(name, made, str(content.get("description", "")), values)
+    following = str(_filled(content.get("next", ""), values, f"recipe {name}: next"))
+    return Recipe(name, made, str(content.get("description", "")), values, following)
 
 
 def _read(source: str | Path) -> tuple[str, dict[str, Any]]:

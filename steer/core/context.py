@@ -1,4 +1,4 @@
-"""Transition edits on rows: which rows each was mounted for, and what those find that look for more than a law."""
+"""Transition edits applied to rows, each to those that asked for it, and a context that shows a law and no network."""
 
 from __future__ import annotations
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["samples_html", "text_html"]
+__all__ = ["facts_html", "samples_html", "text_html"]
 
 _SHOWN = 24
 """Rows of a table or images of a grid at most."""
@@ -35,21 +35,38 @@ def text_html(text: str) -> str:
     return f"<pre>{html.escape(text)}</pre>"
 
 
+def facts_html(title: str, facts: Mapping[str, Any]) -> str:
+    """A line of title and a table of facts by name."""
+    rows = (_row([f"<b>{html.escape(name)}</b>", html.escape(str(value))]) for name, value in facts.items())
+    return f"<div><p><b>{html.escape(title)}</b></p><table>{''.join(rows)}</table></div>"
+
+
 def _table(samples: Any) -> str:
-    names = ["prompt", "text", "reward", "weight", "KL"]
-    texts = _texts(samples)
-    head = _row([f"<b>{name}</b>" for name in names])
-    cells = [
-        [html.escape(_said(s.prompt)), text, _number(s.reward), _number(s.weight), _number(s.kl)]
-        for s, text in zip(samples, texts, strict=True)
-    ]
-    return f"<table>{head}{''.join(_row(row) for row in cells)}</table>"
+    """A row for each text: prompts once, and only the columns that say something."""
+    rows, weighted = list(samples), bool((samples.log_weight != 0).any())
+    columns: dict[str, list[str]] = {
+        "prompt": [_said(s.prompt) if i == 0 or s.prompt != rows[i - 1].prompt else "" for i, s in enumerate(rows)],
+        "text": _texts(samples),
+        "reward": [_number(s.reward) for s in rows] if samples.reward is not None else [],
+        "weight": [_number(s.weight) for s in rows] if weighted else [],
+        "KL": [_number(s.kl) for s in rows] if samples.kl is not None else [],
+    }
+    columns["prompt"] = [html.escape(prompt) for prompt in columns["prompt"]]
+    shown = {name: cells for name, cells in columns.items() if cells}
+    head = _row([f"<b>{name}</b>" for name in shown])
+    body = "".join(_row(row) for row in zip(*shown.values(), strict=True))
+    tinted = f"<p>Tint: the KL of a token's law, from none to {_FULL:g} nats.</p>" if _is_tinted(samples) else ""
+    return f"<table>{head}{body}</table>{tinted}"
+
+
+def _is_tinted(samples: Any) -> bool:
+    """Whether the KL of each token is known, or few enough are to be computed."""
+    return samples.token_drift is not None and (len(samples) <= _TINTED or not callable(samples.token_drift))
 
 
 def _texts(samples: Any) -> list[str]:
     """Texts, their tokens tinted by the KL of their laws where that is known."""
-    there = samples.token_drift is not None and (len(samples) <= _TINTED or not callable(samples.token_drift))
-    if not there:
+    if not _is_tinted(samples):
         return [html.escape(text) for text in samples.texts]
     drift = samples.drift
     return ["".join(map(_tinted, pieces, kl.tolist())) for pieces, kl in zip(drift.texts, drift.kl, strict=True)]

@@ -46,7 +46,7 @@ class Run:
         self.spent = self.spent + cost
 
     def step(self, state: Any) -> None:
-        """Show a state to whoever watches."""
+        """Give a state to `on_step`, where there is one."""
         if self.on_step is not None:
             self.on_step(state)
 

@@ -1,4 +1,4 @@
-"""`Samples`, what a person gets, `Sample`, one of them; `Cost`, what it took; `Reward`, what scores it."""
+"""Samples that a run returns, with what they cost, and the rewards that score them."""
 
 from __future__ import annotations
 
@@ -396,7 +396,7 @@ class Reward(ABC):
     @property
     def alone(self) -> bool:
         """Whether a score depends on its own prompt and output and nothing else, and takes no model that also
-        generates: such scores may be computed at any time, in any company, in another thread.
+        generates: such scores may be computed at any time, with any others, in another thread.
         """
         return False
 

@@ -18,7 +18,7 @@ from steer.core.notebook import text_html
 from steer.files import as_json, write_text
 from steer.measure.distances import interval
 from steer.measure.tables import aligned, ranged
-from steer.model import Model
+from steer.model import Model, as_prompts
 from steer.progress import ticking
 from steer.rewards import as_reward
 
@@ -130,6 +130,7 @@ def frontier(
 
     Raises `InputError`.
     """
+    prompts = as_prompts(prompts)
     check(len(prompts) >= 2, "prompts", f"{len(prompts)} prompts", "at least 2: intervals are over prompts")
     sweeps = _sweeps(methods)
     scored = as_reward(reward)

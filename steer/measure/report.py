@@ -21,6 +21,7 @@ from steer.files import as_json, write_text
 from steer.measure.tables import FEW, aligned, few, number
 from steer.methods.prompt import SystemPrompt
 from steer.methods.vector import SteeringVector
+from steer.model import as_prompts
 from steer.progress import ticking
 from steer.rewards import as_reward, distinct_n
 
@@ -194,7 +195,7 @@ def evaluate(
     Raises:
         InputError: an edit without a strength, or no prompts.
     """
-    check(len(prompts) > 0, "prompts", prompts, "at least one prompt")
+    prompts = as_prompts(prompts)
     edit = as_edit(edit, model, "edit")
     has_strength = is_dataclass(edit) and any(f.name == "strength" for f in fields(edit))
     check(has_strength, "edit", type(edit).__name__, "an edit with a strength")

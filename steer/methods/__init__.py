@@ -1,0 +1,1 @@
+"""Methods of steering, one file each: edits and samplers, and the table of samplers by name."""

@@ -58,8 +58,8 @@ class DTS(Sampler):
         explore: share of choices made by frequency instead of value, which bounds the weight of each by `1 / explore`;
             None is 0.1 for "weighted" and 0, the paper's rule, for "published".
         estimator: "weighted" or "published".
-        lookahead: what is thought of a node before it has many children, such as `Preview()`; it guides choices, and no
-            estimate rests on it. None is the paper's tree, which knows rollouts alone.
+        lookahead: an estimate of a node's value before it has many children, such as `Preview()`; it guides choices,
+            and no estimate rests on it. None is the paper's tree, which uses rollouts alone.
         trust: how many children's worth the lookahead counts for.
         merge: children that are equal (texts) are one node, counted by multiplicity.
         correct: weigh edits as a proposal; see `FKSteering`.

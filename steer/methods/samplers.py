@@ -104,6 +104,8 @@ def make_sampler(sampler: Sampler | str | None, n: int | None = None, **settings
     if isinstance(sampler, Sampler):
         check(n is None and not settings, "n", n, "unset: the sampler that was given has its own")
         return sampler
+    allowed = f"a sampler such as steer.FKSteering(num_particles=16), or its name: {SAMPLERS}"
+    check(sampler is None or isinstance(sampler, str), "sampler", sampler, allowed)
     name = sampler or "ancestral"
     check_known("sampler", name, SAMPLERS)
     kind, known = SAMPLERS[name], sampler_fields(name)

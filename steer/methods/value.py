@@ -31,7 +31,7 @@ class _Timed(nn.Module):
     """The inner layer of a head: `silu(W norm(h) * (1 + gain[left]))`, with a gain of every unit for each number of
     tokens that may still follow; more than the `horizon` of the texts that it was trained on count as the horizon. Half
     of the units begin with the same gain everywhere, so that what does not depend on the time is learnt at all times
-    together. A horizon of 0 is a head that is not told, as heads saved by earlier versions are.
+    together. With a horizon of 0 the head does not know how many may follow, as heads of earlier versions.
     """
 
     def __init__(self, width: int, hidden: int, horizon: int) -> None:

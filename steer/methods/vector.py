@@ -165,11 +165,16 @@ class SteeringVector(HiddenEdit):
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: float) -> SteeringVector:
+        return self * (1 / divisor)
+
     def __neg__(self) -> SteeringVector:
         return self * -1.0
 
     def __add__(self, other: SteeringVector) -> SteeringVector:
         """One vector that does what both do; both must add, in the same unit and scope."""
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
         same = (self.unit, self.scope, self.keep_norm) == (other.unit, other.scope, other.keep_norm)
         plain = all(v.operator == "add" and v.gate is None and not v.token_probes for v in (self, other))
         check(
@@ -186,6 +191,10 @@ class SteeringVector(HiddenEdit):
             for layer in layers
         }
         return replace(self, directions=total, strength=1.0)
+
+    def __radd__(self, other: Any) -> SteeringVector:
+        """For `sum`, which begins with 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def __sub__(self, other: SteeringVector) -> SteeringVector:
         return self + (-other)

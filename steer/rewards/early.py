@@ -17,7 +17,7 @@ __all__ = ["Early"]
 
 
 class Early(Reward):
-    """A reward that computes in a thread of its own what is announced to it, and knows it when it is asked.
+    """A reward that scores announced texts in a thread of its own, before their scores are asked for.
 
     For rewards that are `alone`. Texts that wait together are scored in one call. A context manager: leaving it ends
     the thread.

@@ -26,7 +26,7 @@ __all__ = ["Forest", "Search"]
 
 
 class Search(Protocol):
-    """What a forest wants to know of the sampler that grows it. See `DTS` for the settings."""
+    """Settings that a forest reads from the sampler that grows it. See `DTS`."""
 
     @property
     def hard(self) -> bool:

@@ -32,7 +32,7 @@ class Gate:
         """Moving average of what a request takes."""
 
     def enter(self) -> float:
-        """Take a place; returns when, for `leave`. Raises `Refused` with 429 or 503."""
+        """Take a place; returns the time, for `leave`. Raises `Refused` with 429 or 503."""
         if self.draining:
             raise Refused(503, "the server is shutting down", code="draining", retry_after=30)
         if self.inside >= self.limit:

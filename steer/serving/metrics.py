@@ -57,7 +57,7 @@ class Metrics:
 
 
 class _Now(Collector):
-    """What is going on at the moment of asking."""
+    """Gauges, read when they are asked for."""
 
     def __init__(self, engine: Engine, gate: Gate, store: Store) -> None:
         self._engine, self._gate, self._store = engine, gate, store

@@ -1,4 +1,4 @@
-"""Runs the application until it is told to stop, and lets running work finish then."""
+"""The run of an application until it is told to stop, and the end of work that is running then."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Training of what steers: vectors, controllers, value heads and policies."""

@@ -1,4 +1,4 @@
-"""Train the weighted controller through the frozen model.
+"""Training of the weighted controller through the frozen model.
 
 Under the paper's loss, a squared error on the scale alone, the gradient of the layer weights is exactly zero. Here the
 steered model itself is the loss: it should open with a refusal (or any wanted opening) where it is to be steered, and

@@ -1,4 +1,4 @@
-"""Fit steering vectors from contrastive pairs: every layer from one pass over the texts.
+"""Steering vectors fitted to contrastive pairs: every layer from one pass over the texts.
 
 Letters: `P` pairs, `L` layers, `D` width.
 """
@@ -6,6 +6,7 @@ Letters: `P` pairs, `L` layers, `D` width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from steer.artifacts import Card, data_hash
 from steer.core import RawText, check
 from steer.core.errors import check_unicode
-from steer.data import plain_pair
+from steer.data import FORMATS, plain_pair, read_table
 from steer.edits import Artifact, parse_layers
 from steer.progress import ticking
 from steer.train.settings import Part, Positive, Real, Seed, settings_class, settle
@@ -58,7 +59,7 @@ class VectorSettings:
 
 def train_vector(
     model: Any,
-    pairs: Sequence[Mapping[str, str]],
+    pairs: Sequence[Mapping[str, str] | tuple[str, str]] | Path | str,
     settings: VectorSettings | None = None,
     *,
     progress: bool = False,
@@ -68,8 +69,8 @@ def train_vector(
 
     Args:
         model: a language model from `steer.load`.
-        pairs: rows `{"positive": text, "negative": text}`; with a `"prompt"`, the texts are the assistant's replies to
-            it.
+        pairs: rows `(positive, negative)` or `{"positive": text, "negative": text}`, with a `"prompt"` where the texts
+            are the assistant's replies to one; or a file of such rows: JSON lines, a JSON list, CSV or parquet.
         settings: how; fields of `VectorSettings` may also be `given` by name.
 
     Raises:
@@ -77,7 +78,10 @@ def train_vector(
     """
     chosen = settle(VectorSettings, settings, given, "train_vector")
     layers = chosen.steered(model.info.num_layers)
-    positive, negative = encode_pairs(model, pairs)
+    if isinstance(pairs, str | Path):
+        pairs = [row for _, row in read_table("pairs", Path(pairs), FORMATS)]
+    rows = _rows(pairs)
+    positive, negative = encode_pairs(model, rows)
     with ticking(progress, "reading pairs", len(positive) + len(negative)) as tick:
         seen = model.hidden_states([*positive, *negative], pool=chosen.pool, on_batch=tick)
     states = torch.stack([seen[layer] for layer in range(model.info.num_layers)])
@@ -94,10 +98,21 @@ def train_vector(
         layers=list(range(len(states))),
         settings={"layers": layers, "strength": chosen.strength, "scope": "all", "unit": "norm"},
         recipe=chosen.recipe(),
-        data={"sha256": data_hash([dict(row) for row in pairs]), "rows": len(pairs)},
+        data={"sha256": data_hash(rows), "rows": len(rows)},
         metrics={"held_out_accuracy": [round(float(a), 4) for a in accuracy], "best_layer": best},
     )
     return Artifact(tensors, card)
+
+
+def _rows(pairs: Any) -> list[Mapping[str, str]]:
+    """Rows with a side by name, those of two texts among them. Raises `InputError` for what is no row."""
+    check(isinstance(pairs, Sequence), "pairs", pairs, "a list of pairs, or a file")
+    rows = []
+    for i, row in enumerate(pairs):
+        two = isinstance(row, tuple | list) and len(row) == 2 and all(isinstance(text, str) for text in row)
+        check(two or isinstance(row, Mapping), f"pairs[{i}]", row, "(positive, negative), or a row with both by name")
+        rows.append({"positive": row[0], "negative": row[1]} if two else row)
+    return rows
 
 
 def _fitted(states: Tensor, settings: VectorSettings) -> dict[str, Tensor]:

@@ -224,7 +224,7 @@ class PipelineDenoiser:
 
 
 class _Enough(Exception):
-    """What was wanted of a call has been seen."""
+    """Raised to end a pipeline's call once it has given what was wanted."""
 
 
 def _watched(prepare: Any, drawn: list[Tensor], seen: Callable[[], None]) -> Any:

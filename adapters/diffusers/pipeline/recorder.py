@@ -35,7 +35,7 @@ class Recording:
         return self.__dict__.get("init_noise_sigma", 1.0) if parent is None else parent
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """The pipeline's wish to start at the front is not followed."""
+        """Ignored: which timestep is next is set from outside."""
 
 
 def recorder_of(scheduler: Any) -> Any:

@@ -54,7 +54,7 @@ def truncated(law: Tensor, settings: Sequence[Sampling]) -> Tensor:
 
 def draw(law: Tensor, settings: Sequence[Sampling], generators: Sequence[torch.Generator]) -> Tensor:
     """One token for each row `[N]`: the mode at temperature 0, otherwise by inverting the CDF at one number of the
-    row's own generator, so that a seed repeats in any company.
+    row's own generator, so that a seed repeats whatever other rows there are.
     """
     drawn = [i for i, s in enumerate(settings) if s.temperature > 0]
     token = law.argmax(-1)

@@ -125,7 +125,7 @@ class Scheduler:
         self._worker.join()
 
     def load(self) -> Load:
-        """What is going on, from outside: a glance, not a count."""
+        """What runs and waits, as another thread sees it: about right."""
         rows = len(self._shared.rows) + sum(len(batch.rows) for batch, _ in list(self._alone))
         return Load(rows, len(self._running), len(self._waiting) + len(self._asked), self._shared.nbytes)
 
@@ -175,7 +175,7 @@ class Scheduler:
                 (self._waiting if ticket.prepared.plan is None else self._asked).append(ticket)
 
     def _sweep(self) -> None:
-        """Let go of what nobody waits for."""
+        """Drop requests whose clients have gone."""
         self._tickets = [t for t in self._tickets if not t.gone]
         for pile in (self._waiting, self._measures, self._asked):
             if any(t.gone for t in pile):
@@ -190,7 +190,7 @@ class Scheduler:
             self._running.remove((stretches, ticket))
 
     def _abandon(self, why: Exception) -> None:
-        """Let everybody go, whatever state things are in."""
+        """End every request with an error, whatever state it is in."""
         for ticket in self._tickets:
             ticket.cancelled = True
             ticket.fail(why)

@@ -1,4 +1,4 @@
-"""Compiles the edits that act on a token into one row: a vector to add at every block, and closed forms.
+"""Edits that act on a token, compiled into one row: a vector to add at every block, and closed forms.
 
 A row stands in a slot of every block's buffers. Rows are made when a step first needs them; where slots run out, the
 row that was not used for longest makes room. `Resolved.rows` says how many a request can need at once.

@@ -1,4 +1,4 @@
-"""Routes steered requests to steer's application and all others to vLLM's."""
+"""Dispatch of requests: steered ones to steer's application, all others to vLLM's."""
 
 from __future__ import annotations
 

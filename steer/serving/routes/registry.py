@@ -241,5 +241,5 @@ async def _write(path: Path, pieces: Any) -> None:
 
 
 async def _in_turn(server: Server, work: Callable[..., T], *given: Any) -> T:
-    """Work in the thread for files; where its turn has not come when nobody waits any more, it is not done."""
+    """Work in the thread for files; it is dropped where its client has gone before its turn."""
     return await asyncio.get_running_loop().run_in_executor(server.files, work, *given)

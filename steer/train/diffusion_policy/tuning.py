@@ -1,4 +1,4 @@
-"""Tune a diffusion model as a policy: Diffusion-DPO, SePPO and policy gradients, on any `DiffusionProcess`.
+"""Tuning of a diffusion model as a policy: Diffusion-DPO, SePPO and policy gradients, on any `DiffusionProcess`.
 
 No engine is needed: a `Tunable` is a torch module and the chains that run it.
 

@@ -1,4 +1,4 @@
-"""Train a small image classifier: shifted copies, noise and blur where it must read a denoiser's first guesses."""
+"""Training of a small image classifier: on shifted copies, and on noise and blur for a denoiser's first guesses."""
 
 from __future__ import annotations
 

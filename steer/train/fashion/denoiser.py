@@ -1,4 +1,4 @@
-"""Train a class-conditional diffusion model of small images; the network is any module, no engine is needed.
+"""Training of a class-conditional diffusion model of small images; the network is any module, no engine is needed.
 
 With the variance-preserving noise x_t = a_t x_0 + s_t e, where a_t^2 = prod_{i <= t} (1 - beta_i) and
 s_t^2 = 1 - a_t^2, the module is trained to predict the velocity v_t = a_t e - s_t x_0 (Salimans & Ho 2022).
