@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING
 
 from steer.adapters.language.serving import ServedModel
+from steer.adapters.transformers.serving.columns import Columns, ColumnsTicket, Opened, Traced
 from steer.adapters.transformers.serving.preparing import Prepared, Preparer
 from steer.adapters.transformers.serving.scheduler import Scheduler, Ticket
 from steer.core import check, check_whole
@@ -52,8 +53,15 @@ class TransformersEngine(ServedModel[Prepared]):
         )
 
     def run(self, prepared: Prepared) -> AsyncGenerator[Event]:
+        return self._relayed(lambda emit: Ticket(prepared, emit))
+
+    def run_columns(self, columns: Columns) -> AsyncGenerator[Event | Opened | Traced]:
+        """Write columns beside each other: `Opened`, a `Traced` for each token, `Ended` for each column, `Finished`."""
+        return self._relayed(lambda emit: ColumnsTicket(columns, emit))
+
+    def _relayed(self, made: Callable[[Emit], Ticket]) -> AsyncGenerator[Event]:
         def begin(emit: Emit) -> Callable[[], None]:
-            ticket = Ticket(prepared, emit)
+            ticket = made(emit)
             self._scheduler.submit(ticket)
 
             def stop() -> None:

@@ -15,7 +15,7 @@ import torch
 
 from steer.adapters.transformers import tracking
 from steer.adapters.transformers.scoring import divergence
-from steer.adapters.transformers.serving.batch import Batch, BatchRow
+from steer.adapters.transformers.serving.batch import Batch, BatchRow, Taken
 from steer.adapters.transformers.serving.preparing import Prepared
 from steer.adapters.transformers.serving.turns import FairShare, Stretches
 from steer.core import Cost, Samples, SteerError
@@ -48,6 +48,44 @@ class Ticket:
     def gone(self) -> bool:
         """Whether nobody waits for it any more."""
         return self.cancelled or self.over
+
+    @property
+    def size(self) -> int:
+        """Rows that it takes in the batch."""
+        return self.prepared.choices
+
+    @property
+    def columns(self) -> int:
+        """Positions that its longest row has at most."""
+        return self.prepared.columns
+
+    @torch.inference_mode()
+    def open(self, model: LanguageModel, taken: Taken) -> tuple[tracking.AnyTrack, list[int], bool]:
+        """The prompt pass, which fills `rows`: the pass, the row of it that each of `rows` goes on from, and whether
+        they may share a cache with others.
+        """
+        prepared, steering = self.prepared, self.prepared.task.steering
+        edits = [(edit, None) for edit in prepared.hidden]
+        track, self.cost = tracking.start(
+            model.body, prepared.ids, edits, 1, hidden=bool(prepared.guided), new=prepared.sampling.max_tokens
+        )
+        measured = steering is not None and steering.kl
+        self.rows = [
+            BatchRow(
+                model, prepared.sampling, choice, prepared.seed, edits=prepared.guided, measured=measured, taken=taken
+            )
+            for choice in range(prepared.choices)
+        ]
+        return track, [choice // prepared.task.n for choice in range(prepared.choices)], prepared.shares
+
+    @property
+    def texts(self) -> list[BatchRow]:
+        """The rows whose texts were asked for."""
+        return self.rows
+
+    def measure(self) -> tuple[list[float | None], list[float | None], Cost]:
+        """Reward and drift of each row's finished text, and what that took."""
+        return _measure(self)
 
     @property
     def measures(self) -> bool:
@@ -191,31 +229,24 @@ class Scheduler:
 
     def _tokens(self) -> None:
         """Admit what fits, then one token for every row."""
-        while self._waiting and self._fits(self._waiting[0].prepared):
+        while self._waiting and self._fits(self._waiting[0]):
             self._admit(self._waiting.popleft())
         if self._shared.rows:
             self._stepped(self._shared)
         for batch, _ in list(self._alone):
             self._stepped(batch)
 
-    def _fits(self, prepared: Prepared) -> bool:
+    def _fits(self, ticket: Ticket) -> bool:
         owners = [t for t in self._tickets if t.rows and not t.gone]
         rows = len(self._shared.rows) + sum(len(batch.rows) for batch, _ in self._alone)
-        columns = max([prepared.columns, *(t.prepared.columns for t in owners)])
-        together = rows + prepared.choices
+        columns = max([ticket.columns, *(t.columns for t in owners)])
+        together = rows + ticket.size
         return not rows or (together <= self.max_rows and together * columns <= self.cache_tokens)
 
-    @torch.inference_mode()
     def _admit(self, ticket: Ticket) -> None:
-        prepared = ticket.prepared
         try:
-            edits = [(edit, None) for edit in prepared.hidden]
-            track, ticket.cost = tracking.start(
-                self.model.body, prepared.ids, edits, 1, hidden=bool(prepared.guided), new=prepared.sampling.max_tokens
-            )
-            owners = [choice // prepared.task.n for choice in range(prepared.choices)]
-            ticket.rows = [self._row(ticket, choice) for choice in range(prepared.choices)]
-            if prepared.shares and isinstance(track, tracking.Track):
+            track, owners, shares = ticket.open(self.model, lambda *new: self._taken(ticket, *new))
+            if shares and isinstance(track, tracking.Track):
                 self._shared.join(ticket.rows, track, owners)
             else:
                 batch = Batch(self.model, tracking.fork(track, torch.tensor(owners)))
@@ -225,18 +256,6 @@ class Scheduler:
             _report(ticket, error)
             return
         ticket.emit(Started(ticket.cost.prompt_tokens))
-
-    def _row(self, ticket: Ticket, choice: int) -> BatchRow:
-        prepared, steering = ticket.prepared, ticket.prepared.task.steering
-        return BatchRow(
-            self.model,
-            prepared.sampling,
-            choice,
-            prepared.seed,
-            edits=prepared.guided,
-            measured=steering is not None and steering.kl,
-            taken=lambda *new: self._taken(ticket, *new),
-        )
 
     def _taken(self, ticket: Ticket, row: BatchRow, text: str, logprobs: Sequence[TokenLogprob]) -> None:
         if ticket.gone:
@@ -277,13 +296,13 @@ class Scheduler:
 
     def _measured(self, ticket: Ticket) -> None:
         try:
-            rewards, kls, cost = _measure(ticket)
+            rewards, kls, cost = ticket.measure()
         except Exception as error:
             _report(ticket, error)
             return
-        for row, reward, kl in zip(ticket.rows, rewards, kls, strict=True):
+        for row, reward, kl in zip(ticket.texts, rewards, kls, strict=True):
             ticket.emit(Ended(row.choice, row.reason or "stop", len(row.tokens), reward, kl))
-        ticket.finish(len(ticket.rows), _spent(ticket) + cost)
+        ticket.finish(len(ticket.texts), _spent(ticket) + cost)
 
 
 def _report(ticket: Ticket, error: Exception) -> None:
