@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from steer.cli import generating, measuring, serving, training
+from steer.cli import demo, generating, measuring, serving, training
 from steer.cli.recipe import Recipe
 from steer.cli.session import Run, Session
 from steer.core import SteerError
@@ -27,6 +27,7 @@ JOBS: dict[str, Callable[..., Run]] = {
     "frontier": measuring.frontier,
     "guide": measuring.guide,
     "serve": serving.serve,
+    "demo": demo.demo,
 }
 """By the names in `steer.cli.options.COMMANDS`."""
 

@@ -16,6 +16,7 @@ from steer.methods.samplers import SAMPLERS
 __all__ = [
     "COMMANDS",
     "CompareOptions",
+    "DemoOptions",
     "EvalOptions",
     "FrontierOptions",
     "GuideOptions",
@@ -388,6 +389,29 @@ class ServeOptions(ModelOptions):
     drain: Annotated[float, typer.Option(metavar="SECONDS", help="For running requests when told to stop.")] = 30.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(ModelOptions):
+    """Open a page in a browser on which steering is seen as it happens, and what it costs."""
+
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="A language model or a diffusion model, as everywhere.")
+    ] = "smollm2-135m"
+    artifacts: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of vectors, controllers and value heads to choose from.")
+    ] = None
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own want a key.")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 is any that is free.")] = 7860
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Environment variable that holds the key, or several.")
+    ] = None
+    no_key: Annotated[bool, typer.Option("--no-key", help="Let other machines in without a key.")] = False
+    open: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser where there is one.")] = (
+        True
+    )
+
+
 COMMANDS: dict[str, type[Options]] = {
     "generate": GenerateOptions,
     "train vector": TrainVectorOptions,
@@ -401,6 +425,7 @@ COMMANDS: dict[str, type[Options]] = {
     "frontier": FrontierOptions,
     "guide": GuideOptions,
     "serve": ServeOptions,
+    "demo": DemoOptions,
 }
 """Commands that a recipe can hold."""
 
@@ -430,5 +455,6 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "steer frontier --model smollm2-135m --prompts prompts.json --reward sentiment --edit calm.safetensors --out f",
     ),
     "serve": ("steer serve --model smollm2-135m --artifacts vectors --port 8000",),
+    "demo": ("steer demo", "steer demo --model ./my-model --artifacts vectors"),
 }
 """Command lines at the end of a command's help."""

@@ -26,7 +26,7 @@ from steer.serving.requests import Emit, choice_events, scored
 if TYPE_CHECKING:
     from steer.adapters.transformers.model import LanguageModel
 
-__all__ = ["Scheduler", "Ticket"]
+__all__ = ["Scheduler", "Ticket", "report"]
 
 
 log = logging.getLogger("steer.serving")
@@ -35,8 +35,8 @@ log = logging.getLogger("steer.serving")
 class Ticket:
     """One request on its way. `emit` gets its events and is called last with `Finished` or an exception."""
 
-    def __init__(self, prepared: Prepared, emit: Emit) -> None:
-        self.prepared, self.emit = prepared, emit
+    def __init__(self, prepared: Prepared | None, emit: Emit) -> None:
+        self._prepared, self.emit = prepared, emit
         self.cancelled = False
         self.over = False
         self.rows: list[BatchRow] = []
@@ -45,9 +45,24 @@ class Ticket:
         self._held: dict[int, tuple[list[str], list[TokenLogprob]]] = {}
 
     @property
+    def prepared(self) -> Prepared:
+        """The request."""
+        assert self._prepared is not None
+        return self._prepared
+
+    @property
     def gone(self) -> bool:
         """Whether nobody waits for it any more."""
         return self.cancelled or self.over
+
+    @property
+    def searches(self) -> bool:
+        """Whether it is work of its own, done between the steps of the batch."""
+        return self.prepared.plan is not None
+
+    def search(self, pause: Callable[[], None]) -> None:
+        """Do that work, calling `pause` as often as may be. It raises nothing."""
+        _search(self, pause)
 
     @property
     def size(self) -> int:
@@ -197,7 +212,7 @@ class Scheduler:
             idle = False
             if ticket is not None:
                 self._tickets.append(ticket)
-                (self._waiting if ticket.prepared.plan is None else self._asked).append(ticket)
+                (self._asked if ticket.searches else self._waiting).append(ticket)
 
     def _sweep(self) -> None:
         """Let go of what nobody waits for."""
@@ -253,7 +268,7 @@ class Scheduler:
                 batch.rows = list(ticket.rows)
                 self._alone.append((batch, ticket))
         except Exception as error:
-            _report(ticket, error)
+            report(ticket, error)
             return
         ticket.emit(Started(ticket.cost.prompt_tokens))
 
@@ -275,7 +290,7 @@ class Scheduler:
             mine = {id(row) for row in batch.rows}
             for ticket in self._tickets:
                 if any(id(row) in mine for row in ticket.rows):
-                    _report(ticket, error)
+                    report(ticket, error)
             if batch is self._shared:
                 self._shared = Batch(self.model)
             batch.rows = []
@@ -288,7 +303,7 @@ class Scheduler:
             return
         while self._asked and len(self._running) < self.searches:
             ticket = self._asked.popleft()
-            self._running.append((Stretches(lambda pause, t=ticket: _search(t, pause)), ticket))  # type: ignore[misc]
+            self._running.append((Stretches(ticket.search), ticket))
         stretches, ticket = self._running.popleft()
         stretches.resume()
         if not stretches.over:
@@ -298,14 +313,14 @@ class Scheduler:
         try:
             rewards, kls, cost = ticket.measure()
         except Exception as error:
-            _report(ticket, error)
+            report(ticket, error)
             return
         for row, reward, kl in zip(ticket.texts, rewards, kls, strict=True):
             ticket.emit(Ended(row.choice, row.reason or "stop", len(row.tokens), reward, kl))
         ticket.finish(len(ticket.texts), _spent(ticket) + cost)
 
 
-def _report(ticket: Ticket, error: Exception) -> None:
+def report(ticket: Ticket, error: Exception) -> None:
     if not isinstance(error, SteerError):
         log.error("a request failed", exc_info=error)
     ticket.fail(error)
@@ -366,7 +381,7 @@ def _search(ticket: Ticket, pause: Callable[[], None]) -> None:
         samples = execute(plan, step)
         _emit_samples(ticket, samples)
     except Exception as error:
-        _report(ticket, error)
+        report(ticket, error)
 
 
 def _emit_samples(ticket: Ticket, samples: Samples) -> None:
