@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 
-.PHONY: quickstart model test test-slow lint types bench bench-peers vllm test-vllm test-vllm-slow bench-vllm clients gpu mutations clean
+.PHONY: quickstart model test test-slow lint types bench bench-peers vllm test-vllm test-vllm-slow bench-vllm clients gpu mutations demo demo-example demo-pictures clean
 
 $(BIN)/steer: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -93,6 +93,19 @@ gpu: model
 # Device mistakes planted one at a time, each of which the shadow device must find.
 mutations: $(BIN)/steer
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py
+
+# The page on which steering is seen as it happens; says how long it took until it answered.
+demo: model
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[demo]'
+	$(BIN)/steer demo
+
+# The finished example on which the page opens, computed again.
+demo-example: model
+	OMP_NUM_THREADS=1 $(BIN)/python -m steer.demo.first_minute
+
+# Every tab, light, dark and narrow, into out/demo; needs a chromium.
+demo-pictures: model
+	OMP_NUM_THREADS=1 $(BIN)/python tests/demo/pictures.py out/demo
 
 clean:
 	rm -rf $(VENV) .venv-* out build dist *.egg-info

@@ -18,12 +18,16 @@ from steer.core import SteerError
 from steer.demo.actions.shared import Shared
 from steer.demo.recipes import Recipe, decode
 from steer.demo.session import Visitors
-from steer.demo.tabs import Page, note, said, steer
+from steer.demo.tabs import Page, first, note, said, steer, vector
 from steer.serving.wire import is_loopback
 
 __all__ = ["Launched", "launch", "make_page"]
 
-_TABS = {"steer": ("Steer", steer.build)}
+_TABS = {
+    "first": ("The first minute", first.build),
+    "steer": ("Steer", steer.build),
+    "vector": ("Make a vector", vector.build),
+}
 """By the name that recipes have."""
 _FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 _MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
@@ -36,9 +40,13 @@ def make_page(page: Page) -> gr.Blocks:
         line = note(elem_id="page-note")
         openings = {}
         with gr.Tabs() as tabs:
+            page.parts.update(tabs=tabs, later=[])
             for name, (title, build) in _TABS.items():
                 with gr.Tab(title, id=name):
                     openings[name] = build(page)
+
+        for wire in page.parts["later"]:
+            wire()
 
         def opened(request: gr.Request) -> list[Any]:
             given, recipe, wrong = request.query_params.get("r"), None, ""

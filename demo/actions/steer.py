@@ -5,9 +5,9 @@ that all visitors share. An update is a dictionary:
 
     {"say": text}                                what is going on before the first token
     {"columns": [{"title", "note"}]}             the columns that follow
-    {"add": [[column, [token]]]}                 new tokens; token: {"t" text, "i" id, "k" KL in nats, "s" surprise to
-                                                 the unsteered model in nats, "a" and "b" the likeliest after and
-                                                 before: [[id, text, probability]], "e" whether it ended the text}
+    {"add": [[column, place, [token]]]}          new tokens from a place on; token: {"t" text, "i" id, "k" KL in nats,
+                                                 "s" surprise to the unsteered model in nats, "a" and "b" the likeliest
+                                                 after and before: [[id, text, probability]], "g" the gate}
     {"done": [[column, facts]], "whole": [...]}  the end: facts about each column, all tokens of each
 """
 
@@ -93,11 +93,9 @@ async def _paced(events: AsyncIterator[Any], count: int) -> AsyncIterator[dict[s
             token = _token(event, gates[event.choice])
             fresh.setdefault(event.choice, []).append(token)
             whole[event.choice].append(token)
-            if event.choice == 0 or all(whole):  # a step's tokens come one after the other
-                await asyncio.sleep(0)
             if time.monotonic() - sent >= _PACE and all(whole):
                 sent = time.monotonic()
-                yield {"add": sorted([*pair] for pair in fresh.items())}
+                yield {"add": _fresh(fresh, whole)}
                 fresh = {}
         elif isinstance(event, Ended):
             ends[event.choice] = event
@@ -106,11 +104,16 @@ async def _paced(events: AsyncIterator[Any], count: int) -> AsyncIterator[dict[s
             told = {"tokens": event.cost.generated_tokens, "prompt_tokens": event.cost.prompt_tokens}
             seconds = round(event.cost.seconds, 2)
             yield {
-                "add": sorted([*pair] for pair in fresh.items()),
+                "add": _fresh(fresh, whole),
                 "done": facts,
                 "whole": whole,
                 "cost": {**told, "seconds": seconds},
             }
+
+
+def _fresh(fresh: dict[int, list[dict[str, Any]]], whole: list[list[dict[str, Any]]]) -> list[list[Any]]:
+    """New tokens of each column, with the place of the first."""
+    return [[i, len(whole[i]) - len(tokens), tokens] for i, tokens in sorted(fresh.items())]
 
 
 def _token(event: Traced, gate: dict[int, float]) -> dict[str, Any]:

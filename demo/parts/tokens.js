@@ -1,4 +1,4 @@
-// Columns of tokens. value: {run, columns: [{title, note}], add: [[column, [token]]], done: [[column, {name: text}]],
+// Columns of tokens. value: {run, columns: [{title, note}], add: [[column, place of the first, [token]]], done: [[column, {name: text}]],
 // whole: [[token]] once it has ended}. token: {t text, i id, k KL, s surprise, g gate, a [[id, text, p]], b the same}.
 const root = () => element.querySelector('.steer-tokens');
 let run = null, columns = [], mode = 'kl', pinned = null, blind = false, order = [];
@@ -89,10 +89,11 @@ function paint() {
   for (const c of columns) c.tokens.forEach((token, i) => tint(c.text.children[i], token));
 }
 
-function add(index, fresh) {
+function add(index, at, fresh) {
   const c = columns[index];
-  if (!c) return;
-  for (const token of fresh) {
+  // An update may be seen twice, or never: what is there already is left out, and a gap waits for the whole.
+  if (!c || at > c.tokens.length) return;
+  for (const token of fresh.slice(c.tokens.length - at)) {
     const span = make('span', 'tok', token.t === '' ? (token.e ? '■' : '·') : token.t);
     if (token.e) span.title = 'The model ended the text here';
     span.setAttribute('role', 'button');
@@ -199,12 +200,15 @@ function apply() {
   const value = props.value;
   if (!value) return;
   if (value.run !== run || !root().firstChild) build(value);
-  for (const [index, fresh] of value.add || []) add(index, fresh);
+  for (const [index, at, fresh] of value.add || []) add(index, at, fresh);
   (value.whole || []).forEach((all, index) => {
     const c = columns[index];
-    if (c && c.tokens.length !== all.length) { c.text.replaceChildren(); c.tokens = []; add(index, all); }
+    if (!c) return;
+    const same = c.tokens.length === all.length && all.every((token, i) => token.i === c.tokens[i].i);
+    if (!same) { c.text.replaceChildren(); c.tokens = []; add(index, 0, all); }
   });
   for (const [index, entries] of value.done || []) facts(index, entries);
+  root().dataset.run = value.whole ? value.run : '';
 }
 
 watch('value', apply);

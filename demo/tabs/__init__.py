@@ -15,7 +15,7 @@ import asyncio
 import inspect
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
@@ -26,7 +26,7 @@ from steer.demo.actions.shared import Shared
 from steer.demo.recipes import Recipe, encode
 from steer.demo.session import Visitor, Visitors
 
-__all__ = ["Opening", "Page", "note", "reproduce", "reproduced", "told"]
+__all__ = ["Opening", "Page", "note", "reproduce", "reproduced", "said", "shown_facts", "told"]
 
 log = logging.getLogger("steer.demo")
 
@@ -37,6 +37,10 @@ class Page:
 
     shared: Shared
     visitors: Visitors
+    parts: dict[str, Any] = field(default_factory=dict)
+    """Components that tabs put there for others: `tabs`, the row of tabs; `dose`, the edits of the tab Steer; `steer`,
+    its inputs. In `later` are functions to be called when all tabs are made.
+    """
 
     def visitor(self, request: gr.Request) -> Visitor:
         """Who asks."""
@@ -113,6 +117,18 @@ def told(line: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return wrapped
 
     return wrapping
+
+
+def shown_facts(facts: dict[str, Any]) -> list[list[str]]:
+    """Facts about a column as name, text and explanation."""
+    shown = []
+    if facts["reward"] is not None:
+        shown.append(["Reward", f"{facts['reward']:.3f}", "The score of the finished text"])
+    shown.append(["KL, whole text", f"{facts['kl']:.2f} nats", "How far the odds moved, summed over all tokens"])
+    shown.append(["KL a token", f"{facts['kl_token']:.3f} nats", "The same, of the average token"])
+    shown.append(["Perplexity ratio", f"{facts['perplexity_ratio']:.2f}", "How odd the unsteered model finds the text"])
+    shown.append(["Tokens", str(facts["tokens"]) + (", ended" if facts["ended"] else ""), "Tokens written"])
+    return shown
 
 
 # ---------------------------------------------------------------------------------------------------------- reproduce

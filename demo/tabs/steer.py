@@ -16,9 +16,9 @@ from steer.demo.actions.shared import PRESETS
 from steer.demo.recipes import Recipe
 from steer.demo.recipes.steer import MAX_TOKENS, SteerRecipe
 from steer.demo.session import Visitor
-from steer.demo.tabs import Opening, Page, note, reproduce, reproduced, said, told
+from steer.demo.tabs import Opening, Page, note, reproduce, reproduced, said, shown_facts, told
 
-__all__ = ["build"]
+__all__ = ["build", "values_of"]
 
 _TERMS = """
 **KL** (Kullback-Leibler divergence, in nats) says how far steering moved the odds of the next token: 0 is nothing, and
@@ -36,11 +36,15 @@ def build(page: Page) -> Opening:
         with gr.Column(scale=1, min_width=300):
             gr.Markdown("### What steers", elem_classes=["plain"])
             dose = parts.dose({"available": [], "cards": []}, elem_id="dose")
+            page.parts["dose"] = dose
             system = gr.Textbox(
                 label="The same wish as a system prompt (empty: no third column)", lines=2, elem_id="system"
             )
             reward = gr.Textbox(
-                label="Reward", info="An expression, such as sentiment - 0.3*profanity", value="sentiment"
+                label="Reward",
+                info="An expression, such as sentiment - 0.3*profanity",
+                value="sentiment",
+                elem_id="reward",
             )
             with gr.Accordion("How to draw", open=False):
                 raw = gr.Checkbox(label="Continue the text as it stands, without the chat template")
@@ -80,7 +84,7 @@ def build(page: Page) -> Opening:
                     yield {line: said(update["say"])}
                 shown = {key: update[key] for key in ("columns", "add", "whole") if key in update}
                 if shown:
-                    done = [[i, _facts(facts)] for i, facts in update.get("done", [])]
+                    done = [[i, shown_facts(facts)] for i, facts in update.get("done", [])]
                     value = {**value, "add": [], **shown, "done": done}
                     yield {tokens: value, line: said(_ending(update))}
 
@@ -120,36 +124,29 @@ def build(page: Page) -> Opening:
     stop.click(lambda: said("Stopped."), None, line, cancels=running, api_name=False, queue=False)
 
     def fill(visitor: Visitor, recipe: Recipe | None) -> Sequence[Any]:
-        known = action.available(page.shared, visitor)
-        first = PRESETS["sentiment"]
-        if not isinstance(recipe, SteerRecipe):
-            cards = [{"name": first.name, "strength": 0.15, "layers": "", "scope": ""}]
-            return [{"available": known, "cards": cards}, first.system_high, *[gr.skip()] * 6]
-        cards = [edit.model_dump(exclude={"pairs"}) for edit in recipe.edits]
-        return [
-            {"available": known, "cards": cards},
-            recipe.system,
-            recipe.prompt,
-            recipe.raw,
-            recipe.reward,
-            recipe.temperature,
-            recipe.max_tokens,
-            recipe.seed,
-        ]
+        return values_of(page, visitor, recipe if isinstance(recipe, SteerRecipe) else None)
 
-    return Opening([dose, system, prompt, raw, reward, temperature, length, seed], fill)
+    page.parts["steer"] = [dose, system, prompt, raw, reward, temperature, length, seed]
+    return Opening(page.parts["steer"], fill)
 
 
-def _facts(facts: dict[str, Any]) -> list[list[str]]:
-    """Facts about a column as name, text and explanation."""
-    shown = []
-    if facts["reward"] is not None:
-        shown.append(["Reward", f"{facts['reward']:.3f}", "The score of the finished text"])
-    shown.append(["KL, whole text", f"{facts['kl']:.2f} nats", "How far the odds moved, summed over all tokens"])
-    shown.append(["KL a token", f"{facts['kl_token']:.3f} nats", "The same, of the average token"])
-    shown.append(["Perplexity ratio", f"{facts['perplexity_ratio']:.2f}", "How odd the unsteered model finds the text"])
-    shown.append(["Tokens", str(facts["tokens"]) + (", ended" if facts["ended"] else ""), "Tokens written"])
-    return shown
+def values_of(page: Page, visitor: Visitor, recipe: SteerRecipe | None) -> list[Any]:
+    """Values for the tab's inputs: those of a recipe, or the first ones."""
+    known = action.available(page.shared, visitor)
+    if recipe is None:
+        preset = PRESETS["sentiment"]
+        cards = [{"name": preset.name, "strength": 0.15, "layers": "", "scope": ""}]
+        return [{"available": known, "cards": cards}, preset.system_high, *[gr.skip()] * 6]
+    return [
+        {"available": known, "cards": [edit.model_dump(exclude={"pairs"}) for edit in recipe.edits]},
+        recipe.system,
+        recipe.prompt,
+        recipe.raw,
+        recipe.reward,
+        recipe.temperature,
+        recipe.max_tokens,
+        recipe.seed,
+    ]
 
 
 def _ending(update: dict[str, Any]) -> str:

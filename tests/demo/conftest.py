@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+import steer
+
 CHROMIUM = os.environ.get("STEER_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 
 
@@ -24,17 +26,17 @@ def _skip(what: str) -> None:
 def page(tiny_lm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The page on the tiny model, launched."""
     pytest.importorskip("gradio", reason="THE DEMO IS NOT TESTED: pip install steer-engine[demo]")
+    from helpers import PAIRS
+
     from steer.demo.actions.shared import Shared
     from steer.demo.app import launch
 
-    home = os.environ.get("STEER_HOME")
-    os.environ["STEER_HOME"] = str(tmp_path_factory.mktemp("home"))
-    launched = launch(Shared(str(tiny_lm_dir), None, {"dtype": "float32", "device": "cpu"}))
+    folder = tmp_path_factory.mktemp("artifacts")
+    shared = Shared(str(tiny_lm_dir), folder, {"dtype": "float32", "device": "cpu"})
+    steer.train_vector(steer.load(tiny_lm_dir, dtype="float32"), PAIRS).save(folder / "glad.safetensors")
+    launched = launch(shared)
     yield launched
     launched.close()
-    os.environ.pop("STEER_HOME")
-    if home is not None:
-        os.environ["STEER_HOME"] = home
 
 
 @pytest.fixture(scope="session")
