@@ -22,8 +22,8 @@ from steer.files import replacing
 __all__ = ["FILE", "STOPS", "compute", "frames", "recipe"]
 
 FILE = Path(__file__).parent / "first_minute.json"
-STOPS = (-0.15, -0.08, 0.0, 0.08, 0.15)
-_PROMPT = "Tell me about your new flat."
+STOPS = (-0.2, -0.1, 0.0, 0.1, 0.2)
+_PROMPT = "Tell me about your new neighbour."
 
 
 def recipe(stop: int) -> SteerRecipe:
@@ -32,7 +32,7 @@ def recipe(stop: int) -> SteerRecipe:
     wish = preset.system_high if strength > 0 else preset.system_low if strength < 0 else ""
     edits = [{"name": preset.name, "strength": strength, "pairs": preset.pairs}] if strength else []
     return SteerRecipe.parse(
-        {"model": "smollm2-135m", "prompt": _PROMPT, "edits": edits, "system": wish, "max_tokens": 48, "seed": 0}
+        {"model": "smollm2-135m", "prompt": _PROMPT, "edits": edits, "system": wish, "max_tokens": 48, "seed": 1}
     )
 
 

@@ -61,6 +61,11 @@ class Visitors:
     def __len__(self) -> int:
         return len(self._open)
 
+    def sessions(self) -> set[str]:
+        """Who is here."""
+        with self._lock:
+            return set(self._open)
+
     def get(self, session: str | None) -> Visitor:
         """The visitor of a session, made when it is first asked for."""
         self.sweep()

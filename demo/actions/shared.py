@@ -183,6 +183,11 @@ class Shared:
         folder = sorted(self.artifacts.glob("*.safetensors")) if self.artifacts is not None else []
         return {**dict.fromkeys(PRESETS), **{path.stem: path for path in folder}, **visitor.artifacts()}
 
+    def pairs_behind(self, name: Any, visitor: Visitor) -> str:
+        """The shipped pairs that an artifact of this name was fitted to; empty where it is none of the presets."""
+        known = self.named(visitor)
+        return PRESETS[name].pairs if isinstance(name, str) and name in known and known[name] is None else ""
+
     def find(self, name: str, visitor: Visitor) -> Path:
         """The file of an artifact; that of a preset must be fitted. Raises `InputError`."""
         known = self.named(visitor)

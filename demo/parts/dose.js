@@ -17,7 +17,7 @@ function send(cards) {
 
 function zone(strength, [green, red]) {
   const size = Math.abs(strength);
-  return size <= green ? ['green', 'gentle: texts stay fluent'] : size <= red ? ['amber', 'strong: texts may stumble'] : ['red', 'too strong: texts break'];
+  return size <= green ? ['green', 'gentle'] : size <= red ? ['amber', 'strong, texts may stumble'] : ['red', 'texts break'];
 }
 
 function field(label, input) {

@@ -63,13 +63,17 @@ def build(page: Page) -> Opening:
     inputs = [prompt, raw, dose, system, reward, temperature, length, seed]
     outputs = [tokens, line, *code.all()]
 
-    def recipe_of(values: Sequence[Any], script: Sequence[int] = (), branch: int = 1) -> SteerRecipe:
+    def recipe_of(
+        request: gr.Request, values: Sequence[Any], script: Sequence[int] = (), branch: int = 1
+    ) -> SteerRecipe:
         text, as_it_stands, edits, wish, score, heat, count, number = values
-        known = {about["name"]: about for about in (edits or {}).get("available", [])}
+        cards = edits.get("cards") if isinstance(edits, dict) else None
+        right = isinstance(cards, list) and all(isinstance(card, dict) for card in cards)
+        check(right, "edits", edits, "cards of edits")
         chosen = [
             {**card, "layers": card.get("layers") or "", "scope": card.get("scope") or ""}
-            | {"pairs": known.get(card.get("name"), {}).get("pairs", "")}
-            for card in (edits or {}).get("cards", [])
+            | {"pairs": page.shared.pairs_behind(card.get("name"), page.visitor(request))}
+            for card in cards
         ]
         given = {"prompt": text or "", "raw": bool(as_it_stands), "edits": chosen, "system": wish or ""}
         given |= {"reward": score or "", "temperature": heat, "max_tokens": count, "seed": number}
@@ -91,7 +95,7 @@ def build(page: Page) -> Opening:
     @told(line)
     async def steer(*values: Any) -> AsyncIterator[dict[Any, Any]]:
         *given, request = values
-        async with aclosing(stream(recipe_of(given), request)) as updates:
+        async with aclosing(stream(recipe_of(request, given), request)) as updates:
             async for update in updates:
                 yield update
 
@@ -101,7 +105,7 @@ def build(page: Page) -> Opening:
         data = event._data if isinstance(event._data, dict) else {}
         script, branch = data.get("script"), data.get("column")
         check(isinstance(script, list) and isinstance(branch, int), "fork", data, "a column and its tokens")
-        async with aclosing(stream(recipe_of(given, script, branch), request)) as updates:
+        async with aclosing(stream(recipe_of(request, given, script, branch), request)) as updates:
             async for update in updates:
                 yield update
 

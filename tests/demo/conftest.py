@@ -40,6 +40,18 @@ def page(tiny_lm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(scope="session")
+def smollm2_page() -> Iterator[Any]:
+    """The page on the embedded models, launched."""
+    pytest.importorskip("gradio", reason="THE DEMO IS NOT TESTED: pip install steer-engine[demo]")
+    from steer.demo.actions.shared import Shared
+    from steer.demo.app import launch
+
+    launched = launch(Shared("smollm2-135m"))
+    yield launched
+    launched.close()
+
+
+@pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
     """A browser."""
     if CHROMIUM is None:

@@ -72,15 +72,20 @@ def texts_of(shown: Any) -> list[str]:
     return ["" if text in ("·", "■") else text for text in found]
 
 
+def run(work: Any) -> Any:
+    """What a coroutine returns; in a thread of its own, since the browser's loop runs in this one."""
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(lambda: asyncio.run(work)).result()
+
+
 def last(updates: Any) -> dict[str, Any]:
     """The last update of an action."""
 
     async def gathered() -> list[dict[str, Any]]:
         return [update async for update in updates]
 
-    # The browser's own loop runs in this thread.
-    with ThreadPoolExecutor(1) as other:
-        return other.submit(lambda: asyncio.run(gathered())).result()[-1]
+    found: list[dict[str, Any]] = run(gathered())
+    return found[-1]
 
 
 def packed(entries: Any) -> str:

@@ -114,27 +114,28 @@ def test_a_recipe_in_the_address_that_is_none(visit: Any, query: str, told: str)
     tab.locator(".steer-stops .name").nth(0).click()  # and the page goes on
 
 
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        ({"prompt": ""}, "prompt"),
-        ({"prompt": "house " * 17_000}, "prompt"),
-        ({"prompt": "house " * 400}, "messages"),
-        ({"reward": "sentiment - "}, "reward"),
-        ({"reward": "__import__('os')"}, "reward"),
-        ({"strength": ""}, "strength"),
-        ({"strength": "1e30"}, "strength"),
-    ],
-)
-def test_bad_input_is_one_line(visit: Any, given: dict[str, str], told: str) -> None:
+_BAD = [
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": "house " * 17_000}, "prompt"),
+    ({"prompt": "house " * 400}, "messages"),
+    ({"reward": "sentiment - "}, "reward"),
+    ({"reward": "__import__('os')"}, "reward"),
+    ({"strength": ""}, "strength"),
+    ({"strength": "1e30"}, "strength"),
+]
+
+
+def test_bad_input_is_one_line_and_the_page_goes_on(visit: Any) -> None:
     tab = visit()
-    if "reward" in given:
-        open_tab(tab, "Steer")
-        tab.fill("#reward input, #reward textarea", given["reward"])
-    ask(tab, given.get("prompt", HOUSE), strength=given.get("strength", "1"))
-    tab.wait_for_selector("#steer-note .wrong")
-    text = tab.locator("#steer-note").inner_text()
-    assert told in text and "Traceback" not in text and len(text) < 600
+    open_tab(tab, "Steer")
+    for given, told in _BAD:
+        tab.fill("#reward input, #reward textarea", given.get("reward", "sentiment"))
+        ask(tab, given.get("prompt", HOUSE), strength=given.get("strength", "1"))
+        tab.wait_for_function(
+            "told => document.querySelector('#steer-note .wrong')?.textContent.includes(told)", arg=told
+        )
+        text = tab.locator("#steer-note").inner_text()
+        assert "Traceback" not in text and "went wrong" not in text and len(text) < 600
     tab.fill("#reward input, #reward textarea", "sentiment")
-    ask(tab, HOUSE)  # and the page goes on working
-    tab.wait_for_selector("#tokens .facts div")
+    ask(tab, HOUSE)
+    finished(tab)

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from helpers import ask
+from helpers import ask, run
 
 
 def _engine(page: Any) -> Any:
@@ -53,17 +53,18 @@ def test_stop_stands_still(page: Any, visit: Any, monkeypatch: pytest.MonkeyPatc
 
 def test_a_closed_tab_stands_still_and_is_forgotten(page: Any, visit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _slow(page, monkeypatch)
-    before = len(page.page.visitors)
+    before = page.page.visitors.sessions()
     tab = visit()
     ask(tab, "tell me about the house")
     tab.wait_for_selector("#tokens .tok")
-    assert len(page.page.visitors) == before + 1
+    mine = page.page.visitors.sessions() - before
+    assert len(mine) == 1
     tab.close()
     _idle(page, 2.0)
     until = time.monotonic() + 10
-    while len(page.page.visitors) > before and time.monotonic() < until:
+    while mine & page.page.visitors.sessions() and time.monotonic() < until:
         time.sleep(0.05)
-    assert len(page.page.visitors) == before
+    assert not mine & page.page.visitors.sessions()
 
 
 def test_two_visitors_have_vectors_of_their_own(page: Any) -> None:
@@ -98,12 +99,12 @@ def test_two_visitors_have_vectors_of_their_own(page: Any) -> None:
             )
         )
 
-    mine, theirs, as_mine, as_theirs = asyncio.run(together())
+    mine, theirs, as_mine, as_theirs = run(together())
     assert mine == as_mine and theirs == as_theirs and mine != theirs
     assert "secret" in {about["name"] for about in available(shared, visitors.get("one"))}
     assert "secret" not in {about["name"] for about in available(shared, visitors.get("two"))}
     with pytest.raises(InputError, match="edits"):
-        asyncio.run(written("two", "secret"))
+        run(written("two", "secret"))
     for name in ("one", "two"):
         folder = visitors.get(name).folder
         visitors.leave(name)
@@ -131,7 +132,7 @@ def test_ten_visitors_decode_together(page: Any) -> None:
     async def together() -> list[Any]:
         return list(await asyncio.gather(*(written(seed) for seed in range(10))))
 
-    assert asyncio.run(together()) == [asyncio.run(written(seed)) for seed in range(10)]
+    assert run(together()) == [run(written(seed)) for seed in range(10)]
 
 
 def test_who_is_away_for_too_long_is_forgotten() -> None:
