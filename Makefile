@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 
-.PHONY: help quickstart model test test-slow lint types docs notebooks pictures bench bench-peers vllm test-vllm test-vllm-slow bench-vllm clients gpu mutations clean
+.PHONY: help quickstart model test test-slow lint types docs notebooks pictures bench bench-peers vllm test-vllm test-vllm-slow bench-vllm clients gpu mutations demo demo-example demo-pictures clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -111,6 +111,19 @@ gpu: model  ## everything that needs a GPU, in ten minutes (VLLM=PYTHON for vLLM
 # Device mistakes planted one at a time, each of which the shadow device must find.
 mutations: $(BIN)/steer  ## device mistakes, planted one at a time, that the tests must find
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py
+
+# The page on which steering is seen as it happens; says how long it took until it answered.
+demo: model  ## the page on which steering is seen as it happens
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[demo]'
+	$(BIN)/steer demo
+
+# The finished example on which the page opens, computed again.
+demo-example: model  ## the example on which the page opens, computed again
+	OMP_NUM_THREADS=1 $(BIN)/python -m steer.demo.first_minute
+
+# Every tab, light, dark and narrow, into out/demo; needs a chromium.
+demo-pictures: model  ## every tab of the page, light, dark and narrow
+	OMP_NUM_THREADS=1 $(BIN)/python tests/demo/pictures.py out/demo
 
 clean:  ## remove environments and build products
 	rm -rf $(VENV) .venv-* out build dist *.egg-info

@@ -35,12 +35,18 @@ def bar() -> Any:
     )
 
 
+Watch = Callable[[int, int], None]
+
+
 @contextmanager
-def ticking(shown: bool, what: str, total: int) -> Iterator[Callable[..., None]]:
+def ticking(shown: bool | Watch, what: str, total: int) -> Iterator[Callable[..., None]]:
     """A bar over `total` units of work, or, where standard error is no terminal, a line every 30 s; the function that
-    it gives advances it by a count, and shows a text such as a loss beside it. Shows nothing unless asked.
+    it gives advances it by a count, and shows a text such as a loss beside it. Shows nothing unless asked. A function
+    in place of True is called with the units done and their total instead; what it raises ends the work.
     """
-    if not shown:
+    if callable(shown):
+        yield _watched(shown, total)
+    elif not shown:
         yield lambda count, seen="": None
     elif not sys.stderr.isatty():
         yield _lines(what, total)
@@ -58,6 +64,17 @@ def note(shown: bool, text: str) -> None:
     """A line on standard error, such as where a run goes on. Shows nothing unless asked."""
     if shown:
         print(f"steer: {text}", file=sys.stderr, flush=True)
+
+
+def _watched(watch: Watch, total: int) -> Callable[..., None]:
+    done = 0
+
+    def tick(count: int, seen: str = "") -> None:
+        nonlocal done
+        done += count
+        watch(done, total)
+
+    return tick
 
 
 def _lines(what: str, total: int) -> Callable[..., None]:

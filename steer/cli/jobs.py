@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from steer.cli import bulk, generating, measuring, serving, tabulating, training
+from steer.cli import bulk, demo, generating, measuring, serving, tabulating, training
 from steer.cli.recipe import Recipe
 from steer.cli.session import Run, Session
 from steer.core import SteerError
@@ -29,6 +29,7 @@ JOBS: dict[str, Callable[..., Run]] = {
     "guide": measuring.guide,
     "table": tabulating.tabulate,
     "serve": serving.serve,
+    "demo": demo.demo,
 }
 """By the names in `steer.cli.options.COMMANDS`."""
 

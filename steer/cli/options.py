@@ -17,6 +17,7 @@ __all__ = [
     "COMMANDS",
     "BatchOptions",
     "CompareOptions",
+    "DemoOptions",
     "EvalOptions",
     "FrontierOptions",
     "GuideOptions",
@@ -473,6 +474,29 @@ class BatchOptions(ModelOptions):
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, in place of what OUT holds.")] = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(ModelOptions):
+    """Open a page in a browser on which steering is seen as it happens, and what it costs."""
+
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="A language model or a diffusion model, as everywhere.")
+    ] = "smollm2-135m"
+    artifacts: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of vectors, controllers and value heads to choose from.")
+    ] = None
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own want a key.")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 is any that is free.")] = 7860
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Environment variable that holds the key, or several.")
+    ] = None
+    no_key: Annotated[bool, typer.Option("--no-key", help="Let other machines in without a key.")] = False
+    open: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser where there is one.")] = (
+        True
+    )
+
+
 COMMANDS: dict[str, type[Options]] = {
     "generate": GenerateOptions,
     "batch": BatchOptions,
@@ -488,6 +512,7 @@ COMMANDS: dict[str, type[Options]] = {
     "guide": GuideOptions,
     "table": TableOptions,
     "serve": ServeOptions,
+    "demo": DemoOptions,
 }
 """Commands that a recipe can hold."""
 
@@ -522,5 +547,6 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "table": ("steer table plain.json calm.json best-of-8.json --texts",),
     "serve": ("steer serve --model smollm2-135m --artifacts vectors --port 8000",),
+    "demo": ("steer demo", "steer demo --model ./my-model --artifacts vectors"),
 }
 """Command lines at the end of a command's help."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from steer.cli import checks
 from steer.cli.checks import Coming
-from steer.cli.options import GenerateOptions, ServeOptions
+from steer.cli.options import DemoOptions, GenerateOptions, ServeOptions
 from steer.cli.session import Run, Session
 from steer.cli.values import pairs, typed
 from steer.core import SteerError, check
@@ -26,7 +26,7 @@ from steer.serving.wire import EditRequest, SteerRequest, is_loopback
 if TYPE_CHECKING:
     from steer.serving.engine import Engine
 
-__all__ = ["Default", "check_engine", "default_steering", "serve", "start_engine"]
+__all__ = ["Default", "check_engine", "default_steering", "keys_of", "serve", "start_engine"]
 
 
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client", "multipart")
@@ -50,7 +50,7 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
         right = origin == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin) is not None
         check(right, "allow_origin", origin, "an origin as browsers send it, such as https://chat.example, or *")
     check(0 < options.search_share < 1, "search_share", options.search_share, "a share of the time between 0 and 1")
-    keys = _keys(options)
+    keys = keys_of(options)
     default = None if options.recipe is None else _from_recipe(options.recipe)
     named = options.model or ("" if default is None else default.model)
     check(bool(named), "model", "", "a model, or a --recipe that names one")
@@ -91,7 +91,7 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
     return run
 
 
-def _keys(options: ServeOptions) -> tuple[str, ...]:
+def keys_of(options: ServeOptions | DemoOptions) -> tuple[str, ...]:
     """The keys in the environment, separated by white space; a server that others can reach has one."""
     if options.api_key_env is not None:
         keys = tuple(os.environ.get(options.api_key_env, "").split())

@@ -17,7 +17,7 @@ from steer.core import RawText, check
 from steer.core.errors import check_unicode
 from steer.data import FORMATS, plain_pair, read_table
 from steer.edits import Artifact, parse_layers
-from steer.progress import ticking
+from steer.progress import Watch, ticking
 from steer.train.settings import Part, Positive, Real, Seed, settings_class, settle
 
 __all__ = ["METHODS", "VectorSettings", "encode_pairs", "train_vector"]
@@ -62,7 +62,7 @@ def train_vector(
     pairs: Sequence[Mapping[str, str] | tuple[str, str]] | Path | str,
     settings: VectorSettings | None = None,
     *,
-    progress: bool = False,
+    progress: bool | Watch = False,
     **given: Any,
 ) -> Artifact:
     """A vector whose direction at each layer leads from the negative to the positive texts.
@@ -72,6 +72,7 @@ def train_vector(
         pairs: rows `(positive, negative)` or `{"positive": text, "negative": text}`, with a `"prompt"` where the texts
             are the assistant's replies to one; or a file of such rows: JSON lines, a JSON list, CSV or parquet.
         settings: how; fields of `VectorSettings` may also be `given` by name.
+        progress: True shows a bar on standard error; a function is called with the texts read so far and their number.
 
     Raises:
         InputError: a bad row, method, pool or layer; pairs that say the same, or are longer than the model's context.

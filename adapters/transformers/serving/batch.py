@@ -24,14 +24,35 @@ from steer.core import Context, InputError, Process, Samples, SteerError, Transi
 from steer.sampling.laws import divergence
 from steer.serving.engine import Sampling, TokenLogprob
 
-__all__ = ["Batch", "BatchRow"]
+__all__ = ["Batch", "BatchRow", "Trace"]
 
 
 Taken = Callable[["BatchRow", str, tuple[TokenLogprob, ...]], None]
 
 
+@dataclass(frozen=True)
+class Trace:
+    """One step of a row beside what the unsteered model would have done there."""
+
+    token: int
+    log_prob: float
+    """Of the token, under the law that it was drawn from."""
+    base_log_prob: float
+    """Of the token, under the unsteered model's law after the same tokens."""
+    kl: float
+    """Exact KL in nats of the one law to the other."""
+    after: tuple[tuple[int, str, float], ...]
+    """Likeliest tokens of the law that was drawn from: id, text, log-probability."""
+    before: tuple[tuple[int, str, float], ...]
+    """Likeliest tokens of the unsteered model."""
+
+
 class BatchRow:
-    """One text in the making. `taken(row, text, logprobs)` is called with what can be shown, and once `ended`."""
+    """One text in the making. `taken(row, text, logprobs)` is called with what can be shown, and once `ended`.
+
+    A row with a `leader` takes whatever tokens its leader draws, and ends with it. The tokens of a `script` are taken
+    before any is drawn. A `traced` row, at each step, compares its law with that of the row that follows it.
+    """
 
     def __init__(
         self,
@@ -42,9 +63,15 @@ class BatchRow:
         *,
         edits: tuple[TransitionEdit, ...] = (),
         measured: bool = False,
+        leader: BatchRow | None = None,
+        script: tuple[int, ...] = (),
+        traced: int = 0,
         taken: Taken,
     ) -> None:
         self.sampling, self.choice, self.edits, self.measured = sampling, choice, edits, measured
+        self.leader, self.script, self.traced = leader, script, traced
+        self.trace: Trace | None = None
+        """The last step's, where it is `traced`, with so many of the likeliest tokens."""
         self.generator = rowwise.generator(seed, choice)
         self.tokens: list[int] = []
         self.counts: Counter[int] = Counter()
@@ -76,6 +103,10 @@ class BatchRow:
         """Add a drawn token, and end where it ends the text."""
         self.tokens.append(token)
         self.counts[token] += 1
+        if self.leader is not None:
+            self.reason, self.error = self.leader.reason, self.leader.error
+            self._taken(self, "", ())
+            return
         over = token in self._eos
         text = "" if over else self._text.feed(token)
         if over or self._text.stopped:
@@ -151,15 +182,17 @@ class Batch:
         raw = logits if logits.dtype == torch.float64 else logits.float()
         base = rowwise.tempered(rowwise.penalised(raw, settings, [row.counts for row in self.rows]), settings)
         law = rowwise.truncated(self._guided(base), settings)
-        token = rowwise.draw(law, settings, [row.generator for row in self.rows])
+        token = self._settled(rowwise.draw(law, settings, [row.generator for row in self.rows]))
         self._measure(base, law, token)
+        self._trace(base, law, token)
         broken = law.amax(-1).isnan().tolist()
         shown = self._logprobs(raw, token)
-        for i, (row, drawn) in enumerate(zip(self.rows, token.tolist(), strict=True)):
+        drawn = token.tolist()
+        for i in sorted(range(len(drawn)), key=lambda i: self.rows[i].leader is not None):  # leaders first
             if broken[i]:
-                row.fail(_overflow())
+                self.rows[i].fail(_overflow())
             else:
-                row.take(drawn, shown.get(i))
+                self.rows[i].take(drawn[i], shown.get(i))
         order = self._keep([i for i, row in enumerate(self.rows) if not row.ended])
         if order:
             self._view.advance(token[torch.tensor(order, device=token.device)])
@@ -196,6 +229,41 @@ class Batch:
             return TextContext(width, prefix, base, left, self._view.track, {}, torch.nn.LogSoftmax(-1))
         assert self._view.hidden is not None
         return _RowsContext(width, prefix, self._view.hidden[torch.tensor(list(rows), device=base.device)], base, left)
+
+    def _settled(self, token: Tensor) -> Tensor:
+        """The tokens `[N]`, with those of scripts and of leaders in place of what was drawn."""
+        at = {id(row): i for i, row in enumerate(self.rows)}
+        told = {i: row.script[len(row.tokens)] for i, row in enumerate(self.rows) if len(row.tokens) < len(row.script)}
+        if told:
+            token = token.clone()
+            token[torch.tensor(list(told), device=token.device)] = torch.tensor(list(told.values())).to(token)
+        order = [i if row.leader is None else at[id(row.leader)] for i, row in enumerate(self.rows)]
+        return token[torch.tensor(order, device=token.device)]
+
+    def _trace(self, base: Tensor, law: Tensor, token: Tensor) -> None:
+        """Compare traced rows with those that follow them; a row without a follower, with its own unedited law."""
+        rows = [i for i, row in enumerate(self.rows) if row.traced]
+        if not rows:
+            return
+        follower = {id(row.leader): i for i, row in enumerate(self.rows) if row.leader is not None}
+        beside = [follower.get(id(self.rows[i]), i) for i in rows]
+        after = law[torch.tensor(rows, device=law.device)]
+        before = base[torch.tensor(beside, device=base.device)]
+        at = token[torch.tensor(rows, device=token.device)].unsqueeze(1)
+        taken, usual = after.gather(1, at).squeeze(1).tolist(), before.gather(1, at).squeeze(1).tolist()
+        gaps, count = divergence(after, before).tolist(), max(self.rows[i].traced for i in rows)
+        now, then = rowwise.likeliest(after, count), rowwise.likeliest(before, count)
+        for j, i in enumerate(rows):
+            self.rows[i].trace = Trace(
+                int(token[i]), taken[j], usual[j], gaps[j], self._named_all(now, j), self._named_all(then, j)
+            )
+
+    def _named_all(
+        self, found: tuple[list[list[float]], list[list[int]]], row: int
+    ) -> tuple[tuple[int, str, float], ...]:
+        values, ids = found[0][row], found[1][row]
+        pairs = [(t, v) for t, v in zip(ids, values, strict=True) if v > -torch.inf]
+        return tuple((t, token_text(self.model.tokenizer, t)[0], v) for t, v in pairs)
 
     def _measure(self, base: Tensor, law: Tensor, token: Tensor) -> None:
         rows = [i for i, row in enumerate(self.rows) if row.measured]

@@ -6,10 +6,12 @@ from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING
 
 from steer.adapters.language.serving import ServedModel
+from steer.adapters.transformers.serving.columns import Columns, ColumnsTicket, Opened, Traced
 from steer.adapters.transformers.serving.preparing import Prepared, Preparer
 from steer.adapters.transformers.serving.scheduler import Scheduler, Ticket
+from steer.adapters.transformers.serving.work import Done, Told, Work, WorkTicket
 from steer.core import check, check_whole
-from steer.serving.engine import Event, Load
+from steer.serving.engine import Event, Finished, Load
 from steer.serving.requests import Emit, relayed
 
 if TYPE_CHECKING:
@@ -52,8 +54,23 @@ class TransformersEngine(ServedModel[Prepared]):
         )
 
     def run(self, prepared: Prepared) -> AsyncGenerator[Event]:
+        return self._relayed(lambda emit: Ticket(prepared, emit))
+
+    def run_columns(self, columns: Columns) -> AsyncGenerator[Event | Opened | Traced]:
+        """Write columns beside each other: `Opened`, a `Traced` for each token, `Ended` for each column, `Finished`."""
+        return self._relayed(lambda emit: ColumnsTicket(columns, emit))
+
+    async def run_work(self, work: Work) -> AsyncGenerator[Told | Done]:
+        """Run a function that uses the model for other things than requests, between the steps of the batch. It is
+        given `tell`, to be called as often as may be: others compute meanwhile, and what it is told goes out as `Told`.
+        """
+        async for event in self._relayed(lambda emit: WorkTicket(work, emit)):
+            if not isinstance(event, Finished):
+                yield event  # type: ignore[misc]
+
+    def _relayed(self, made: Callable[[Emit], Ticket]) -> AsyncGenerator[Event]:
         def begin(emit: Emit) -> Callable[[], None]:
-            ticket = Ticket(prepared, emit)
+            ticket = made(emit)
             self._scheduler.submit(ticket)
 
             def stop() -> None:

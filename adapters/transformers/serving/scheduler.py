@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import torch
 
 from steer.adapters.transformers import tracking
 from steer.adapters.transformers.scoring import divergence
-from steer.adapters.transformers.serving.batch import Batch, BatchRow
+from steer.adapters.transformers.serving.batch import Batch, BatchRow, Taken
 from steer.adapters.transformers.serving.preparing import Prepared
 from steer.adapters.transformers.serving.turns import FairShare, Stretches
 from steer.core import Cost, HiddenEdit, Samples, SteerError
@@ -28,7 +29,7 @@ from steer.serving.requests import Emit, choice_events, scored
 if TYPE_CHECKING:
     from steer.adapters.transformers.model import LanguageModel
 
-__all__ = ["Scheduler", "Ticket"]
+__all__ = ["Scheduler", "Ticket", "report"]
 
 
 log = logging.getLogger("steer.serving")
@@ -37,8 +38,8 @@ log = logging.getLogger("steer.serving")
 class Ticket:
     """One request on its way. `emit` gets its events and is called last with `Finished` or an exception."""
 
-    def __init__(self, prepared: Prepared, emit: Emit) -> None:
-        self.prepared, self.emit = prepared, emit
+    def __init__(self, prepared: Prepared | None, emit: Emit) -> None:
+        self._prepared, self.emit = prepared, emit
         self.cancelled = False
         self.over = False
         self.rows: list[BatchRow] = []
@@ -47,9 +48,72 @@ class Ticket:
         self._held: dict[int, tuple[list[str], list[TokenLogprob]]] = {}
 
     @property
+    def prepared(self) -> Prepared:
+        """The request."""
+        assert self._prepared is not None
+        return self._prepared
+
+    @property
     def gone(self) -> bool:
         """Whether nobody waits for it any more."""
         return self.cancelled or self.over
+
+    @property
+    def searches(self) -> bool:
+        """Whether it is work of its own, done between the steps of the batch."""
+        return self.prepared.plan is not None
+
+    def search(self, pause: Callable[[], None]) -> None:
+        """Do that work, calling `pause` as often as may be. It raises nothing."""
+        _search(self, pause)
+
+    @property
+    def size(self) -> int:
+        """Rows that it takes in the batch."""
+        return self.prepared.choices
+
+    @property
+    def columns(self) -> int:
+        """Positions that its longest row has at most."""
+        return self.prepared.columns
+
+    @torch.inference_mode()
+    def open(self, model: LanguageModel, taken: Taken) -> tuple[tracking.AnyTrack, list[int], bool]:
+        """The prompt pass, which fills `rows`: the pass, the row of it that each of `rows` goes on from, and whether
+        they may share a cache with others.
+        """
+        prepared = self.prepared
+        edits = [(edit, None) for edit in prepared.hidden]
+        track, self.cost = tracking.start(
+            model.body, prepared.ids, edits, 1, hidden=bool(prepared.guided), new=prepared.sampling.max_tokens
+        )
+        return track, self.fill(model, taken), prepared.shares
+
+    def fill(self, model: LanguageModel, taken: Taken) -> list[int]:
+        """Make the `rows`; the prompt that each goes on from, by number."""
+        prepared, steering = self.prepared, self.prepared.task.steering
+        measured = steering is not None and steering.kl
+        self.rows = [
+            BatchRow(
+                model, prepared.sampling, choice, prepared.seed, edits=prepared.guided, measured=measured, taken=taken
+            )
+            for choice in range(prepared.choices)
+        ]
+        return [choice // prepared.task.n for choice in range(prepared.choices)]
+
+    @property
+    def joins(self) -> bool:
+        """Whether its prompts may be read in one pass with those of others."""
+        return self._prepared is not None and self.prepared.plan is None and self.prepared.shares
+
+    @property
+    def texts(self) -> list[BatchRow]:
+        """The rows whose texts were asked for."""
+        return self.rows
+
+    def measure(self) -> tuple[list[float | None], list[float | None], Cost]:
+        """Reward and drift of each row's finished text, and what that took."""
+        return _measure(self)
 
     @property
     def measures(self) -> bool:
@@ -172,7 +236,7 @@ class Scheduler:
             idle = False
             if ticket is not None:
                 self._tickets.append(ticket)
-                (self._waiting if ticket.prepared.plan is None else self._asked).append(ticket)
+                (self._asked if ticket.searches else self._waiting).append(ticket)
 
     def _sweep(self) -> None:
         """Drop requests whose clients have gone."""
@@ -219,27 +283,19 @@ class Scheduler:
     def _fits(self, group: Sequence[Ticket]) -> bool:
         owners = [t for t in self._tickets if t.rows and not t.gone]
         rows = len(self._shared.rows) + sum(len(batch.rows) for batch, _ in self._alone)
-        columns = max(t.prepared.columns for t in (*group, *owners))
-        together = rows + sum(t.prepared.choices for t in group)
+        columns = max(t.columns for t in (*group, *owners))
+        together = rows + sum(t.size for t in group)
         alone = not rows and len(group) == 1
         return alone or (together <= self.max_rows and together * columns <= self.cache_tokens)
 
-    @torch.inference_mode()
     def _admit(self, group: Sequence[Ticket]) -> None:
-        """Read the prompts of several requests in one pass, and let their rows in."""
-        ids = [row for ticket in group for row in ticket.prepared.ids]
-        first = list(accumulate((len(t.prepared.ids) for t in group), initial=0))
-        hidden, new = bool(group[0].prepared.guided), max(t.prepared.sampling.max_tokens for t in group)
+        """Read the prompts of a request, or of several in one pass, and let their rows in."""
         try:
-            track, cost = tracking.start(self.model.body, ids, _mounted(group, first), 1, hidden=hidden, new=new)
-            owners = [
-                at + choice // t.prepared.task.n
-                for t, at in zip(group, first, strict=False)
-                for choice in range(t.prepared.choices)
-            ]
-            for ticket in group:
-                ticket.rows = [self._row(ticket, choice) for choice in range(ticket.prepared.choices)]
-            if group[0].prepared.shares and isinstance(track, tracking.Track):
+            if len(group) == 1:
+                track, owners, shares = group[0].open(self.model, partial(self._taken, group[0]))
+            else:
+                track, owners, shares = *_open_together(self.model, group, self._taken), True
+            if shares and isinstance(track, tracking.Track):
                 self._shared.join([row for ticket in group for row in ticket.rows], track, owners)
             else:
                 assert len(group) == 1
@@ -250,30 +306,16 @@ class Scheduler:
             self._refuse(group, error)
             return
         for ticket in group:
-            mine, all_tokens = sum(map(len, ticket.prepared.ids)), max(1, cost.prompt_tokens)
-            ticket.cost = Cost(mine, 0, cost.model_calls, cost.nfe * mine // all_tokens)
-            ticket.emit(Started(mine))
+            ticket.emit(Started(ticket.cost.prompt_tokens))
 
     def _refuse(self, group: Sequence[Ticket], error: Exception) -> None:
         """Tell a request why it cannot be read; of several, find out whose fault it was."""
         if len(group) == 1:
-            _report(group[0], error)
+            report(group[0], error)
             return
         for ticket in group:
             ticket.rows = []
             self._admit([ticket])
-
-    def _row(self, ticket: Ticket, choice: int) -> BatchRow:
-        prepared, steering = ticket.prepared, ticket.prepared.task.steering
-        return BatchRow(
-            self.model,
-            prepared.sampling,
-            choice,
-            prepared.seed,
-            edits=prepared.guided,
-            measured=steering is not None and steering.kl,
-            taken=lambda *new: self._taken(ticket, *new),
-        )
 
     def _taken(self, ticket: Ticket, row: BatchRow, text: str, logprobs: Sequence[TokenLogprob]) -> None:
         if ticket.gone:
@@ -293,7 +335,7 @@ class Scheduler:
             mine = {id(row) for row in batch.rows}
             for ticket in self._tickets:
                 if any(id(row) in mine for row in ticket.rows):
-                    _report(ticket, error)
+                    report(ticket, error)
             if batch is self._shared:
                 self._shared = Batch(self.model)
             batch.rows = []
@@ -306,7 +348,7 @@ class Scheduler:
             return
         while self._asked and len(self._running) < self.searches:
             ticket = self._asked.popleft()
-            self._running.append((Stretches(lambda pause, t=ticket: _search(t, pause)), ticket))  # type: ignore[misc]
+            self._running.append((Stretches(ticket.search), ticket))
         stretches, ticket = self._running.popleft()
         stretches.resume()
         if not stretches.over:
@@ -314,13 +356,13 @@ class Scheduler:
 
     def _measured(self, ticket: Ticket) -> None:
         try:
-            rewards, kls, cost = _measure(ticket)
+            rewards, kls, cost = ticket.measure()
         except Exception as error:
-            _report(ticket, error)
+            report(ticket, error)
             return
-        for row, reward, kl in zip(ticket.rows, rewards, kls, strict=True):
+        for row, reward, kl in zip(ticket.texts, rewards, kls, strict=True):
             ticket.emit(Ended(row.choice, row.reason or "stop", len(row.tokens), reward, kl))
-        ticket.finish(len(ticket.rows), _spent(ticket) + cost)
+        ticket.finish(len(ticket.texts), _spent(ticket) + cost)
 
 
 _PADDING = 1.25
@@ -331,10 +373,12 @@ def _read_together(group: Sequence[Ticket]) -> bool:
     """Whether the last of some requests can be read in one pass with those before: their rows share the batch, the pass
     wants the same of each, and padding costs little.
     """
+    if not (group[0].joins and group[-1].joins):
+        return False
     first, last = group[0].prepared, group[-1].prepared
     lengths = [len(row) for ticket in group for row in ticket.prepared.ids]
     body = first.process.model.body
-    if not (first.shares and last.shares) or bool(first.guided) != bool(last.guided):
+    if bool(first.guided) != bool(last.guided):
         return False
     if len(set(lengths)) > 1 and not (body.allows("pads") and body.alike(max(t.prepared.columns for t in group))):
         return False
@@ -354,7 +398,26 @@ def _mounted(group: Sequence[Ticket], first: Sequence[int]) -> list[tuple[Hidden
     return [(edit, None if whole else frozenset(rows)) for edits, rows in wanted.values() for edit in edits]
 
 
-def _report(ticket: Ticket, error: Exception) -> None:
+@torch.inference_mode()
+def _open_together(
+    model: LanguageModel, group: Sequence[Ticket], taken: Callable[..., None]
+) -> tuple[tracking.AnyTrack, list[int]]:
+    """One prompt pass for several requests, which fills their rows: the pass, and the row of it that each of theirs goes
+    on from. What it took is shared out by their prompts.
+    """
+    ids = [row for ticket in group for row in ticket.prepared.ids]
+    first = list(accumulate((len(t.prepared.ids) for t in group), initial=0))
+    hidden, new = bool(group[0].prepared.guided), max(t.prepared.sampling.max_tokens for t in group)
+    track, cost = tracking.start(model.body, ids, _mounted(group, first), 1, hidden=hidden, new=new)
+    owners: list[int] = []
+    for ticket, at in zip(group, first, strict=False):
+        owners += [at + owner for owner in ticket.fill(model, partial(taken, ticket))]
+        mine = sum(map(len, ticket.prepared.ids))
+        ticket.cost = Cost(mine, 0, cost.model_calls, cost.nfe * mine // max(1, cost.prompt_tokens))
+    return track, owners
+
+
+def report(ticket: Ticket, error: Exception) -> None:
     if not isinstance(error, SteerError):
         log.error("a request failed", exc_info=error)
     ticket.fail(error)
@@ -415,7 +478,7 @@ def _search(ticket: Ticket, pause: Callable[[], None]) -> None:
         samples = execute(plan, step)
         _emit_samples(ticket, samples)
     except Exception as error:
-        _report(ticket, error)
+        report(ticket, error)
 
 
 def _emit_samples(ticket: Ticket, samples: Samples) -> None:

@@ -1,0 +1,111 @@
+"""Recipe of the Steer tab: one prompt, edits, and how to draw."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from steer.artifacts import MAX_STRENGTH
+from steer.demo.recipes import LIMIT_TEXT, Job, Recipe
+
+__all__ = ["MAX_TOKENS", "EditChoice", "SteerRecipe"]
+
+MAX_TOKENS = 256
+
+
+class EditChoice(BaseModel):
+    """One edit: the name of an artifact, and settings in place of its card's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    strength: Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
+    layers: Annotated[str, Field(max_length=200, pattern=r"^[0-9, -]*$|^all$")] = ""
+    scope: Annotated[str, Field(max_length=40, pattern=r"^[a-z0-9:]*$")] = ""
+    pairs: Annotated[str, Field(max_length=80, pattern=r"^[a-z_]*$")] = ""
+    """Shipped pairs that the artifact was fitted to, where it is one of the page's own."""
+
+    def options(self) -> dict[str, Any]:
+        """Settings in place of the card's, by name."""
+        return {key: value for key in ("layers", "scope") if (value := getattr(self, key))}
+
+    def spec(self) -> str:
+        """As `--edit` takes it."""
+        return ":".join(
+            [f"{self.name}.safetensors", f"{self.strength:g}", *(f"{k}={v}" for k, v in self.options().items())]
+        )
+
+
+class SteerRecipe(Recipe):
+    """What the Steer tab was asked."""
+
+    tab: ClassVar[str] = "steer"
+
+    model: Annotated[str, Field(max_length=400)]
+    prompt: Annotated[str, Field(min_length=1, max_length=LIMIT_TEXT)]
+    raw: bool = False
+    """Whether the prompt is continued as it stands, without a chat template."""
+    edits: Annotated[tuple[EditChoice, ...], Field(max_length=8)] = ()
+    system: Annotated[str, Field(max_length=LIMIT_TEXT)] = ""
+    """A system prompt that asks for the same, in a column of its own; empty: no such column."""
+    reward: Annotated[str, Field(max_length=2000)] = "sentiment"
+    temperature: Annotated[float, Field(ge=0, le=5)] = 0.7
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] = 60
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    script: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(max_length=MAX_TOKENS)] = ()
+    """Tokens that `branch` begins with, where the text goes on from one of its tokens."""
+    branch: Annotated[int, Field(ge=0, le=2)] = 1
+    """The column that begins with the `script`: unsteered, steered, prompted."""
+
+    def _drawing(self) -> dict[str, Any]:
+        made: dict[str, Any] = {"max_new_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed}
+        return made | ({"reward": self.reward} if self.reward else {})
+
+    def jobs(self) -> list[Job]:
+        fits = [
+            Job(
+                f"fit-{edit.name}",
+                "train vector",
+                {"model": self.model, "pairs": f"recipes/{edit.pairs}.jsonl", "out": f"{edit.name}.safetensors"},
+            )
+            for edit in self.edits
+            if edit.pairs
+        ]
+        asked = {"model": self.model, "prompt": self.prompt, **({"raw": True} if self.raw else {}), **self._drawing()}
+        made = [*fits, Job("unsteered", "generate", asked)]
+        if self.edits:
+            made.append(Job("steered", "generate", {**asked, "edit": [edit.spec() for edit in self.edits]}))
+        if self.system and not self.raw:
+            made.append(Job("prompted", "generate", {**asked, "system": self.system}))
+        return made
+
+    def python(self) -> str:
+        raw = self.raw
+        prompt = f"steer.RawText({self.prompt!r})" if raw else f"[{{'role': 'user', 'content': {self.prompt!r}}}]"
+        given = "".join(f", {key}={value!r}" for key, value in self._drawing().items())
+        lines = ["import steer", "", f"model = steer.load({self.model!r})"]
+        fits = [edit for edit in self.edits if edit.pairs]
+        if fits:
+            lines[0:1] = ["import json", "", "import steer"]
+        for edit in fits:
+            lines += [
+                f"pairs = [json.loads(line) for line in open('recipes/{edit.pairs}.jsonl')]",
+                f"steer.train_vector(model, pairs).save({f'{edit.name}.safetensors'!r})",
+            ]
+        lines += [f"prompt = {prompt}", f"print(model.generate(prompt{given}).texts[0])"]
+        if self.edits:
+            specs = ", ".join(repr(edit.spec()) for edit in self.edits)
+            lines.append(f"print(model.generate(prompt, edits=[{specs}]{given}).texts[0])")
+        if self.system and not raw:
+            lines.append(f"print(model.generate(prompt, system={self.system!r}{given}).texts[0])")
+        return "\n".join(lines) + "\n"
+
+    def request(self) -> dict[str, Any] | None:
+        steered: dict[str, Any] = {
+            "edits": [{"name": e.name, "strength": e.strength, **e.options()} for e in self.edits]
+        }
+        steered |= {"reward": self.reward} if self.reward else {}
+        asked = {"prompt": self.prompt} if self.raw else {"messages": [{"role": "user", "content": self.prompt}]}
+        drawing = {"max_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed}
+        return {"model": self.model, **asked, **drawing, "steer": steered}

@@ -1,0 +1,180 @@
+"""Tabs of the page: one file each, with one function.
+
+    def build(page: Page) -> Opening
+
+It is called inside the tab's own `with gr.Tab(...)`, makes the components, wires their events to an action, and
+returns how the tab is filled when the page opens: its `outputs`, and a function that is given the visitor and the
+recipe in the address (None where there is none for this tab) and returns a value for each output.
+
+Handlers are wrapped in `told`: what a person can mend becomes one line in the tab's note, and the page goes on working.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import gradio as gr
+
+from steer.core import SteerError
+from steer.demo.actions.shared import Shared
+from steer.demo.recipes import Recipe, encode
+from steer.demo.session import Visitor, Visitors
+
+__all__ = ["Opening", "Page", "note", "reproduce", "reproduced", "said", "shown_facts", "told"]
+
+log = logging.getLogger("steer.demo")
+
+
+@dataclass(frozen=True)
+class Page:
+    """What every tab gets."""
+
+    shared: Shared
+    visitors: Visitors
+    parts: dict[str, Any] = field(default_factory=dict)
+    """Components that tabs put there for others: `tabs`, the row of tabs; `dose`, the edits of the tab Steer; `steer`,
+    its inputs. In `later` are functions to be called when all tabs are made.
+    """
+
+    def visitor(self, request: gr.Request) -> Visitor:
+        """Who asks."""
+        return self.visitors.get(request.session_hash)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a tab is filled when the page opens."""
+
+    outputs: Sequence[Any]
+    fill: Callable[[Visitor, Recipe | None], Sequence[Any]]
+
+
+# -------------------------------------------------------------------------------------------------------------- notes
+
+
+def note(**settings: Any) -> gr.HTML:
+    """The line in which a tab says what is going on, or what is wrong: value `{"text", "wrong"}`."""
+    return gr.HTML(
+        value={"text": "", "wrong": False},
+        html_template='<p class="steer-note" role="status"></p>',
+        js_on_load=_NOTE_JS,
+        css_template=_NOTE_CSS,
+        apply_default_css=False,
+        **settings,
+    )
+
+
+_NOTE_JS = """
+const show = () => {
+  const line = element.querySelector('.steer-note');
+  line.textContent = props.value.text;
+  line.classList.toggle('wrong', props.value.wrong);
+};
+watch('value', show);
+show();
+"""
+_NOTE_CSS = """
+.steer-note { margin: 0; min-height: 1.5em; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+.steer-note.wrong { color: var(--body-text-color); border-left: 3px solid #dc2626; padding-left: 0.625rem; }
+"""
+
+
+def said(text: str, wrong: bool = False) -> dict[str, Any]:
+    """A value for a note."""
+    return {"text": text[:2000], "wrong": wrong}
+
+
+def told(line: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A handler (a function or an async generator of `{component: value}`) whose errors end as one line in `line`."""
+
+    def wrapping(handler: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(handler)
+        async def wrapped(*args: Any) -> AsyncIterator[Any]:
+            try:
+                if inspect.isasyncgenfunction(handler):
+                    updates = handler(*args)
+                    try:
+                        async for update in updates:
+                            yield update
+                    finally:
+                        await updates.aclose()
+                elif inspect.iscoroutinefunction(handler):
+                    yield await handler(*args)
+                else:
+                    yield await asyncio.to_thread(handler, *args)
+            except SteerError as error:
+                yield {line: said(str(error), wrong=True)}
+            except Exception as error:  # ours to mend: the log has it, the page goes on
+                log.error("an action failed", exc_info=error)
+                yield {line: said(f"Something went wrong here ({type(error).__name__}). Try again.", wrong=True)}
+
+        return wrapped
+
+    return wrapping
+
+
+def shown_facts(facts: dict[str, Any]) -> list[list[str]]:
+    """Facts about a column as name, text and explanation."""
+    shown = []
+    if facts["reward"] is not None:
+        shown.append(["Reward", f"{facts['reward']:.3f}", "The score of the finished text"])
+    shown.append(["KL, whole text", f"{facts['kl']:.2f} nats", "How far the odds moved, summed over all tokens"])
+    shown.append(["KL a token", f"{facts['kl_token']:.3f} nats", "The same, of the average token"])
+    shown.append(["Perplexity ratio", f"{facts['perplexity_ratio']:.2f}", "How odd the unsteered model finds the text"])
+    shown.append(["Tokens", str(facts["tokens"]) + (", ended" if facts["ended"] else ""), "Tokens written"])
+    return shown
+
+
+# ---------------------------------------------------------------------------------------------------------- reproduce
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """The components of a tab's Reproduce."""
+
+    commands: gr.Code
+    python: gr.Code
+    curl: gr.Code
+    yaml: gr.Code
+    address: gr.Textbox
+
+    def all(self) -> list[Any]:
+        """Them all, for outputs."""
+        return [self.commands, self.python, self.curl, self.yaml, self.address]
+
+
+def reproduce() -> Reproduction:
+    """The Reproduce of a tab: closed until somebody wants it."""
+    with gr.Accordion("Reproduce: this run as a command, as Python, for a server, as a recipe", open=False):
+        with gr.Tabs():
+            with gr.Tab("Command line"):
+                commands = gr.Code(language="shell", interactive=False, show_label=False, label="Command line")
+            with gr.Tab("Python"):
+                python = gr.Code(language="python", interactive=False, show_label=False, label="Python")
+            with gr.Tab("curl"):
+                curl = gr.Code(language="shell", interactive=False, show_label=False, label="curl")
+            with gr.Tab("Recipe (YAML)"):
+                made = gr.Code(language="yaml", interactive=False, show_label=False, label="Recipe")
+        address = gr.Textbox(label="Link to this run (the recipe is in it; nothing is stored)", interactive=False)
+    return Reproduction(commands, python, curl, made, address)
+
+
+def reproduced(parts: Reproduction, recipe: Recipe) -> dict[Any, str]:
+    """Values for the parts of Reproduce."""
+    try:
+        address = f"?r={encode(recipe)}"
+    except SteerError as error:
+        address = str(error)
+    return {
+        parts.commands: recipe.commands(),
+        parts.python: recipe.python(),
+        parts.curl: recipe.curl(),
+        parts.yaml: recipe.yaml(),
+        parts.address: address,
+    }

@@ -1,0 +1,85 @@
+"""The first minute: a finished example that needs no model, with one slider."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from steer.core import check
+from steer.demo import parts
+from steer.demo.first_minute import STOPS, frames, recipe
+from steer.demo.recipes import Recipe
+from steer.demo.session import Visitor
+from steer.demo.tabs import Opening, Page, note, shown_facts, told
+from steer.demo.tabs.steer import values_of
+
+__all__ = ["build"]
+
+_LABELS = ["much sadder", "sadder", "unsteered", "happier", "much happier"]
+_START = 3
+_RUNS = itertools.count(1)
+_WHAT = """
+### One prompt, one slider
+
+The model was asked: **{prompt}** Move the slider. A vector that was fitted to 80 pairs of happy and sad sentences is
+added inside the model while it writes; nothing was retrained, and the prompt stays the same. Coloured tokens are where
+the odds moved.
+"""
+_COST = """
+**KL** is what the change cost: how far the odds of the tokens moved, in nats, summed over the text. **Perplexity
+ratio** is how odd the unsteered model finds the text, 1 being as fluent as its own. **Prompted** is the third way: a
+system prompt that asks for the same.
+"""
+
+
+def build(page: Page) -> Opening:
+    """See `steer.demo.tabs`."""
+    gr.Markdown(_WHAT.format(prompt=recipe(_START).prompt), elem_classes=["lead"])
+    slider = parts.part("stops", {"labels": _LABELS, "index": _START}, elem_id="stops")
+    line = note(elem_id="first-note", visible="hidden")
+    tokens = parts.part("tokens", _frame(_START), elem_id="first-tokens")
+    gr.Markdown(_COST, elem_classes=["terms"])
+    live = gr.Button("Now with the live model", variant="primary", elem_id="live")
+
+    @told(line)
+    def moved(value: Any) -> dict[Any, Any]:
+        index = (value or {}).get("index")
+        check(index in range(len(STOPS)), "stop", index, f"0 to {len(STOPS) - 1}")
+        return {tokens: _frame(index)}
+
+    async def on_moved(value: Any) -> Any:
+        async for update in moved(value):
+            yield update
+
+    @told(line)
+    def to_live(value: Any, request: gr.Request) -> dict[Any, Any]:
+        index = (value or {}).get("index")
+        check(index in range(len(STOPS)), "stop", index, f"0 to {len(STOPS) - 1}")
+        filled = values_of(page, page.visitor(request), recipe(index))
+        return {**dict(zip(page.parts["steer"], filled, strict=True)), page.parts["tabs"]: gr.Tabs(selected="steer")}
+
+    async def on_live(value: Any, request: gr.Request) -> Any:
+        async for update in to_live(value, request):
+            yield update
+
+    slider.moved(on_moved, slider, [tokens, line], api_name=False, show_progress="hidden", trigger_mode="always_last")
+    page.parts["later"].append(
+        lambda: live.click(
+            on_live, slider, [*page.parts["steer"], page.parts["tabs"], line], api_name=False, show_progress="hidden"
+        ).then(None, js="() => document.querySelector('#go').click()")
+    )
+
+    def fill(visitor: Visitor, recipe: Recipe | None) -> Sequence[Any]:
+        return []
+
+    return Opening([], fill)
+
+
+def _frame(index: int) -> dict[str, Any]:
+    """The value of the part `tokens` at one stop."""
+    frame = frames()[index]
+    done = [[i, shown_facts(facts)] for i, facts in frame["done"]]
+    return {"run": -next(_RUNS), "columns": frame["columns"], "add": [], "whole": frame["whole"], "done": done}

@@ -1,0 +1,162 @@
+"""The Steer tab: one prompt, unsteered and steered and prompted, token by token."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import gradio as gr
+
+from steer.core import check
+from steer.demo import parts
+from steer.demo.actions import steer as action
+from steer.demo.actions.shared import PRESETS
+from steer.demo.recipes import Recipe
+from steer.demo.recipes.steer import MAX_TOKENS, SteerRecipe
+from steer.demo.session import Visitor
+from steer.demo.tabs import Opening, Page, note, reproduce, reproduced, said, shown_facts, told
+
+__all__ = ["build", "values_of"]
+
+_TERMS = """
+**KL** (Kullback-Leibler divergence, in nats) says how far steering moved the odds of the next token: 0 is nothing, and
+the sum over a text is what the change cost. **Surprise** is how unlikely the unsteered model finds a token.
+**Perplexity ratio** compares how unlikely it finds the text with its own: 1 is just as fluent, 2 is twice as odd.
+**Reward** is the score of the finished text by the expression on the left.
+"""
+_PROMPT = "Tell me about your new flat."
+_RUNS = itertools.count(1)
+
+
+def build(page: Page) -> Opening:
+    """See `steer.demo.tabs`."""
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=1, min_width=300):
+            gr.Markdown("### What steers", elem_classes=["plain"])
+            dose = parts.dose({"available": [], "cards": []}, elem_id="dose")
+            page.parts["dose"] = dose
+            system = gr.Textbox(
+                label="The same wish as a system prompt (empty: no third column)", lines=2, elem_id="system"
+            )
+            reward = gr.Textbox(
+                label="Reward",
+                info="An expression, such as sentiment - 0.3*profanity",
+                value="sentiment",
+                elem_id="reward",
+            )
+            with gr.Accordion("How to draw", open=False):
+                raw = gr.Checkbox(label="Continue the text as it stands, without the chat template")
+                temperature = gr.Slider(0, 2, value=0.7, step=0.05, label="Temperature (0: always the likeliest token)")
+                length = gr.Slider(1, MAX_TOKENS, value=60, step=1, label="Tokens at most")
+                seed = gr.Number(value=0, precision=0, label="Seed", info="Same seed, same texts")
+        with gr.Column(scale=3, min_width=320):
+            prompt = gr.Textbox(label="Prompt", value=_PROMPT, lines=2, max_lines=8, elem_id="prompt")
+            with gr.Row():
+                go = gr.Button("Steer", variant="primary", elem_id="go")
+                stop = gr.Button("Stop", elem_id="stop")
+            line = note(elem_id="steer-note")
+            tokens = parts.tokens(elem_id="tokens")
+            gr.Markdown(_TERMS, elem_classes=["terms"])
+            code = reproduce()
+    inputs = [prompt, raw, dose, system, reward, temperature, length, seed]
+    outputs = [tokens, line, *code.all()]
+
+    def recipe_of(
+        request: gr.Request, values: Sequence[Any], script: Sequence[int] = (), branch: int = 1
+    ) -> SteerRecipe:
+        text, as_it_stands, edits, wish, score, heat, count, number = values
+        cards = edits.get("cards") if isinstance(edits, dict) else None
+        right = isinstance(cards, list) and all(isinstance(card, dict) for card in cards)
+        check(right, "edits", edits, "cards of edits")
+        chosen = [
+            {**card, "layers": card.get("layers") or "", "scope": card.get("scope") or ""}
+            | {"pairs": page.shared.pairs_behind(card.get("name"), page.visitor(request))}
+            for card in cards
+        ]
+        given = {"prompt": text or "", "raw": bool(as_it_stands), "edits": chosen, "system": wish or ""}
+        given |= {"reward": score or "", "temperature": heat, "max_tokens": count, "seed": number}
+        return SteerRecipe.parse({"model": page.shared.text_model, **given, "script": script, "branch": branch})
+
+    async def stream(recipe: SteerRecipe, request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
+        value: dict[str, Any] = {"run": next(_RUNS), "columns": [], "add": [], "done": []}
+        yield {**reproduced(code, recipe), line: said("")}
+        async with aclosing(action.run(recipe, page.shared, page.visitor(request))) as updates:
+            async for update in updates:
+                if "say" in update:
+                    yield {line: said(update["say"])}
+                shown = {key: update[key] for key in ("columns", "add", "whole") if key in update}
+                if shown:
+                    done = [[i, shown_facts(facts)] for i, facts in update.get("done", [])]
+                    value = {**value, "add": [], **shown, "done": done}
+                    yield {tokens: value, line: said(_ending(update))}
+
+    @told(line)
+    async def steer(*values: Any) -> AsyncIterator[dict[Any, Any]]:
+        *given, request = values
+        async with aclosing(stream(recipe_of(request, given), request)) as updates:
+            async for update in updates:
+                yield update
+
+    @told(line)
+    async def fork(*values: Any) -> AsyncIterator[dict[Any, Any]]:
+        *given, event, request = values
+        data = event._data if isinstance(event._data, dict) else {}
+        script, branch = data.get("script"), data.get("column")
+        check(isinstance(script, list) and isinstance(branch, int), "fork", data, "a column and its tokens")
+        async with aclosing(stream(recipe_of(request, given, script, branch), request)) as updates:
+            async for update in updates:
+                yield update
+
+    # Gradio finds what else a handler wants by its annotations.
+    async def on_steer(a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, request: gr.Request) -> Any:
+        async for update in steer(a, b, c, d, e, f, g, h, request):
+            yield update
+
+    async def on_fork(
+        a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, event: gr.EventData, request: gr.Request
+    ) -> Any:
+        async for update in fork(a, b, c, d, e, f, g, h, event, request):
+            yield update
+
+    running = [
+        go.click(on_steer, inputs, outputs, api_name="steer", concurrency_limit=None, show_progress="hidden"),
+        prompt.submit(on_steer, inputs, outputs, api_name=False, concurrency_limit=None, show_progress="hidden"),
+        tokens.fork(on_fork, inputs, outputs, api_name=False, concurrency_limit=None, show_progress="hidden"),
+    ]
+    stop.click(lambda: said("Stopped."), None, line, cancels=running, api_name=False, queue=False)
+
+    def fill(visitor: Visitor, recipe: Recipe | None) -> Sequence[Any]:
+        return values_of(page, visitor, recipe if isinstance(recipe, SteerRecipe) else None)
+
+    page.parts["steer"] = [dose, system, prompt, raw, reward, temperature, length, seed]
+    return Opening(page.parts["steer"], fill)
+
+
+def values_of(page: Page, visitor: Visitor, recipe: SteerRecipe | None) -> list[Any]:
+    """Values for the tab's inputs: those of a recipe, or the first ones."""
+    known = action.available(page.shared, visitor)
+    if recipe is None:
+        preset = PRESETS["sentiment"]
+        cards = [{"name": preset.name, "strength": 0.15, "layers": "", "scope": ""}]
+        return [{"available": known, "cards": cards}, preset.system_high, *[gr.skip()] * 6]
+    return [
+        {"available": known, "cards": [edit.model_dump(exclude={"pairs"}) for edit in recipe.edits]},
+        recipe.system,
+        recipe.prompt,
+        recipe.raw,
+        recipe.reward,
+        recipe.temperature,
+        recipe.max_tokens,
+        recipe.seed,
+    ]
+
+
+def _ending(update: dict[str, Any]) -> str:
+    cost = update.get("cost")
+    if cost is None:
+        return "" if "add" in update else "Reading the prompt"
+    return (
+        f"{cost['tokens']} tokens written or read beside, {cost['prompt_tokens']} of prompts, {cost['seconds']:.1f} s."
+    )

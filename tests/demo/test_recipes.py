@@ -1,0 +1,119 @@
+"""Reproduce: every form of a recipe, run by itself, gives the text on the page; addresses hold recipes."""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import last, packed
+
+from steer.core import InputError
+from steer.demo.recipes import LIMIT_ADDRESS, decode, encode
+from steer.demo.recipes.steer import SteerRecipe
+from steer.demo.recipes.vector import VectorRecipe
+
+
+def _recipe(model: str, **given: Any) -> Any:
+    edits = [{"name": "glad", "strength": 1.5, "scope": "all"}]
+    return SteerRecipe.parse(
+        {"model": model, "prompt": "tell me of the dog", "edits": edits, "system": "you are happy", "max_tokens": 12}
+        | {"reward": "", "seed": 3}
+        | given
+    )
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_all_forms_give_the_texts_on_the_page(
+    page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], raw: bool
+) -> None:
+    import yaml
+    from fastapi.testclient import TestClient
+
+    from steer.cli import main
+    from steer.demo.actions import steer as action
+    from steer.serving.app import create_app
+
+    shared = page.page.shared
+    recipe = _recipe(shared.text_model, raw=raw)
+    shown = [facts["text"] for _, facts in last(action.run(recipe, shared, page.page.visitors.get("forms")))["done"]]
+    assert len(set(shown)) == len(shown) == (2 if raw else 3)
+    (tmp_path / "glad.safetensors").write_bytes((shared.artifacts / "glad.safetensors").read_bytes())
+    monkeypatch.chdir(tmp_path)
+
+    commands = []
+    for line in recipe.commands().splitlines():
+        capsys.readouterr()
+        assert main([*shlex.split(line)[1:], "--json"]) == 0
+        commands.append(json.loads(capsys.readouterr().out)["prompts"][0]["samples"][0]["text"])
+    assert commands == shown
+
+    capsys.readouterr()
+    exec(compile(recipe.python(), "python", "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed == "".join(text + "\n" for text in shown)
+
+    Path("recipe.yaml").write_text(recipe.yaml(), encoding="utf-8")
+    assert [step["command"] for step in yaml.safe_load(recipe.yaml())["steps"]] == ["generate"] * len(shown)
+    assert main(["run", "recipe.yaml"]) == 0
+    printed = capsys.readouterr().out
+    assert all(text.strip() in printed for text in shown)
+
+    body = json.loads(shlex.split(recipe.curl().partition("\n")[2])[-1])
+    app = create_app(shared.engine(), artifacts=tmp_path)
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        answer = client.post(
+            "/v1/completions" if raw else "/v1/chat/completions", json={**body, "model": shared.engine().name}
+        )
+    choice = answer.json()["choices"][0]
+    assert (choice["text"] if raw else choice["message"]["content"]) == shown[1]
+
+
+def test_an_address_holds_the_recipe() -> None:
+    for recipe in (_recipe("m"), VectorRecipe.parse({"model": "m", "name": "x", "positive": ["a"], "negative": ["b"]})):
+        assert decode(encode(recipe)) == recipe
+    with pytest.raises(InputError, match="address"):
+        encode(_recipe("m", prompt="".join(random.Random(0).choices(string.printable, k=15_000))))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "A",
+        "AAAA",
+        "%%%",
+        "é" * 20,
+        "A" * (LIMIT_ADDRESS + 1),
+        packed([]),
+        packed({"tab": "nope"}),
+        packed("x" * 10**6),
+    ],
+)
+def test_what_is_no_recipe_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="address"):
+        decode(text)
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "x" * 100_000}, "prompt"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"edits": [{"name": "a", "strength": float("nan")}]}, "edits.0.strength"),
+        ({"edits": [{"name": "../a", "strength": 1.0}]}, "edits.0.name"),
+        ({"edits": [{"name": "a", "strength": 1.0, "layers": "1; rm"}]}, "edits.0.layers"),
+        ({"seed": -1}, "seed"),
+        ({"max_tokens": 10**9}, "max_tokens"),
+        ({"other": 1}, "other"),
+    ],
+)
+def test_bad_fields_are_named(given: dict[str, Any], field: str) -> None:
+    with pytest.raises(InputError) as error:
+        _recipe("m", **given)
+    assert error.value.field == field

@@ -1,0 +1,96 @@
+"""The page on the embedded language model: what is shown is what the action gives, soon enough."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import pytest
+from helpers import Visit, column, finished, last, open_tab, run, texts_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.smollm2]
+
+
+def _recipe(**given: Any) -> Any:
+    from steer.demo.recipes.steer import SteerRecipe
+
+    edits = [{"name": "sentiment", "strength": 0.15, "pairs": "sentiment_pairs"}]
+    return SteerRecipe.parse(
+        {"model": "smollm2-135m", "prompt": "Tell me about your new flat.", "edits": edits, "max_tokens": 24} | given
+    )
+
+
+def test_steering_is_seen(smollm2_page: Any, chromium: Any) -> None:
+    from steer.demo.actions import steer as action
+
+    page = smollm2_page.page
+    given = last(action.run(_recipe(max_tokens=60), page.shared, page.visitors.get("test")))
+    visit = Visit(chromium, smollm2_page.url)
+    open_tab(visit.tab, "Steer")
+    visit.tab.wait_for_selector(".steer-dose .card")
+    visit.tab.fill("#system textarea", "")
+    visit.tab.set_default_timeout(300_000)
+    visit.tab.click("#go")
+    finished(visit.tab)
+    plain, steered = (facts for _, facts in given["done"])
+    assert steered["reward"] > plain["reward"] + 0.3 and steered["kl"] > 1
+    for title, index in (("Unsteered", 0), ("Steered", 1)):
+        assert texts_of(column(visit.tab, title)) == [token["t"] for token in given["whole"][index]]
+    visit.close()
+
+
+def test_the_first_token_comes_as_soon_as_from_the_plain_api(smollm2_page: Any) -> None:
+    """The same three rows through `model.generate(stream=True)`; alternating, the median of seven ratios."""
+    from steer.demo.actions import steer as action
+
+    page = smollm2_page.page
+    recipe = _recipe(system="You are a very happy assistant.", max_tokens=8)
+    last(action.run(recipe, page.shared, page.visitors.get("first")))
+    engine = page.shared.engine()
+    model = engine.preparer.model
+    path = str(page.shared.find("sentiment", page.visitors.get("first")))
+    chat = [{"role": "user", "content": recipe.prompt}]
+    prompts = [chat, chat, [{"role": "system", "content": recipe.system}, *chat]]
+
+    async def of_the_page() -> float:
+        began = time.perf_counter()
+        async for update in action.run(recipe, page.shared, page.visitors.get("first")):
+            if "add" in update:
+                return time.perf_counter() - began
+        raise AssertionError("no token came")
+
+    def of_the_api() -> float:
+        began = time.perf_counter()
+        stream = model.generate(
+            prompts, edits=[None, [f"{path}:0.15"], None], temperature=0.7, seed=0, max_new_tokens=8, stream=True
+        )
+        next(iter(stream))
+        return time.perf_counter() - began
+
+    ratios = []
+    for _ in range(7):
+        while engine.load().rows:
+            time.sleep(0.02)
+        there = of_the_api()
+        ratios.append(run(of_the_page()) / there)
+    print("first token, page to API:", sorted(round(ratio, 2) for ratio in ratios))
+    assert statistics.median(ratios) < 1.5
+
+
+def test_stop_stands_still_within_two_seconds(smollm2_page: Any, chromium: Any) -> None:
+    engine = smollm2_page.page.shared.engine()
+    visit = Visit(chromium, smollm2_page.url)
+    open_tab(visit.tab, "Steer")
+    visit.tab.wait_for_selector(".steer-dose .card")
+    visit.tab.click("#go")
+    visit.tab.wait_for_selector("#tokens .tok", timeout=120_000)
+    visit.tab.click("#stop")
+    began = time.monotonic()
+    while engine.load().rows:
+        assert time.monotonic() - began < 2
+        time.sleep(0.02)
+    shown = visit.tab.locator("#tokens .tok").count()
+    time.sleep(1)
+    assert visit.tab.locator("#tokens .tok").count() <= shown + 6
+    visit.close()

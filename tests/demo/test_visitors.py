@@ -1,0 +1,147 @@
+"""Visitors: what one has is not another's, Stop stops, and who leaves is forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+from helpers import ask, run
+
+
+def _engine(page: Any) -> Any:
+    return page.page.shared.engine()
+
+
+def _idle(page: Any, seconds: float = 5.0) -> None:
+    """Wait until nothing decodes."""
+    until = time.monotonic() + seconds
+    while _engine(page).load().rows and time.monotonic() < until:
+        time.sleep(0.02)
+    assert _engine(page).load().rows == 0
+
+
+def _slow(page: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Steps of the batch take 50 ms each; returns the list that counts them."""
+    from steer.adapters.transformers.serving.batch import Batch
+
+    steps: list[int] = []
+    step = Batch.step
+
+    def slow(batch: Any) -> None:
+        steps.append(len(batch.rows))
+        time.sleep(0.05)
+        step(batch)
+
+    monkeypatch.setattr(Batch, "step", slow)
+    return steps
+
+
+def test_stop_stands_still(page: Any, visit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = _slow(page, monkeypatch)
+    tab = visit()
+    ask(tab, "tell me about the house")
+    tab.wait_for_selector("#tokens .tok")
+    tab.click("#stop")
+    _idle(page, 2.0)
+    counted = len(steps)
+    time.sleep(0.3)
+    assert len(steps) == counted
+    assert 0 < counted < 60
+
+
+def test_a_closed_tab_stands_still_and_is_forgotten(page: Any, visit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _slow(page, monkeypatch)
+    before = page.page.visitors.sessions()
+    tab = visit()
+    ask(tab, "tell me about the house")
+    tab.wait_for_selector("#tokens .tok")
+    mine = page.page.visitors.sessions() - before
+    assert len(mine) == 1
+    tab.close()
+    _idle(page, 2.0)
+    until = time.monotonic() + 10
+    while mine & page.page.visitors.sessions() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not mine & page.page.visitors.sessions()
+
+
+def test_two_visitors_have_vectors_of_their_own(page: Any) -> None:
+    from steer.artifacts import load, save
+    from steer.core import InputError
+    from steer.demo.actions import steer as action
+    from steer.demo.actions.steer import available
+    from steer.demo.recipes.steer import SteerRecipe
+
+    shared, visitors = page.page.shared, page.page.visitors
+    tensors, card = load(shared.artifacts / "glad.safetensors")
+    for name, factor in (("one", 1.0), ("two", -1.0)):
+        save(visitors.get(name).path("mine"), {key: tensor * factor for key, tensor in tensors.items()}, card)
+    save(visitors.get("one").path("secret"), tensors, card)
+
+    def recipe(edit: str, strength: float) -> Any:
+        edits = [{"name": edit, "strength": strength}]
+        return SteerRecipe.parse(
+            {"model": shared.text_model, "prompt": "tell me", "edits": edits, "temperature": 0, "max_tokens": 20}
+        )
+
+    async def written(visitor: str, edit: str, strength: float = 1.5) -> list[int]:
+        found: list[int] = []
+        async for update in action.run(recipe(edit, strength), shared, visitors.get(visitor)):
+            found = [token["i"] for token in update["whole"][1]] if "whole" in update else found
+        return found
+
+    async def together() -> list[list[int]]:
+        return list(
+            await asyncio.gather(
+                written("one", "mine"), written("two", "mine"), written("one", "glad"), written("two", "glad", -1.5)
+            )
+        )
+
+    mine, theirs, as_mine, as_theirs = run(together())
+    assert mine == as_mine and theirs == as_theirs and mine != theirs
+    assert "secret" in {about["name"] for about in available(shared, visitors.get("one"))}
+    assert "secret" not in {about["name"] for about in available(shared, visitors.get("two"))}
+    with pytest.raises(InputError, match="edits"):
+        run(written("two", "secret"))
+    for name in ("one", "two"):
+        folder = visitors.get(name).folder
+        visitors.leave(name)
+        assert not folder.exists()
+
+
+def test_ten_visitors_decode_together(page: Any) -> None:
+    from steer.demo.actions import steer as action
+    from steer.demo.recipes.steer import SteerRecipe
+
+    shared, visitors = page.page.shared, page.page.visitors
+
+    def recipe(seed: int) -> Any:
+        edits = [{"name": "glad", "strength": 0.2 * seed}]
+        return SteerRecipe.parse(
+            {"model": shared.text_model, "prompt": "tell me", "edits": edits, "seed": seed, "max_tokens": 30}
+        )
+
+    async def written(seed: int) -> list[list[int]]:
+        found: list[list[int]] = []
+        async for update in action.run(recipe(seed), shared, visitors.get(f"ten-{seed}")):
+            found = [[token["i"] for token in column] for column in update.get("whole", [])] or found
+        return found
+
+    async def together() -> list[Any]:
+        return list(await asyncio.gather(*(written(seed) for seed in range(10))))
+
+    assert run(together()) == [run(written(seed)) for seed in range(10)]
+
+
+def test_who_is_away_for_too_long_is_forgotten() -> None:
+    from steer.demo.session import LIMIT_SECONDS, Visitors
+
+    visitors = Visitors()
+    folder = visitors.get("one").folder
+    visitors.sweep(time.monotonic() + LIMIT_SECONDS - 5)
+    assert folder.exists()
+    visitors.sweep(time.monotonic() + LIMIT_SECONDS + 5)
+    assert not folder.exists() and len(visitors) == 0
+    visitors.close()
