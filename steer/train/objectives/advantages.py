@@ -78,6 +78,11 @@ def none(reward: Tensor, group: Tensor) -> Tensor:
     return reward
 
 
+def good(reward: Tensor, group: Tensor) -> Tensor:
+    """The probability `sigmoid(r)` that a row is good: as weights of a likelihood they lead to `ref sigmoid(r) / Z`."""
+    return reward.sigmoid()
+
+
 def best(reward: Tensor, group: Tensor) -> Tensor:
     """1 for the first best row of each group whose rewards differ, 0 for the others (RAFT)."""
     found = torch.zeros_like(reward)
@@ -120,6 +125,16 @@ def bundle(
             reward[rows], quantiles, levels, risk_weight=risk_weight, credit=risk_credit, constant=constant
         )
     return found
+
+
+def bundle_totals(reward: Tensor, group: Tensor, bundle_size: int = 5) -> Tensor:
+    """`S_j` of every bundle, one after another."""
+    numbers, sizes, found = group.unique().tolist(), group.bincount(), []
+    for at in range(0, len(numbers), bundle_size):
+        members = numbers[at : at + bundle_size]
+        width = int(min(sizes[b] for b in members))
+        found.append(torch.stack([reward[(group == b).nonzero().flatten()[:width]] for b in members]).sum(0))
+    return torch.cat(found)
 
 
 def _bundled(
@@ -200,6 +215,7 @@ def weighted(
 ADVANTAGES: dict[str, Callable[..., Tensor]] = {
     "none": none,
     "best": best,
+    "good": good,
     "mean_only": mean_only,
     "leave_one_out": leave_one_out,
     "group_std": group_std,
@@ -241,24 +257,32 @@ def entropy_steps(
     return [part.tolist() for part in parts]
 
 
-def turns(gold: Sequence[Sequence[float]], start: float, final: Sequence[float], *, discount: float = 1.0) -> Tensor:
-    """IGPO: `[N, T + 1]` advantages of turns and of the answer. A turn is worth how much more likely it makes the right
-    answer, the answer its own reward; summed with a discount to the end, less the mean of the group at that turn.
+def turns(
+    gold: Sequence[Sequence[float]], start: float, final: Sequence[float], *, discount: float = 1.0
+) -> list[list[float]]:
+    """IGPO: advantages of each sample's turns and of its answer. A turn is worth how much more likely it makes the right
+    answer, the answer its own reward; summed with a discount to the end, less the mean of the group at that turn (of
+    those that have it; answers are compared with answers).
 
     Args:
-        gold: probability of the right answer after each turn `[N, T]`.
+        gold: probability of the right answer after each turn of each sample.
         start: before the first turn.
-        final: reward of the answer `[N]`.
+        final: reward of each answer.
     """
-    p = torch.tensor(gold, dtype=torch.float64)
-    before = torch.cat([torch.full_like(p[:, :1], start), p[:, :-1]], 1)
-    reward = torch.cat([p - before, torch.tensor(final, dtype=torch.float64).unsqueeze(1)], 1)
-    returns = torch.zeros_like(reward)
-    ahead = torch.zeros_like(reward[:, 0])
-    for t in reversed(range(reward.shape[1])):
-        ahead = reward[:, t] + discount * ahead
-        returns[:, t] = ahead
-    return returns - returns.mean(0)
+    returns = []
+    for row, last in zip(gold, final, strict=True):
+        ahead, found = last, [last]
+        for now, before in zip(reversed(row), reversed([start, *row[:-1]]), strict=True):
+            ahead = now - before + discount * ahead
+            found.append(ahead)
+        returns.append(found[::-1])
+    answers = sum(row[-1] for row in returns) / len(returns)
+    width = max(len(row) for row in returns) - 1
+    means = []
+    for t in range(width):
+        here = [row[t] for row in returns if t < len(row) - 1]
+        means.append(sum(here) / len(here))
+    return [[*(x - m for x, m in zip(row[:-1], means, strict=False)), row[-1] - answers] for row in returns]
 
 
 def sample_weights(reward: Tensor, rule: str) -> Tensor:

@@ -226,7 +226,7 @@ ANCHORS: dict[str, Callable[[Group], Tensor | float]] = {
     "chosen_mean": lambda group: group.logp[group.anchor] / group.length[group.anchor],
     "greedy": lambda group: group.ratio[group.anchor],
 }
-"""What is added, times a coefficient: the log-probability of the chosen completion (RPO, coefficient below 0), its mean
+"""What is added, times a coefficient and `c`: the log-probability of the chosen completion (RPO, coefficient below 0), its mean
 over tokens, or the log-ratio of the reference's own greedy completion (SELM, above 0).
 """
 
@@ -256,7 +256,7 @@ def sequence_loss(
     Args:
         beta, prox: coefficients of the pull to the base and to the last iterate; `c` is their sum.
         score, target, link, weight, anchor: names of the tables in this module.
-        anchor_weight: coefficient of the anchor.
+        anchor_weight: coefficient of the anchor, in units of `c`.
         loser: how much the score of the second of a pair counts (CPL's lambda; 1 for all others).
         f, f_alpha: divergence of the score "ratio", and the exponent of its alpha form.
         smoothing: of labels, for "win" (default 0) and "robust" (0.1).
@@ -266,7 +266,7 @@ def sequence_loss(
     c = beta + prox
     known = {"smoothing": smoothing} if smoothing is not None and target in ("win", "robust") else {}
     wanted = TARGETS[target](group, **known)
-    held = anchor_weight * ANCHORS[anchor](group)
+    held = c * anchor_weight * ANCHORS[anchor](group)
     if link in GROUP_LINKS:
         more = {"divergence": divergence, "baseline": baseline, "max_weight": max_weight} if link == "weighted" else {}
         return GROUP_LINKS[link](group, wanted, beta, c, **more) + held

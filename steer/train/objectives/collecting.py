@@ -1,0 +1,516 @@
+"""What a round learns from: prompts by schedule, samples, their rewards and constants, and what they are worth.
+
+Letters: `N` completions, `T` tokens. A completion is right where its reward is above 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from steer.core import check
+from steer.train.objectives import advantages as rules
+from steer.train.objectives import rounds, schedules
+from steer.train.objectives.losses import PAIR_LINKS, soft_value
+from steer.train.objectives.rows import Cluster, Completion
+from steer.train.objectives.settings import PolicySettings, chosen
+
+__all__ = ["Ask", "Collector", "Row", "Scorer", "Source"]
+
+DRAWS = 4
+"""How often the schedule "dynamic" draws prompts in place of those whose groups are constant."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt and what the data says of it.
+
+    Attributes:
+        given: completions of the data: tokens, role, score.
+        solution: text that hints are taken from, or that a masked model is shown parts of.
+        answer: tokens of the right answer.
+    """
+
+    prompt_ids: list[int]
+    given: list[tuple[list[int], str, float]] = field(default_factory=list)
+    solution: str | None = None
+    answer: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is to be drawn: `count` completions of up to `limit` tokens after a prompt, by the "policy", the "base",
+    the policy's "greedy" choice, or a "mixture" with `share` of the base in its logits.
+    """
+
+    prompt_ids: list[int]
+    count: int
+    who: str = "policy"
+    limit: int | None = None
+    share: float = 0.0
+
+
+class Scorer(Protocol):
+    """Rewards of completions."""
+
+    def __call__(self, prompts: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[float]:
+        """One number for each, given the numbers of their prompts."""
+
+    def objectives(self, prompts: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The terms of the reward, each as one list."""
+
+
+class Source(Protocol):
+    """What collecting needs of an engine."""
+
+    def draw(self, asks: Sequence[Ask], seed: int) -> list[list[list[int]]]: ...
+
+    def read(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], who: str) -> list[list[float]]: ...
+
+    def entropies(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]: ...
+
+    def lines(self, tokens: Sequence[int]) -> list[int]:
+        """How many tokens each line of a completion has."""
+
+    def hinted(self, number: int, text: str) -> list[int]:
+        """Token ids of a prompt with the beginning of an answer."""
+
+    def criticised(self, number: int, tokens: Sequence[int]) -> list[int]:
+        """Token ids of a prompt that asks for a critique of an answer and for a better one."""
+
+    def signal(self, number: int) -> float:
+        """The angle signal of a prompt."""
+
+
+class Collector:
+    """Makes the clusters of a round. `memory` is what it has seen of earlier ones; JSON can hold it."""
+
+    def __init__(self, source: Source, rows: Sequence[Row], settings: PolicySettings, score: Scorer | None) -> None:
+        self.source, self.rows, self.settings, self.score = source, list(rows), settings, score
+        self.memory: dict[str, Any] = {}
+
+    # ---- which prompts
+
+    def _batch(self, number: int) -> list[int]:
+        """Numbers of a round's prompts."""
+        settings, count = self.settings, len(self.rows)
+        if settings.schedule == "gap_split" and number > 0 and self.memory.get("hard"):
+            return self._turn(self.memory["hard"], number - 1)
+        if not settings.fresh or settings.schedule == "gap_split":
+            return list(range(count))
+        if settings.schedule == "gain":
+            return self._near(number)
+        return self._turn(list(range(count)), number)
+
+    def _turn(self, among: Sequence[int], number: int) -> list[int]:
+        """A batch of `among`, in a new order for each pass."""
+        size = min(self.settings.batch_size, len(among))
+        first, found = number * size, []
+        orders: dict[int, list[int]] = {}
+        for at in range(first, first + size):
+            turn = at // len(among)
+            if turn not in orders:
+                orders[turn] = Random(self.settings.seed * 7919 + turn).sample(list(among), len(among))
+            found.append(orders[turn][at % len(among)])
+        return found
+
+    def _near(self, number: int) -> list[int]:
+        """Prompts near the place of the curriculum, in the order of their signals."""
+        if "signals" not in self.memory:
+            self.memory |= {"signals": [self.source.signal(i) for i in range(len(self.rows))], "place": 0.0}
+        signals = self.memory["signals"]
+        order = sorted(range(len(signals)), key=lambda i: -signals[i])
+        weights = schedules.near(len(order), self.memory["place"], self.settings.gain_width)
+        draw = Random(self.settings.seed * 7919 + number)
+        size = min(self.settings.batch_size, len(order))
+        return [order[i] for i in schedules.without_replacement(weights, size, draw)]
+
+    def _counts(self, batch: Sequence[int]) -> list[int]:
+        settings = self.settings
+        if settings.schedule == "knapsack":
+            rates = self.memory.get("rates", {})
+            budget = len(batch) * settings.group_size
+            seen = [rates.get(str(i)) for i in batch]
+            return schedules.knapsack(seen, budget, most=2 * settings.group_size)
+        own = settings.group_size - (1 if settings.schedule == "refine" or settings.with_ == "gold" else 0)
+        return [own] * len(batch)
+
+    # ---- samples
+
+    def collect(self, number: int, sampling: bool, opponents: dict[int, list[float]] | None) -> list[Cluster]:
+        """Clusters with their rewards and constants."""
+        if not sampling:
+            made = [
+                Cluster(i, [Completion(row.prompt_ids, t, role, score, score) for t, role, score in row.given])
+                for i, row in enumerate(self.rows)
+            ]
+            self.constants(made)
+            return made
+        batch = self._batch(number)
+        made = self._drawn(batch, number, 0)
+        if self.settings.schedule == "dynamic":
+            made = self._mixed(made, number)
+        if self.settings.schedule == "hints":
+            self._hint(made, number)
+        if self.settings.schedule == "refine":
+            self._refine(made, number)
+        if self.settings.with_ == "opponents":
+            faced = self.opponents(number) if opponents is None else opponents
+            for cluster in made:
+                cluster.opponents = faced[cluster.prompt]
+        for cluster in made:
+            cluster.round = number
+        self.constants(made)
+        self._remember(made)
+        return made
+
+    def _seed(self, number: int, part: int) -> int:
+        return (self.settings.seed * 100_003 + number) * 31 + part
+
+    def _drawn(self, batch: Sequence[int], number: int, part: int) -> list[Cluster]:
+        settings = self.settings
+        counts = self._counts(batch)
+        if settings.with_ == "guide":
+            made = self._guided(batch, counts, number)
+        else:
+            asks = [Ask(self.rows[i].prompt_ids, n, settings.sampler) for i, n in zip(batch, counts, strict=True)]
+            drawn = self.source.draw(asks, self._seed(number, part))
+            made = [
+                Cluster(i, [Completion(self.rows[i].prompt_ids, tokens) for tokens in group])
+                for i, group in zip(batch, drawn, strict=True)
+            ]
+        if settings.with_ == "gold":
+            for cluster in made:
+                gold = [
+                    Completion(self.rows[cluster.prompt].prompt_ids, t, "gold")
+                    for t, _, _ in self.rows[cluster.prompt].given
+                ]
+                cluster.completions = gold + cluster.completions
+        if settings.with_ == "greedy":
+            asks = [Ask(self.rows[i].prompt_ids, 1, "greedy") for i in batch]
+            for cluster, group in zip(made, self.source.draw(asks, self._seed(number, 20)), strict=True):
+                cluster.completions.append(Completion(cluster.completions[0].prompt_ids, group[0], "greedy"))
+                cluster.anchor = len(cluster.completions) - 1
+        self._scored(made)
+        return made
+
+    def _scored(self, clusters: Sequence[Cluster]) -> None:
+        if self.score is None:
+            return
+        everyone = [(cluster.prompt, c) for cluster in clusters for c in cluster.completions]
+        numbers, tokens = [i for i, _ in everyone], [c.tokens for _, c in everyone]
+        for (_, c), value in zip(everyone, self.score(numbers, tokens), strict=True):
+            c.reward = c.reward_seen = value
+        if self.settings.advantage == "weighted":
+            terms = self.score.objectives(numbers, tokens)
+            for k, (_, c) in enumerate(everyone):
+                c.terms = [term[k] for term in terms]
+
+    def _guided(self, batch: Sequence[int], counts: Sequence[int], number: int) -> list[Cluster]:
+        """Samples that begin with another's tokens: the guide's ("ppo++") or the policy's ("aggrevated")."""
+        settings, draw = self.settings, Random(self._seed(number, 40))
+        first, second = ("base", "policy") if settings.roll_in == "ppo++" else ("policy", "base")
+        owners = [i for i, n in zip(batch, counts, strict=True) for _ in range(n)]
+        begun = self.source.draw([Ask(self.rows[i].prompt_ids, 1, first) for i in owners], self._seed(number, 0))
+        starts = [rounds.rolled_in(len(group[0]), settings.roll_in_share, draw) for group in begun]
+        ahead = [group[0][:h] for group, h in zip(begun, starts, strict=True)]
+        if settings.roll_in == "aggrevated":
+            ahead = [group[0] if h == 0 else kept for group, h, kept in zip(begun, starts, ahead, strict=True)]
+        asks = [
+            Ask([*self.rows[i].prompt_ids, *kept], 1, second, max(1, settings.max_new_tokens - len(kept)))
+            for i, kept in zip(owners, ahead, strict=True)
+        ]
+        ended = self.source.draw(asks, self._seed(number, 1))
+        made = {i: Cluster(i, []) for i in batch}
+        for i, h, kept, group in zip(owners, starts, ahead, ended, strict=True):
+            whole = h == 0 and settings.roll_in == "aggrevated"
+            tokens = kept if whole else [*kept, *group[0]]
+            mask = rounds.ROLL_INS[settings.roll_in](len(tokens), h)
+            made[i].completions.append(Completion(self.rows[i].prompt_ids, tokens, mask=mask))
+        return list(made.values())
+
+    def _mixed(self, made: list[Cluster], number: int) -> list[Cluster]:
+        """Groups that are not constant, with others drawn in place of those that are, as far as a few draws go."""
+        wanted, found = len(made), list[Cluster]()
+        order = Random(self._seed(number, 50)).sample(range(len(self.rows)), len(self.rows))
+        for part in range(1, DRAWS + 1):
+            keep = schedules.informative([[c.reward for c in cluster.completions] for cluster in made])
+            found += [made[i] for i in keep]
+            used = {cluster.prompt for cluster in found}
+            others = [i for i in order if i not in used][: wanted - len(found)]
+            if len(found) >= wanted or not others or part == DRAWS:
+                break
+            order = [i for i in order if i not in others] + others
+            made = self._drawn(others, number, part + 1)
+        return found[:wanted] or made
+
+    def _hint(self, made: list[Cluster], number: int) -> None:
+        """Where a whole group is wrong, samples after the beginning of a solution take its place, more of it each time."""
+        for part, share in enumerate((0.25, 0.5, 0.75), 1):
+            failed = [
+                c for c in made if self.rows[c.prompt].solution and all(x.reward_seen <= 0 for x in c.completions)
+            ]
+            if not failed:
+                return
+            ids = [
+                self.source.hinted(c.prompt, schedules.hint(str(self.rows[c.prompt].solution), share)) for c in failed
+            ]
+            drawn = self.source.draw([Ask(x, self.settings.group_size) for x in ids], self._seed(number, part))
+            for cluster, prompt_ids, group in zip(failed, ids, drawn, strict=True):
+                cluster.completions = [Completion(prompt_ids, tokens) for tokens in group]
+            self._scored(failed)
+
+    def _refine(self, made: list[Cluster], number: int) -> None:
+        """One refinement a group: the first right one, else the best; it is learnt from after the plain prompt."""
+        asks, owners = [], []
+        for cluster in made:
+            failed = [c for c in cluster.completions if c.reward_seen <= 0] or cluster.completions[:1]
+            for c in failed[:2]:
+                owners.append(cluster)
+                asks.append(Ask(self.source.criticised(cluster.prompt, c.tokens), 1))
+        drawn = self.source.draw(asks, self._seed(number, 60))
+        tried = [
+            Cluster(c.prompt, [Completion(self.rows[c.prompt].prompt_ids, g[0], "refined")])
+            for c, g in zip(owners, drawn, strict=True)
+        ]
+        self._scored(tried)
+        for cluster in made:
+            mine = [t.completions[0] for t, owner in zip(tried, owners, strict=True) if owner is cluster]
+            right = [c for c in mine if c.reward_seen > 0]
+            cluster.completions.append(right[0] if right else max(mine, key=lambda c: c.reward_seen))
+
+    def opponents(self, number: int) -> dict[int, list[float]]:
+        """Rewards of what samples are compared with, by prompt."""
+        assert self.score is not None
+        batch, share = self._batch(number), self.settings.opponent
+        who = "mixture" if share > 0 else "policy"
+        asks = [Ask(self.rows[i].prompt_ids, self.settings.group_size, who, share=share) for i in batch]
+        drawn = self.source.draw(asks, self._seed(number, 70))
+        owners = [i for i, group in zip(batch, drawn, strict=True) for _ in group]
+        values = iter(self.score(owners, [tokens for group in drawn for tokens in group]))
+        return {i: [next(values) for _ in group] for i, group in zip(batch, drawn, strict=True)}
+
+    # ---- constants
+
+    def constants(self, clusters: Sequence[Cluster]) -> None:
+        """Log-probabilities under the policy as it is, which sampled or is the last round's, and under the base."""
+        everyone = [c for cluster in clusters for c in cluster.completions]
+        pairs = [(c.prompt_ids, c.tokens) for c in everyone]
+        base = self.source.read(pairs, "base")
+        policy = self.source.read(pairs, "policy") if self._reads_policy else base
+        for c, ref, now in zip(everyone, base, policy, strict=True):
+            c.ref = ref
+            c.old = ref if self.settings.sampler == "base" else now
+            c.prev = now
+
+    @property
+    def _reads_policy(self) -> bool:
+        sampled = self.score is not None or self.settings.with_ == "gold"
+        return sampled or bool(self.settings.prox) or not self.settings.sequences
+
+    def reread(self, clusters: Sequence[Cluster], name: str) -> None:
+        """Another policy's log-probabilities, whose weights are in place now, as `name`."""
+        everyone = [c for cluster in clusters for c in cluster.completions]
+        for c, found in zip(
+            everyone, self.source.read([(c.prompt_ids, c.tokens) for c in everyone], "policy"), strict=True
+        ):
+            setattr(c, name, found)
+
+    def _remember(self, clusters: Sequence[Cluster]) -> None:
+        """What later rounds ask: success rates, the place of a curriculum."""
+        own = {c.prompt: [x.reward_seen > 0 for x in c.completions if x.role == "own"] for c in clusters}
+        rates = {str(i): sum(right) / len(right) for i, right in own.items() if right}
+        if self.settings.schedule == "knapsack":
+            self.memory["rates"] = {**self.memory.get("rates", {}), **rates}
+        if self.settings.schedule == "gain":
+            accuracy = sum(rates.values()) / max(1, len(rates))
+            signals = [self.memory["signals"][c.prompt] for c in clusters]
+            angle = sum(signals) / len(signals)
+            moved = schedules.moved(self.memory["place"], accuracy, angle, size=self.settings.gain_size)
+            self.memory["place"] = min(moved, float(len(self.rows) - 1))
+        if self.settings.surrogate == "entropy_smooth":
+            everyone = [c for cluster in clusters for c in cluster.completions]
+            found = self.source.entropies([(c.prompt_ids, c.tokens) for c in everyone])
+            mean = sum(map(sum, found)) / max(1, sum(map(len, found)))
+            seen = int(self.memory.get("batches", 0))
+            before = float(self.memory.get("entropy") or 0.0)
+            self.memory |= {"entropy": (before * seen + mean) / (seen + 1), "batches": seen + 1}
+
+    # ---- what they are worth
+
+    def judge(self, clusters: list[Cluster], number: int, sequences: bool) -> list[Cluster]:
+        """Pairs and advantages; clusters that teach nothing are left out."""
+        for cluster in clusters:
+            self._compared(cluster)
+        if self.settings.filter != "none":
+            self._filtered(clusters, number)
+        if self.settings.drop_constant:
+            clusters = [c for c in clusters if len({x.reward for x in c.completions}) > 1]
+        if sequences:
+            return self._paired(clusters, number)
+        return self._credited(clusters) if clusters else []
+
+    def _compared(self, cluster: Cluster) -> None:
+        """The reward as the judge sees it."""
+        own = [c for c in cluster.completions if c.role != "greedy"]
+        values = torch.tensor([c.reward_seen for c in own], dtype=torch.float64)
+        kind = self.settings.judge
+        if kind == "winrate":
+            found = (values.unsqueeze(1) - values).sigmoid().mean(1)
+        elif kind == "opponents":
+            found = (values.unsqueeze(1) - torch.tensor(cluster.opponents, dtype=torch.float64)).sigmoid().mean(1) - 0.5
+        elif kind == "soft_value":
+            found = values - soft_value(values, self.settings.beta)
+        else:
+            found = values
+        for c, value in zip(own, found.tolist(), strict=True):
+            c.reward = value
+
+    def _filtered(self, clusters: list[Cluster], number: int) -> None:
+        """Samples drawn again, with replacement, by the filter's weights."""
+        draw = Random(self._seed(number, 80))
+        for cluster in clusters:
+            values = torch.tensor([c.reward for c in cluster.completions], dtype=torch.float64)
+            weights = rules.sample_weights(values, self.settings.filter).tolist()
+            picked = draw.choices(cluster.completions, weights, k=len(cluster.completions))
+            cluster.completions = [replace(c) for c in picked]
+
+    def _paired(self, clusters: list[Cluster], number: int) -> list[Cluster]:
+        settings = self.settings
+        draw = Random(self._seed(number, 90))
+        options = chosen(settings, rounds.margin) if settings.pairing == "margin" else {}
+        for cluster in clusters:
+            scores = [c.reward for c in cluster.completions]
+            roles = [c.role for c in cluster.completions]
+            if roles == ["chosen", "rejected"]:
+                cluster.pairs = [(0, 1)]
+                continue
+            cluster.pairs = rounds.PAIRINGS[settings.pairing](scores, roles, draw, **options)
+            if settings.pairing == "random_two":
+                cluster.preference = [
+                    float(torch.tensor(scores[i] - scores[j], dtype=torch.float64).sigmoid()) for i, j in cluster.pairs
+                ]
+        if settings.schedule == "gap_split":
+            clusters = self._split(clusters)
+        if settings.link in PAIR_LINKS:
+            clusters = [cluster for cluster in clusters if cluster.pairs]
+            clusters = [self._trimmed(c) for c in clusters]
+        if settings.anchor in ("chosen", "chosen_mean"):
+            for cluster in clusters:
+                cluster.anchor = cluster.pairs[0][0]
+        return clusters
+
+    def _split(self, clusters: list[Cluster]) -> list[Cluster]:
+        """The easy pairs; the prompts of the hard ones are remembered."""
+        paired = [c for c in clusters if c.pairs]
+        gaps = [abs(c.completions[c.pairs[0][0]].reward - c.completions[c.pairs[0][1]].reward) for c in paired]
+        if not gaps:
+            return []
+        easy, hard = rounds.gap_split(gaps)
+        flat = [c.prompt for c in clusters if not c.pairs]
+        self.memory["hard"] = [paired[i].prompt for i in hard] + flat or [c.prompt for c in paired]
+        return [paired[i] for i in easy]
+
+    def _trimmed(self, cluster: Cluster) -> Cluster:
+        """Without completions that no pair and no anchor looks at; ranks look at all."""
+        if self.settings.weight in ("rank", "others"):
+            return cluster
+        used = sorted(
+            {i for pair in cluster.pairs for i in pair}
+            | ({cluster.anchor} if self.settings.anchor == "greedy" else set())
+        )
+        place = {i: k for k, i in enumerate(used)}
+        pairs = [(place[i], place[j]) for i, j in cluster.pairs]
+        kept = [cluster.completions[i] for i in used]
+        return replace(cluster, completions=kept, pairs=pairs, anchor=place.get(cluster.anchor, 0))
+
+    def _credited(self, clusters: list[Cluster]) -> list[Cluster]:
+        everyone = [c for cluster in clusters for c in cluster.completions]
+        group = torch.tensor([k for k, cluster in enumerate(clusters) for _ in cluster.completions])
+        reward = torch.tensor([c.reward for c in everyone], dtype=torch.float64)
+        if self.settings.kl == "reward" and self.settings.beta + self.settings.prox:
+            reward = reward - torch.tensor([self._drift(c) for c in everyone], dtype=torch.float64)
+        seen = torch.tensor([c.reward_seen for c in everyone], dtype=torch.float64)
+        worth = self._worth(reward, group, everyone)
+        accuracy = rules.group_means((seen > 0).double(), group)
+        weight = rules.kl_weight(seen, group)
+        for c, a, right, w in zip(everyone, worth.tolist(), accuracy.tolist(), weight.tolist(), strict=True):
+            c.advantage, c.accuracy, c.kl = [a] * len(c.tokens), right, w
+        if self.settings.credit == "entropy_steps":
+            self._by_entropy(everyone)
+        if self.settings.credit == "turns":
+            self._by_turn(clusters)
+        if self.settings.advantage == "best":
+            for cluster in clusters:
+                cluster.completions = [c for c in cluster.completions if any(c.advantage)]
+            clusters = [cluster for cluster in clusters if cluster.completions]
+        return clusters
+
+    def _drift(self, c: Completion) -> float:
+        s = self.settings
+        return s.beta * (sum(c.old) - sum(c.ref)) + s.prox * (sum(c.old) - sum(c.prev))
+
+    def _worth(self, reward: Tensor, group: Tensor, everyone: Sequence[Completion]) -> Tensor:
+        rule = self.settings.advantage or "none"
+        if rule == "weighted":
+            terms = torch.tensor([c.terms for c in everyone], dtype=torch.float64).T
+            options = chosen(self.settings, rules.weighted)
+            return rules.weighted(terms, group, weights=[1.0] * len(terms), **options)
+        options = chosen(self.settings, rules.ADVANTAGES[rule])
+        if rule == "length_factor":
+            options["length"] = torch.tensor([len(c.tokens) for c in everyone])
+        if rule == "bundle":
+            held = self.memory.get("quantiles")
+            totals = rules.bundle_totals(reward, group, options.get("bundle_size", 5))
+            if held is None:
+                held = totals.quantile(torch.tensor([0.2, 0.8], dtype=totals.dtype)).tolist()
+            options["quantiles"] = (held[0], held[1])
+            self.memory["quantiles"] = [
+                rules.tracked(q, level, totals) for q, level in zip(held, (0.2, 0.8), strict=True)
+            ]
+        return rules.ADVANTAGES[rule](reward, group, **options)
+
+    def _by_entropy(self, everyone: Sequence[Completion]) -> None:
+        found = self.source.entropies([(c.prompt_ids, c.tokens) for c in everyone])
+        sizes = [self.source.lines(c.tokens) for c in everyone]
+        means = [[sum(part) / len(part) for part in _cut(row, lines)] for row, lines in zip(found, sizes, strict=True)]
+        options = chosen(self.settings, rules.entropy_steps)
+        steps = rules.entropy_steps([c.advantage[0] for c in everyone], means, **options)
+        for c, lines, values in zip(everyone, sizes, steps, strict=True):
+            c.advantage = [v for v, n in zip(values, lines, strict=True) for _ in range(n)]
+
+    def _by_turn(self, clusters: Sequence[Cluster]) -> None:
+        """How much likelier each line makes the right answer, which is read after it."""
+        asks, places = [], []
+        for k, cluster in enumerate(clusters):
+            answer = self.rows[cluster.prompt].answer
+            for i, c in enumerate(cluster.completions):
+                lines = self.source.lines(c.tokens)
+                ends = [sum(lines[: t + 1]) for t in range(len(lines) - 1)]
+                for end in [0, *ends]:
+                    asks.append(([*c.prompt_ids, *c.tokens[:end]], answer))
+                    places.append((k, i))
+        read = self.source.read(asks, "policy")
+        seen: dict[tuple[int, int], list[float]] = {}
+        for place, logs in zip(places, read, strict=True):
+            seen.setdefault(place, []).append(float(torch.tensor(sum(logs) / len(logs), dtype=torch.float64).exp()))
+        options = chosen(self.settings, rules.turns)
+        for k, cluster in enumerate(clusters):
+            rows = [seen[(k, i)] for i in range(len(cluster.completions))]
+            final = [c.reward for c in cluster.completions]
+            worth = rules.turns([row[1:] for row in rows], rows[0][0], final, **options)
+            for c, values in zip(cluster.completions, worth, strict=True):
+                c.advantage = [v for v, n in zip(values, self.source.lines(c.tokens), strict=True) for _ in range(n)]
+
+
+def _cut(row: Sequence[float], sizes: Sequence[int]) -> list[list[float]]:
+    found, at = [], 0
+    for size in sizes:
+        found.append(list(row[at : at + size]))
+        at += size
+    return found
