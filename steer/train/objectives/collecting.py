@@ -322,7 +322,8 @@ class Collector:
             setattr(c, name, found)
 
     def _remember(self, clusters: Sequence[Cluster]) -> None:
-        """What later rounds ask: success rates, the place of a curriculum."""
+        """What reports and later rounds ask: how the samples were, success rates, the place of a curriculum."""
+        self.memory["figures"] = figures_of(clusters, scored=self.score is not None)
         own = {c.prompt: [x.reward_seen > 0 for x in c.completions if x.role == "own"] for c in clusters}
         rates = {str(i): sum(right) / len(right) for i, right in own.items() if right}
         if self.settings.schedule == "knapsack":
@@ -506,6 +507,26 @@ class Collector:
             worth = rules.turns([row[1:] for row in rows], rows[0][0], final, **options)
             for c, values in zip(cluster.completions, worth, strict=True):
                 c.advantage = [v for v, n in zip(values, self.source.lines(c.tokens), strict=True) for _ in range(n)]
+
+
+def figures_of(clusters: Sequence[Cluster], scored: bool) -> dict[str, float]:
+    """What a round's own samples were like: mean and best reward, KL to the base and entropy of a token as the samples
+    themselves estimate them, length.
+    """
+    groups = [[c for c in cluster.completions if c.role == "own"] for cluster in clusters]
+    own = [c for group in groups for c in group]
+    tokens = sum(len(c.tokens) for c in own)
+    if not own:
+        return {}
+    found = {
+        "length": tokens / len(own),
+        "entropy": -sum(sum(c.old) for c in own) / tokens,
+        "kl": sum(sum(c.old) - sum(c.ref) for c in own) / len(own),
+    }
+    if not scored:
+        return found
+    best = [max(c.reward_seen for c in group) for group in groups if group]
+    return {"reward": sum(c.reward_seen for c in own) / len(own), "reward_best": sum(best) / len(best), **found}
 
 
 def _cut(row: Sequence[float], sizes: Sequence[int]) -> list[list[float]]:

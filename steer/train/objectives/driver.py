@@ -1,4 +1,4 @@
-"""The driver of rows: sample, score, keep, fit, next round; the same for every method, on anything that can do four things.
+"""The driver of rows: sample, score, keep, fit, next round; the same for every method and engine.
 
 Samples and constants of a round are written to a file before it is trained on, weights and optimizer about ten times in
 a run; a run that was stopped goes on from there to the same result. All randomness depends on the seed, the number of
@@ -111,14 +111,14 @@ class Driver:
         self.optimizer = self._optimizer()
         self.previous = self._snapshot()
         path = None if self.work is None else self.work / "state.safetensors"
-        number, step = self._resumed(path)
+        first, step = self._resumed(path)
         span = max(1, -(-self.total_rounds // 10))
-        for number in range(number, self.total_rounds):
+        for number in range(first, self.total_rounds):
             if not self.fresh and step == 0 and number > 0:
                 self.optimizer = self._optimizer()
             clusters = self._round(number, step)
             trained = self._kept(number, clusters)
-            if not self.fresh or self.settings.schedule == "gap_split" and number == 0:
+            if not self.fresh or (self.settings.schedule == "gap_split" and number == 0):
                 allowed = "a reward that is not the same on all samples of a prompt"
                 check(bool(trained), "reward", f"no pair to learn from in round {number + 1}", allowed)
             before = None
@@ -129,7 +129,7 @@ class Driver:
             step = 0
             self._next(number, before)
             last = number + 1 == self.total_rounds
-            self._report(number, clusters, trained, last)
+            self._report(number, trained, last)
             if path is not None and ((number + 1) % span == 0 or last or not self.fresh):
                 self._save(path, number + 1, 0)
         return self.seen
@@ -151,9 +151,9 @@ class Driver:
         """The round's own clusters, from its file where there is one."""
         path = None if self.work is None else self.work / f"round-{number:04d}.json"
         two_step = self.settings.reference == "two_step" and number % 2 == 1
-        if self.settings.reference not in ("ema", "extrapolated") and step == 0 and not two_step:
-            if self.settings.schedule != "gap_split" or number <= 1:
-                self.previous = self._snapshot()
+        moves = self.settings.reference not in ("ema", "extrapolated") and not two_step
+        if moves and step == 0 and (self.settings.schedule != "gap_split" or number <= 1):
+            self.previous = self._snapshot()
         if path is not None and path.is_file():
             held = json.loads(path.read_text(encoding="utf-8"))
             self.collector.memory = held["memory"]
@@ -267,25 +267,16 @@ class Driver:
 
     # ---- reports and states
 
-    def _report(self, number: int, clusters: list[Cluster], trained: list[Cluster], last: bool) -> None:
+    def _report(self, number: int, trained: list[Cluster], last: bool) -> None:
         """What a round was like: of its own samples, and of the pairs that it was trained on, after it."""
-        own = [c for cluster in clusters for c in cluster.completions if c.role in ("own", "refined")]
-        figures: dict[str, float] = {"round": number}
-        if own:
-            tokens = sum(len(c.tokens) for c in own)
-            figures["reward"] = sum(c.reward_seen for c in own) / len(own)
-            figures["reward_best"] = _best(clusters)
-            figures["length"] = tokens / len(own)
-            figures["entropy"] = -sum(sum(c.old) for c in own) / max(1, tokens)
-            if all(c.ref for c in own):
-                figures["kl"] = sum(sum(c.old) - sum(c.ref) for c in own) / len(own)
+        figures: dict[str, float] = {"round": number, **self.collector.memory.get("figures", {})}
         everyone = [c for cluster in trained for c in cluster.completions]
-        here = sum(
-            len(cluster.completions) if cluster.round == number and self.settings.sampler == "policy" else 0
+        own = sum(
+            c.role in ("own", "greedy", "refined") and cluster.round == number and self.settings.sampler == "policy"
             for cluster in trained
+            for c in cluster.completions
         )
-        given = sum(c.role in ("gold", "chosen", "rejected", "given") for c in everyone)
-        figures["on_policy"] = max(0, here - given) / max(1, len(everyone)) if self.sampling else 0.0
+        figures["on_policy"] = own / max(1, len(everyone)) if self.sampling else 0.0
         pairs = [(cluster.completions[i], cluster.completions[j]) for cluster in trained for i, j in cluster.pairs][:64]
         if pairs and (not self.fresh or last):
             figures |= self._ranked(pairs, [p for c in trained for p in (c.preference or [1.0] * len(c.pairs))][:64])
@@ -343,13 +334,6 @@ class Driver:
                 self.old_rounds.append(from_json(json.loads(old.read_text(encoding="utf-8"))["clusters"]))
         self.tell(len(self.seen.loss), "")
         return number, int(saved.facts["step"])
-
-
-def _best(clusters: Sequence[Cluster]) -> float:
-    """The mean over prompts of the best reward."""
-    best = [max((c.reward_seen for c in cluster.completions if c.role == "own"), default=None) for cluster in clusters]
-    found = [x for x in best if x is not None]
-    return sum(found) / max(1, len(found))
 
 
 def _batches(count: int, size: int, updates: int, seed: int) -> list[list[int]]:

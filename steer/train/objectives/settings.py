@@ -152,12 +152,11 @@ class PolicySettings:
         self._fill({"loss": loss, "learning_rate": rate, "lora_alpha": 2 * self.lora_rank or None})
         self._check_driver()
         given = dict(self.options or {})
-        object.__setattr__(self, "options", {} if self.driver == "native" else self._optioned(preset, own, given))
+        object.__setattr__(self, "options", self._optioned(preset, own, given))
         if self.driver == "native":
             self._check_losses()
         else:
             self._check_rows()
-        check(self.driver != "native" or not given, "options", given, "none for TRL's trainer; or driver=rows")
         two = self.method == "kto" and self.loss == "kto"
         check_whole("batch_size", self.batch_size, 2 if two else 1)
 
@@ -168,7 +167,7 @@ class PolicySettings:
 
     def _optioned(self, preset: dict[str, Any], own: set[str], given: dict[str, Any]) -> dict[str, Any]:
         """Options of the chosen pieces: the method's, then the given ones, each as its piece annotates it."""
-        known = options_of(self)
+        known = {} if self.driver == "native" else options_of(self)
         mine = {k: v for k, v in preset.items() if k not in own and k in known}
         for name in given:
             allowed = ", ".join(known) or "none of these pieces"
@@ -413,10 +412,31 @@ def _taken(name: str, value: Any, hint: Any) -> Any:
         raise InputError(name, value, describe(hint) or error.errors()[0]["msg"]) from None
 
 
-def policy_settings(**given: Any) -> PolicySettings:
-    """`PolicySettings` of names and values, options of pieces among them; `with` is the field `with_`."""
-    own = {f.name for f in fields(PolicySettings)}  # type: ignore[arg-type]
-    values = {("with_" if name == "with" else name): value for name, value in given.items()}
+def policy_settings(base: PolicySettings | None = None, **given: Any) -> PolicySettings:
+    """`base`, or the defaults of the method, with what is given in its place: fields, and options of pieces by name.
+    None leaves a default; `with` is the field `with_`.
+    """
+    own = [f.name for f in fields(PolicySettings)]  # type: ignore[arg-type]
+    values = {("with_" if name == "with" else name): value for name, value in given.items() if value is not None}
     mine = {name: value for name, value in values.items() if name in own}
     options = {name: value for name, value in values.items() if name not in own}
-    return PolicySettings(**mine, **({"options": {**(mine.pop("options", None) or {}), **options}} if options else {}))
+    if base is not None:
+        kept = {name: getattr(base, name) for name in own if name not in _derived(mine)}
+        mine = {**kept, **mine}
+    check("method" in mine, "method", None, ", ".join(METHODS))
+    mine["options"] = {**(mine.get("options") or {}), **options}
+    try:
+        return PolicySettings(**mine)
+    except InputError as error:
+        if error.field != "setting of train_policy":
+            raise
+        close = meant(str(error.given), [*own, *str(error.allowed).split(", ")], 0.6)
+        raise InputError(error.field, error.given, f"{', '.join(own)}; {error.allowed}{close}") from None
+
+
+def _derived(changed: Mapping[str, Any]) -> set[str]:
+    """Fields that other fields fill in, and that have to be filled in again where those change."""
+    found = {"options"} if "driver" in changed else set()
+    if {"method", "lora_rank"} & set(changed):
+        found |= {"learning_rate", "lora_alpha", "loss", "driver", "options"}
+    return found | ({"loss"} if changed.get("driver") == "rows" else set())
