@@ -272,7 +272,7 @@ def turns(
     returns = []
     for row, last in zip(gold, final, strict=True):
         ahead, found = last, [last]
-        for now, before in zip(reversed(row), reversed([start, *row[:-1]]), strict=True):
+        for now, before in zip(reversed(row), reversed([start, *row][:-1]), strict=True):
             ahead = now - before + discount * ahead
             found.append(ahead)
         returns.append(found[::-1])

@@ -278,6 +278,8 @@ class Driver:
         )
         figures["on_policy"] = own / max(1, len(everyone)) if self.sampling else 0.0
         pairs = [(cluster.completions[i], cluster.completions[j]) for cluster in trained for i, j in cluster.pairs][:64]
+        if any(cluster.pairs for cluster in trained):
+            figures["pairs"] = sum(len(cluster.pairs) for cluster in trained)
         if pairs and (not self.fresh or last):
             figures |= self._ranked(pairs, [p for c in trained for p in (c.preference or [1.0] * len(c.pairs))][:64])
         self.seen.rounds.append({k: round(v, 6) for k, v in figures.items()})
