@@ -206,8 +206,9 @@ class Collector:
         numbers, tokens = [i for i, _ in everyone], [c.tokens for _, c in everyone]
         for (_, c), value in zip(everyone, self.score(numbers, tokens), strict=True):
             c.reward = c.reward_seen = value
-        if self.settings.advantage == "weighted":
+        if self.settings.advantage == "weighted" or self.settings.pairing == "disagree":
             terms = self.score.objectives(numbers, tokens)
+            check(len(terms) >= 2, "reward", "one term", "a sum of two terms or more, the objectives or judges")
             for k, (_, c) in enumerate(everyone):
                 c.terms = [term[k] for term in terms]
 
@@ -391,6 +392,9 @@ class Collector:
             if roles == ["chosen", "rejected"]:
                 cluster.pairs = [(0, 1)]
                 continue
+            if settings.pairing == "disagree":
+                scores, second = ([c.terms[k] for c in cluster.completions] for k in (0, 1))
+                options = {"second": second}
             cluster.pairs = rounds.PAIRINGS[settings.pairing](scores, roles, draw, **options)
             if settings.pairing == "random_two":
                 cluster.preference = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from textwrap import wrap
 from typing import Any
 
 __all__ = ["METHODS", "NUMBERED", "STUDIES", "Method", "table"]
@@ -140,7 +141,7 @@ METHODS: dict[str, Method] = {
         note="with constant steps its fixed point is near the Nash policy, not at it",
     ),
     "nash_mp": _iterated(
-        "Nash mirror prox, 2505.19731", link="square", target="reward", judge="opponents", with_="opponents", opponent=0.0,
+        "Nash mirror prox", link="square", target="reward", judge="opponents", with_="opponents", opponent=0.0,
         pairing="all", weight="others", reference="two_step", beta=0.1, prox=0.5, rounds=4,
         note="a practical form of ours: two regressions a step, both from the last policy",
     ),
@@ -201,7 +202,7 @@ METHODS: dict[str, Method] = {
     "filtered": _gradient("Policy filtration (PF-PPO), 2409.06957", filter="bw"),
     # 27-46: verifiable rewards
     "multi_objective": _gradient("Multi-objective GRPO (safety)", advantage="weighted", note="the terms of the reward are the objectives"),
-    "nft": _gradient("Negative-aware fine-tuning, 2505.18118", surrogate="nft", advantage="mean_only", drop_constant=True),
+    "nft": _gradient("Negative-aware fine-tuning", surrogate="nft", advantage="mean_only", drop_constant=True),
     "entropy_change": _gradient("STEER: token entropy change", surrogate="entropy_change"),
     "clip_cov": _gradient("Clip-Cov, 2505.22617", surrogate="clip_cov"),
     "kl_cov": _gradient("KL-Cov, 2505.22617", surrogate="kl_cov"),
@@ -251,23 +252,20 @@ def needs(method: Method) -> str:
     return fixed if method.native and fixed else f"{fixed} or {drawn}" if fixed else drawn
 
 
-def table() -> list[list[str]]:
-    """Rows of what `steer train policy --list` prints: name, paper, driver, data, pieces and defaults."""
-    rows = [["method", "driver", "data", "paper", "pieces and defaults"]]
+def table() -> str:
+    """What `steer train policy --list` prints: of each method its name, paper, driver, data, pieces and defaults."""
+    found = []
     for name, method in METHODS.items():
         driver = f"native ({method.trainer})" if method.native else "rows"
-        told = " ".join(
-            f"{key.rstrip('_')}={_shown(value)}" for key, value in method.pieces.items() if value is not None
-        )
-        rows.append([name, driver, needs(method), method.paper, told or " ".join(method.losses)])
-    return rows
+        pieces = [f"{key.rstrip('_')}={_shown(value)}" for key, value in method.pieces.items() if value is not None]
+        told = " ".join(pieces if not method.native else [f"loss={'|'.join(method.losses)}"])
+        lines = [f"{name:18}{method.paper}", f"{driver}; data: {needs(method)}", told, *([method.note] if method.note else [])]
+        found += [lines[0], *(f"{'':18}{part}" for line in lines[1:] for part in wrap(line, 100, break_on_hyphens=False))]
+    papers = [f"{name:18}{about}" for name, about in STUDIES.items()]
+    return "\n".join([*found, "", "Papers without an objective:", *papers])
 
 
 def _shown(value: Any) -> str:
-    return (
-        ",".join(map(str, value))
-        if isinstance(value, tuple)
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-    )
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)

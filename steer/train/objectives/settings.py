@@ -61,7 +61,7 @@ class PolicySettings:
     """What counts: the reward; how often a sample beats the others of its group, or the opponents, with probability
     sigmoid(r - r'); the reward less the soft value of its group.
     """
-    pairing: Literal["best_worst", "gold_own", "margin", "all", "ranked", "random_two"] = UNSET
+    pairing: Literal["best_worst", "gold_own", "margin", "all", "ranked", "random_two", "disagree"] = UNSET
     reference: Literal["previous", "none", "extrapolated", "soup", "ema", "two_step"] = UNSET
     """What `prox` pulls to: the policy as the round began, or moved beyond it, or a moving average; "soup" replaces the
     base by an average with a second policy; "none" has no reference at all.
