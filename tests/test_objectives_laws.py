@@ -49,7 +49,9 @@ def least(loss: Callable[[Tensor], Tensor], start: Tensor = REF) -> Tensor:
     return logits.detach().softmax(0)
 
 
-def of_pairs(weights: Tensor, m: Tensor, *, reward: Tensor = REWARD, preference: Tensor | None = None, **settings: Any) -> Any:
+def of_pairs(
+    weights: Tensor, m: Tensor, *, reward: Tensor = REWARD, preference: Tensor | None = None, **settings: Any
+) -> Any:
     """Expected loss over pairs, whose weights are `[3, 3]`."""
     pairs = [(i, j) for i in range(3) for j in range(3) if i != j and weights[i, j] > 0]
 
@@ -58,7 +60,9 @@ def of_pairs(weights: Tensor, m: Tensor, *, reward: Tensor = REWARD, preference:
         for i, j in pairs:
             two = torch.tensor([i, j])
             judged = None if preference is None else preference[i, j].unsqueeze(0)
-            group = Group(logp[two], m.log()[two], REF.log()[two], m.log()[two], reward[two], torch.ones(2), preference=judged)
+            group = Group(
+                logp[two], m.log()[two], REF.log()[two], m.log()[two], reward[two], torch.ones(2), preference=judged
+            )
             total = total + weights[i, j] * sequence_loss(group, **settings)
         return total
 
@@ -138,7 +142,10 @@ def test_optima_of_other_losses() -> None:
 def test_the_optimum_of_step_advantages() -> None:
     """With the soft value it is the softmax; the mean value leaves a target that is no law."""
     for beta, biased in ((1.0, (0.468882, 0.114110, 0.417008)), (0.5, (0.418014, 0.046242, 0.535745))):
-        for value, wanted in ((soft_value(REWARD, beta, REF.log()), SOFTMAX[beta]), (float((REF * REWARD).sum()), biased)):
+        for value, wanted in (
+            (soft_value(REWARD, beta, REF.log()), SOFTMAX[beta]),
+            (float((REF * REWARD).sum()), biased),
+        ):
 
             def loss(logp: Tensor, value: Any = value, beta: float = beta) -> Tensor:
                 parts = []
@@ -164,7 +171,9 @@ def of_two(ref: Tensor, p: float, **settings: Any) -> Tensor:
         for share, order in ((p, (0, 1)), (1 - p, (1, 0))):
             anchor = order.index(0) if settings.get("anchor") == "greedy" else 0
             pick = torch.tensor(order)
-            group = Group(logp[pick], ref.log()[pick], ref.log()[pick], ref.log()[pick], t(0, 0), torch.ones(2), anchor=anchor)
+            group = Group(
+                logp[pick], ref.log()[pick], ref.log()[pick], ref.log()[pick], t(0, 0), torch.ones(2), anchor=anchor
+            )
             total = total + share * sequence_loss(group, beta=1.0, **settings)
         return total
 
@@ -197,7 +206,11 @@ def nash(tau: float) -> Tensor:
 
 
 def test_the_regularised_nash_policy() -> None:
-    wanted = {1.0: (0.497328, 0.289690, 0.212982), 0.5: (0.489837, 0.283246, 0.226918), 0.2: (0.454442, 0.284732, 0.260826)}
+    wanted = {
+        1.0: (0.497328, 0.289690, 0.212982),
+        0.5: (0.489837, 0.283246, 0.226918),
+        0.2: (0.454442, 0.284732, 0.260826),
+    }
     for tau, law in wanted.items():
         assert near(nash(tau), law)
 
@@ -244,7 +257,9 @@ def test_nash_mirror_prox_goes_to_nash() -> None:
         assert near(pi, wanted)
 
 
-@pytest.mark.parametrize(("eta", "limit"), [(1.0, (0.494072, 0.279395, 0.226532)), (0.5, (0.491869, 0.281259, 0.226872))])
+@pytest.mark.parametrize(
+    ("eta", "limit"), [(1.0, (0.494072, 0.279395, 0.226532)), (0.5, (0.491869, 0.281259, 0.226872))]
+)
 def test_nash_md_stays_beside_nash(eta: float, limit: tuple[float, ...]) -> None:
     """Its gradient, the leave-one-out one with KL in the reward, vanishes at a biased point; not at Nash."""
 

@@ -296,3 +296,127 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert (straight / "report.json").read_text() == (resumed / "report.json").read_text()
     assert not list((tmp_path / "work").glob("*.tmp"))
+
+
+# ----------------------------------------------------------------------------------------------------- native and rows
+
+
+def trainers(
+    model: Any, tmp_path: Path, method: str, online: Any = None, **more: Any
+) -> tuple[Any, Any, Any, list[Any]]:
+    """TRL's trainer and our actor with one and the same adapter, away from its start."""
+    from steer.adapters.transformers.policy import trl as native
+    from steer.adapters.transformers.policy.actor import TextActor
+    from steer.adapters.transformers.policy.data import read_rows
+    from steer.train.objectives.settings import policy_settings
+
+    tuning = policy_settings(method=method, lora_rank=4, max_new_tokens=6, group_size=2, batch_size=4, **more)
+    data = read_rows(model, [{"prompt": p, **COLUMNS} for p in PROMPTS[:4]], tuning)
+    with native.quiet():
+        trainer = native._trainer(model, data, tuning, online, tmp_path / "run", tmp_path, False, ())
+    ours = policy_settings(tuning, driver="rows")
+    actor = TextActor(model, ours, PROMPTS[:4])
+    theirs = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in actor.weights().items():
+            p.add_(0.05 * torch.randn(p.shape, generator=draw))
+            theirs[name].copy_(p)
+    assert theirs.keys() == actor.weights().keys()
+    return trainer, actor, ours, data
+
+
+def same_gradients(trainer: Any, actor: Any) -> None:
+    theirs = {n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad}
+    for name, p in actor.weights().items():
+        torch.testing.assert_close(p.grad, theirs[name], atol=2e-6, rtol=2e-4)
+    assert max(float(p.grad.abs().max()) for p in actor.weights().values()) > 1e-3
+
+
+def test_dpo_is_that_of_trl(tiny_lm: Any, tmp_path: Path) -> None:
+    from steer.adapters.transformers.policy.data import stored
+    from steer.train.objectives.collecting import Collector
+    from steer.train.objectives.rows import batch_loss
+
+    trainer, actor, ours, data = trainers(tiny_lm, tmp_path, "dpo")
+    inputs = next(iter(trainer.get_train_dataloader()))
+    value = trainer.compute_loss(trainer.model, inputs)
+    value.backward()
+    collector = Collector(actor, [stored(row) for row in data], ours, None)
+    clusters = collector.judge(collector.collect(0, False, None), 0, True)
+    pairs = [(c.prompt_ids, c.tokens) for cluster in clusters for c in cluster.completions]
+    found = actor.learn(pairs, lambda logp, h: batch_loss(clusters, logp, h, ours), False)
+    assert found == pytest.approx(float(value), abs=1e-6)
+    same_gradients(trainer, actor)
+
+
+@pytest.mark.parametrize(("loss", "aggregate"), [("grpo", "sequence"), ("bnpo", "token")])
+def test_grpo_is_that_of_trl(tiny_lm: Any, tmp_path: Path, loss: str, aggregate: str) -> None:
+    """Clipped ratios of whole batches, with the plain k3 estimate of the KL, on the same samples."""
+    from steer.adapters.transformers.policy.trl import Online
+    from steer.rewards import as_reward
+    from steer.train.objectives.rows import Cluster, Completion, batch_loss
+
+    reward = as_reward(bright)
+    assert reward is not None
+    trainer, actor, ours, data = trainers(tiny_lm, tmp_path, "grpo", Online(PROMPTS[:4], reward), loss=loss)
+    from steer.train.objectives.settings import policy_settings
+
+    ours = policy_settings(ours, aggregate=aggregate)
+    draw = torch.Generator().manual_seed(0)
+    clusters = []
+    for number, row in enumerate(data):
+        group = []
+        for worth_ in (1.0, -0.7):
+            tokens = torch.randint(5, 40, (int(torch.randint(2, 7, (1,), generator=draw)),), generator=draw).tolist()
+            ref, now = (actor.read([(row["prompt_ids"], tokens)], who)[0] for who in ("base", "policy"))
+            old = (torch.tensor(now) + 0.3 * torch.randn(len(now), generator=draw)).tolist()
+            group.append(Completion(row["prompt_ids"], tokens, old=old, ref=ref, advantage=[worth_] * len(tokens)))
+        clusters.append(Cluster(number, group))
+    rows = [c for cluster in clusters for c in cluster.completions]
+    found = actor.learn([(c.prompt_ids, c.tokens) for c in rows], lambda x, h: batch_loss(clusters, x, h, ours), False)
+
+    def padded(values: list[list[Any]], left: bool = False) -> Tensor:
+        width = max(map(len, values))
+        return torch.tensor([[0] * (width - len(v)) + v if left else v + [0] * (width - len(v)) for v in values])
+
+    trainer.args.use_bias_correction_kl = False  # the papers have the plain estimate
+    inputs = {
+        "prompt_ids": padded([c.prompt_ids for c in rows], True),
+        "prompt_mask": padded([[1] * len(c.prompt_ids) for c in rows], True),
+        "completion_ids": padded([c.tokens for c in rows]),
+        "completion_mask": padded([[1] * len(c.tokens) for c in rows]),
+        "advantages": torch.tensor([c.advantage[0] for c in rows]),
+        "old_per_token_logps": padded([c.old for c in rows]),
+        "ref_per_token_logps": padded([c.ref for c in rows]),
+        "num_items_in_batch": torch.tensor(sum(len(c.tokens) for c in rows)),
+    }
+    trainer.current_gradient_accumulation_steps = 1
+    value = trainer._compute_loss(trainer.model, inputs)
+    value.backward()
+    assert found == pytest.approx(float(value), abs=1e-6)
+    same_gradients(trainer, actor)
+
+
+def test_parts_of_a_batch_have_the_gradient_of_the_whole(
+    tiny_lm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from steer.adapters.transformers.policy import actor as acting
+    from steer.adapters.transformers.policy.actor import TextActor
+    from steer.train.objectives.settings import policy_settings
+
+    rows = [(tiny_lm.encode(p), list(range(5, 5 + n))) for p, n in zip(PROMPTS, (2, 6, 3, 5, 4, 6, 1, 2), strict=True)]
+    seen = []
+    for budget in (10**9, 10 * tiny_lm.vocabulary):
+        monkeypatch.setattr(acting, "LOGITS", budget)
+        actor = TextActor(tiny_lm, policy_settings(method="entropy_smooth", lora_rank=4))
+
+        def loss(logp: Tensor, h: Tensor | None) -> Tensor:
+            assert h is not None
+            return (logp.sum(1).square().mean() - 0.3 * h.sum()) / 10
+
+        value = actor.learn(rows, loss, True)
+        seen.append((value, [p.grad.clone() for p in actor.weights().values() if p.grad is not None]))
+    assert seen[0][0] == pytest.approx(seen[1][0], rel=1e-5)
+    for a, b in zip(seen[0][1], seen[1][1], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)

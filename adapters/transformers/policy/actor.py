@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from steer.adapters.transformers.model import LanguageModel
 from steer.adapters.transformers.policy.trl import no_adapter, trainee
+from steer.core import UnsupportedError
 from steer.methods.rlg import RLGuidance
 from steer.train.objectives.collecting import Ask
 from steer.train.objectives.settings import PolicySettings
@@ -177,6 +178,9 @@ class TextActor:
     def hinted(self, number: int, text: str) -> list[int]:
         more = self.model.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [*self.model.encode(self.prompts[number]), *more]
+
+    def solved(self, number: int, text: str) -> list[int]:
+        raise UnsupportedError("inpainting needs a masked language model, which can fill in what stands between")
 
     def criticised(self, number: int, tokens: Sequence[int]) -> list[int]:
         prompt, answer = self.prompts[number], self.model.decode(list(tokens)) or "."

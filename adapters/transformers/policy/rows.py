@@ -13,24 +13,25 @@ from steer.adapters.transformers.model import LanguageModel
 from steer.adapters.transformers.policy.actor import TextActor, log_probs
 from steer.adapters.transformers.policy.data import stored
 from steer.adapters.transformers.policy.folder import averaged_network, save_network
-from steer.adapters.transformers.policy.trl import Online, scores, told_left_out
+from steer.adapters.transformers.policy.trl import Online, Speaking, scores, told_left_out
 from steer.core import Reward, check
 from steer.pictures.rounds import draw_rounds
 from steer.progress import ticking
 from steer.rewards.algebra import Combination
-from steer.train.objectives.driver import Driver, Fit
+from steer.train.objectives.collecting import Row, Scorer
+from steer.train.objectives.driver import Actor, Driver, Fit
 from steer.train.objectives.measures import read_ranking
 from steer.train.objectives.settings import PolicySettings
 from steer.train.policy_folder import thinned
 
-__all__ = ["fit_rows"]
+__all__ = ["Scores", "drive", "fit_rows", "rank_pairs"]
 
 
 @dataclass(frozen=True)
-class _Scores:
+class Scores:
     """Rewards of tokens, as the driver asks for them."""
 
-    model: LanguageModel
+    model: Speaking
     online: Online
 
     def __call__(self, prompts: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[float]:
@@ -70,15 +71,32 @@ def fit_rows(
     base = None if tuning.soup is None else averaged_network(model, Path(tuning.soup), tuning.soup_share)
     actor = TextActor(model, tuning, [] if online is None else online.prompts, base)
     left_out = told_left_out(actor.network, tuning)
-    score = None if online is None else _Scores(model, online)
+    score = None if online is None else Scores(model, online)
     data = [stored(row) for row in rows]
-    with tracked(report_to, work or folder, run) as log, ExitStack() as stack:
-        tick = stack.enter_context(ticking(progress, f"tuning by {tuning.method}", _updates(tuning, data, online)))
-        driver = Driver(actor, data, tuning, score, work=work, run=run, tell=tick, log=log)
-        seen = driver.run()
+    seen = drive(actor, data, tuning, score, folder, work, run, progress=progress, report_to=report_to)
     save_network(actor.network, model, folder)
+    return {**seen, **({"left_out": left_out} if left_out else {})}
+
+
+def drive(
+    actor: Actor,
+    rows: Sequence[Row],
+    tuning: PolicySettings,
+    score: Scorer | None,
+    folder: Path,
+    work: Path | None,
+    run: dict[str, Any],
+    *,
+    progress: bool = False,
+    report_to: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Train an actor by rounds, with a bar, trackers and a report in `folder`; returns what the card says."""
+    with tracked(report_to, work or folder, run) as log, ExitStack() as stack:
+        total = _updates(tuning, rows, score is not None)
+        tick = stack.enter_context(ticking(progress, f"tuning by {tuning.method}", total))
+        seen = Driver(actor, rows, tuning, score, work=work, run=run, tell=tick, log=log).run()
     write_report(folder, seen.rounds, seen.loss)
-    return {**_metrics(seen), **({"left_out": left_out} if left_out else {})}
+    return _metrics(seen)
 
 
 def rank_pairs(model: LanguageModel, network: Any, rows: Sequence[dict[str, Any]], beta: float) -> dict[str, float]:
@@ -92,12 +110,12 @@ def rank_pairs(model: LanguageModel, network: Any, rows: Sequence[dict[str, Any]
     return {f"ranking_{name}": round(value, 5) for name, value in asdict(found).items()}
 
 
-def _updates(tuning: PolicySettings, rows: Sequence[Any], online: Online | None) -> int:
+def _updates(tuning: PolicySettings, rows: Sequence[Any], scored: bool) -> int:
     """Updates of the run, about: rounds may leave rows out."""
     steps = tuning.total_steps(len(rows))
-    if tuning.fresh and online is not None:
+    if tuning.fresh and scored:
         return steps * tuning.updates
-    return steps * (tuning.rounds if online is not None or tuning.with_ == "gold" else 1)
+    return steps * (tuning.rounds if scored or tuning.with_ == "gold" else 1)
 
 
 def _metrics(seen: Fit) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -355,8 +355,16 @@ def _scorer(model: LanguageModel, online: Online) -> Callable[..., list[float]]:
     return reward
 
 
+class Speaking(Protocol):
+    """What scoring needs of a model."""
+
+    def show(self, prompt: Any) -> Any: ...
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+
 def scores(
-    model: LanguageModel, online: Online, prompts: Sequence[int], group: Sequence[int], tokens: Sequence[Sequence[int]]
+    model: Speaking, online: Online, prompts: Sequence[int], group: Sequence[int], tokens: Sequence[Sequence[int]]
 ) -> torch.Tensor:
     """Rewards `[N]` of generated `tokens` after the prompts numbered in `prompts`; raises unless they are finite."""
     samples = Samples(

@@ -19,6 +19,7 @@ __all__ = [
     "entropy_steps",
     "group_means",
     "group_sizes",
+    "group_spread",
     "group_std",
     "kl_weight",
     "leave_one_out",
@@ -42,7 +43,7 @@ def group_means(x: Tensor, group: Tensor) -> Tensor:
 
 
 def mean_only(reward: Tensor, group: Tensor) -> Tensor:
-    """`r - mean` of the group (Dr. GRPO): `(n - 1) / n` of `leave_one_out`."""
+    """`r - mean` of the group, of gains `[..., N]` (Dr. GRPO): `(n - 1) / n` of `leave_one_out`."""
     return reward - group_means(reward, group)
 
 
@@ -60,9 +61,14 @@ def group_std(reward: Tensor, group: Tensor, *, ddof: int = 1, epsilon: float = 
     """`(r - mean) / (std + epsilon)` of the group (GRPO, Shao et al. 2024); 0 where a group is constant. Biased: the
     expected direction is not that of the mean reward.
     """
+    return mean_only(reward, group) / (group_spread(reward, group, ddof) + epsilon)
+
+
+def group_spread(reward: Tensor, group: Tensor, ddof: int = 1) -> Tensor:
+    """Standard deviation of each row's group `[N]`."""
     size = group_sizes(group).to(reward)
     square = group_means(mean_only(reward, group).square(), group) * size / (size - ddof).clamp_min(1)
-    return mean_only(reward, group) / (square.sqrt() + epsilon)
+    return square.sqrt()
 
 
 def batch_std(reward: Tensor, group: Tensor, *, epsilon: float = 1e-4, centred: bool = False) -> Tensor:

@@ -24,6 +24,8 @@ __all__ = ["Ask", "Collector", "Row", "Scorer", "Source"]
 
 DRAWS = 4
 """How often the schedule "dynamic" draws prompts in place of those whose groups are constant."""
+CHUNK, SURPRISING = 4, 0.2
+"""Of the schedule "inpaint": tokens of a chunk, and the share of given tokens that are learnt from."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Ask:
     who: str = "policy"
     limit: int | None = None
     share: float = 0.0
+    canvas: tuple[tuple[int, int], ...] = ()
+    """Of a masked model: positions and the tokens that stand there from the start."""
 
 
 class Scorer(Protocol):
@@ -79,6 +83,9 @@ class Source(Protocol):
 
     def hinted(self, number: int, text: str) -> list[int]:
         """Token ids of a prompt with the beginning of an answer."""
+
+    def solved(self, number: int, text: str) -> list[int]:
+        """Tokens of a solution, no more than a completion has."""
 
     def criticised(self, number: int, tokens: Sequence[int]) -> list[int]:
         """Token ids of a prompt that asks for a critique of an answer and for a better one."""
@@ -159,6 +166,8 @@ class Collector:
             self._hint(made, number)
         if self.settings.schedule == "refine":
             self._refine(made, number)
+        if self.settings.schedule == "inpaint":
+            self._inpaint(made, number)
         if self.settings.with_ == "opponents":
             faced = self.opponents(number) if opponents is None else opponents
             for cluster in made:
@@ -284,6 +293,34 @@ class Collector:
             mine = [t.completions[0] for t, owner in zip(tried, owners, strict=True) if owner is cluster]
             right = [c for c in mine if c.reward_seen > 0]
             cluster.completions.append(right[0] if right else max(mine, key=lambda c: c.reward_seen))
+
+    def _inpaint(self, made: list[Cluster], number: int) -> None:
+        """Where a whole group is wrong, completions around parts of a solution, of which the right ones take the place
+        of wrong ones, up to half of the group. Of the tokens that were given only those at which the policy is least
+        sure are learnt from.
+        """
+        failed = [c for c in made if self.rows[c.prompt].solution and all(x.reward_seen <= 0 for x in c.completions)]
+        draw, asks = Random(self._seed(number, 30)), []
+        for cluster in failed:
+            tokens = self.source.solved(cluster.prompt, str(self.rows[cluster.prompt].solution))
+            for _ in range(len(cluster.completions) // 2):
+                fixed = schedules.fixed_chunks(len(tokens), CHUNK, draw)
+                canvas = tuple((t, tokens[t]) for t in fixed)
+                asks.append((cluster, Ask(self.rows[cluster.prompt].prompt_ids, 1, canvas=canvas)))
+        drawn = self.source.draw([ask for _, ask in asks], self._seed(number, 31)) if asks else []
+        tried = [Cluster(c.prompt, [Completion(a.prompt_ids, g[0])]) for (c, a), g in zip(asks, drawn, strict=True)]
+        self._scored(tried)
+        entropies = self.source.entropies([(t.completions[0].prompt_ids, t.completions[0].tokens) for t in tried])
+        for (cluster, ask), found, entropy in zip(asks, tried, entropies, strict=True):
+            new = found.completions[0]
+            wrong = [i for i, c in enumerate(cluster.completions) if c.reward_seen <= 0]
+            if new.reward_seen <= 0 or not wrong:
+                continue
+            given = [t for t, _ in ask.canvas]
+            sure = schedules.top_entropy(torch.tensor([entropy[t] for t in given]), SURPRISING)
+            left = {t for t, kept in zip(given, sure.tolist(), strict=True) if not kept}
+            new.mask = [t not in left for t in range(len(new.tokens))]
+            cluster.completions[wrong[0]] = new
 
     def opponents(self, number: int) -> dict[int, list[float]]:
         """Rewards of what samples are compared with, by prompt."""

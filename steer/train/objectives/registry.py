@@ -259,8 +259,16 @@ def table() -> str:
         driver = f"native ({method.trainer})" if method.native else "rows"
         pieces = [f"{key.rstrip('_')}={_shown(value)}" for key, value in method.pieces.items() if value is not None]
         told = " ".join(pieces if not method.native else [f"loss={'|'.join(method.losses)}"])
-        lines = [f"{name:18}{method.paper}", f"{driver}; data: {needs(method)}", told, *([method.note] if method.note else [])]
-        found += [lines[0], *(f"{'':18}{part}" for line in lines[1:] for part in wrap(line, 100, break_on_hyphens=False))]
+        lines = [
+            f"{name:18}{method.paper}",
+            f"{driver}; data: {needs(method)}",
+            told,
+            *([method.note] if method.note else []),
+        ]
+        found += [
+            lines[0],
+            *(f"{'':18}{part}" for line in lines[1:] for part in wrap(line, 100, break_on_hyphens=False)),
+        ]
     papers = [f"{name:18}{about}" for name, about in STUDIES.items()]
     return "\n".join([*found, "", "Papers without an objective:", *papers])
 
