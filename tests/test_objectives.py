@@ -652,10 +652,10 @@ def test_hints_and_canvas() -> None:
 
 def test_ranking_accuracy() -> None:
     w, n_w = t(-12, -9, -20, -15), t(6, 5, 12, 8)
-    l, n_l = t(-9, -12, -18, -15.5), t(4, 8, 10, 8)
-    assert measures.ranking_accuracy(w, l) == 0.5
-    assert measures.ranking_accuracy(w, l, (n_w, n_l)) == 0.75
-    threshold = measures.dpo_threshold(w, l, 0.1)
+    lost, n_l = t(-9, -12, -18, -15.5), t(4, 8, 10, 8)
+    assert measures.ranking_accuracy(w, lost) == 0.5
+    assert measures.ranking_accuracy(w, lost, (n_w, n_l)) == 0.75
+    threshold = measures.dpo_threshold(w, lost, 0.1)
     assert threshold.tolist() == pytest.approx([0.554355, 0.854355, 0.598139, 0.718460], abs=EXACT)
     for beta, odds in ((0.1, 8.472979), (0.5, 1.694596), (1, 0.847298)):
         for gap, right in ((odds - 1e-4, 1.0), (odds + 1e-4, 0.0)):

@@ -12,16 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from steer.core import InputError, SteerError
-
 pytest.importorskip("trl")
 pytest.importorskip("peft")
 
-from steer.adapters.transformers.policy import rows as by_rows  # noqa: E402
-from steer.adapters.transformers.policy.folder import load_policy  # noqa: E402
-from steer.adapters.transformers.policy.tuning import train_policy  # noqa: E402
-from steer.train.objectives.registry import METHODS, NUMBERED, STUDIES  # noqa: E402
-from steer.train.policy_folder import read_policy_card  # noqa: E402
+from steer.adapters.transformers.policy import rows as by_rows
+from steer.adapters.transformers.policy.folder import load_policy
+from steer.adapters.transformers.policy.tuning import train_policy
+from steer.train.objectives.registry import METHODS, NUMBERED, STUDIES
+from steer.train.policy_folder import read_policy_card
 
 THINGS = ["sun", "rain", "day", "night", "dog", "cat", "house", "tree"]
 PROMPTS = [f"tell me about the {thing}" for thing in THINGS]
@@ -199,12 +197,25 @@ FIXED: dict[str, tuple[str, dict[str, Any], Any]] = {
     "step_advantage": ("step_advantage", {"beta": 1.0, "prompts": 8, "group_size": 64}, SOFTMAX),
     "meet": ("meet", {"prompts": 32, "group_size": 64, "batch_size": 32}, (0.528459, 0.216861, 0.254680)),
     "p3o": ("p3o", fresh(beta=1.0), SOFTMAX),
-    "nft": ("nft", fresh(prompt_weight="one", reward=lambda texts: [float(x > 0) for x in worth(texts)]), (0.714286, 0.0, 0.285714)),
+    "nft": (
+        "nft",
+        fresh(prompt_weight="one", reward=lambda texts: [float(x > 0) for x in worth(texts)]),
+        (0.714286, 0.0, 0.285714),
+    ),
     "nash_md": ("nash_md", fresh(beta=0.5), nash(0.5, 0.5)),
     "nash_mp": ("nash_mp", {"rounds": 8, "beta": 0.5, "steps": 40, "prompts": 8, "weight": "mean"}, nash(0.5)),
     "inpo": (
         "inpo",
-        {"rounds": 1, "beta": 0.2, "prox": 0.3, "pairing": "random_two", "group_size": 2, "prompts": 1024, "batch_size": 1024, "steps": 150},
+        {
+            "rounds": 1,
+            "beta": 0.2,
+            "prox": 0.3,
+            "pairing": "random_two",
+            "group_size": 2,
+            "prompts": 1024,
+            "batch_size": 1024,
+            "steps": 150,
+        },
         step(LAW, WINS @ torch.tensor(LAW, dtype=torch.float64), 0.5),
     ),
     "dno": (
@@ -212,7 +223,7 @@ FIXED: dict[str, tuple[str, dict[str, Any], Any]] = {
         {"rounds": 1, "prox": 1.0, "group_size": 64, "prompts": 8, "weight": "mean"},
         step(LAW, WINS @ torch.tensor(LAW, dtype=torch.float64), 1.0),
     ),
-}  # fmt: skip
+}
 SLOW = {*FIXED} - {"dpo", "copg", "brain"}
 
 
@@ -229,7 +240,7 @@ GRADIENTS = ("grpo", "lite_ppo", "dapo", "mirror", "entropy_change", "kl_cov", "
 @pytest.mark.slow
 @pytest.mark.parametrize("method", GRADIENTS)
 def test_policy_gradients_without_kl_raise_the_reward(bandit: Any, tmp_path: Path, method: str) -> None:
-    """Methods whose optimum is no fixed law, or biased by standard deviations: better than the start, by expectation."""
+    """Methods whose optimum is no fixed law, or biased: better than the start, by expectation."""
     found = learnt(bandit, method, tmp_path / "p", **fresh(steps=40, driver="rows", group_size=16, updates=1))
     start = sum(p * WORTH[word] for p, word in zip(LAW, ANSWERS, strict=True))
     assert sum(p * WORTH[word] for p, word in zip(found, ANSWERS, strict=True)) > start + 0.3

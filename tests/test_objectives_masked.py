@@ -16,11 +16,11 @@ from steer.core import InputError
 
 pytest.importorskip("trl")
 
-from steer.adapters.transformers.policy import rows as by_rows  # noqa: E402
-from steer.adapters.transformers.policy.masked import MaskedActor, train_masked_policy  # noqa: E402
-from steer.adapters.transformers.policy.tuning import train_policy  # noqa: E402
-from steer.train.objectives.collecting import Ask, Collector, Row  # noqa: E402
-from steer.train.objectives.settings import policy_settings  # noqa: E402
+from steer.adapters.transformers.policy import rows as by_rows
+from steer.adapters.transformers.policy.masked import MaskedActor, train_masked_policy
+from steer.adapters.transformers.policy.tuning import train_policy
+from steer.train.objectives.collecting import Ask, Collector, Row
+from steer.train.objectives.settings import policy_settings
 
 SOLUTION = "good good good good good good"
 DATA = [{"prompt": "the", "solution": SOLUTION}, {"prompt": "a", "solution": SOLUTION}]
@@ -82,7 +82,7 @@ def test_failed_groups_get_completions_around_parts_of_a_solution(masked: Any) -
     clusters = collector.collect(0, True, None)
     filled = [c for cluster in clusters for c in cluster.completions if c.mask is not None]
     assert all(len(cluster.completions) == 16 for cluster in clusters)
-    # Which of them come out right is chance; those that do are there, and most of their given tokens are not learnt from.
+    # Which of them come out right is chance; of those that do most given tokens are not learnt from.
     for c in filled:
         assert c.reward == 1 and not all(c.mask)
     judged = collector.judge(clusters, 0, False)
@@ -93,7 +93,9 @@ def test_failed_groups_get_completions_around_parts_of_a_solution(masked: Any) -
 
 def test_inpainting_learns_what_samples_never_find(masked: Any, tmp_path: Path) -> None:
     more: dict[str, Any] = {"method": "inpaint", "max_new_tokens": 6, "group_size": 16, "batch_size": 2, "steps": 60}
-    out = train_masked_policy(masked, DATA, out=tmp_path / "p", reward=right, learning_rate=1e-2, steps_of_chain=6, **more)
+    out = train_masked_policy(
+        masked, DATA, out=tmp_path / "p", reward=right, learning_rate=1e-2, steps_of_chain=6, **more
+    )
     rewards = [row["reward"] for row in json.loads((out / "report.json").read_text())["rounds"]]
     assert rewards[-1] > rewards[0] + 0.3
     from steer.adapters.transformers.masked import load

@@ -27,7 +27,7 @@ from steer.adapters.transformers.policy import trl as trainers  # noqa: E402
 from steer.adapters.transformers.policy.folder import load_policy, save_network  # noqa: E402
 from steer.adapters.transformers.policy.tuning import train_policy  # noqa: E402
 from steer.train.objectives.registry import METHODS  # noqa: E402
-from steer.train.objectives.settings import DIVERGENCES, _DIFFERENCES, policy_settings  # noqa: E402
+from steer.train.objectives.settings import _DIFFERENCES, DIVERGENCES, policy_settings  # noqa: E402
 from steer.train.policy_folder import read_policy_card  # noqa: E402
 
 THINGS = ["sun", "rain", "day", "night", "dog", "cat", "house", "tree"]

@@ -120,16 +120,15 @@ def _trainer(options: TrainOptions, train: Callable[[Any, dict[str, Any]], Any],
 def train_policy(options: TrainPolicyOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to tune a policy: a language model or a diffusion model, by the kind of the model."""
     checks.check_model(options)
-    images = checks.draws_images(options)
-    if not images:
-        checks.check_causal(options)
+    images, masked = checks.draws_images(options), checks.denoises_text(options)
     checks.check_folder(options.out)
     free = not options.out.exists() or (options.out / "steer.json").is_file() or not any(options.out.iterdir())
     check(free, "out", f"{options.out} (a folder with other things in it)", "a new folder, or a policy's")
     reward = None if options.reward is None else parse_reward(options.reward)
     if reward is not None:
         check_reward(reward, images)
-    train, data, settings = (_tune_images if images else _tune_text)(options, reward)
+    tune = _tune_images if images else _tune_masked if masked else _tune_text
+    train, data, settings = tune(options, reward)
 
     def run(session: Session) -> None:
         folder = train(
@@ -183,6 +182,21 @@ def _tune_text(options: TrainPolicyOptions, reward: Reward | None) -> Tuner:
         data = checks.read_dataset(options.data, columns if settings.driver == "native" or drawn else ("prompt",))
     require_libraries()
     return partial(train_policy, report_to=options.report_to), data, settings
+
+
+def _tune_masked(options: TrainPolicyOptions, reward: Reward | None) -> Tuner:
+    from steer.adapters.transformers.policy.masked import train_masked_policy
+    from steer.train.objectives.settings import PolicySettings, policy_settings
+
+    told = _told(PolicySettings, options)
+    settings = policy_settings(**{**told, "lora_rank": 0 if told["lora_rank"] is None else told["lora_rank"]})
+    check(reward is not None, "reward", None, f"one for {options.method}")
+    check(options.data is not None or options.prompts is not None, "data", None, "rows with prompt, or --prompts")
+    if options.data is None:
+        data: list[Any] = checks.read_prompts(options.prompts)  # type: ignore[arg-type]
+    else:
+        data = checks.read_dataset(options.data, ("prompt", *settings.preset.beside))
+    return partial(train_masked_policy, report_to=options.report_to), data, settings
 
 
 def _tune_images(options: TrainPolicyOptions, reward: Reward | None) -> Tuner:

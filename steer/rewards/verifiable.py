@@ -1,12 +1,14 @@
 """Verifiable rewards: what a completion is worth by what the data knows of its prompt, or by running it.
 
-They read columns of the data's rows (`answer`, `pattern`, `schema`, `calls`, `tests`, `boxes`), which training hands them
-by `with_rows`; in Python a table of columns by prompt does the same. Scores are 1 for right and 0 for wrong unless said.
+They read columns of the data's rows (`answer`, `pattern`, `schema`, `calls`, `tests`, `boxes`), which training hands
+them by `with_rows`; in Python a table of columns by prompt does the same. Scores are 1 for right and 0 for wrong unless
+said.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import math
 import os
@@ -25,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from steer.core import Reward, Samples, check
+from steer.core import Reward, Samples, SteerError, check
 from steer.rewards.algebra import Composable
 from steer.rewards.text import texts_of
 
@@ -227,7 +229,7 @@ class Regex(Verifiable):
 
 @dataclass(frozen=True, repr=False)
 class JsonSchema(Verifiable):
-    """Whether the text, or the first block of code in it, is JSON that fits a schema: of a file, or the row's `schema`."""
+    """Whether the text, or its first block of code, is JSON that fits a schema: of a file, or the row's `schema`."""
 
     column: ClassVar = "schema"
     file: str | None = None
@@ -245,7 +247,7 @@ class JsonSchema(Verifiable):
             check(False, "reward json_schema", f"{path} (not JSON: {error})", "a file with a JSON schema")
 
     def check_known(self, known: Any, where: str) -> None:
-        from jsonschema import exceptions, validators
+        exceptions, validators = _library("jsonschema.exceptions"), _library("jsonschema.validators")
 
         schema = json.loads(known) if isinstance(known, str) else known
         try:
@@ -261,8 +263,7 @@ class JsonSchema(Verifiable):
         return super().known(prompt) if self.file is None else self._read()
 
     def verify(self, text: str, known: Any) -> float:
-        from jsonschema import validators
-
+        validators = _library("jsonschema.validators")
         schema = json.loads(known) if isinstance(known, str) else known
         try:
             found = json.loads(code_of(text))
@@ -272,6 +273,14 @@ class JsonSchema(Verifiable):
 
     def __repr__(self) -> str:
         return "json_schema" if self.file is None else f'json_schema:"{self.file}"'
+
+
+def _library(name: str) -> Any:
+    """A library that one reward needs. Raises `SteerError` with what to install."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise SteerError(f"this reward needs the extra verify: pip install 'steer-engine[verify]' ({error})") from error
 
 
 def code_of(text: str) -> str:
@@ -287,9 +296,10 @@ def code_of(text: str) -> str:
 class ToolCall(Verifiable):
     """ToolRL's reward: 1 for the right layout, and from -3 to 3 for how well the calls are the row's `calls`.
 
-    `calls` is a list of `{"name", "parameters"}`; `[]` where none is expected. A reply thinks in `<think>`, and calls in
-    `<tool_call>`, a JSON object a line, or answers in `<response>`. Correctness: 3 for equal lists, -3 for what cannot be
-    read, 0 where no call is expected, else `6 S / S_max - 3` by names, parameters and values (Qian et al. 2025).
+    `calls` is a list of `{"name", "parameters"}`; `[]` where none is expected. A reply thinks in `<think>`, and calls
+    in `<tool_call>`, a JSON object a line, or answers in `<response>`. Correctness: 3 for equal lists, -3 for what
+    cannot be read, 0 where no call is expected, else `6 S / S_max - 3` by names, parameters and values (Qian et al.
+    2025).
     """
 
     column: ClassVar = "calls"
@@ -364,16 +374,17 @@ def _agreement(given: dict[str, Any], gold: dict[str, Any]) -> float:
     return names + sum(key in given and given[key] == value for key, value in gold.items())
 
 
-# ------------------------------------------------------------------------------------------------------ boxes and length
+# ----------------------------------------------------------------------------------------------------- boxes and length
 
 
 @dataclass(frozen=True, repr=False)
 class Boxes(Verifiable):
-    """Vision-R1's reward of a text that names boxes: precision + recall + layout, of boxes matched to the row's `boxes`.
+    """Vision-R1's reward of a text that names boxes: precision + recall + layout, of boxes matched to the row's
+    `boxes`.
 
     Boxes are `[x0, y0, x1, y1]`; the text is a JSON list of them, or of objects with `box` and `label`, as gold may be.
-    A matched pair counts by its generalised IoU, as 0 below `low` and as 1 above `high`. `over` "matched" divides by the
-    matched pairs, so that boxes too many cost nothing, as released; "all" by all predictions.
+    A matched pair counts by its generalised IoU, as 0 below `low` and as 1 above `high`. `over` "matched" divides by
+    the matched pairs, so that boxes too many cost nothing, as released; "all" by all predictions.
     """
 
     column: ClassVar = "boxes"
@@ -430,7 +441,7 @@ def box_scores(
     found: Sequence[Box], gold: Sequence[Box], low: float, high: float, over_all: bool
 ) -> tuple[float, float]:
     """Precision and recall after the best assignment by L1 distance, label and generalised IoU."""
-    from scipy.optimize import linear_sum_assignment
+    linear_sum_assignment = _library("scipy.optimize").linear_sum_assignment
 
     cost = [
         [sum(abs(p - q) for p, q in zip(a, b, strict=True)) - (la == lb) - generalised_iou(a, b) for b, lb in gold]

@@ -54,7 +54,8 @@ def train_policy(
         settings: how, its `method` first of all; fields of `PolicySettings` and options of pieces may also be `given`
             by name.
         out: folder; an older policy there is replaced in one step, anything else is refused.
-        reward: what methods that sample raise; with it losses of pairs learn from own samples, dpo for one from the best
+        reward: what methods that sample raise; with it losses of pairs learn from own samples, dpo for one from the
+        best
             and the worst of `group_size` for each prompt. Rewards that score under a model score under `model`.
         report_to: trackers that get the figures of every round (every update, for TRL's trainers), such as
             "tensorboard"; they must be installed.

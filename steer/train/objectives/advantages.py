@@ -110,8 +110,9 @@ def bundle(
     constant: bool = True,
     bundle_size: int = 5,
 ) -> Tensor:
-    """RiskPO: the j-th samples of `bundle_size` groups are added up to `S_j`, and a mixture of tail means of S says what
-    they are worth: `(w c_j + a_j) / (w + 1)` with `a_j` the part between two quantiles and `c_j` that below the lower.
+    """RiskPO: the j-th samples of `bundle_size` groups are added up to `S_j`, and a mixture of tail means of S says
+    what they are worth: `(w c_j + a_j) / (w + 1)` with `a_j` the part between two quantiles and `c_j` that below the
+    lower.
 
     Args:
         quantiles: at `levels`, as tracked over batches; None takes the bundle's own.
@@ -243,8 +244,8 @@ def entropy_steps(
     bonus_sharpness: float = 1.0,
     bonus: float = 0.05,
 ) -> list[list[float]]:
-    """EMPG: each step's advantage, times a weight that falls with the step's mean entropy and has mean 1 over the batch,
-    with a bonus for a next step that is sure; less the mean over all steps of the batch.
+    """EMPG: each step's advantage, times a weight that falls with the step's mean entropy and has mean 1 over the
+    batch, with a bonus for a next step that is sure; less the mean over all steps of the batch.
     """
     flat = torch.tensor([h for row in entropy for h in row], dtype=torch.float64)
     span = flat.max() - flat.min()
@@ -266,9 +267,9 @@ def entropy_steps(
 def turns(
     gold: Sequence[Sequence[float]], start: float, final: Sequence[float], *, discount: float = 1.0
 ) -> list[list[float]]:
-    """IGPO: advantages of each sample's turns and of its answer. A turn is worth how much more likely it makes the right
-    answer, the answer its own reward; summed with a discount to the end, less the mean of the group at that turn (of
-    those that have it; answers are compared with answers).
+    """IGPO: advantages of each sample's turns and of its answer. A turn is worth how much more likely it makes the
+    right answer, the answer its own reward; summed with a discount to the end, less the mean of the group at that turn
+    (of those that have it; answers are compared with answers).
 
     Args:
         gold: probability of the right answer after each turn of each sample.
@@ -292,8 +293,8 @@ def turns(
 
 
 def sample_weights(reward: Tensor, rule: str) -> Tensor:
-    """Probabilities `[K]` with which the samples of one prompt are drawn again (PF-PPO): "best" alone; "bw" the best and
-    the worst; "br" the best with 0.4 and others with 0.1, over their sum; "pow" by the square of the reward.
+    """Probabilities `[K]` with which the samples of one prompt are drawn again (PF-PPO): "best" alone; "bw" the best
+    and the worst; "br" the best with 0.4 and others with 0.1, over their sum; "pow" by the square of the reward.
     """
     high, low = int(reward.argmax()), int(reward.argmin())
     found = torch.zeros_like(reward)

@@ -1,9 +1,9 @@
 """Sequence losses: one prompt's completions in, a scalar out, made of score, target, link, weight and anchor.
 
-Letters: `K` completions of one prompt, `P` pairs of them. Log-probabilities are sums over the tokens of a completion, in
-nats. Everything but `logp` is a constant of the row. Almost every preference paper is one proximal step
-`pi(y) ~ m(y) exp(g(y) / c)` with `c = beta + prox` and the mixed reference `m` of `rounds.mixed`; what differs is in the
-five names below.
+Letters: `K` completions of one prompt, `P` pairs of them. Log-probabilities are sums over the tokens of a completion,
+in nats. Everything but `logp` is a constant of the row. Almost every preference paper is one proximal step `pi(y) ~
+m(y) exp(g(y) / c)` with `c = beta + prox` and the mixed reference `m` of `rounds.mixed`; what differs is in the five
+names below.
 """
 
 from __future__ import annotations
@@ -226,8 +226,8 @@ ANCHORS: dict[str, Callable[[Group], Tensor | float]] = {
     "chosen_mean": lambda group: group.logp[group.anchor] / group.length[group.anchor],
     "greedy": lambda group: group.ratio[group.anchor],
 }
-"""What is added, times a coefficient and `c`: the log-probability of the chosen completion (RPO, coefficient below 0), its mean
-over tokens, or the log-ratio of the reference's own greedy completion (SELM, above 0).
+"""What is added, times a coefficient and `c`: the log-probability of the chosen completion (RPO, coefficient below 0),
+its mean over tokens, or the log-ratio of the reference's own greedy completion (SELM, above 0).
 """
 
 

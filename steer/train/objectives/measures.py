@@ -1,7 +1,7 @@
 """Figures of preference learning: how many pairs a policy ranks right, and what a perfect DPO could.
 
-Letters: `P` pairs. Log-probabilities are sums over tokens, in nats (Chen et al. 2024, "Preference learning algorithms do
-not learn preference rankings").
+Letters: `P` pairs. Log-probabilities are sums over tokens, in nats (Chen et al. 2024, "Preference learning algorithms
+do not learn preference rankings").
 """
 
 from __future__ import annotations

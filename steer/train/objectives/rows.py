@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 from steer.train.objectives.losses import Group, sequence_loss
 from steer.train.objectives.rounds import mixed
 from steer.train.objectives.settings import PolicySettings, chosen

@@ -98,8 +98,8 @@ def _gain(p: float, n: int) -> float:
 
 
 def angle_signal(hidden: Tensor, question: Tensor, weight: float = 8.0) -> float:
-    """GAIN-RL's signal of a prompt from hidden states `[T, D]`: mean cosine inside the question, and `weight` times that
-    between question and the rest of the prompt; `question` is true `[T]` at the tokens of the question.
+    """GAIN-RL's signal of a prompt from hidden states `[T, D]`: mean cosine inside the question, and `weight` times
+    that between question and the rest of the prompt; `question` is true `[T]` at the tokens of the question.
     """
     unit = torch.nn.functional.normalize(hidden.double(), dim=-1)
     inside, rest = unit[question], unit[~question]

@@ -54,8 +54,8 @@ class PolicySettings:
     sampler: Literal["policy", "base"] = UNSET
     """Whose samples are learnt from."""
     with_: Literal["none", "gold", "greedy", "opponents", "guide"] = UNSET
-    """Beside them (`--set with=`): the data's completions, the policy's greedy one, opponents that a judge compares with,
-    or a guide that each sample starts or ends with.
+    """Beside them (`--set with=`): the data's completions, the policy's greedy one, opponents that a judge compares
+    with, or a guide that each sample starts or ends with.
     """
     judge: Literal["reward", "winrate", "opponents", "soft_value"] = UNSET
     """What counts: the reward; how often a sample beats the others of its group, or the opponents, with probability
