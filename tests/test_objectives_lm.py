@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from steer.core import SteerError
+
 pytest.importorskip("trl")
 pytest.importorskip("peft")
 
@@ -431,3 +433,123 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(
     assert seen[0][0] == pytest.approx(seen[1][0], rel=1e-5)
     for a, b in zip(seen[0][1], seen[1][1], strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "said"),
+    [
+        ("dpoo", {}, r"^method: got 'dpoo'; allowed: .*did you mean dpo"),
+        ("knapsack", {"driver": "native"}, r"^driver: got 'native'; allowed: rows for knapsack; native has sft, kto"),
+        ("grpo", {"schedule": "knapsack"}, r"^schedule: got 'knapsack'; allowed: uniform for TRL's trainer"),
+        ("grpo", {"schedule": "hints"}, r"^schedule: got 'hints'; allowed: uniform for TRL's trainer"),
+        ("kto", {"driver": "rows"}, r"^driver: got 'rows'; allowed: native for kto$"),
+        ("copg", {"f": "js_divergence", "link": "softmax"}, r"^f: got 'js_divergence'; allowed: reverse_kl: the loss"),
+        ("cpl", {"f": "js_divergence"}, r"^f: got 'js_divergence'"),
+        ("cpl", {"prox": 0.1}, r"^prox: got 0.1; allowed: 0 for reference=none$"),
+        ("spin", {"prox": 0.0}, r"^beta: got 0.0; allowed: a number above 0, or prox above 0$"),
+        ("brain", {"beta": 0.0, "prox": 1.0}, r"^beta: got 0.0; allowed: a number above 0 for softmax$"),
+        ("apo_momentum", {"lora_rank": 4}, r"^lora_rank: got 4; allowed: 0 for reference=extrapolated$"),
+        ("salsa", {}, r"^soup: got None; allowed: a policy's folder$"),
+        ("dpo", {"soup": "x", "driver": "rows"}, r"^soup: got 'x'; allowed: unset without reference=soup$"),
+        ("dapo", {"clip_hihg": 0.3}, r"^setting of train_policy: got 'clip_hihg'; allowed: .*did you mean clip_high"),
+        ("dapo", {"clip_high": "wide"}, r"^clip_high: got 'wide'; allowed: a number$"),
+        ("sft", {"clip_high": 0.3}, r"^setting of train_policy: got 'clip_high'"),
+        ("dapo", {"advantage": "median"}, r"^advantage: got 'median'; allowed: none, best"),
+        ("spin", {"keep": "1,2"}, r"^keep: "),
+        ("dapo", {"reward": None}, r"^reward: got None; allowed: one for dapo$"),
+        ("spin", {"reward": bright}, r"^reward: .*allowed: none for spin$"),
+        ("multi_objective", {"reward": bright}, r"^reward: got 'one term'; allowed: a sum of two terms or more"),
+        ("lipo", {"reward": None, "data": [{"prompt": "a"}]}, r"^data\[0\].completions: got 'nothing'"),
+        ("hints", {"data": ["a"]}, r"^data\[0\]: got 'a'; allowed: a row with prompt, solution$"),
+        (
+            "info_gain",
+            {"data": [{"prompt": "a"}]},
+            r"^data\[0\].answer: got 'nothing'; allowed: a row with prompt, answer$",
+        ),
+        (
+            "tool_call",
+            {"reward": "tool_call", "data": ["a"]},
+            r"^data\[0\].calls: got 'nothing'; allowed: rows with calls",
+        ),
+        (
+            "copg",
+            {"reward": None, "data": [{"prompt": "a", "completions": ["b", "c"], "scores": [1]}]},
+            r"^data\[0\].scores: got \[1\]; allowed: 2 numbers",
+        ),
+        ("dapo", {"report_to": ["paper"]}, r"^report_to: got 'paper'; allowed: "),
+    ],
+)
+def test_what_does_not_fit_is_one_line(
+    tiny_lm: Any, tmp_path: Path, method: str, more: dict[str, Any], said: Any
+) -> None:
+    preset = METHODS.get(method)
+    given: dict[str, Any] = {"data": [{"prompt": p, **COLUMNS} for p in PROMPTS], **QUICK}
+    if preset is None or (preset.judged and not preset.columns and method != "kto"):
+        given["reward"] = bright
+    if method == "apo_momentum":
+        given.pop("lora_rank")
+    given |= more
+    with pytest.raises(SteerError, match=said) as caught:
+        train_policy(tiny_lm, given.pop("data"), method=method, out=tmp_path / "out", **given)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_seldom_wise_is_said(tiny_lm: Any, tmp_path: Path, capfd: Any) -> None:
+    tune(tiny_lm, "spin", tmp_path / "a", rounds=1, steps=None, epochs=1)
+    assert "warning: spin with prox below 0.5 diverges" in capfd.readouterr().err
+    tune(tiny_lm, "selm", tmp_path / "b", rounds=1, anchor_weight=0.5)
+    assert "the loss is unbounded below" in capfd.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------- combinations
+
+
+def test_pieces_combine_without_code(tiny_lm: Any, tmp_path: Path) -> None:
+    """A loss of pairs on fresh samples, a policy gradient with another surrogate, and judges that disagree."""
+    for name, method, more in (
+        ("a", "dpo", {"driver": "rows", "fresh": True, "updates": 2, "reward": bright}),
+        ("b", "p3o", {"surrogate": "mirror", "level": "token", "advantage": "batch_std", "aggregate": "prompt"}),
+        ("c", "inpo", {"pairing": "disagree", "reward": "length - 2*keywords:sun"}),
+        ("d", "grpo", {"driver": "rows", "credit": "entropy_steps", "schedule": "dynamic", "beta": 0.1}),
+        ("e", "sft", {"driver": "rows", "surrogate": "dft"}),
+    ):
+        out = tune(tiny_lm, method, tmp_path / name, **more)
+        recipe = read_policy_card(out).recipe
+        assert all(
+            recipe.get(k) == v for k, v in more.items() if k not in ("reward", "credit", "schedule") and k in recipe
+        )
+
+
+def test_ranked_lists_and_pairs_stand_in_for_each_other(tiny_lm: Any, tmp_path: Path) -> None:
+    pair = [{"prompt": p, "chosen": "the sun is nice", "rejected": "I hate the rain"} for p in PROMPTS]
+    both = [{"prompt": p, "completions": ["I hate the rain", "the sun is nice"], "scores": [0, 1]} for p in PROMPTS]
+    found = [
+        weights(tune(tiny_lm, "f_dpo", tmp_path / str(k), data=rows, reward=None))
+        for k, rows in enumerate((pair, both))
+    ]
+    for name, x in found[0].items():
+        torch.testing.assert_close(x, found[1][name], atol=1e-5, rtol=1e-3)
+    out = tune(tiny_lm, "lipo", tmp_path / "lipo", data=pair, reward=None)
+    assert read_policy_card(out).metrics["ranking_policy"] == [1.0] or read_policy_card(out).metrics["pairs"] == [8]
+
+
+def test_guidance_goes_towards_any_policy(tiny_lm: Any, tmp_path: Path) -> None:
+    """RL guidance between base and policy: the base at 0, the policy at 1, between and beyond them otherwise."""
+    from steer.methods.rlg import RLGuidance
+
+    out = tune(tiny_lm, "lite_ppo", tmp_path / "p", steps=20, learning_rate=2e-2, max_new_tokens=6)
+    tuned = load_policy(tiny_lm, out)
+    drawn: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.0}
+    rewards = []
+    for w in (0.0, 0.5, 1.0, 2.0):
+        edit = RLGuidance(tuned.process(**drawn), w)
+        texts = tiny_lm.generate(PROMPTS, edits=edit, n=16, seed=0, **drawn).texts
+        rewards.append(sum(bright(texts)) / len(texts))
+        if w in (0.0, 1.0):
+            plain = (tuned if w else tiny_lm).generate(PROMPTS, n=16, seed=0, **drawn).texts
+            assert texts == plain
+    assert rewards[0] < rewards[2] and rewards[0] < rewards[3]

@@ -243,7 +243,7 @@ def _parts(rows: Sequence[Pair], vocabulary: int) -> Iterator[list[int]]:
 def token_laws(
     model: LanguageModel, network: Any, rows: Sequence[Pair], temperature: float = 1.0, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probability `[N, T]` of each completion token in one pass, 0 beyond the end, and entropies where asked for."""
+    """Log-probability `[N, T]` of each completion token in one pass, 0 beyond the end; entropies where asked for."""
     device, pad = model.device, model.pad_token_id
     widths = [len(p) + len(t) for p, t in rows]
     width, longest = max(widths), max(len(t) for _, t in rows)

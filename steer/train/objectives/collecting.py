@@ -260,7 +260,7 @@ class Collector:
         return found[:wanted] or made
 
     def _hint(self, made: list[Cluster], number: int) -> None:
-        """Where a whole group is wrong, samples after the beginning of a solution take its place, each time after more."""
+        """Where a whole group is wrong, samples after a part of a solution take its place, a longer one each time."""
         for part, share in enumerate((0.25, 0.5, 0.75), 1):
             failed = [
                 c for c in made if self.rows[c.prompt].solution and all(x.reward_seen <= 0 for x in c.completions)
