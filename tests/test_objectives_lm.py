@@ -201,7 +201,9 @@ FIXED: dict[str, tuple[str, dict[str, Any], Any]] = {
     "p3o": ("p3o", fresh(beta=1.0), SOFTMAX),
     "nft": (
         "nft",
-        fresh(prompt_weight="one", reward=lambda texts: [float(x > 0) for x in worth(texts)]),
+        fresh(
+            fresh=False, group_size=256, prompt_weight="one", reward=lambda texts: [float(x > 0) for x in worth(texts)]
+        ),
         (0.714286, 0.0, 0.285714),
     ),
     "nash_md": ("nash_md", fresh(beta=0.5), nash(0.5, 0.5)),
@@ -349,6 +351,7 @@ def same_gradients(trainer: Any, actor: Any) -> None:
 def test_dpo_is_that_of_trl(tiny_lm: Any, tmp_path: Path) -> None:
     from steer.adapters.transformers.policy.data import stored
     from steer.train.objectives.collecting import Collector
+    from steer.train.objectives.judging import Judge
     from steer.train.objectives.rows import batch_loss
 
     trainer, actor, ours, data = trainers(tiny_lm, tmp_path, "dpo")
@@ -356,7 +359,7 @@ def test_dpo_is_that_of_trl(tiny_lm: Any, tmp_path: Path) -> None:
     value = trainer.compute_loss(trainer.model, inputs)
     value.backward()
     collector = Collector(actor, [stored(row) for row in data], ours, None)
-    clusters = collector.judge(collector.collect(0, False, None), 0, True)
+    clusters = Judge(actor, collector.rows, ours, {})(collector.collect(0, False, None), 0, True)
     pairs = [(c.prompt_ids, c.tokens) for cluster in clusters for c in cluster.completions]
     found = actor.learn(pairs, lambda logp, h: batch_loss(clusters, logp, h, ours), False)
     assert found == pytest.approx(float(value), abs=1e-6)

@@ -20,6 +20,7 @@ from steer.adapters.transformers.policy import rows as by_rows
 from steer.adapters.transformers.policy.masked import MaskedActor, train_masked_policy
 from steer.adapters.transformers.policy.tuning import train_policy
 from steer.train.objectives.collecting import Ask, Collector, Row
+from steer.train.objectives.judging import Judge
 from steer.train.objectives.settings import policy_settings
 
 SOLUTION = "good good good good good good"
@@ -85,7 +86,7 @@ def test_failed_groups_get_completions_around_parts_of_a_solution(masked: Any) -
     # Which of them come out right is chance; of those that do most given tokens are not learnt from.
     for c in filled:
         assert c.reward == 1 and not all(c.mask)
-    judged = collector.judge(clusters, 0, False)
+    judged = Judge(actor, rows, tuning, {})(clusters, 0, False)
     for cluster in judged:
         worth = [c.advantage[0] for c in cluster.completions]
         assert sum(worth) == pytest.approx(0, abs=1e-9)

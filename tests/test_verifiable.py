@@ -12,19 +12,9 @@ import torch
 from steer.core import InputError, Samples
 from steer.rewards import parse_reward
 from steer.rewards.algebra import Composable
-from steer.rewards.verifiable import (
-    Answer,
-    Boxes,
-    JsonSchema,
-    Overlong,
-    Regex,
-    ToolCall,
-    UnitTests,
-    box_scores,
-    generalised_iou,
-    passes,
-    with_rows,
-)
+from steer.rewards.boxes import Boxes, box_scores, generalised_iou
+from steer.rewards.calls import ToolCall, UnitTests, passes
+from steer.rewards.verifiable import Answer, JsonSchema, Overlong, Regex, with_rows
 
 
 def one(reward: Any, text: str, column: Any = None, tokens: int = 0) -> float:

@@ -85,7 +85,7 @@ def _settings(kind: type[S], options: Any, where: str) -> S:
 
 def _told(kind: type, options: Any) -> dict[str, Any]:
     """The options that are fields of `kind`, and what `--set` says."""
-    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    known = {f.name for f in fields(kind)}
     told = {f.name: getattr(options, f.name) for f in fields(options) if f.name in known}
     more = {name: None if text.lower() in ("none", "null") else text for name, text in pairs(options.set).items()}
     check(not told.keys() & more.keys(), "--set", sorted(told.keys() & more.keys()), "settings without an option")

@@ -25,6 +25,8 @@ from typing import Any
 
 from steer.core import InputError, Reward, SteerError, check
 from steer.rewards.algebra import CallableReward, Composable, Constant, combine, lift
+from steer.rewards.boxes import Boxes
+from steer.rewards.calls import ToolCall, UnitTests
 from steer.rewards.image import (
     Brightness,
     Compressibility,
@@ -36,7 +38,7 @@ from steer.rewards.image import (
 )
 from steer.rewards.likelihood import Fluency, Perplexity
 from steer.rewards.text import Keywords, Length, Profanity, Readability, Refusal, Rouge, Sentiment
-from steer.rewards.verifiable import Answer, Boxes, JsonSchema, Overlong, Regex, ToolCall, UnitTests
+from steer.rewards.verifiable import Answer, JsonSchema, Overlong, Regex
 
 __all__ = ["as_reward", "parse_reward", "register", "shipped"]
 

@@ -186,7 +186,7 @@ class TextActor:
         prompt, answer = self.prompts[number], self.model.decode(list(tokens)) or "."
         if not self.model.reader.chats:
             return self.model.encode(f"{prompt} {answer} {CRITIQUE}")
-        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)  # type: ignore[arg-type]
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         said = [{"role": "assistant", "content": answer}, {"role": "user", "content": CRITIQUE}]
         return self.model.encode([*asked, *said])
 
@@ -200,7 +200,7 @@ class TextActor:
         ids = self.model.encode(self.prompts[number])
         out = self.base.network(input_ids=torch.tensor([ids], device=self.model.device), output_hidden_states=True)
         prompt = self.prompts[number]
-        text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])  # type: ignore[index]
+        text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
         mine = self.model.tokenizer(text, add_special_tokens=False)["input_ids"]
         starts = [i for i in range(len(ids) - len(mine) + 1) if ids[i : i + len(mine)] == mine]
         inside = range(starts[-1], starts[-1] + len(mine)) if starts else range(1, len(ids))

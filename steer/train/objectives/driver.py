@@ -22,25 +22,17 @@ from steer.core import SteerError, check
 from steer.files import replacing
 from steer.train.loop import cosine, load_state, save_state
 from steer.train.objectives import rounds
-from steer.train.objectives.collecting import Ask, Collector, Row, Scorer
+from steer.train.objectives.collecting import Collector, Row, Scorer, Source
+from steer.train.objectives.judging import Judge
 from steer.train.objectives.measures import read_ranking
 from steer.train.objectives.rows import Cluster, batch_loss, from_json, reads_entropy, to_json
 from steer.train.objectives.settings import PolicySettings
 
-__all__ = ["Actor", "Ask", "Driver", "Fit"]
+__all__ = ["Actor", "Driver", "Fit"]
 
 
-class Actor(Protocol):
+class Actor(Source, Protocol):
     """What the driver needs of an engine: a policy that samples, is read and trained, and the base beside it."""
-
-    def draw(self, asks: Sequence[Ask], seed: int) -> list[list[list[int]]]:
-        """Completions of each ask, with their ends."""
-
-    def read(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], who: str) -> list[list[float]]:
-        """Log-probability of each token of `(prompt, completion)` under "policy" or "base", no gradient."""
-
-    def entropies(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
-        """Entropy of the policy's law at each token, in nats."""
 
     def learn(
         self,
@@ -91,6 +83,8 @@ class Driver:
         self.collector = Collector(actor, self.rows, settings, score)
         self.seen = Fit()
         self.previous: dict[str, Tensor] = {}
+        self.ended: dict[str, Tensor] = {}
+        self.optimizer = self._optimizer()
         self.old_rounds: list[list[Cluster]] = []
 
     # ---- the whole run
@@ -108,7 +102,6 @@ class Driver:
     def run(self) -> Fit:
         """All rounds. Raises `SteerError` where the loss is no longer finite."""
         settings = self.settings
-        self.optimizer = self._optimizer()
         self.previous = self._snapshot()
         path = None if self.work is None else self.work / "state.safetensors"
         first, step = self._resumed(path)
@@ -178,7 +171,7 @@ class Driver:
             self._put(self.previous)
             clusters = self.collector.collect(number, self.sampling, opponents)
             self._put(half)
-            return self.collector.judge(clusters, number, self._sequences(number))
+            return self._judged(clusters, number)
         clusters = self.collector.collect(number, self.sampling, opponents)
         if self.settings.reference in ("ema", "extrapolated") or self._after_split(number):
             now = self._snapshot()
@@ -186,7 +179,11 @@ class Driver:
             name = "ref" if self._after_split(number) else "prev"
             self.collector.reread(clusters, name)
             self._put(now)
-        return self.collector.judge(clusters, number, self._sequences(number))
+        return self._judged(clusters, number)
+
+    def _judged(self, clusters: list[Cluster], number: int) -> list[Cluster]:
+        judge = Judge(self.actor, self.rows, self.settings, self.collector.memory)
+        return judge(clusters, number, self._sequences(number))
 
     def _sequences(self, number: int) -> bool:
         """Whether a round's loss is one of sequences: of mixed preference optimisation only the first."""

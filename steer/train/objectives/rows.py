@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from steer.train.objectives.losses import Group, sequence_loss
+from steer.train.objectives.options import chosen
 from steer.train.objectives.rounds import mixed
-from steer.train.objectives.settings import PolicySettings, chosen
+from steer.train.objectives.settings import PolicySettings
 from steer.train.objectives.surrogates import SURROGATES, Tokens, token_loss
 
 __all__ = ["Completion", "Cluster", "batch_loss", "from_json", "to_json"]

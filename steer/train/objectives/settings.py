@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields
-from functools import cache
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field
 
 from steer.core import InputError, check, check_whole
 from steer.core.names import meant
-from steer.train.objectives import advantages, losses, rounds, surrogates
+from steer.train.objectives import losses
+from steer.train.objectives.options import options_of, taken
 from steer.train.objectives.registry import METHODS, Method
 from steer.train.objectives.schedules import SCHEDULES
-from steer.train.settings import UNSET, Count, Finite, Positive, Seed, Share, Whole, describe, settings_class
+from steer.train.settings import UNSET, Count, Finite, Positive, Seed, Share, Whole, settings_class
 
-__all__ = ["DIVERGENCES", "PolicySettings", "options_of", "policy_settings"]
+__all__ = ["DIVERGENCES", "PolicySettings", "policy_settings"]
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 _DIFFERENCES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
@@ -144,7 +143,7 @@ class PolicySettings:
         known = list(METHODS)
         check(self.method in METHODS, "method", self.method, ", ".join(known) + meant(self.method, known, 0.6))
         preset = dict(self.preset.pieces)
-        own = {f.name for f in fields(self)}  # type: ignore[arg-type]
+        own = {f.name for f in fields(self)}
         self._fill({**_DEFAULTS, **{k: v for k, v in preset.items() if k in own}})
         self._fill({"driver": "native" if self.preset.native else "rows"})
         rate = self.preset.rate * (10 if self.lora_rank else 1)
@@ -172,7 +171,7 @@ class PolicySettings:
         for name in given:
             allowed = ", ".join(known) or "none of these pieces"
             check(name in known, "setting of train_policy", name, allowed + meant(name, list(known), 0.5))
-        return {name: _taken(name, value, known[name]) for name, value in {**mine, **given}.items()}
+        return {name: taken(name, value, known[name]) for name, value in {**mine, **given}.items()}
 
     def _check_driver(self) -> None:
         if self.driver == "native":
@@ -285,7 +284,7 @@ class PolicySettings:
             "kto": ("loss", "beta"),
             "grpo": ("loss", "beta", *drawn),
         }
-        values = asdict(self)  # type: ignore[call-overload]
+        values = asdict(self)
         if self.driver == "native":
             return {k: v for k, v in values.items() if k in (*always, *lora, *native[self.method])}
         kept = (*always, *lora, *drawn, "rounds", "beta")
@@ -346,77 +345,11 @@ _DEFAULTS: dict[str, Any] = {
 """What holds where neither a method nor a user says otherwise."""
 
 
-# ---------------------------------------------------------------------------------------------------- options of pieces
-
-
-def _parts(settings: PolicySettings) -> list[Callable[..., Any]]:
-    """The functions whose keyword-only parameters are options of these settings."""
-    found: list[Callable[..., Any]] = []
-    if settings.link:
-        found.append(losses.sequence_loss)
-    if settings.surrogate:
-        found.append(surrogates.SURROGATES[settings.surrogate])
-    if settings.pairing == "margin":
-        found.append(rounds.margin)
-    rule = "group_std" if settings.advantage in ("weighted",) else settings.advantage
-    if rule in advantages.ADVANTAGES:
-        found.append(advantages.ADVANTAGES[rule])
-    if settings.advantage == "weighted":
-        found.append(advantages.weighted)
-    if settings.credit == "entropy_steps":
-        found.append(advantages.entropy_steps)
-    if settings.credit == "turns":
-        found.append(advantages.turns)
-    return found
-
-
-_TAKEN = {
-    "beta",
-    "prox",
-    "score",
-    "target",
-    "link",
-    "weight",
-    "anchor",
-    "weights",
-    "length",
-    "seed",
-    "quantiles",
-    "levels",
-    "ddof",
-}
-"""Parameters that are settings of their own, or that the driver fills in."""
-
-
-@cache
-def _declared(piece: Callable[..., Any]) -> dict[str, Any]:
-    hints = get_type_hints(piece)
-    parameters = inspect.signature(piece).parameters.values()
-    return {p.name: hints[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _TAKEN}
-
-
-def options_of(settings: PolicySettings) -> dict[str, Any]:
-    """Names and types of the options that the chosen pieces take."""
-    return {name: hint for piece in _parts(settings) for name, hint in _declared(piece).items()}
-
-
-def chosen(settings: PolicySettings, piece: Callable[..., Any]) -> dict[str, Any]:
-    """The options among `settings` that belong to one piece."""
-    return {name: value for name, value in settings.options.items() if name in _declared(piece)}
-
-
-def _taken(name: str, value: Any, hint: Any) -> Any:
-    try:
-        return TypeAdapter(hint).validate_python(value)
-    except ValidationError as error:
-        raise InputError(name, value, describe(hint) or error.errors()[0]["msg"]) from None
-
-
 def policy_settings(base: PolicySettings | None = None, **given: Any) -> PolicySettings:
     """`base`, or the defaults of the method, with what is given in its place: fields, and options of pieces by name.
     None leaves a default; `with` is the field `with_`.
     """
-    own = [f.name for f in fields(PolicySettings)]  # type: ignore[arg-type]
+    own = [f.name for f in fields(PolicySettings)]
     values = {("with_" if name == "with" else name): value for name, value in given.items() if value is not None}
     mine = {name: value for name, value in values.items() if name in own}
     options = {name: value for name, value in values.items() if name not in own}
