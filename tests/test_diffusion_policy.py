@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,6 @@ from steer.train.diffusion_policy.losses import (
     clipped_objective,
     dpo_loss,
     errors,
-    leave_one_out,
     seppo_loss,
     spreads,
 )
@@ -43,6 +43,7 @@ from steer.train.diffusion_policy.offline import Offline
 from steer.train.diffusion_policy.online import Online
 from steer.train.diffusion_policy.samples import draw_rows, rank_pairs, roll_out
 from steer.train.diffusion_policy.tuning import tune
+from steer.train.objectives.advantages import leave_one_out
 from steer.train.policy_folder import read_policy_card
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -374,9 +375,15 @@ def test_seppo_pushes_away_only_what_the_policy_has_outgrown() -> None:
 
 def test_advantages_by_group() -> None:
     group, reward = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([1.0, 3, 10, 30, 5, 5]).double()
-    found, scale = advantages(reward[None], reward, group)
+    found, scale = advantages("grpo", reward[None], reward, group)
     assert found.tolist() == [[-1, 1, -1, 1, 0, 0]]
     assert scale.tolist() == [1, 1, 10, 10, 1, 1]
+    found, scale = advantages("batch-std", reward[None], reward, group)
+    std = statistics.stdev(reward.tolist())
+    assert scale.tolist() == pytest.approx([std] * 6)
+    assert found[0].tolist() == pytest.approx([-1 / std, 1 / std, -10 / std, 10 / std, 0, 0])
+    same = torch.full((6,), 2.0).double()
+    assert advantages("batch-std", same[None], same, group)[0].tolist() == [[0] * 6]
 
 
 def test_clipping_holds_back_only_gains() -> None:

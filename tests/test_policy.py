@@ -22,10 +22,12 @@ trl = pytest.importorskip("trl")
 pytest.importorskip("peft")
 
 from steer.adapters.language.blocks import decoder_blocks  # noqa: E402
-from steer.adapters.transformers.policy import data, raft, tuning  # noqa: E402
+from steer.adapters.transformers.policy import data, rows, tuning  # noqa: E402
 from steer.adapters.transformers.policy import trl as trainers  # noqa: E402
 from steer.adapters.transformers.policy.folder import load_policy, save_network  # noqa: E402
 from steer.adapters.transformers.policy.tuning import train_policy  # noqa: E402
+from steer.train.objectives.registry import METHODS  # noqa: E402
+from steer.train.objectives.settings import _DIFFERENCES, DIVERGENCES, policy_settings  # noqa: E402
 from steer.train.policy_folder import read_policy_card  # noqa: E402
 
 THINGS = ["sun", "rain", "day", "night", "dog", "cat", "house", "tree"]
@@ -151,10 +153,10 @@ def test_preferences_raise_the_margin_of_prompts_held_out(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("divergence", data.DIVERGENCES)
-@pytest.mark.parametrize("loss", data.OBJECTIVES["dpo"].losses)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("loss", METHODS["dpo"].losses)
 def test_every_loss_of_dpo_raises_the_margin(tiny_lm: Any, tmp_path: Path, loss: str, divergence: str) -> None:
-    if divergence != "reverse_kl" and loss not in data._DIFFERENCES:
+    if divergence != "reverse_kl" and loss not in _DIFFERENCES:
         pytest.skip("not defined")
     tuned = load_policy(
         tiny_lm, tune(tiny_lm, "dpo", tmp_path / "nice", loss=loss, f_divergence=divergence, learning_rate=1e-3)
@@ -179,7 +181,7 @@ def test_dpo_reaches_its_closed_form(tiny_lm: Any, tmp_path: Path) -> None:
     "loss",
     [
         loss if loss in ("dapo", "grpo") else pytest.param(loss, marks=pytest.mark.slow)
-        for loss in data.OBJECTIVES["grpo"].losses
+        for loss in METHODS["grpo"].losses
     ],
 )
 def test_grpo_raises_the_reward(tiny_lm: Any, tmp_path: Path, loss: str) -> None:
@@ -223,9 +225,9 @@ def test_rows_are_the_tokens_of_encode_and_an_end(tiny_lm: Any) -> None:
     assert columns["labels"] == [-100] * len(rows[0]["prompt_ids"]) + completion
 
 
-def _tuning(method: Any, **more: Any) -> data.PolicySettings:
+def _tuning(method: Any, **more: Any) -> Any:
     default: dict[str, Any] = {"lora_rank": 4, "batch_size": 2, "group_size": 2, "max_new_tokens": 4}
-    return data.PolicySettings(method=method, **{**default, **more})
+    return policy_settings(method=method, **{**default, **more})
 
 
 @pytest.mark.parametrize(
@@ -268,10 +270,10 @@ def test_dpo_with_a_reward_pairs_the_models_own_samples(tiny_lm: Any, tmp_path: 
     """The best sample of each prompt against the worst; stopping after the samples changes nothing."""
     more: dict[str, Any] = {"data": PROMPTS, "reward": bright, "epochs": 4, "learning_rate": 5e-3, "group_size": 6}
     metrics = read_policy_card(tune(tiny_lm, "dpo", tmp_path / "p", **more)).metrics
-    assert 0 < metrics["pairs"] <= len(PROMPTS)
+    assert 0 < metrics["pairs"][0] <= len(PROMPTS)
     assert metrics["reward_after"] > metrics["reward_before"]
     again = tune(tiny_lm, "dpo", tmp_path / "q", work=tmp_path / "work", **more)
-    assert read_policy_card(again).metrics == metrics and (tmp_path / "work/pairs/samples.json").is_file()
+    assert read_policy_card(again).metrics == metrics and (tmp_path / "work/round-0000.json").is_file()
     with pytest.raises(InputError, match="reward"):
         tune(tiny_lm, "dpo", tmp_path / "r", data=PROMPTS, reward=lambda texts: [1.0] * len(texts))
 
@@ -332,7 +334,7 @@ def _stopping(after: int) -> Callable[..., Any]:
 
     @contextmanager
     def ticking(shown: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        def tick(count: int) -> None:
+        def tick(count: int, seen: str = "") -> None:
             nonlocal steps
             steps += count
             if steps >= after:
@@ -361,7 +363,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(
 ) -> None:
     straight = tune(tiny_lm, method, tmp_path / "straight", **more)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(raft if method == "raft" else tuning, "ticking", _stopping(7))
+        patch.setattr(rows if method == "raft" else tuning, "ticking", _stopping(7))
         tune(tiny_lm, method, tmp_path / "resumed", work=tmp_path / "work", **more)
     assert not (tmp_path / "resumed").exists()
     torch.manual_seed(12345)  # the run's own state comes back, not what is left in the process
@@ -391,7 +393,7 @@ def test_raft_keeps_the_samples_of_a_round(tiny_lm: Any, tmp_path: Path) -> None
     more = {"rounds": 2, "steps": 2, "work": tmp_path / "work", "reward": reward}
     with pytest.raises(RewardError, match="no more"):
         tune(tiny_lm, "raft", tmp_path / "out", **more)
-    assert (tmp_path / "work" / "round-000" / "policy" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "work" / "round-0000.json").is_file()
     tune(tiny_lm, "raft", tmp_path / "out", **more)
     assert calls == 6  # again before, the second round, after
     straight = tune(tiny_lm, "raft", tmp_path / "straight", rounds=2, steps=2)
@@ -408,7 +410,7 @@ def nan(texts: list[str]) -> list[float]:
 @pytest.mark.parametrize(
     ("method", "more", "message"),
     [
-        ("ppo", {"data": SFT}, r"^method: got 'ppo'; allowed: sft, dpo, kto, grpo, raft$"),
+        ("ppo", {"data": SFT}, r"^method: got 'ppo'; allowed: sft, kto, grpo, raft, dpo, .*did you mean"),
         ("dpo", {"loss": "rpo"}, r"^loss: got 'rpo'; allowed: for dpo: sigmoid, .*sigmoid_norm"),
         ("sft", {"loss": "sigmoid"}, r"^loss: got 'sigmoid'; allowed: for sft: nll, dft$"),
         ("sft", {"loss": "nll+dft"}, r"^loss: got 'nll\+dft'; allowed: one of"),

@@ -199,7 +199,7 @@ class MaskedLanguageModel(Model):
             before = torch.tensor([encoded[owner[i]] for i in rows], dtype=torch.long, device=tokens.device)
             at = torch.tensor(rows, device=tokens.device)
             ids = torch.cat([before.reshape(len(rows), size), tokens[at], after.expand(len(rows), -1)], 1)
-            law = self._logits(ids)[:, size : size + length]
+            law = self.logits(ids)[:, size : size + length]
             law = law if law.dtype == torch.float64 else law.float()
             law[..., self.mask_id] = -torch.inf
             if len(rows) == count:
@@ -209,7 +209,7 @@ class MaskedLanguageModel(Model):
         assert out is not None
         return out
 
-    def _logits(self, ids: Tensor) -> Tensor:
+    def logits(self, ids: Tensor) -> Tensor:
         """Logits `[N, T, V]` of whole rows `[N, T]`."""
         given: dict[str, Any] = {}
         if "attention_mask" in self._takes:

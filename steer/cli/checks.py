@@ -16,6 +16,7 @@ import torch
 from steer.cli.options import ImageOptions, ModelOptions, TextOptions
 from steer.cli.values import spelled
 from steer.core import Edit, InputError, check
+from steer.core.errors import first_line
 from steer.data import FORMATS, plain_pair, plain_row, prompt_of, read_json, read_table, read_text
 from steer.edits import load_edit, split_spec
 from steer.embedded import CARD_NAME, resolve
@@ -33,6 +34,7 @@ __all__ = [
     "draws_images",
     "edit_maker",
     "image_prompts",
+    "read_dataset",
     "read_pairs",
     "read_prompts",
     "read_rows",
@@ -212,6 +214,32 @@ def read_rows(path: Path, columns: Sequence[str], field: str = "data") -> list[d
         check(isinstance(row, Mapping) and set(columns) <= set(row), where, row, allowed)
     check(bool(rows), field, f"{path} (no rows)", "at least one row")
     return [row for _, row in rows]
+
+
+def read_dataset(path: Path, columns: Sequence[str], field: str = "data") -> list[dict[str, Any]]:
+    """Rows of a file, of a folder of data files, or of the training split of a dataset on the hub (`org/name`, or
+    `org/name:SPLIT`), by `datasets`.
+    """
+    name = str(path)
+    on_hub = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", name) and not path.suffix.startswith(".json")
+    if path.is_file() or name == "-" or not (on_hub or path.is_dir()):
+        return read_rows(path, columns, field)
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise InputError(field, name, "a file; or install steer-engine[train] for datasets") from error
+    where, _, split = name.partition(":")
+    try:
+        found = list(load_dataset(where, split=split or "train"))
+    except Exception as error:  # whatever a library of the network and of many formats raises
+        raise InputError(field, f"{name} ({first_line(error)})", f"{FORMATS}, or a dataset with a split") from error
+    rows = [
+        plain_row({k: v for k, v in row.items() if v is not None}, f"{field} row {n}") for n, row in enumerate(found, 1)
+    ]
+    for n, row in enumerate(rows, 1):
+        check(set(columns) <= set(row), f"{field} row {n}", sorted(row), f"rows with {', '.join(columns)}")
+    check(bool(rows), field, f"{name} (no rows)", "at least one row")
+    return rows
 
 
 def read_pairs(path: Path) -> list[dict[str, Any]]:

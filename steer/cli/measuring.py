@@ -215,11 +215,23 @@ def frontier(options: FrontierOptions, coming: Coming = frozenset()) -> Run:
     _positive(options, "n")
     strengths = _numbers("strengths", options.strengths)
     edits = {text: checks.edit_maker(text, coming) for text in options.edit}
+    ws = _numbers("w", options.w)
+    for folder in options.tuned:
+        check(folder in coming or (folder / "steer.json").is_file(), "tuned", str(folder), "the folder of a policy")
+    names = [folder.name for folder in options.tuned]
+    check(len({*names}) == len(names), "tuned", names, "folders of different names")
     checks.check_folder(options.out)
 
     def run(session: Session) -> None:
+        from steer.cli.generating import tuned_model
+        from steer.methods.rlg import RLGuidance
+
         model = session.load(options)
         methods: dict[str, Any] = {name: SWEEPS[name] for name in options.method}
+        drawn = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
+        for folder in options.tuned:
+            policy: Any = tuned_model(model, folder, False)
+            methods[folder.name] = [{"edits": RLGuidance(policy.process(**drawn), w)} for w in ws]
         for text, make in edits.items():
             edit: Any = make(model)
             methods[Path(text.partition(":")[0]).stem] = [{"edits": replace(edit, strength=x)} for x in strengths]
@@ -232,8 +244,7 @@ def frontier(options: FrontierOptions, coming: Coming = frozenset()) -> Run:
             n=options.n,
             seed=options.seed,
             progress=session.progress,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
+            **drawn,
         )
         found.write(options.out)
         draw_frontier(found, options.out / "frontier.png")

@@ -44,6 +44,14 @@ _Reward = typer.Option(metavar="REWARD", help="For example 'sentiment - 0.3*prof
 _Prompts = typer.Option(metavar="FILE.json", help="A JSON list of prompts, each a text or a list of messages.")
 
 
+def _list_methods(shown: bool) -> None:
+    if shown:
+        from steer.train.objectives.registry import table
+
+        typer.echo(table())
+        raise typer.Exit
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What a command can be told. The field `class_` is the option `class`, a word that Python keeps for itself."""
@@ -208,15 +216,19 @@ class TrainValueOptions(TrainOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainPolicyOptions(TrainOptions):
-    """Tune a policy: a language model (sft, dpo, kto, grpo, raft) or a diffusion model (dpo, seppo, pg)."""
+    """Tune a policy: a language model by any method of --list, or a diffusion model by dpo, seppo or pg."""
 
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the policy.")]
-    method: Annotated[str, typer.Option(help="Text: sft, dpo, kto, grpo or raft; images: dpo, seppo or pg.")]
+    method: Annotated[str, typer.Option(metavar="NAME", help="A method of --list; images: dpo, seppo or pg.")]
+    list_: Annotated[
+        bool,
+        typer.Option("--list", is_eager=True, callback=_list_methods, help="Print the methods for text, then stop."),
+    ] = False
     data: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.jsonl",
-            help="Rows: prompt and completion (sft), chosen and rejected (dpo), label (kto); images: a folder.",
+            metavar="FILE or org/name",
+            help="Rows with the columns that --list names; or a dataset of the hub; images: a folder.",
         ),
     ] = None
     prompts: Annotated[Path | None, _Prompts] = None
@@ -228,6 +240,9 @@ class TrainPolicyOptions(TrainOptions):
     lora_rank: Annotated[int | None, typer.Option(help="0 tunes all weights; default: 16 for text, 0 for images.")] = (
         None
     )
+    report_to: Annotated[
+        list[str], typer.Option(metavar="NAME", help="A tracker, such as tensorboard or wandb; repeatable.")
+    ] = field(default_factory=list)
     keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep OUT.work, from which training resumes.")] = False
 
 
@@ -332,6 +347,12 @@ class FrontierOptions(ModelOptions):
     system: Annotated[
         list[str], typer.Option(metavar="TEXT", help="A system prompt that asks for the same; repeatable.")
     ] = field(default_factory=list)
+    tuned: Annotated[
+        list[Path], typer.Option(metavar="DIR", help="A policy from `steer train policy`, at each of --w; repeatable.")
+    ] = field(default_factory=list)
+    w: Annotated[str, typer.Option("--w", metavar="A,B,...", help="RL guidance towards --tuned; 1 is the policy.")] = (
+        "1"
+    )
     n: Annotated[int, typer.Option("--n", "-n", help="Texts of the base model and of edits, for each prompt.")] = 8
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0
     max_new_tokens: Annotated[int, typer.Option(help="The longest output.")] = 48

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from steer.cli.options import (
 from steer.cli.session import Run, Session
 from steer.cli.values import pairs
 from steer.core import Reward, check
+from steer.core.names import meant
 from steer.rewards import parse_reward
 from steer.rewards.algebra import check_reward
 from steer.train.settings import settle
@@ -84,11 +86,16 @@ S = TypeVar("S")
 
 def _settings(kind: type[S], options: Any, where: str) -> S:
     """The options that are fields of `kind`, and `--set`."""
-    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    return settle(kind, None, _told(kind, options), where)
+
+
+def _told(kind: type, options: Any) -> dict[str, Any]:
+    """The options that are fields of `kind`, and what `--set` says."""
+    known = {f.name for f in fields(kind)}
     told = {f.name: getattr(options, f.name) for f in fields(options) if f.name in known}
     more = {name: None if text.lower() in ("none", "null") else text for name, text in pairs(options.set).items()}
     check(not told.keys() & more.keys(), "--set", sorted(told.keys() & more.keys()), "settings without an option")
-    return settle(kind, None, {**told, **more}, where)
+    return {**told, **more}
 
 
 def _work(out: Path) -> Path:
@@ -120,16 +127,15 @@ def _trainer(options: TrainOptions, train: Callable[[Any, dict[str, Any]], Any],
 def train_policy(options: TrainPolicyOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to tune a policy: a language model or a diffusion model, by the kind of the model."""
     checks.check_model(options)
-    images = checks.draws_images(options)
-    if not images:
-        checks.check_causal(options)
+    images, masked = checks.draws_images(options), checks.denoises_text(options)
     checks.check_folder(options.out)
     free = not options.out.exists() or (options.out / "steer.json").is_file() or not any(options.out.iterdir())
     check(free, "out", f"{options.out} (a folder with other things in it)", "a new folder, or a policy's")
     reward = None if options.reward is None else parse_reward(options.reward)
     if reward is not None:
         check_reward(reward, images)
-    train, data, settings = (_tune_images if images else _tune_text)(options, reward)
+    tune = _tune_images if images else _tune_masked if masked else _tune_text
+    train, data, settings = tune(options, reward)
     _check_new(options)
 
     def run(session: Session) -> None:
@@ -152,27 +158,53 @@ Tuner = tuple[Callable[..., Any], Any, Any]
 
 
 def _tune_text(options: TrainPolicyOptions, reward: Reward | None) -> Tuner:
-    from steer.adapters.transformers.policy.data import OBJECTIVES, PolicySettings
     from steer.adapters.transformers.policy.trl import require_libraries
-    from steer.adapters.transformers.policy.tuning import train_policy
+    from steer.adapters.transformers.policy.tuning import samples, train_policy
+    from steer.train.objectives.registry import METHODS
+    from steer.train.objectives.settings import PolicySettings, policy_settings
 
-    check(options.method in OBJECTIVES, "method", options.method, f"{', '.join(OBJECTIVES)} (a language model)")
+    known = list(METHODS)
+    allowed = f"{', '.join(known)} (a language model){meant(options.method, known, 0.6)}"
+    check(options.method in METHODS, "method", options.method, allowed)
     check(not options.class_, "class", options.class_, f"unset: {options.model} writes text")
-    settings = _settings(PolicySettings, options, "train policy")
-    paired = options.method == "dpo" and reward is not None  # of its own samples
-    drawn = settings.online or paired
-    check((reward is not None) == drawn, "reward", options.reward, _wanted(drawn, options.method))
-    for name, wanted in (("prompts", drawn), ("data", not drawn)):
-        path = getattr(options, name)
-        check((path is not None) == wanted, name, path and str(path), _wanted(wanted, options.method))
-    if drawn:
+    settings = policy_settings(**_told(PolicySettings, options))
+    drawn = samples(settings, reward is not None)
+    scored = drawn and settings.preset.judged
+    check((reward is not None) == scored, "reward", options.reward, _wanted(scored, options.method))
+    both = options.prompts is not None and options.data is not None
+    check(not both, "prompts", str(options.prompts), "either prompts, or data with a column prompt")
+    if not drawn or settings.preset.beside:
+        check(
+            options.prompts is None, "prompts", options.prompts and str(options.prompts), _wanted(False, options.method)
+        )
+    if not drawn:
+        check(options.data is not None, "data", None, _wanted(True, options.method))
+    if drawn and options.data is None:
+        check(options.prompts is not None, "prompts", None, f"{_wanted(True, options.method)}, or data")
         assert options.prompts is not None
         data: list[Any] = checks.read_prompts(options.prompts)
     else:
         assert options.data is not None
-        data = checks.read_rows(options.data, settings.objective.columns)
+        # Losses of pairs take ranked lists too: the columns that a row needs are checked with its texts.
+        columns = ("prompt", *settings.preset.beside) if drawn else settings.preset.columns
+        data = checks.read_dataset(options.data, columns if settings.driver == "native" or drawn else ("prompt",))
     require_libraries()
-    return train_policy, data, settings
+    return partial(train_policy, report_to=options.report_to), data, settings
+
+
+def _tune_masked(options: TrainPolicyOptions, reward: Reward | None) -> Tuner:
+    from steer.adapters.transformers.policy.masked import train_masked_policy
+    from steer.train.objectives.settings import PolicySettings, policy_settings
+
+    told = _told(PolicySettings, options)
+    settings = policy_settings(**{**told, "lora_rank": 0 if told["lora_rank"] is None else told["lora_rank"]})
+    check(reward is not None, "reward", None, f"one for {options.method}")
+    check(options.data is not None or options.prompts is not None, "data", None, "rows with prompt, or --prompts")
+    if options.data is None:
+        data: list[Any] = checks.read_prompts(options.prompts)  # type: ignore[arg-type]
+    else:
+        data = checks.read_dataset(options.data, ("prompt", *settings.preset.beside))
+    return partial(train_masked_policy, report_to=options.report_to), data, settings
 
 
 def _tune_images(options: TrainPolicyOptions, reward: Reward | None) -> Tuner:
@@ -180,6 +212,7 @@ def _tune_images(options: TrainPolicyOptions, reward: Reward | None) -> Tuner:
     from steer.train.diffusion_policy.inputs import OBJECTIVES, DiffusionPolicySettings
 
     check(options.method in OBJECTIVES, "method", options.method, f"{', '.join(OBJECTIVES)} (a diffusion model)")
+    check(not options.report_to, "report_to", options.report_to, "unset for a diffusion model")
     settings = _settings(DiffusionPolicySettings, options, "train policy")
     asked = bool(options.class_) or options.prompts is not None
     if options.data is not None:

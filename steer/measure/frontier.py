@@ -180,6 +180,8 @@ def _point(method: str, given: Mapping[str, Any], samples: Any) -> Point:
 def _brief(value: Any) -> str:
     if hasattr(value, "strength"):
         return f"at {value.strength:g}"
+    if hasattr(value, "tuned"):
+        return f"at w {value.w:g}"
     text = f"{value:.3g}" if isinstance(value, float) else repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 

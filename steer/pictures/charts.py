@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from steer.measure.race import Race
     from steer.measure.report import Report, ReportRow
 
-__all__ = ["draw_curves", "draw_frontier", "draw_guide", "draw_race", "draw_report"]
+__all__ = ["canvas", "draw_curves", "draw_frontier", "draw_guide", "draw_race", "draw_report"]
 
 
 _COLOURS = {"steered": "#0f62a8", "random": "#9aa4ae", "system": "#c2571a"}
@@ -145,7 +145,7 @@ _MARKS = "os^DvX"
 
 def draw_guide(found: Sweep, path: Path) -> None:
     """Reward and KL against w, plain and corrected."""
-    with _canvas(path, (10, 4.6), "RL guidance between a base model and its tuned policy") as figure:
+    with canvas(path, (10, 4.6), "RL guidance between a base model and its tuned policy") as figure:
         axes = figure.subplots(1, 2, gridspec_kw={"wspace": 0.22})
         figure.subplots_adjust(left=0.075, right=0.975, top=0.82, bottom=0.135)
         for axis, name, title in zip(axes, ("reward", "kl"), ("Reward", "KL to the base, nats an output"), strict=True):
@@ -162,7 +162,7 @@ def draw_guide(found: Sweep, path: Path) -> None:
 
 def draw_race(found: Race, path: Path) -> None:
     """Best reward against what the network evaluated."""
-    with _canvas(path, (8, 5), "Reward of the best output against the budget") as figure:
+    with canvas(path, (8, 5), "Reward of the best output against the budget") as figure:
         axis = figure.subplots()
         figure.subplots_adjust(left=0.09, right=0.97, top=0.86, bottom=0.13)
         for i, method in enumerate(dict.fromkeys(h.method for h in found.heats)):
@@ -176,7 +176,7 @@ def draw_race(found: Race, path: Path) -> None:
 
 def draw_frontier(found: Frontier, path: Path) -> None:
     """Reward against KL, a line for each method; methods whose KL is not known are named below."""
-    with _canvas(path, (8, 5), "Reward against drift from the base model") as figure:
+    with canvas(path, (8, 5), "Reward against drift from the base model") as figure:
         axis = figure.subplots()
         figure.subplots_adjust(left=0.09, right=0.97, top=0.86, bottom=0.17)
         unknown = [m for m in found.methods if all(p.kl is None for p in found.of(m) if p.method == m)]
@@ -199,7 +199,7 @@ def draw_curves(found: Comparison, path: Path) -> None:
     tasks = list(dict.fromkeys(x.task for x in lines))
     if not tasks:
         return
-    with _canvas(path, (5.2 * len(tasks) + 1, 4.8), "Distance to the target against budget") as figure:
+    with canvas(path, (5.2 * len(tasks) + 1, 4.8), "Distance to the target against budget") as figure:
         axes = figure.subplots(1, len(tasks), squeeze=False)[0]
         figure.subplots_adjust(left=0.1 if len(tasks) == 1 else 0.06, right=0.98, top=0.77, bottom=0.13)
         for axis, task in zip(axes, tasks, strict=True):
@@ -256,7 +256,7 @@ def _key(figure: Any, axis: Any) -> None:
 
 
 @contextmanager
-def _canvas(path: Path, size: tuple[float, float], title: str) -> Iterator[Any]:
+def canvas(path: Path, size: tuple[float, float], title: str) -> Iterator[Any]:
     """A figure with the house's style; written as PNG in one step when the block ends."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg

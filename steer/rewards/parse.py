@@ -25,6 +25,8 @@ from typing import Any
 
 from steer.core import InputError, Reward, SteerError, check
 from steer.rewards.algebra import CallableReward, Composable, Constant, combine, lift
+from steer.rewards.boxes import Boxes
+from steer.rewards.calls import ToolCall, UnitTests
 from steer.rewards.image import (
     Brightness,
     Compressibility,
@@ -36,6 +38,7 @@ from steer.rewards.image import (
 )
 from steer.rewards.likelihood import Fluency, Perplexity
 from steer.rewards.text import Keywords, Length, Profanity, Readability, Refusal, Rouge, Sentiment
+from steer.rewards.verifiable import Answer, JsonSchema, Overlong, Regex
 
 __all__ = ["as_reward", "parse_reward", "register", "shipped"]
 
@@ -293,6 +296,14 @@ def _rouge(reference: str) -> Reward:
     return Rouge(reference)
 
 
+def _unit_tests(*, seconds: str = "5", megabytes: str = "512") -> Reward:
+    return UnitTests(float(seconds), int(megabytes))
+
+
+def _boxes(*, low: str = "0.5", high: str = "0.75", over: str = "matched") -> Reward:
+    return Boxes(float(low), float(high), over)
+
+
 def _image_class(*labels: str) -> Reward:
     return ImageClass(labels)
 
@@ -330,6 +341,13 @@ register("rouge", _rouge, 'rouge:"REFERENCE"')
 register("refusal", Refusal)
 register("fluency", lambda: Fluency())
 register("perplexity", lambda: Perplexity())
+register("answer", lambda how="final": Answer(how), "answer[:whole or number] (column answer)")
+register("regex", lambda pattern=None: Regex(pattern), 'regex[:"PATTERN"] (column pattern)', loads=True)
+register("json_schema", lambda file=None: JsonSchema(file), "json_schema[:FILE] (column schema)", loads=True)
+register("tool_call", lambda how="": ToolCall(how != "plain"), "tool_call[:plain] (column calls)")
+register("unit_tests", _unit_tests, "unit_tests[:seconds=S][,megabytes=M] (column tests)", loads=True)
+register("vision_boxes", _boxes, "vision_boxes[:over=all] (column boxes)")
+register("overlong", lambda limit, buffer: Overlong(int(limit), int(buffer)), "overlong:LIMIT,BUFFER")
 register("brightness", Brightness)
 register("contrast", Contrast)
 register("symmetry", lambda mirror="horizontal": Symmetry(mirror), "symmetry[:vertical]")

@@ -6,6 +6,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from steer.adapters.transformers.model import LanguageModel
 from steer.adapters.transformers.model import load as load_network
 from steer.adapters.transformers.policy.trl import quiet, require_libraries, shared_copy
@@ -62,6 +64,17 @@ def open_network(base: LanguageModel, folder: Path, *, merge: bool = True, name:
     with quiet():
         tuned = PeftModel.from_pretrained(network, str(folder), torch_device="cpu")
         return LanguageModel(tuned.merge_and_unload() if merge else tuned.get_base_model(), base.tokenizer, name)
+
+
+def averaged_network(base: LanguageModel, folder: Path, share: float) -> LanguageModel:
+    """A model of its own whose weights are `share` of the base's and the rest a policy's, a soup of the two."""
+    other = load_policy(base, folder)
+    with torch.no_grad():
+        for (name, mine), theirs in zip(base.network.named_parameters(), other.network.parameters(), strict=True):
+            fits = mine.shape == theirs.shape
+            check(fits, "soup", f"{folder} ({name}: {tuple(theirs.shape)})", f"weights of shape {tuple(mine.shape)}")
+            theirs.lerp_(mine, share)
+    return other
 
 
 def save_network(network: Any, model: LanguageModel, folder: Path) -> None:

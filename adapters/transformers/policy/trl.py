@@ -16,18 +16,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as library_logging
 
 from steer.adapters.language.blocks import decoder_blocks
-from steer.adapters.transformers.policy.data import PolicySettings
 from steer.core import InputError, Prompt, Reward, RewardError, Samples, SteerError, check
 from steer.core.errors import first_line
 from steer.progress import note
+from steer.train.objectives.settings import PolicySettings
 
 if TYPE_CHECKING:
     from steer.adapters.transformers.model import LanguageModel
@@ -77,33 +77,29 @@ def fit(
     rows: Sequence[dict[str, Any]],
     tuning: PolicySettings,
     *,
-    start: Path | None = None,
     online: Online | None = None,
     work: Path | None = None,
     tick: Callable[[int], None] = lambda count: None,
+    report_to: Sequence[str] = (),
 ) -> Fitted:
-    """Tune a copy of `model`'s network on `rows` (token ids), from the weights in `start` where there are any.
+    """Tune a copy of `model`'s network on `rows` (token ids).
 
     With `work`, checkpoints are kept there, about ten in a run, and a run that stopped goes on from the last one.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run" if work is None else work
         try:
-            trainer = _trainer(model, rows, tuning, start, online, folder, Path(scratch), work is not None)
+            trainer = _trainer(model, rows, tuning, online, folder, Path(scratch), work is not None, report_to)
         except ValueError as error:
             if not tuning.lora_rank or isinstance(error, SteerError):
                 raise
-            allowed = f"0, or targets that PEFT can adapt in a {type(model.network).__name__} ({first_line(error)})"
-            raise InputError("lora_rank", tuning.lora_rank, allowed) from error
+            raise no_adapter(model, tuning, error) from error
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Watch(tick))
         if tuning.lora_rank:
             # Otherwise PEFT asks the hub about this name whenever it saves.
             trainer.model.peft_config["default"].base_model_name_or_path = None
-        left_out = ""
-        if tuning.lora_rank and tuning.targets == "all-linear":
-            left_out = _left_out(trainer.model, decoder_blocks(trainer.model))
-            note(bool(left_out), f"LoRA on all linear layers leaves out {left_out}")
+        left_out = told_left_out(trainer.model, tuning)
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
         log = trainer.state.log_history
         network = trainer.accelerator.unwrap_model(trainer.model)
@@ -124,19 +120,23 @@ def _trainer(
     model: LanguageModel,
     rows: Sequence[dict[str, Any]],
     tuning: PolicySettings,
-    start: Path | None,
     online: Online | None,
     folder: Path,
     scratch: Path,
     keep: bool,
+    report_to: Sequence[str],
 ) -> Any:
     import trl
     from datasets import Dataset
 
-    name = tuning.objective.trainer
-    network, adapter = _trainee(model, tuning, start)
+    name = tuning.preset.trainer
+    network, adapter = trainee(model, tuning)
     recipe = _Recipe(
-        {**_settings(model, len(rows), tuning, folder, keep), "loss_type": tuning.loss},
+        {
+            **_settings(model, len(rows), tuning, folder, keep),
+            "loss_type": tuning.loss,
+            "report_to": list(report_to) or "none",
+        },
         {
             "model": network,
             "peft_config": adapter,
@@ -202,6 +202,15 @@ def _add_grpo(
         recipe.given["model"].config._name_or_path = str(scratch / "reference")
 
 
+def told_left_out(network: Any, tuning: PolicySettings) -> str:
+    """Weights that LoRA on all linear layers does not reach, which a line on standard error names; "" for none."""
+    if not tuning.lora_rank or tuning.targets != "all-linear":
+        return ""
+    found = _left_out(network, decoder_blocks(network))
+    note(bool(found), f"LoRA on all linear layers leaves out {found}")
+    return found
+
+
 def _left_out(network: Any, blocks: Any) -> str:
     """Weights of the decoder blocks that no adapter reaches, such as experts that are one tensor, with their share of
     all; "" where that is less than a twentieth.
@@ -234,18 +243,20 @@ def _adapted(trainer: type, ours: dict[str, Any]) -> Any:
     return type(trainer.__name__, (trainer,), ours)
 
 
-def _trainee(model: LanguageModel, tuning: PolicySettings, start: Path | None) -> tuple[Any, Any]:
+def no_adapter(model: LanguageModel, tuning: PolicySettings, error: Exception) -> InputError:
+    """What PEFT refused."""
+    allowed = f"0, or targets that PEFT can adapt in a {type(model.network).__name__} ({first_line(error)})"
+    return InputError("lora_rank", tuning.lora_rank, allowed)
+
+
+def trainee(model: LanguageModel, tuning: PolicySettings) -> tuple[Any, Any]:
     """A network to train, and the configuration of the adapter that it is still to get."""
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig
 
     if not tuning.lora_rank:
         # Updates are smaller than half precision resolves.
-        network = copy.deepcopy(model.network) if start is None else AutoModelForCausalLM.from_pretrained(start)
-        return _without_dropout(network.float().requires_grad_(True)), None
+        return _without_dropout(copy.deepcopy(model.network).float().requires_grad_(True)), None
     network = _without_dropout(shared_copy(model.network))
-    if start is not None:
-        place = {"torch_device": str(model.device)}
-        return PeftModel.from_pretrained(network, str(start), is_trainable=True, **place), None
     return network, LoraConfig(
         r=tuning.lora_rank,
         lora_alpha=tuning.lora_alpha,
@@ -323,7 +334,6 @@ def _settings(model: LanguageModel, rows: int, tuning: PolicySettings, folder: P
         "use_cpu": on_cpu,
         "gradient_checkpointing": not on_cpu,
         "dataloader_pin_memory": False,
-        "report_to": "none",
         "disable_tqdm": True,
         "logging_strategy": "steps",
         "logging_steps": 1,
@@ -345,8 +355,16 @@ def _scorer(model: LanguageModel, online: Online) -> Callable[..., list[float]]:
     return reward
 
 
+class Speaking(Protocol):
+    """What scoring needs of a model."""
+
+    def show(self, prompt: Any) -> Any: ...
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+
 def scores(
-    model: LanguageModel, online: Online, prompts: Sequence[int], group: Sequence[int], tokens: Sequence[Sequence[int]]
+    model: Speaking, online: Online, prompts: Sequence[int], group: Sequence[int], tokens: Sequence[Sequence[int]]
 ) -> torch.Tensor:
     """Rewards `[N]` of generated `tokens` after the prompts numbered in `prompts`; raises unless they are finite."""
     samples = Samples(

@@ -1,32 +1,31 @@
-"""Tuned policies: SFT, DPO and its kin, KTO, GRPO and RAFT through TRL, as LoRA adapters (PEFT) or whole networks.
+"""Tuned policies as LoRA adapters (PEFT) or whole networks: TRL's trainers by their options, and rounds of our own.
 
 A policy is a folder: the adapter in PEFT's layout, or a network in transformers', and a card, `steer.json`, that says
-which model it was tuned from and how. Losses and trainers are TRL's; RAFT (Dong et al. 2023) is rounds of best-of-K
-samples and SFT on them.
+which model it was tuned from and how. Methods are rows of `steer.train.objectives.registry`.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from steer.adapters.transformers.model import LanguageModel
-from steer.adapters.transformers.policy.data import PolicySettings, check_targets, read_rows
+from steer.adapters.transformers.policy.data import check_targets, read_rows
 from steer.adapters.transformers.policy.folder import open_network, save_network
-from steer.adapters.transformers.policy.raft import mean_reward, own_pairs, run_raft
-from steer.adapters.transformers.policy.trl import Online, fit, quiet, require_libraries
+from steer.adapters.transformers.policy.rows import fit_rows, rank_pairs
+from steer.adapters.transformers.policy.trl import Online, fit, quiet, require_libraries, scores
 from steer.artifacts import Card, data_hash
 from steer.core import Reward, check
 from steer.data import prompt_of
 from steer.files import replacing_folder
-from steer.progress import ticking
+from steer.progress import note, ticking
 from steer.rewards import as_reward
+from steer.rewards.verifiable import with_rows
+from steer.train.objectives.settings import PolicySettings, policy_settings
 from steer.train.policy_folder import CARD, check_target, claim, thinned
-from steer.train.settings import settle
 
 __all__ = ["PolicySettings", "train_policy"]
 
@@ -40,47 +39,67 @@ def train_policy(
     reward: Reward | str | Callable[..., Any] | None = None,
     work: Path | None = None,
     progress: bool = False,
+    report_to: Sequence[str] = (),
     **given: Any,
 ) -> Path:
     """Tune a policy and write it to the folder `out`; `model` itself is not changed.
 
     Args:
         model: a language model from `steer.load`.
-        data: rows `{"prompt", "completion"}` (sft), `{"prompt", "chosen", "rejected"}` (dpo), `{"prompt",
-            "completion", "label": bool}` (kto); for grpo and raft, and for dpo with a reward, prompts, or rows
-            `{"prompt"}`. A prompt is text or messages and is encoded as for `generate`; completions are text, and
-            end-of-sequence is added.
-        settings: how, its `method` first of all; fields of `PolicySettings` may also be `given` by name.
+        data: rows with the columns that `steer train policy --list` names for the method: `{"prompt", "completion"}`
+            (sft), `{"prompt", "chosen", "rejected"}` (dpo and other losses of pairs), `{"prompt", "completions",
+            "scores"}` (ranked lists), `{"prompt", "completion", "label": bool}` (kto); for methods that sample prompts,
+            or rows `{"prompt"}` with what the method or a verifiable reward reads beside it. A prompt is text or
+            messages and is encoded as for `generate`; completions are text, and end-of-sequence is added.
+        settings: how, its `method` first of all; fields of `PolicySettings` and options of pieces may also be `given`
+            by name.
         out: folder; an older policy there is replaced in one step, anything else is refused.
-        reward: what grpo and raft raise; with it dpo makes its own pairs, of the best and the worst of `group_size`
-            samples for each prompt. Rewards that score under a model score under `model`.
+        reward: what methods that sample raise; with it losses of pairs learn from own samples, dpo for one from the
+        best
+            and the worst of `group_size` for each prompt. Rewards that score under a model score under `model`.
+        report_to: trackers that get the figures of every round (every update, for TRL's trainers), such as
+            "tensorboard"; they must be installed.
         work: folder for checkpoints and samples; a run that stopped goes on from there to the same result.
 
     Raises:
         InputError: a bad setting, row, reward or folder; nothing has been trained.
         SteerError: TRL or PEFT is missing, or the loss is no longer finite.
     """
-    tuning = settle(PolicySettings, settings, given, "train_policy")
+    tuning = policy_settings(settings, **given)
     final = Path(out)
     check_target(final)
     check_targets(model, tuning)
     scored = as_reward(reward)
-    paired = scored is not None and tuning.method == "dpo"
-    fits = paired or (scored is not None) == tuning.online
-    check(fits, "reward", reward, f"{'one' if tuning.online else 'none'} for {tuning.method}")
-    rows = [] if paired else read_rows(model, data, tuning)
+    drawn = samples(tuning, scored is not None)
+    wanted = drawn and tuning.preset.judged
+    check((scored is not None) == wanted, "reward", reward, f"{'one' if wanted else 'none'} for {tuning.method}")
+    if drawn and tuning.driver == "native" and not tuning.online:
+        tuning = policy_settings(tuning, driver="rows")  # of its own samples
+    check(tuning.schedule != "inpaint", "schedule", "inpaint", "another for a causal language model")
+    rows = read_rows(model, data, tuning, drawn)
+    for warning in tuning.warnings:
+        note(True, f"warning: {warning}")
     require_libraries()
     recipe = {**tuning.recipe(), **({"reward": str(scored)} if scored is not None else {})}
     hashed = data_hash(list(data))
-    claim(work, {**recipe, "data": hashed, "model": model.info.fingerprint})
-    online = None if scored is None else Online([prompt_of(row) for row in data], scored.bind(model))
-    metrics: dict[str, Any] = {}
-    if paired:
-        assert online is not None
-        rows = read_rows(model, own_pairs(model, online, tuning, work, progress), tuning)
-        metrics["pairs"] = len(rows)
+    run = {**recipe, "data": hashed, "model": model.info.fingerprint}
+    claim(work, run)
+    online = None
+    if scored is not None:
+        prompts = [prompt_of(row) for row in data]
+        online = Online(prompts, with_rows(scored.bind(model), [model.show(p) for p in prompts], data))
     with quiet(), replacing_folder(final) as temporary:
-        metrics |= _tune(model, rows, tuning, online, temporary, work, progress)
+        metrics: dict[str, Any] = {}
+        if online is not None:
+            metrics["reward_before"] = mean_reward(model, model, online, tuning, progress)
+        if tuning.driver == "rows":
+            metrics |= fit_rows(
+                model, rows, tuning, online, temporary, work, run, progress=progress, report_to=report_to
+            )
+        else:
+            metrics |= _fit(model, rows, tuning, online, temporary, work, progress, report_to)
+        if online is not None:
+            metrics["reward_after"] = mean_reward(open_network(model, temporary), model, online, tuning, progress)
         card = Card(
             kind="policy",
             model=model.info.entry(),
@@ -93,28 +112,25 @@ def train_policy(
     return final
 
 
-def _tune(
-    model: LanguageModel,
-    rows: list[dict[str, Any]],
-    tuning: PolicySettings,
-    online: Online | None,
-    folder: Path,
-    work: Path | None,
-    progress: bool,
-) -> dict[str, Any]:
-    """Write the tuned network to `folder`, and say what was seen."""
-    metrics: dict[str, Any] = {}
-    if online is not None:
-        metrics["reward_before"] = mean_reward(model, model, online, tuning, progress)
-    if tuning.method == "raft":
-        assert online is not None
-        with tempfile.TemporaryDirectory() as scratch:
-            metrics |= run_raft(model, rows, online, tuning, folder, work or Path(scratch), progress)
-    else:
-        metrics |= _fit(model, rows, tuning, online, folder, work, progress)
-    if online is not None:
-        metrics["reward_after"] = mean_reward(open_network(model, folder), model, online, tuning, progress)
-    return metrics
+def samples(tuning: PolicySettings, rewarded: bool) -> bool:
+    """Whether a run learns from samples: always, or with a reward, or never."""
+    return tuning.online or (rewarded and tuning.preset.native is False) or (rewarded and tuning.method == "dpo")
+
+
+def mean_reward(
+    policy: LanguageModel, base: LanguageModel, online: Online, tuning: PolicySettings, progress: bool = False
+) -> float:
+    """Mean reward of samples for the first 64 prompts, with one seed for all policies."""
+    prompts = list(online.prompts[:64])
+    drawn = policy.generate(
+        prompts,
+        n=max(1, min(tuning.group_size, 64 // len(prompts))),
+        temperature=tuning.temperature,
+        max_new_tokens=tuning.max_new_tokens,
+        seed=tuning.seed * 100_003 + 99_991,
+        progress=progress,
+    )
+    return round(float(scores(base, online, range(len(prompts)), drawn.group.tolist(), drawn.tokens or []).mean()), 5)
 
 
 def _fit(
@@ -125,12 +141,13 @@ def _fit(
     folder: Path,
     work: Path | None,
     progress: bool,
+    report_to: Sequence[str],
 ) -> dict[str, Any]:
-    """One run of a trainer."""
+    """One run of a trainer of TRL's."""
     with ticking(progress, f"tuning by {tuning.method}", tuning.total_steps(len(rows))) as tick:
-        fitted = fit(
-            model, rows, tuning, online=online if tuning.online else None, work=work and work / "checkpoints", tick=tick
-        )
+        kept = work and work / "checkpoints"
+        fitted = fit(model, rows, tuning, online=online, work=kept, tick=tick, report_to=report_to)
     save_network(fitted.network, model, folder)
     seen = {k: thinned(v) for k, v in (("loss", fitted.loss), ("reward", fitted.reward)) if v}
-    return {**seen, **({"left_out": fitted.left_out} if fitted.left_out else {})}
+    ranked = rank_pairs(model, fitted.network, rows, tuning.beta) if tuning.method == "dpo" else {}
+    return {**seen, **ranked, **({"left_out": fitted.left_out} if fitted.left_out else {})}

@@ -402,8 +402,8 @@ def _mounted(group: Sequence[Ticket], first: Sequence[int]) -> list[tuple[Hidden
 def _open_together(
     model: LanguageModel, group: Sequence[Ticket], taken: Callable[..., None]
 ) -> tuple[tracking.AnyTrack, list[int]]:
-    """One prompt pass for several requests, which fills their rows: the pass, and the row of it that each of theirs goes
-    on from. What it took is shared out by their prompts.
+    """One prompt pass for several requests, which fills their rows: the pass, and the row of it that each of theirs
+    goes on from. What it took is shared out by their prompts.
     """
     ids = [row for ticket in group for row in ticket.prepared.ids]
     first = list(accumulate((len(t.prepared.ids) for t in group), initial=0))

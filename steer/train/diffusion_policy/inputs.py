@@ -65,10 +65,11 @@ class DiffusionPolicySettings:
     eta: Share = 1.0
     guidance_scale: Real | None = None
     kind: str | None = None
-    advantage: Literal["leave-one-out", "grpo"] = "leave-one-out"
+    advantage: Literal["leave-one-out", "grpo", "batch-std"] = "leave-one-out"
     """pg: what a sample is compared with. "leave-one-out": the mean of the other samples of its group, in units that do
     not depend on the sample, so that the optimum is that of `E[r] - beta KL` at every group size; "grpo": mean and
-    standard deviation of the whole group, the sample included.
+    standard deviation of the whole group, the sample included; "batch-std": the group's mean and the standard deviation
+    of all samples of the round (Lite PPO).
     """
     clip_range: Positive = 0.2
     """pg: ratios beyond 1 +- this bring no more (PPO)."""

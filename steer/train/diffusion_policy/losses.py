@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.diffusion import DiffusionProcess
+from steer.train.objectives.advantages import group_means, group_sizes, group_spread, mean_only
 
 MEMORY = 0.9
 """How much less each earlier round counts in the scale of rewards than the one after it."""
@@ -29,16 +30,6 @@ def seppo_loss(winner: Tensor, loser: Tensor, winner_ref: Tensor, loser_ref: Ten
     return -nn.functional.logsigmoid(-0.5 * beta * ((winner - winner_ref) - sign * (loser - loser_ref)))
 
 
-def leave_one_out(gain: Tensor, group: Tensor) -> Tensor:
-    """How far each row's gain `[..., N]` lies above the mean of the *other* rows of its group `[N]`.
-
-    A row's own gain is no part of what it is compared with, so that the expected gradient is that of the mean gain
-    whatever the size of the group; the mean of all n rows would shrink it to (n - 1) / n.
-    """
-    size = _size(group).to(gain)
-    return (gain - _means(gain, group)) * (size / (size - 1).clamp_min(1))
-
-
 def spreads(reward: Tensor, group: Tensor, earlier: Sequence[float] = ()) -> tuple[Tensor, float]:
     """What each row's gain and KL are divided by `[N]`, and the standard deviation of this round inside its groups.
 
@@ -51,8 +42,8 @@ def spreads(reward: Tensor, group: Tensor, earlier: Sequence[float] = ()) -> tup
         reward: `[N]`.
         group: `[N]`.
     """
-    size = _size(group).double()
-    square = (reward.double() - _means(reward.double(), group)).square()
+    size = group_sizes(group).double()
+    square = (reward.double() - group_means(reward.double(), group)).square()
     degrees = len(reward) - len(group.unique())
     spread = float((square.sum() / max(1, degrees)).sqrt())
     weights = [MEMORY**age for age in range(len(earlier), 0, -1)]
@@ -66,32 +57,22 @@ def spreads(reward: Tensor, group: Tensor, earlier: Sequence[float] = ()) -> tup
     return torch.where(found > 1e-8, found, 1.0).to(reward), spread
 
 
-def advantages(gain: Tensor, reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """GRPO's own form (Shao et al. 2024): what a row brings beyond the mean of its group, and the scale of its group
-    `[N]`, both for one division by the standard deviation of the group's rewards; 1 where they are all the same.
+def advantages(rule: str, gain: Tensor, reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """What a row brings beyond the mean of its group, and the scale that it is divided by `[N]`; 1 where rewards are
+    all the same.
 
-    Mean and deviation hold the row itself. With rewards that are normal in a group of n the KL then counts for
-    n / (n - 2) of `beta`: 4/3 in groups of 8, without bound in groups of 2.
+    The scale is the standard deviation of the row's group (`rule` "grpo", Shao et al. 2024) or of all rewards of the
+    round ("batch-std", Lite PPO). Both hold the row itself. With rewards that are normal in a group of n the KL of
+    "grpo" then counts for n / (n - 2) of `beta`: 4/3 in groups of 8, without bound in groups of 2.
 
     Args:
         gain: `[..., N]`, what is compared: the reward, less what the KL of later steps costs.
         reward: `[N]`.
         group: `[N]`.
     """
-    scale = _means((reward - _means(reward, group)).square(), group).sqrt()
+    scale = group_spread(reward, group, ddof=0) if rule == "grpo" else reward.std().expand_as(reward)
     scale = torch.where(scale > 1e-8, scale, 1.0)
-    return (gain - _means(gain, group)) / scale, scale
-
-
-def _size(group: Tensor) -> Tensor:
-    """How many rows there are of each row's group `[N]`."""
-    return group.bincount()[group]
-
-
-def _means(x: Tensor, group: Tensor) -> Tensor:
-    """For each row the mean of its group's `x` `[..., N]`."""
-    sums = x.new_zeros(*x.shape[:-1], int(group.max()) + 1).index_add_(-1, group, x)
-    return sums[..., group] / _size(group).to(x)
+    return mean_only(gain, group) / scale, scale
 
 
 def clipped_objective(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:

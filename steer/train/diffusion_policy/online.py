@@ -9,8 +9,9 @@ from steer.core import Prompt, Reward
 from steer.diffusion.schedule import DETERMINISTIC
 from steer.seeds import mixed, whole_batch
 from steer.train.diffusion_policy.inputs import DiffusionPolicySettings, Tunable
-from steer.train.diffusion_policy.losses import advantages, clipped_objective, leave_one_out, spreads, step_kl
+from steer.train.diffusion_policy.losses import advantages, clipped_objective, spreads, step_kl
 from steer.train.diffusion_policy.samples import Rollout, roll_out
+from steer.train.objectives.advantages import leave_one_out
 
 
 class Online:
@@ -50,10 +51,10 @@ class Online:
         later = found.kl.sum(0) - found.kl.cumsum(0)
         gain = found.reward - settings.beta * later
         scale, spread = spreads(found.reward, found.group, self.spreads)
-        if settings.advantage == "grpo":
-            self.advantage, self.scale = advantages(gain, found.reward, found.group)
-        else:
+        if settings.advantage == "leave-one-out":
             self.advantage, self.scale = leave_one_out(gain, found.group) / scale, scale
+        else:
+            self.advantage, self.scale = advantages(settings.advantage, gain, found.reward, found.group)
         self.spreads.append(spread)
         self.round, self.rollout = number, found
         return found

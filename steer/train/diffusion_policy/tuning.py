@@ -9,7 +9,7 @@ No engine is needed: a `Tunable` is a torch module and the chains that run it.
 - pg: the stochastic chain is a Markov decision process (DDPO, Black et al. 2023; for flows Flow-GRPO, Liu et al. 2025).
   Its objective is `E[r] - beta KL(policy || base)` over chains, whose optimum has `p(x) exp(r(x) / beta)` as its law of
   finished rows, up to what the last steps without noise add. So it is at every group size with the default advantage
-  (`losses.leave_one_out`, Kool et al. 2019; its scale in `losses.spreads`); GRPO's own form is `advantage="grpo"`.
+  (`advantages.leave_one_out`, Kool et al. 2019; its scale in `losses.spreads`); GRPO's own form is `advantage="grpo"`.
 
 The ratio of the densities of a step is that of all its dimensions together: log-densities are *summed*. The released
 codes of DDPO and Flow-GRPO take their mean, which shrinks ratio, clipping range and KL by the number of dimensions;
