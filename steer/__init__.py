@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from steer.rewards import as_reward, parse_reward
     from steer.rewards.scoring import score
     from steer.train.controller import train_controller
+    from steer.train.reward import train_reward
     from steer.train.value import train_value
     from steer.train.vector import train_vector
 
@@ -81,6 +82,7 @@ _HOMES = {
     "steer.rewards": ("as_reward", "parse_reward"),
     "steer.rewards.scoring": ("score",),
     "steer.train.controller": ("train_controller",),
+    "steer.train.reward": ("train_reward",),
     "steer.train.value": ("train_value",),
     "steer.train.vector": ("train_vector",),
 }
@@ -135,6 +137,7 @@ __all__ = [
     "train_controller",
     "train_diffusion_policy",
     "train_policy",
+    "train_reward",
     "train_value",
     "train_vector",
 ]

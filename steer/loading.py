@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from steer.core import SteerError, check
 from steer.embedded import CARD_NAME, resolve
+from steer.rewards.heads import models_from
 
 if TYPE_CHECKING:
     from steer.adapters.diffusers import DiffusionModel
@@ -160,3 +161,6 @@ def _config(where: str | Path) -> dict[str, Any]:
     except Exception:  # offline, no such model, no access
         return {}
     return found if isinstance(found, dict) else {}
+
+
+models_from(load)

@@ -29,7 +29,7 @@ app = typer.Typer(
     context_settings=_HELP,
 )
 models = typer.Typer(help="Models that come with steer.", no_args_is_help=True)
-train = typer.Typer(help="Train a vector, a controller, a value head or a policy.", no_args_is_help=True)
+train = typer.Typer(help="Train a vector, a controller, a value head, a reward or a policy.", no_args_is_help=True)
 app.add_typer(models, name="models")
 app.add_typer(train, name="train")
 

@@ -20,6 +20,7 @@ JOBS: dict[str, Callable[..., Run]] = {
     "train vector": training.train_vector,
     "train controller": training.train_controller,
     "train value": training.train_value,
+    "train reward": training.train_reward,
     "train policy": training.train_policy,
     "train images": training.train_images,
     "eval": measuring.evaluation,

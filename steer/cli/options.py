@@ -34,6 +34,7 @@ __all__ = [
     "TrainImagesOptions",
     "TrainOptions",
     "TrainPolicyOptions",
+    "TrainRewardOptions",
     "TrainValueOptions",
     "TrainVectorOptions",
 ]
@@ -212,6 +213,21 @@ class TrainValueOptions(TrainOptions):
     prompts: Annotated[Path, _Prompts]
     reward: Annotated[str, _Reward]
     keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep OUT.work, from which training resumes.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRewardOptions(TrainOptions):
+    """Train a reward from preferences, ratings or labels: heads on the model's own hidden states."""
+
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Rows: prompt, chosen and rejected; or completion and ratings {name: number}, or label.",
+        ),
+    ]
+    objective: Annotated[str, typer.Option(help="auto (by the columns), pairs, ratings or binary.")] = "auto"
+    members: Annotated[int, typer.Option(help="Of an ensemble, read as FILE:how=worst or FILE:how=uncertainty.")] = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -524,6 +540,7 @@ COMMANDS: dict[str, type[Options]] = {
     "train vector": TrainVectorOptions,
     "train controller": TrainControllerOptions,
     "train value": TrainValueOptions,
+    "train reward": TrainRewardOptions,
     "train policy": TrainPolicyOptions,
     "train images": TrainImagesOptions,
     "eval": EvalOptions,
@@ -559,6 +576,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "train vector": ("steer train vector --model smollm2-135m --pairs pairs.jsonl --out calm.safetensors",),
     "train value": (
         "steer train value --model smollm2-135m --prompts prompts.json --reward sentiment --out value.safetensors",
+    ),
+    "train reward": (
+        "steer train reward --model smollm2-135m --data pairs.jsonl --out helpful.safetensors --members 5",
+        "steer generate --model smollm2-135m --prompt Hi --sampler fk -n 8 --reward helpful.safetensors:how=worst",
     ),
     "train policy": ("steer train policy --model smollm2-135m --method dpo --data pairs.jsonl --out bright",),
     "eval": ("steer eval --model smollm2-135m --edit calm.safetensors --prompts prompts.json --out report",),

@@ -17,6 +17,7 @@ from steer.cli.options import (
     TrainImagesOptions,
     TrainOptions,
     TrainPolicyOptions,
+    TrainRewardOptions,
     TrainValueOptions,
     TrainVectorOptions,
 )
@@ -24,11 +25,12 @@ from steer.cli.session import Run, Session
 from steer.cli.values import pairs
 from steer.core import Reward, check
 from steer.core.names import meant
+from steer.data import FORMATS, read_table
 from steer.rewards import parse_reward
 from steer.rewards.algebra import check_reward
 from steer.train.settings import settle
 
-__all__ = ["train_controller", "train_images", "train_policy", "train_value", "train_vector"]
+__all__ = ["train_controller", "train_images", "train_policy", "train_reward", "train_value", "train_vector"]
 
 
 def train_vector(options: TrainVectorOptions, coming: Coming = frozenset()) -> Run:
@@ -67,6 +69,18 @@ def train_value(options: TrainValueOptions, coming: Coming = frozenset()) -> Run
     return _trainer(
         options, lambda model, more: train(model, prompts, reward.bind(model), settings, **more), options.keep_work
     )
+
+
+def train_reward(options: TrainRewardOptions, coming: Coming = frozenset()) -> Run:
+    """Check a request to train a reward."""
+    from steer.train.reward import RewardSettings
+    from steer.train.reward import train_reward as train
+
+    _check_training(options)
+    settings = _settings(RewardSettings, options, "train reward")
+    allowed = f"{FORMATS} with chosen and rejected, ratings, or labels"
+    rows = [row for _, row in read_table("data", options.data, allowed)]
+    return _trainer(options, lambda model, more: train(model, rows, settings, **more), keep_work=False)
 
 
 def _check_training(options: TrainOptions) -> None:

@@ -6,8 +6,9 @@
     ARGUMENTS = item { , item }               item = word | "text" | key=word | key="text"
 
 `NAME` is a shipped reward, `FUNCTION` a Python callable of an importable module (the current folder included),
-`MODEL` a model id (`org/name`) or a folder. What holds spaces, commas, hyphens or operators goes in quotes; a model
-id or folder that is the whole text needs none: `org/my-model-v2`, `./my-model`, `org/my-model:LABEL`.
+`MODEL` a model id (`org/name`), a folder, or a file of `steer train reward` (`"helpful.safetensors":how=worst`). What
+holds spaces, commas, hyphens or operators goes in quotes; a model id, folder or file that is the whole text needs none:
+`org/my-model-v2`, `./my-model`, `org/my-model:LABEL`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from steer.rewards.image import (
 )
 from steer.rewards.likelihood import Fluency, Perplexity
 from steer.rewards.text import Keywords, Length, Profanity, Readability, Refusal, Rouge, Sentiment
+from steer.rewards.trained import trained
 from steer.rewards.verifiable import Answer, JsonSchema, Overlong, Regex
 
 __all__ = ["as_reward", "parse_reward", "register", "shipped"]
@@ -136,7 +138,7 @@ def _whole_model(text: str, trusted: bool) -> Reward | None:
     path = source.startswith(("./", "../", "/", "~"))
     identifier = "/" in source and _MODEL_ID.fullmatch(source) and not re.match(r"[-.\d]", source)
     # A stranger is told nothing of what lies on this machine: only the form of the text counts.
-    folder = trusted and Path(source).is_dir()
+    folder = trusted and (Path(source).is_dir() or source.endswith(_HEADS))
     if path or (not shipped_first and (identifier or folder)):
         return _model(source, _items(match["label"]), text, trusted)
     return None
@@ -275,6 +277,8 @@ def _imported(module: str) -> Any:
 def _model(source: str, items: list[tuple[str | None, str]], given: str, trusted: bool) -> Reward:
     check(trusted, "reward", given, _allowed(trusted))
     values, options = _split(items)
+    if source.endswith(_HEADS):
+        return trained(source, values, options, given)
     label = options.pop("label", None) or next(iter(values), None)
     check(len(items) <= 1 and not options, "reward", given, f"{source!r} or {source!r}:LABEL")
     local = Path(source).expanduser().is_dir() or source.startswith((".", "/", "~"))
@@ -282,6 +286,10 @@ def _model(source: str, items: list[tuple[str | None, str]], given: str, trusted
     from steer.adapters.rewards.text import ModelReward
 
     return ModelReward(source, label=label)
+
+
+_HEADS = ".safetensors"
+"""Files of `steer train reward`."""
 
 
 def _keywords(*words: str) -> Reward:
