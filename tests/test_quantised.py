@@ -116,7 +116,7 @@ def test_packed_weights_of_an_unknown_kind_are_refused(tmp_path: Path) -> None:
     packed = weights.pop(name)
     weights[name.replace(".weight", ".qweight")] = packed.to(torch.int8)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(SteerError, match="lacks weights of the network: model.layers.0"):
+    with pytest.raises(SteerError, match=r"lacks weights of the network: model\.layers\.0"):
         steer.load(folder)
 
 
