@@ -185,7 +185,7 @@ def test_half_an_emoji_in_rows_that_a_program_hands_over(tiny_lm: Any) -> None:
     [
         "positive;negative\na, b;c\nd;e\n",
         "sep=;\npositive;negative\na, b;c\nd;e\n",
-        "sep=,\r\npositive,negative\r\n\"a, b\",c\r\nd,e\r\n",
+        'sep=,\r\npositive,negative\r\n"a, b",c\r\nd,e\r\n',
         'positive,negative,,\n"a, b",c,,\nd,e,,\n',
         'positive,negative\n\n"a, b",c\n\nd,e\n',
     ],
