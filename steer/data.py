@@ -14,7 +14,7 @@ from steer.core import InputError, check
 from steer.core.errors import check_unicode, first_line
 from steer.core.messages import plain_messages
 
-__all__ = ["FORMATS", "plain_pair", "plain_row", "prompt_of", "read_json", "read_table", "read_text"]
+__all__ = ["FORMATS", "csv_row", "plain_pair", "plain_row", "prompt_of", "read_json", "read_table", "read_text"]
 
 FORMATS = "JSON lines, a JSON list, CSV or parquet"
 _ENCODED = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -99,13 +99,20 @@ def _csv(field: str, text: str, delimiter: str | None, allowed: str) -> list[dic
         for row in rows:
             if not row:
                 continue
-            surplus = [cell for cell in row[len(names) :] if cell]
-            where = f"{field} row {len(found) + 1}"
-            check(not surplus, where, f"{len(row)} cells, {row}", f"{len(names)} cells; text with a comma is quoted")
-            found.append({name: _cell(cell) for name, cell in zip(names, row, strict=False) if cell != ""})
+            cells: dict[Any, Any] = {**dict(zip(names, row, strict=False)), None: row[len(names) :]}
+            found.append(csv_row(cells, f"{field} row {len(found) + 1}"))
     except csv.Error as error:
         raise InputError(f"{field} row {len(found) + 1}", str(error), allowed) from error
     return found
+
+
+def csv_row(row: Mapping[Any, Any], field: str = "row") -> dict[str, Any]:
+    """A row as `csv.DictReader` gives it, without its empty cells; a cell that is a JSON list of objects, such as
+    messages, is one. Raises `InputError` for cells beyond the columns.
+    """
+    surplus = [cell for cell in row.get(None) or () if cell]
+    check(not surplus, field, f"cells without a column, {surplus}", "as many cells as columns; text is quoted")
+    return {k: _cell(v) for k, v in row.items() if k is not None and v not in (None, "")}
 
 
 def _cell(text: str) -> Any:

@@ -208,7 +208,7 @@ def test_a_long_cell(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("positive,negative\na,b\nwell, now,b\n", ["pairs row 2", "3 cells", "quoted"]),
+        ("positive,negative\na,b\nwell, now,b\n", ["pairs row 2", "without a column", "quoted"]),
         ("positive,negative,positive\na,b,c\n", ["pairs", "several columns ['positive']"]),
     ],
     ids=["a comma that is not quoted", "a column twice"],
