@@ -55,7 +55,7 @@ def read_table(field: str, path: Path, allowed: str) -> list[tuple[str, Any]]:
         return list(_numbered(field, _parquet(field, path, allowed)))
     text = read_text(field, path, allowed)
     if kind in (".csv", ".tsv"):
-        return list(_numbered(field, _csv(text, "\t" if kind == ".tsv" else ",")))
+        return list(_numbered(field, _csv(field, text, "\t" if kind == ".tsv" else None, allowed)))
     if text.lstrip().startswith("["):
         found = _whole(field, path, text, allowed)
         if found is not None:
@@ -81,14 +81,37 @@ def _whole(field: str, path: Path, text: str, allowed: str) -> list[Any] | None:
     return None if several else list(read_json(field, path, text, allowed))
 
 
-def _csv(text: str, delimiter: str) -> list[dict[str, Any]]:
-    """Rows by the names in the first line."""
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    return [csv_row(row) for row in rows]
+def _csv(field: str, text: str, delimiter: str | None, allowed: str) -> list[dict[str, Any]]:
+    """Rows by the names in the first line, or in the second after Excel's `sep=;`. A cell that is a JSON list, such as
+    messages, is one. Raises `InputError` for names that come twice, and for rows with more cells than names.
+    """
+    head, _, rest = text.partition("\n")
+    if delimiter is None and head.rstrip("\r")[:4] == "sep=" and len(head.rstrip("\r")) == 5:
+        delimiter, text, head = head[4], rest, rest.partition("\n")[0]
+    semicolons = delimiter is None and ";" in head and "," not in head
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter or (";" if semicolons else ","))
+    found: list[dict[str, Any]] = []
+    try:
+        names = next(rows, [])
+        twice = [name for i, name in enumerate(names) if name in names[:i] and name]
+        check(not twice, field, f"several columns {twice[:1]}", "each column once")
+        for row in rows:
+            if not row:
+                continue
+            cells: dict[Any, Any] = {**dict(zip(names, row, strict=False)), None: row[len(names) :]}
+            found.append(csv_row(cells, f"{field} row {len(found) + 1}"))
+    except csv.Error as error:
+        raise InputError(f"{field} row {len(found) + 1}", str(error), allowed) from error
+    return found
 
 
-def csv_row(row: Mapping[Any, Any]) -> dict[str, Any]:
-    """A row of CSV without its empty cells; a cell that is a JSON list of objects, such as messages, is one."""
+def csv_row(row: Mapping[Any, Any], field: str = "row") -> dict[str, Any]:
+    """A row as `csv.DictReader` gives it, without its empty cells; a cell that is a JSON list of objects, such as
+    messages, is one. Raises `InputError` for cells beyond the columns.
+    """
+    surplus = [cell for cell in row.get(None) or () if cell]
+    check(not surplus, field, f"cells without a column, {surplus}", "as many cells as columns; text is quoted")
     return {k: _cell(v) for k, v in row.items() if k is not None and v not in (None, "")}
 
 
@@ -125,8 +148,8 @@ def prompt_of(row: Any) -> Any:
 
 def plain_row(row: Any, field: str) -> Any:
     """A row whose replies are texts, from one in TRL's conversational columns: `messages`; or lists of messages as
-    `completion`, `chosen` and `rejected`, whose prompt may be what both begin with. Other rows are given back as they
-    are. Raises `InputError` for a reply of several messages.
+    `completion`, `chosen` and `rejected`, whose prompt may be what both begin with, or be repeated in them. Other rows
+    are given back as they are. Raises `InputError` for a reply of several messages.
     """
     if not isinstance(row, Mapping):
         return row
@@ -142,10 +165,18 @@ def plain_row(row: Any, field: str) -> Any:
         replies = []
     for name in replies:
         before, made[name] = _split(made[name], f"{field}.{name}")
-        check(not before, f"{field}.{name}", row[name], "one message of the assistant's: the others are the prompt")
+        repeated = not before or _said(before) == _said(made.get("prompt"))
+        allowed = "one message of the assistant's: the others are the prompt"
+        check(repeated, f"{field}.{name}", row[name], allowed)
     if isinstance(made.get("label"), str | int | float) and str(made["label"]).strip().lower() in _LABELS:
         made["label"] = _LABELS[str(made["label"]).strip().lower()]
     return made
+
+
+def _said(prompt: Any) -> list[tuple[Any, Any]]:
+    """Who says what in a prompt."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
+    return [(message["role"], message["content"]) for message in plain_messages(messages)]
 
 
 def plain_pair(row: Any, field: str) -> Any:

@@ -11,6 +11,7 @@ import pytest
 
 from steer.cli.checks import read_pairs, read_prompts, read_rows
 from steer.core import InputError
+from steer.data import plain_pair, read_table
 from steer.train.vector import encode_pairs
 
 PAIRS = [{"positive": f"good\u2028day {i}", "negative": f'bad, "day"\n{i}'} for i in range(3)]
@@ -174,3 +175,58 @@ def test_half_an_emoji_in_rows_that_a_program_hands_over(tiny_lm: Any) -> None:
     good = {"positive": "a", "negative": "b"}
     with pytest.raises(InputError, match=r"pairs\[1\].negative"):
         encode_pairs(tiny_lm, [good, {"positive": "a", "negative": "b \ude00"}])
+
+
+# ---------------------------------------------------------------------------------------- CSV as spreadsheets write it
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "positive;negative\na, b;c\nd;e\n",
+        "sep=;\npositive;negative\na, b;c\nd;e\n",
+        'sep=,\r\npositive,negative\r\n"a, b",c\r\nd,e\r\n',
+        'positive,negative,,\n"a, b",c,,\nd,e,,\n',
+        'positive,negative\n\n"a, b",c\n\nd,e\n',
+    ],
+    ids=["semicolons", "sep=;", "sep=,", "empty columns", "empty lines"],
+)
+def test_spreadsheets_csv(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(text, newline="")
+    assert [row for _, row in read_table("pairs", tmp_path / "a.csv", "rows")] == [
+        {"positive": "a, b", "negative": "c"},
+        {"positive": "d", "negative": "e"},
+    ]
+
+
+def test_a_long_cell(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("positive,negative\n" + "x" * 200_000 + ",y\n")
+    (_, row), *_ = read_table("pairs", tmp_path / "a.csv", "rows")
+    assert len(row["positive"]) == 200_000
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("positive,negative\na,b\nwell, now,b\n", ["pairs row 2", "without a column", "quoted"]),
+        ("positive,negative,positive\na,b,c\n", ["pairs", "several columns ['positive']"]),
+    ],
+    ids=["a comma that is not quoted", "a column twice"],
+)
+def test_cells_are_never_dropped(text: str, words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(InputError) as caught:
+        read_table("pairs", tmp_path / "a.csv", "rows")
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("prompt", ["q", [{"role": "user", "content": "q"}]], ids=["text", "messages"])
+def test_replies_that_repeat_the_prompt(prompt: Any) -> None:
+    """As the UltraFeedback files have it: the prompt, and whole conversations."""
+    asked = [{"role": "user", "content": "q"}]
+    replies = (("chosen", "a"), ("rejected", "b"))
+    row = {name: [*asked, {"role": "assistant", "content": text}] for name, text in replies}
+    assert plain_pair({"prompt": prompt, **row}, "pairs") == {"prompt": prompt, "positive": "a", "negative": "b"}
+    with pytest.raises(InputError, match="chosen"):
+        plain_pair({"prompt": "another", **row}, "pairs")

@@ -242,3 +242,27 @@ def test_half_an_emoji_is_named_wherever_it_enters(chat: Any) -> None:
             chat.generate(prompts, max_new_tokens=1)
     with pytest.raises(InputError, match="stop"):
         chat.generate("good", stop=["\ud83d"])
+
+
+CUTS = "{% for m in messages %}{{ '[I]' + m['content'][:3] + '[/I]' }}{% endfor %}"
+LONG = "{% for m in messages %}{{ '[I]' + m['content'][:40] + '[/I]' }}{% endfor %}"
+AS_JSON = "{% for m in messages %}{{ m['content'] | tojson }}{% endfor %}"
+
+
+def test_parts_are_never_written_out_as_a_list() -> None:
+    """A template that cuts a text lets a list of one part pass whole, as the text of a list."""
+    with pytest.raises(InputError, match="leaves it out"):
+        ChatTemplate(tokenizer(CUTS), "m").render([{"role": "user", "content": "How are you?"}])
+    told = ChatTemplate(tokenizer(AS_JSON), "m").render([{"role": "user", "content": "How are you?"}])
+    assert told == '"How are you?"'
+
+
+@pytest.mark.parametrize(
+    ("template", "content"),
+    [(LONG, "word " * 20), (THINKING, "what does </think> mean?"), (AS_JSON, 'say "hi"')],
+    ids=["cut", "split", "escaped"],
+)
+def test_a_users_words_are_never_changed(template: str, content: str) -> None:
+    with pytest.raises(InputError, match="changes this one"):
+        ChatTemplate(tokenizer(template), "m").render([{"role": "user", "content": content}])
+    assert "short" in ChatTemplate(tokenizer(template), "m").render([{"role": "user", "content": " short "}])

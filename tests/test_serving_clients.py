@@ -121,6 +121,12 @@ NOTHING: list[dict[str, Any]] = [
     {"logit_bias": {}},
     {"response_format": {"type": "text"}},
     {"web_search_options": None, "audio": None, "verbosity": None},
+    {"stop": ""},
+    {"logprobs": False, "top_logprobs": 0},
+    {"best_of": 1, "use_beam_search": False, "ignore_eos": False, "min_tokens": 0},
+    {"repetition_penalty": 1.0, "length_penalty": 1, "no_repeat_ngram_size": 0},
+    {"skip_special_tokens": True, "spaces_between_special_tokens": True, "include_stop_str_in_output": False},
+    {"cache_prompt": True, "keep_alive": "5m"},
 ]
 
 

@@ -21,6 +21,8 @@ from steer.core.messages import Messages, plain_messages
 __all__ = ["ChatTemplate", "PromptReader", "chats"]
 
 _FORMS = ("text", "parts", "parts but for the system prompt")
+_WRITTEN_OUT = re.compile(r"""['"]text['"]\s*:\s*['"]content000marker""")
+"""Parts that a template for texts turns into the text of a list."""
 _PRIVATE = range(0xF0000, 0xFFFFE)
 """Code points that mean nothing: they stand for control tokens while a template runs."""
 
@@ -50,8 +52,8 @@ class ChatTemplate:
         form = self._form(json.dumps([{**m, "content": ""} for m in messages], default=str))
         last = messages[-1]
         if last["role"] != "assistant" or resumed is False:
-            return self._apply(messages, form, add_generation_prompt=last["role"] != "assistant")
-        text, words = self._apply(messages, form, continue_final_message=True), last["content"]
+            return self._whole(messages, self._apply(messages, form, add_generation_prompt=last["role"] != "assistant"))
+        text, words = self._whole(messages, self._apply(messages, form, continue_final_message=True)), last["content"]
         kept = text.rstrip().endswith(words.strip()) or not words.strip()
         check(kept, "prompt", words, "other words to continue: the chat template changes these")
         # A template that trims takes the space before the next word; it is part of what is to be continued.
@@ -63,6 +65,14 @@ class ChatTemplate:
         except Exception as error:  # a program of its own, which refuses what it does not know
             given = f"messages that the chat template refuses ({first_line(error)})"
             raise InputError("prompt", given, "others") from error
+
+    def _whole(self, messages: Messages, text: str) -> str:
+        """The rendered text, in which every word of a user's is to be found: a template may cut what is long."""
+        spaceless = "".join(text.split())
+        for message in messages:
+            kept = message["role"] != "user" or "".join(message["content"].split()) in spaceless
+            check(kept, "prompt", message["content"], f"others: the chat template of {self.name} changes this one")
+        return text
 
     def _tried(self, skeleton: str) -> str:
         """The form in which a conversation of these roles comes through whole."""
@@ -76,7 +86,7 @@ class ChatTemplate:
             except InputError as error:
                 reasons.append(error)
                 continue
-            lost = [m for m in messages if m["content"] not in text]
+            lost = [m for m in messages if m["content"] not in text or _WRITTEN_OUT.search(text)]
             if not lost:
                 return form
             given = f"a message of role {lost[0]['role']!r}"

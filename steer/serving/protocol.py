@@ -67,6 +67,11 @@ class _FromClients(_Request):
         return {k: v for k, v in given.items() if not (_says_nothing(v) and _is_absent(cls.model_fields.get(k)))}
 
 
+def _same(value: Any, other: Any) -> bool:
+    """Equal, and either both or neither a truth."""
+    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
+
+
 def _is_absent(field: FieldInfo | None) -> bool:
     """Whether there is no such field, or none that could be anything."""
     return field is None or field.annotation is type(None)
@@ -127,7 +132,33 @@ class ResponseFormat(_FromClients):
     type: Literal["text"]
 
 
+_OFF: dict[str, Any] = {
+    "best_of": 1,
+    "ignore_eos": False,
+    "include_stop_str_in_output": False,
+    "length_penalty": 1,
+    "min_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "repetition_penalty": 1,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "stop": "",
+    "use_beam_search": False,
+}
+"""Settings of other servers at the value that changes nothing, as their clients write them out."""
+_OF_NO_MATTER = ("cache_prompt", "keep_alive")
+"""Fields of other servers that say nothing about the text."""
+
+
 class _Common(_FromClients):
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_is_off(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        off = {k for k in given if k in _OF_NO_MATTER or (k in _OFF and _same(given[k], _OFF[k]))}
+        return {k: v for k, v in given.items() if k not in off}
+
     model: Text
     n: Annotated[Count, Field(ge=1)] | None = None
     max_tokens: Annotated[Count, Field(ge=1)] | None = None

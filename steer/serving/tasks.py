@@ -44,7 +44,7 @@ class Tasks:
     def chat(self, request: ChatRequest) -> Task:
         """Raises `InputError` that names the field, and `TooLargeError`."""
         check(
-            request.top_logprobs is None or bool(request.logprobs),
+            not request.top_logprobs or bool(request.logprobs),
             "top_logprobs",
             request.top_logprobs,
             "unset, or with logprobs=true",
