@@ -47,7 +47,7 @@ docs: $(BIN)/steer  ## an API reference in build/docs; needs no network
 	HF_HUB_OFFLINE=1 $(BIN)/python -W 'ignore:Error parsing type' -W 'ignore:Cannot determine' -W 'ignore:The module spec' \
 		-m pdoc --docformat google -o build/docs $$($(DOCUMENTED)) '!steer.adapters.vllm'
 
-notebooks: model  ## run the notebooks and keep what they show: some 6 minutes
+notebooks: model  ## run the notebooks and keep what they show: some 4 minutes
 	cd recipes/notebooks && HF_HUB_DISABLE_PROGRESS_BARS=1 OMP_NUM_THREADS=1 $(abspath $(BIN))/jupyter-execute --inplace *.ipynb
 
 pictures: model  ## draw the README's pictures again

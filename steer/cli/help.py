@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import MISSING, fields, is_dataclass
+from shutil import get_terminal_size
+from textwrap import wrap
 from typing import Any, get_type_hints
 
 from steer.cli.values import check_known
@@ -33,7 +35,8 @@ def explain(topic: str) -> str:
         return list_recipes()
     samplers = _samplers()
     check_known("help", [topic], topics())
-    return f"{_first_lines(samplers[topic])}\n\n{settings_table(samplers[topic])}\n\n{_example(topic)}"
+    about = "\n".join(_wrapped(_first_lines(samplers[topic])))
+    return f"{about}\n\n{settings_table(samplers[topic])}\n\n{_example(topic)}"
 
 
 def _first_lines(kind: type) -> str:
@@ -48,19 +51,24 @@ def _example(topic: str) -> str:
 
 
 def settings_table(kind: type) -> str:
-    """A line for each field of a dataclass: its name, default, type, and what its class's docstring says of it."""
+    """The fields of a dataclass, each with its type and default, and below them what its class's docstring says of
+    them, as wide as the terminal.
+    """
     assert is_dataclass(kind)
     hints, about = get_type_hints(kind), _documented(kind)
-    rows = [["key", "default", "type"]]
+    rows = [["key", "type", "default"]]
     for f in fields(kind):
         made = f.default if f.default_factory is MISSING else f.default_factory()
         default = "none" if made is None else "needed" if made is MISSING else str(made)
-        rows.append([f.name, default, _spelled(hints[f.name])])
-    width = 2 + max(len(row[0]) for row in rows)
-    heads = aligned(rows).split("\n")
+        rows.append([f.name, _spelled(hints[f.name]), default])
+    heads = aligned(rows, left=True).split("\n")
     lines = [heads[0]]
-    for head, row in zip(heads[1:], rows[1:], strict=True):
-        lines += [head, *(f"{'':{width}}{line}" for line in about.get(row[0], []))]
+    names = [row[0] for row in rows[1:]]
+    for i, (name, head) in enumerate(zip(names, heads[1:], strict=True)):
+        lines.append(head)
+        told = about.get(name, "")
+        if told and about.get(names[i + 1] if i + 1 < len(names) else "") != told:  # said once of several
+            lines += _wrapped(told, "    ")
     return "\n".join(lines)
 
 
@@ -70,8 +78,8 @@ def _spelled(hint: Any) -> str:
     return text.replace(" | ", " or ")
 
 
-def _documented(kind: type) -> dict[str, list[str]]:
-    """What the `Attributes:` section of a docstring says of each name, in lines of about 90 columns."""
+def _documented(kind: type) -> dict[str, str]:
+    """What the `Attributes:` section of a docstring says of each name."""
     text = inspect.cleandoc(kind.__doc__ or "")
     section = re.search(r"^Attributes:\n(.*?)(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
     found: dict[str, list[str]] = {}
@@ -84,13 +92,12 @@ def _documented(kind: type) -> dict[str, list[str]]:
         elif line.strip():
             for name in names:
                 found[name].append(line.strip())
-    return {name: _wrapped(" ".join(lines)) for name, lines in found.items()}
+    return {name: " ".join(lines) for name, lines in found.items()}
 
 
-def _wrapped(text: str, width: int = 90) -> list[str]:
-    from textwrap import wrap
-
-    return wrap(text.replace("`", ""), width)
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    width = max(40, min(get_terminal_size((90, 0)).columns, 110))
+    return wrap(text.replace("`", ""), width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def list_rewards() -> str:
@@ -111,5 +118,5 @@ def list_recipes() -> str:
 
     lines = []
     for name, about in described().items():
-        lines += [name, *(f"    {line}" for line in _wrapped(about))]
+        lines += [name, *_wrapped(about, "    ")]
     return "\n".join([*lines, "", "steer run NAME [VARIABLE=VALUE ...]"])

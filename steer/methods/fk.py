@@ -79,7 +79,8 @@ class FKSteering(Sampler):
         resampler: "ssp", "systematic", "stratified" or "multinomial".
         tempering: gamma of DAS (Kim et al. 2025): rho is scaled by `min((1 + gamma)^i - 1, 1)`, i the steps taken,
             and by 1 at the end; None is off.
-        lookahead: what values unfinished particles: `Preview()`, `Rollouts(m)` or `StateValue(v)`.
+        lookahead: what values unfinished particles: `Preview()`, `Rollouts(m)` or `StateValue(v)`; on the command line
+            `preview` or `rollouts:M`.
         select: "weighted" (needs n = None), "draw" (by weight, as distinct as the resampler makes them) or "best" (by
             reward, then weight); by default weighted without n and draw with it.
         correct: weigh edits as a proposal. Off, the edited process is itself the base law: for edits
