@@ -300,6 +300,36 @@ def test_mistakes_in_training_a_policy(steer: Steer, tiny_lm_dir: Path, no_model
     refused(steer("train", "policy", "--model", "fashion-ddpm", "--out", ".", "--method", "pg", *BRIGHT), "out")
 
 
+def test_methods_are_listed_and_learn_from_every_kind_of_data(
+    steer: Steer, tiny_lm_dir: Path, tiny_bert_dir: Path
+) -> None:
+    """Ranked lists of a folder of data files, samples with rewards and options of pieces, and a masked model."""
+    pytest.importorskip("datasets")
+    from steer.train.objectives.registry import METHODS
+
+    listed = steer("train", "policy", "--list").out
+    assert all(any(line.startswith(name) for line in listed.split("\n")) for name in METHODS)
+    small = ("--set", "steps=1", "--set", "max_new_tokens=4", "--set", "group_size=2", "--set", "batch_size=2")
+    train = ("train", "policy", "--model", tiny_lm_dir, *small, "--lora-rank", 2)
+    Path("ranked").mkdir()
+    rows = [{"prompt": "hello", "completions": ["a sun", "the rain"], "scores": [1.0, 0.0]}] * 3
+    Path("ranked/train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert steer(*train, "--method", "copg", "--data", "ranked", "--out", "copg").code == 0
+    Path("rows.jsonl").write_text('{"prompt": "hello", "answer": "sun"}\n{"prompt": "the day", "answer": "day"}\n')
+    tuned = ("--data", "rows.jsonl", "--reward", "answer + 0.01*length", "--out", "dapo")
+    done = steer(*train, "--method", "dapo", *tuned, "--set", "clip_high=0.3", "--set", "schedule=uniform")
+    assert done.code == 0 and "method dapo" in done.out and Path("dapo/report.png").is_file()
+    assert json.loads(Path("dapo/steer.json").read_text())["recipe"]["options"]["clip_high"] == 0.3
+    Path("solved.jsonl").write_text('{"prompt": "the", "solution": "sun is good"}\n')
+    masked = ("train", "policy", "--model", tiny_bert_dir, "--method", "inpaint", *small)
+    given = ("--data", "solved.jsonl", "--reward", "keywords:good", "--out", "filled")
+    assert steer(*masked, *given).code == 0
+    assert steer("generate", "--model", "filled", "--prompt", "the", "--max-new-tokens", 4).code == 0
+    refused(steer(*masked, "--prompts", "absent.json", "--out", "x"), "reward")
+    refused(steer(*train, "--method", "dapo", *tuned, "--set", "clip_hihg=1"), "did you mean clip_high")
+    refused(steer(*train, "--method", "knapsack", *tuned, "--set", "driver=native"), "driver", "rows for knapsack")
+
+
 # ----------------------------------------------------------------------------------------------------- the embedded one
 
 
