@@ -139,7 +139,7 @@ def test_nothing_is_saved_on_a_baseline_that_does_not_rise() -> None:
     ]
     assert Race({}, flat).saving("fk") is None and Race({}, flat).needs("fk") is None
     table = Race({}, flat).table()
-    assert "nan" not in table and "3 prompts: few" in table
+    assert "nan" not in table and "3 prompts are few" in table
 
 
 def test_savings_are_read_off_the_curve() -> None:

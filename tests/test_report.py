@@ -126,7 +126,9 @@ def test_no_verdict_from_almost_nothing() -> None:
     rows = [_row("unsteered", 0.0), replace(_row("steered", 0.2, 28.0), ratio_low=1.2, ratio_high=6.0)]
     assert _breaks(rows) == []
     report = Report("m", "a", "r", {"prompts": 4}, rows, [])
-    assert "4 prompts: few" in report.verdict and "few" not in Report("m", "a", "r", {"prompts": 40}, rows, []).verdict
+    assert (
+        "4 prompts are few" in report.verdict and "few" not in Report("m", "a", "r", {"prompts": 40}, rows, []).verdict
+    )
 
 
 @pytest.mark.parametrize(

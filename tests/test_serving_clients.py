@@ -302,7 +302,7 @@ def test_a_port_that_is_taken_is_said_before_a_model_is_loaded(
     def load(*given: Any) -> Any:
         raise AssertionError("the model was loaded first")
 
-    monkeypatch.setattr(command, "_engine", load)
+    monkeypatch.setattr(command, "start_engine", load)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", "--model", str(tiny_lm_dir), "--port", str(taken.getsockname()[1])]) != 0
     told = capsys.readouterr().err
