@@ -109,10 +109,24 @@ class Race:
         rows = [["", *(f"{b} evaluations" for b in budgets), "saves", "best-of-n needs"]]
         for method in dict.fromkeys(h.method for h in self.heats):
             mine = {h.budget: h for h in self.heats if h.method == method}
-            cells = [f"{mine[b].mean:.3f} ±{mine[b].half:.3f}" if b in mine else "" for b in budgets]
-            saved = self.saving(method)
-            rows.append([method, *cells, "" if saved is None else f"{saved:.1f}x", self._needs(method)])
-        return aligned(rows)
+            cells = [_shown(mine[b]) if b in mine else "" for b in budgets]
+            saved = self.saving(method) if self.rises else None
+            needs = self._needs(method) if self.rises else ""
+            rows.append([method, *cells, "" if saved is None else f"{saved:.1f}x", needs])
+        flat = "best-of-n finds no more at its largest budget than at its smallest: nothing is saved or needed"
+        return aligned(rows) + ("" if self.rises else f"\n{flat}")
+
+    @property
+    def rises(self) -> bool:
+        """Whether best-of-n finds more with its largest budget than with its smallest, by more than their intervals
+        leave open; only then is there an exchange of evaluations for reward.
+        """
+        base = self._curve("best-of-n")
+        if len(base) < 2:
+            return not base
+        first, last = base[0], base[-1]
+        apart = [h.half for h in (first, last) if not math.isnan(h.half)]
+        return last.mean - first.mean > math.hypot(*apart)
 
     def saving(self, method: str) -> float | None:
         """Evaluations that best-of-n took at its largest budget over those at which `method` reaches the same mean
@@ -159,6 +173,12 @@ class Race:
                 names = ("method", "budget", "rewards", "nfe")
                 return cls(settings, [Measured(**{k: h[k] for k in names}) for h in found["heats"]])
         return cls(settings)
+
+
+def _shown(heat: Measured) -> str:
+    """Mean and half of its interval, where there is one."""
+    mean = f"{round(heat.mean, 3) + 0.0:.3f}"
+    return mean if math.isnan(heat.half) else f"{mean} ±{heat.half:.3f}"
 
 
 def _reached(curve: list[Measured], goal: float) -> float | None:

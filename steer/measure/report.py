@@ -29,6 +29,8 @@ __all__ = ["Break", "Report", "ReportRow", "default_strengths", "evaluate"]
 
 PERPLEXITY_LIMIT = 1.5
 """Steering breaks where perplexity is this many times the unsteered one ..."""
+FEW = 20
+"""Texts below which a perplexity says too little for a verdict."""
 DIVERSITY_LIMIT = 0.5
 """... or distinct-2 falls below this share of the unsteered one."""
 
@@ -84,10 +86,17 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """Where steering breaks, in words."""
+        """Where steering breaks, in words; of a few texts there is none."""
+        if (texts := self._texts) < FEW:
+            return f"{texts} texts at each strength are too few to say where they break ({FEW} or more)"
         if not self.breaks:
             return "no strength in this sweep breaks the texts"
         return "; ".join(f"breaks at {b.strength:+g}: {b.reason}" for b in self.breaks)
+
+    @property
+    def _texts(self) -> int:
+        """Texts at each strength."""
+        return int(self.settings.get("prompts", FEW)) * int(self.settings.get("n", 1))
 
     def table(self) -> str:
         """Plain text for a terminal."""
@@ -210,7 +219,9 @@ def evaluate(
             rows.append(sweep.row(kind, strength, edits, base))
             tick(1)
     facts = {**sweep.settings, "prompts": len(prompts), "system": system, "unit": _unit(edit)}
-    return Report(model.name, type(edit).__name__, str(scored), facts, rows, _breaks(rows))
+    return Report(
+        model.name, type(edit).__name__, str(scored), facts, rows, _breaks(rows) if len(prompts) * n >= FEW else []
+    )
 
 
 def _unit(edit: Any) -> str:
