@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from steer.core import SteerError, check, check_whole
+from steer.core import Samples, SteerError, check, check_whole
 from steer.data import FORMATS, prompt_of, read_table
 from steer.files import as_json
 from steer.model import Model
-from steer.progress import ticking
+from steer.progress import note, ticking
 from steer.seeds import mixed
 
-__all__ = ["generate_file"]
+__all__ = ["generate_file", "write_samples"]
 
 
 def generate_file(
@@ -54,8 +55,39 @@ def generate_file(
     prompts = [prompt_of(row) for _, row in rows]
     check(bool(prompts), "source", f"{source} (no prompts)", "at least one prompt")
     run = hashlib.sha256(repr([model.name, batch, seed, sorted((k, repr(v)) for k, v in settings.items())]).encode())
-    name, target = run.hexdigest()[:12], Path(out)
-    done = _kept(target, name, prompts) if resume else 0
+    return write_samples(
+        prompts,
+        Path(out),
+        lambda some, seed: model.generate(some, seed=seed, **settings),
+        run=run.hexdigest()[:12],
+        resume=resume,
+        batch=batch,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def write_samples(
+    prompts: list[Any],
+    target: Path,
+    draw: Callable[[list[Any], int], Samples],
+    *,
+    run: str,
+    resume: bool = True,
+    batch: int = 32,
+    seed: int = 0,
+    progress: bool = False,
+    prepare: Callable[[], Any] = lambda: None,
+) -> int:
+    """What `generate_file` does, for prompts that are read: `draw` takes some prompts and their seed, and `run`
+    identifies everything else that samples depend on. `prepare` runs once, after what is there was checked, where
+    anything is left to draw.
+    """
+    done = _kept(target, run, prompts) if resume else 0
+    if done == len(prompts):
+        return 0
+    note(progress and done > 0, f"resuming at prompt {done + 1} of {len(prompts)} of {target}")
+    prepare()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("r+b" if done else "wb") as file, ticking(progress, "prompts", len(prompts)) as tick:
@@ -63,10 +95,10 @@ def generate_file(
             file.truncate()
             tick(done)
             for first in range(done - done % batch, len(prompts), batch):
-                drawn = model.generate(prompts[first : first + batch], seed=mixed(seed, first) % 2**31, **settings)
+                drawn = draw(prompts[first : first + batch], mixed(seed, first) % 2**31)
                 for i, entry in enumerate(drawn.to_dict()["prompts"], first):
                     if i >= done:
-                        file.write(f"{as_json({**entry, 'run': name})}\n".encode())
+                        file.write(f"{as_json({**entry, 'run': run})}\n".encode())
                         tick(1)
                 file.flush()
                 os.fsync(file.fileno())
@@ -86,7 +118,7 @@ def _kept(out: Path, run: str, prompts: list[Any]) -> int:
     for number, (line, prompt) in enumerate(zip(lines, prompts, strict=False), 1):
         entry = _entry(line)
         same = isinstance(entry, dict) and (entry.get("run"), entry.get("prompt")) == (run, prompt)
-        allowed = "the lines of a run with these prompts and settings; another file, or resume=False"
+        allowed = "the lines of a run with these prompts and settings; another file, or resume=False (--overwrite)"
         check(same, "out", f"{out} line {number}", allowed)
     return len(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -15,7 +16,10 @@ import torch
 
 from steer import artifacts
 from steer.artifacts import Card
-from steer.cli import main
+from steer.cli import generating, main
+from steer.cli import training as training_jobs
+from steer.core.edit import Scope
+from steer.edits import parse_edit
 from steer.gguf import load_gguf, save_gguf
 from steer.methods.samplers import SAMPLERS
 from steer.train.controller import ControllerSettings
@@ -137,6 +141,63 @@ def test_prompts_from_a_file(ask: Any, tmp_path: Path) -> None:
     (tmp_path / "prompts.json").write_text(json.dumps(["a cat", chat]))
     found = json.loads(ask("--prompts", "prompts.json", "--json", prompt=None).out)
     assert [p["prompt"] for p in found["prompts"]] == ["a cat", chat]
+
+
+def test_prompts_are_answered_line_by_line_and_a_run_goes_on(
+    ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in.csv").write_text("prompt\none\ntwo\nthree\nfour\nfive\n")
+    given = ("--prompts", "in.csv", "--out", "out.jsonl", "--max-rows", 2)
+    whole = ask(*given[:3], "whole.jsonl", *given[4:], prompt=None)
+    assert whole.code == 0 and "5 prompts" in whole.out
+
+    real, calls = generating.execute, []
+
+    def stopped(plan: Any) -> Any:
+        calls.append(plan)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(plan)
+
+    monkeypatch.setattr(generating, "execute", stopped)
+    done = ask(*given, prompt=None)
+    assert done.code == 130 and "kept in out.jsonl; the same command goes on" in done.err
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+    again = ask(*given, prompt=None)
+    assert again.code == 0 and "3 prompts, 2 were there" in again.out and "resuming at prompt 3 of 5" in again.err
+    texts = [
+        [json.loads(line)["samples"] for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("out.jsonl", "whole.jsonl")
+    ]
+    assert texts[0] == texts[1] and len(texts[0]) == 5
+    before = len(calls)
+    assert "0 prompts, 5 were there" in ask(*given, prompt=None).out and len(calls) == before
+    refused(ask(*given, "--temperature", 0.5, prompt=None), "out.jsonl line 1", "--overwrite")
+    assert ask(*given, "--temperature", 0.5, "--overwrite", prompt=None).code == 0
+    refused(ask(*given, "--json", prompt=None), "json", "line by line")
+
+
+def test_prompts_from_standard_input(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'"one"\n{"prompt": "two"}\n')))
+    done = ask("--prompts", "-", "--json", prompt=None)
+    assert [entry["prompt"] for entry in json.loads(done.out)["prompts"]] == ["one", "two"]
+
+
+def test_quiet_and_verbose(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steer.progress.EVERY", 0.0)
+    shown, quiet, verbose = (ask(*switch).err for switch in ((), ("-q",), ("-v",)))
+    assert " s left" in shown and " s left" not in quiet
+    assert "steer: loading" in verbose and "steer: generate took" in verbose and "steer: loading" not in shown
+
+
+@pytest.mark.parametrize("scope", ["all", "prompt", "generated", "reply", "from:2"])
+def test_every_scope_can_be_written(ask: Any, tmp_path: Path, scope: str) -> None:
+    file = vector(tmp_path / "v.safetensors")
+    for text in (f"{file}:0.5:scope={scope}", f"{file}:scope={scope}:0.5", f"{file}:scope={scope}"):
+        edit = parse_edit(text)
+        assert edit.scope == Scope.parse(scope)
+        assert (edit.strength == 0.5) == ("0.5" in text)
+    assert ask("--edit", f"{file}:0.5:scope={scope}").code == 0
 
 
 def test_best_of_n_with_settings(ask: Any) -> None:
@@ -352,6 +413,9 @@ def test_train_vector(steer: Steer, training: list[dict[str, Any]], tiny_lm_dir:
     assert done.code == 0 and "wrote out/v.safetensors" in done.out
     assert training == [{"pairs": rows, "settings": VectorSettings(method="probe", l2=0.5, seed=4)}]
     assert artifacts.read_card("out/v.safetensors").kind == "vector"
+    assert "already there" in steer(*train, "--method", "probe", "--set", "l2=0.5", "--seed", 4).out
+    refused(steer(*train), "out: got", "--overwrite")
+    assert len(training) == 1 and steer(*train, "--overwrite").code == 0 and len(training) == 2
     refused(steer(*train, "--method", "magic"), "method", "mean, pca, probe")
     refused(steer(*train, "--set", "l3=1"), "l3", "did you mean l2?")
     refused(steer(*train, "--set", "progress=1"), "progress")
@@ -359,7 +423,18 @@ def test_train_vector(steer: Steer, training: list[dict[str, Any]], tiny_lm_dir:
     refused(steer(*train, "--set", "seed=1"), "settings without an option")
     (tmp_path / "pairs.jsonl").write_text('{"positive": "good", "negative": "bad"}\n{"positive": "good"}\n')
     refused(steer(*train), "pairs line 2")
-    assert len(training) == 1
+    assert len(training) == 2
+
+
+def test_figures_from_almost_nothing_come_with_a_warning() -> None:
+    def doubts(data: dict[str, Any], **metrics: Any) -> list[str]:
+        return training_jobs._doubts(Card("any", {}, data=data, metrics=metrics))
+
+    assert "explains nothing" in doubts({}, explained={"half": -0.11, "end": -0.15})[0]
+    assert doubts({}, explained={"half": 0.3, "end": -0.1}) == []
+    assert "no better than chance" in doubts({"rows": 16}, held_out_balanced_accuracy=0.0)[0]
+    assert "uncertain" in doubts({"rows": 16}, held_out_balanced_accuracy=1.0)[0]
+    assert doubts({"rows": 200}, held_out_balanced_accuracy=0.9) == []
 
 
 def test_train_with_work(steer: Steer, training: list[dict[str, Any]], tiny_lm_dir: Path, tmp_path: Path) -> None:
@@ -386,19 +461,11 @@ def test_eval(steer: Steer, tiny_lm_dir: Path, tmp_path: Path) -> None:
     refused(steer(*given, "--out", "p.json"), "out")
 
 
-def test_nothing_finished_is_trained_over_without_a_word(steer: Steer, tiny_lm_dir: Path) -> None:
-    """Refused before anything is loaded, unless asked; recipes make their files anew."""
-    Path("pairs.jsonl").write_text(
-        '{"positive": "happy", "negative": "sad"}\n{"positive": "good", "negative": "bad"}\n'
-    )
+def test_artifacts_can_be_read_by_whom_the_umask_lets(steer: Steer, tiny_lm_dir: Path) -> None:
+    Path("pairs.jsonl").write_text('{"positive": "happy", "negative": "sad"}\n{"positive": "a", "negative": "b"}\n')
     train = ("train", "vector", "--model", tiny_lm_dir, "--pairs", "pairs.jsonl", "--out", "v.safetensors")
     assert steer(*train).code == 0
-    before = Path("v.safetensors").stat()
-    refused = steer(*train)
-    assert refused.code == 2 and "already there" in refused.err and "--overwrite" in refused.err
-    assert Path("v.safetensors").stat().st_mtime_ns == before.st_mtime_ns
-    assert steer(*train, "--overwrite").code == 0
-    assert before.st_mode & 0o777 == 0o666 & ~_umask()
+    assert Path("v.safetensors").stat().st_mode & 0o777 == 0o666 & ~_umask()
 
 
 def _umask() -> int:

@@ -153,6 +153,17 @@ def test_savings_are_read_off_the_curve() -> None:
     assert "8.0x" in found.table()
 
 
+def test_nothing_is_saved_where_best_of_n_does_not_rise() -> None:
+    def heat(method: str, nfe: float, rewards: list[float]) -> Measured:
+        return Measured(method, int(nfe), [[x] for x in rewards], nfe)
+
+    flat = Race({}, [heat("best-of-n", 100, [0.1, 0.0, 0.2]), heat("best-of-n", 1600, [0.0, 0.1, 0.3])])
+    flat.heats += [heat("fk", 100, [0.5, 0.5, 0.5])]
+    assert not flat.rises and "nothing is saved" in flat.table() and "16.0x" not in flat.table()
+    single = Race({}, [heat("best-of-n", 100, [-0.0001])])
+    assert "nan" not in single.table() and "-0.000" not in single.table()
+
+
 def test_sweep_of_gaussian_chains() -> None:
     """Between N(0, 1) and N(1, 1): the mean of the output grows as w, plain and corrected, and KL as its square."""
     base, tuned = GaussianProcess(steps=10), GaussianProcess(means=(1.0,), steps=10)

@@ -182,6 +182,17 @@ def test_breaks_are_the_first_on_each_side() -> None:
     assert "no strength" in replace(made, breaks=[]).verdict
 
 
+@pytest.mark.parametrize(("suffix", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_the_suffix_is_the_format(report: Report, tmp_path: Path, suffix: str, begins: bytes) -> None:
+    draw_report(report, tmp_path / f"r.{suffix}")
+    assert (tmp_path / f"r.{suffix}").read_bytes().startswith(begins)
+
+
+def test_other_suffixes_are_refused(report: Report, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"\.png, \.svg, \.pdf"):
+        draw_report(report, tmp_path / "r.jpg")
+
+
 def test_writing(report: Report, tmp_path: Path) -> None:
     report.write(tmp_path / "new" / "folder")
     draw_report(report, tmp_path / "new" / "folder" / "report.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from copy import copy
@@ -69,11 +70,13 @@ def _command(name: str) -> Callable[..., None]:
         return inspect.Parameter(option.name, kind, default=default, annotation=hints[option.name])
 
     def call(**given: Any) -> None:
-        results, dry, quiet, verbose = sys.stdout, *(given.pop(p.name) for p in _RUN)
+        results, dry = sys.stdout, given.pop("dry_run")
+        quiet, verbose = given.pop("quiet"), given.pop("verbose")
         # Whatever a library or a reward prints belongs beside the results, not among them.
         with redirect_stdout(sys.stderr):
             from steer.cli.jobs import JOBS
             from steer.cli.session import Session, kept_on_interrupt
+            from steer.progress import note
 
             if verbose:
                 talk()
@@ -81,9 +84,11 @@ def _command(name: str) -> Callable[..., None]:
             if dry:
                 print(f"steer {name}: everything checks; nothing was run", file=sys.stderr)
                 return
-            session = Session(results, progress=not quiet)
+            session = Session(results, progress=not quiet, verbose=verbose)
+            began = time.monotonic()
             with kept_on_interrupt(given.get("out")):
                 run(session)
+            note(verbose, f"{name} took {time.monotonic() - began:.1f} s")
 
     declared = [*(parameter(f) for f in fields(options)), *_RUN]
     call.__signature__ = inspect.Signature(declared)  # type: ignore[attr-defined]
@@ -92,16 +97,15 @@ def _command(name: str) -> Callable[..., None]:
     return call
 
 
-def _flag(name: str, told: str, *spelled: str) -> inspect.Parameter:
-    """A flag of every command, which no recipe holds."""
-    option = typer.Option(*spelled, help=told, rich_help_panel="Run")
+def _switch(name: str, *spelling: str, help: str) -> inspect.Parameter:
+    option = typer.Option(*spelling, help=help, rich_help_panel="Run")
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
 
 
 _RUN = (
-    _flag("dry_run", "Check everything, then stop.", "--dry-run"),
-    _flag("quiet", "No progress.", "--quiet", "-q"),
-    _flag("verbose", "What the libraries below say, and where an error comes from.", "--verbose", "-v"),
+    _switch("dry_run", "--dry-run", help="Check everything, then stop."),
+    _switch("quiet", "--quiet", "-q", help="No progress and no notes: results and errors alone."),
+    _switch("verbose", "--verbose", "-v", help="Say what is loaded, and how long things take."),
 )
 
 

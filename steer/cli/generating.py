@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -16,11 +17,13 @@ from steer.cli.options import GenerateOptions, SampleOptions
 from steer.cli.session import Run, Session
 from steer.cli.values import coerce, pairs, spelled, typed
 from steer.core import Ability, Edit, InputError, RawText, Reward, Sampler, Samples, check
+from steer.edits import split_spec
 from steer.loading import is_endpoint
 from steer.methods.gradient import GradientGuidance
 from steer.methods.rlg import RLGuidance
 from steer.methods.samplers import SAMPLERS, make_sampler
 from steer.model import Plan, execute, prepare
+from steer.prompt_files import write_samples
 from steer.rewards import parse_reward
 from steer.rewards.algebra import check_reward
 from steer.sampling.lookahead import Lookahead, Preview, Rollouts
@@ -58,8 +61,14 @@ def request(options: SampleOptions, images: bool, coming: Coming, *, keep_previe
     check(reward is not None or not sampler.needs_reward, "reward", None, f"a reward: {options.sampler} chooses by it")
     if options.out is not None:
         checks.check_output(options.out)
-    seed = secrets.randbits(31) if options.seed is None else options.seed
+    drawn = 0 if by_line(options) else secrets.randbits(31)  # lines of two runs fit together by the same seed
+    seed = drawn if options.seed is None else options.seed
     return Drawing(sampler, reward, seed, _guidance(options, images, coming))
+
+
+def by_line(options: SampleOptions) -> bool:
+    """Whether samples are written to a file line by line, as they come."""
+    return options.out is not None and options.out.suffix == ".jsonl"
 
 
 # ---------------------------------------------------------------------------------------------------------- samplers
@@ -166,8 +175,10 @@ def _texts(options: GenerateOptions, coming: Coming) -> Run:
     for name in only_here if remote else ():
         check(not getattr(options, name), spelled(name), getattr(options, name), "unset: the model is an endpoint's")
     edits = [checks.edit_maker(text, coming) for text in options.edit]
+    for name in ("stream", "json") if by_line(options) else ():
+        check(not getattr(options, name), name, True, "unset: --out FILE.jsonl is written line by line")
 
-    def run(session: Session) -> None:
+    def plan_for(session: Session, some: list[Any], seed: int, progress: bool) -> tuple[Any, Plan]:
         model = session.load(options)
         settings = process_settings(options, False, masked)
         mounted = [make(model) for make in edits] + asked.guidance(model, settings)
@@ -175,19 +186,29 @@ def _texts(options: GenerateOptions, coming: Coming) -> Run:
             from steer.methods.prompt import SystemPrompt
 
             mounted.append(SystemPrompt(options.system))
-        with _reading(model, options.split_special_tokens):
-            plan = prepare(
-                model.process(**settings),
-                [RawText(p) for p in prompts] if options.raw else prompts,
-                edits=[mounted] * len(prompts),
-                sampler=asked.sampler,
-                reward=asked.reward,
-                beta=options.beta,
-                seed=asked.seed,
-                max_rows=options.max_rows,
-                model=model,
-                progress=session.progress and not options.stream,
-            )
+        return model, prepare(
+            model.process(**settings),
+            [RawText(p) for p in some] if options.raw else some,
+            edits=[mounted] * len(some),
+            sampler=asked.sampler,
+            reward=asked.reward,
+            beta=options.beta,
+            seed=seed,
+            max_rows=options.max_rows,
+            model=model,
+            progress=progress,
+        )
+
+    def lines(some: list[Any], seed: int, session: Session) -> Samples:
+        with _reading(session.load(options), options.split_special_tokens):
+            return execute(plan_for(session, some, seed, False)[1])
+
+    def run(session: Session) -> None:
+        if by_line(options):
+            _write_lines(options, asked, prompts, session, lambda some, seed: lines(some, seed, session))
+            return
+        with _reading(session.load(options), options.split_special_tokens):
+            model, plan = plan_for(session, prompts, asked.seed, session.progress and not options.stream)
             samples = _streamed(model, plan, session) if options.stream else execute(plan)
         showing.show_samples(samples, options, asked.seed, session, streamed=options.stream)
 
@@ -215,6 +236,40 @@ def _reading(model: Any, split: bool) -> Iterator[None]:
         yield
     finally:
         model.split_special_tokens = kept
+
+
+def _write_lines(
+    options: GenerateOptions,
+    asked: Drawing,
+    prompts: list[Any],
+    session: Session,
+    draw: Callable[[list[Any], int], Samples],
+) -> None:
+    """Draw as many prompts at once as there are rows for, and write each as it is done."""
+    assert options.out is not None
+    drawn = write_samples(
+        prompts,
+        options.out,
+        draw,
+        run=_identity(options, asked.seed),
+        resume=not options.overwrite,
+        batch=max(1, options.max_rows // asked.sampler.rows),
+        seed=asked.seed,
+        progress=session.progress,
+        prepare=lambda: session.load(options),
+    )
+    there = len(prompts) - drawn
+    session.say(
+        f"wrote {options.out}: {drawn} prompts" + (f", {there} were there with these settings" if there else "")
+    )
+
+
+def _identity(options: GenerateOptions, seed: int) -> str:
+    """What samples depend on beside their prompts: the options, and the files that they name."""
+    told = replace(options, prompt=None, prompts=None, out=None, json=False, overwrite=False, device=None, seed=seed)
+    files = [Path(split_spec(text)[0]) for text in options.edit]
+    read = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    return hashlib.sha256(repr([told, read]).encode()).hexdigest()[:12]
 
 
 def _text_settings(options: GenerateOptions) -> dict[str, Any]:
@@ -277,6 +332,7 @@ def _images(options: GenerateOptions, coming: Coming) -> Run:
         options.gradient,
         "unset, or with a --reward to climb",
     )
+    check(not by_line(options), "out", str(options.out), "a .json file: lines are for texts")
     pictures = showing.Pictures.of(options, len(prompts))
 
     def run(session: Session) -> None:

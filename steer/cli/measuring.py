@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -14,6 +15,7 @@ from steer.cli.session import Run, Session
 from steer.cli.values import pairs, typed
 from steer.core import Sampler, check
 from steer.measure.report import Report, evaluate
+from steer.pictures.style import FORMATS
 from steer.rewards import parse_reward
 from steer.rewards.algebra import check_reward
 
@@ -23,6 +25,21 @@ __all__ = ["compare", "evaluation", "frontier", "guide", "race"]
 def _positive(options: Any, *names: str) -> None:
     for name in names:
         check(getattr(options, name) >= 1, name, getattr(options, name), "an integer of 1 or more")
+
+
+def _pictures(options: Any, name: str) -> list[Path]:
+    """The files of a picture, one for each format. Raises `InputError`."""
+    wanted = [part.strip() for part in options.format.split(",")]
+    check(set(wanted) <= set(FORMATS), "format", options.format, f"{', '.join(FORMATS)}, with commas between them")
+    return [options.out / f"{name}.{kind}" for kind in dict.fromkeys(wanted)]
+
+
+def _draw(draw: Callable[[Any, Path], None], found: Any, options: Any, name: str) -> str:
+    """Draw in every format that was asked for; the files, for people."""
+    paths = _pictures(options, name)
+    for path in paths:
+        draw(found, path)
+    return ", ".join(map(str, paths))
 
 
 def _numbers(field: str, text: str) -> list[float]:
@@ -54,6 +71,7 @@ def evaluation(options: EvalOptions, coming: Coming = frozenset()) -> Run:
     checks.check_beta(options.beta)
     check(options.system is None or bool(options.system.strip()), "system", options.system, "text that is not empty")
     checks.check_folder(options.out)
+    _pictures(options, "check")
     make = checks.edit_maker(options.edit, coming)
 
     def run(session: Session) -> None:
@@ -75,8 +93,8 @@ def evaluation(options: EvalOptions, coming: Coming = frozenset()) -> Run:
         )
         report = replace(report, artifact=Path(options.edit).name)
         report.write(options.out)
-        draw_report(report, options.out / "report.png")
-        session.say(f"{report.table()}\nwrote {options.out / 'report.json'} and {options.out / 'report.png'}")
+        drawn = _draw(draw_report, report, options, "report")
+        session.say(f"{report.table()}\nwrote {options.out / 'report.json'} and {drawn}")
 
     return run
 
@@ -101,6 +119,7 @@ def compare(options: CompareOptions, coming: Coming = frozenset()) -> Run:
     for name in options.curve:
         check(name in names, "curve", name, ", ".join(names))
     checks.check_folder(options.out)
+    _pictures(options, "check")
 
     def run(session: Session) -> None:
         found = measure(
@@ -118,8 +137,9 @@ def compare(options: CompareOptions, coming: Coming = frozenset()) -> Run:
             curves=options.curve or None,
             progress=session.progress,
         )
-        draw_curves(found, options.out / "curves.png")
-        session.say(f"{found.tables()}\nwrote {options.out}")
+        drawn = _draw(draw_curves, found, options, "curves")
+        more = f" and {drawn}" if budgets else ""
+        session.say(f"{found.tables()}\nwrote {options.out / 'results.json'}{more}")
 
     return run
 
@@ -144,6 +164,7 @@ def race(options: RaceOptions, coming: Coming = frozenset()) -> Run:
     settings = _by_method(options)
     edits = [checks.edit_maker(text, coming) for text in options.edit]
     checks.check_folder(options.out)
+    _pictures(options, "check")
 
     def run(session: Session) -> None:
         model = session.load(options)
@@ -164,8 +185,8 @@ def race(options: RaceOptions, coming: Coming = frozenset()) -> Run:
             about=about,
             progress=session.progress,
         )
-        draw_race(found, options.out / "race.png")
-        session.say(f"{found.table()}\nwrote {options.out / 'race.json'} and {options.out / 'race.png'}")
+        drawn = _draw(draw_race, found, options, "race")
+        session.say(f"{found.table()}\nwrote {options.out / 'race.json'} and {drawn}")
 
     return run
 
@@ -221,6 +242,7 @@ def frontier(options: FrontierOptions, coming: Coming = frozenset()) -> Run:
     names = [folder.name for folder in options.tuned]
     check(len({*names}) == len(names), "tuned", names, "folders of different names")
     checks.check_folder(options.out)
+    _pictures(options, "check")
 
     def run(session: Session) -> None:
         from steer.cli.generating import tuned_model
@@ -247,8 +269,8 @@ def frontier(options: FrontierOptions, coming: Coming = frozenset()) -> Run:
             **drawn,
         )
         found.write(options.out)
-        draw_frontier(found, options.out / "frontier.png")
-        session.say(f"{found.table()}\nwrote {options.out / 'frontier.json'} and {options.out / 'frontier.png'}")
+        drawn = _draw(draw_frontier, found, options, "frontier")
+        session.say(f"{found.table()}\nwrote {options.out / 'frontier.json'} and {drawn}")
 
     return run
 
@@ -266,6 +288,7 @@ def guide(options: GuideOptions, coming: Coming = frozenset()) -> Run:
     _positive(options, "outputs", "particles", "seeds", "steps", "max_new_tokens")
     ws = _numbers("w", options.w)
     checks.check_folder(options.out)
+    _pictures(options, "check")
 
     def run(session: Session) -> None:
         model = session.load(options)
@@ -274,7 +297,7 @@ def guide(options: GuideOptions, coming: Coming = frozenset()) -> Run:
 
         def keep(found: Sweep) -> None:
             found.write(options.out)
-            draw_guide(found, options.out / "guide.png")
+            _draw(draw_guide, found, options, "guide")
 
         found = sweep(
             _process(model, options, images),
@@ -289,7 +312,8 @@ def guide(options: GuideOptions, coming: Coming = frozenset()) -> Run:
             about={"model": options.model, "tuned": options.tuned.name, "reward": options.reward},
             on_point=keep,
         )
-        session.say(f"{found.table()}\nwrote {options.out / 'guide.json'} and {options.out / 'guide.png'}")
+        drawn = _pictures(options, "guide")
+        session.say(f"{found.table()}\nwrote {options.out / 'guide.json'} and {', '.join(map(str, drawn))}")
 
     return run
 

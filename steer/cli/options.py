@@ -42,7 +42,12 @@ __all__ = [
 
 _Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="A further setting; repeatable.")]
 _Reward = typer.Option(metavar="REWARD", help="For example 'sentiment - 0.3*profanity', module:function or org/name.")
-_Prompts = typer.Option(metavar="FILE.json", help="A JSON list of prompts, each a text or a list of messages.")
+_Prompts = typer.Option(
+    metavar="FILE",
+    help="Prompts, each a text or a list of messages: JSON lines, a JSON list, CSV, parquet; - is stdin.",
+)
+_Format = Annotated[str, typer.Option("--format", metavar="png,svg,pdf", help="Formats of the picture.")]
+_Overwrite = typer.Option("--overwrite", help="Begin anew in place of what is there.")
 
 
 def _list_methods(shown: bool) -> None:
@@ -94,7 +99,11 @@ class SampleOptions(ModelOptions):
     ] = None
     w: Annotated[float | None, typer.Option(help="How far towards it: 0 the base, 1 the policy; default: 1.5.")] = None
     max_rows: Annotated[int, typer.Option(help="Rows generated at once.")] = 64
-    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Also write the JSON here.")] = None
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", help="Also write the JSON here; FILE.jsonl: line by line, and resumes."),
+    ] = None
+    overwrite: Annotated[bool, _Overwrite] = False
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of text.")] = False
 
 
@@ -181,9 +190,9 @@ class TrainOptions(ModelOptions):
     """What all kinds of training share. Recipes, which make their files anew, set `overwrite`."""
 
     out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Where the result goes.")]
+    overwrite: Annotated[bool, _Overwrite] = False
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0
     set: _Settings = field(default_factory=list)
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew, in place of what OUT holds.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +292,7 @@ class EvalOptions(ModelOptions):
     edit: Annotated[str, typer.Option(metavar="FILE[:KEY=VALUE]", help="The artifact to evaluate.")]
     prompts: Annotated[Path, _Prompts]
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for report.json and report.png.")]
+    format: _Format = "png"
     strengths: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="Default: by kind of edit; 0 is always in.")
     ] = None
@@ -302,6 +312,7 @@ class CompareOptions(ModelOptions):
 
     task: Annotated[list[str], typer.Option(metavar="NAME=REWARD[@BETA]", help="What is wanted; repeatable.")]
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for results.json and pictures; resumes from there.")]
+    format: _Format = "png"
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the base law is asked for.")] = ""
     method: Annotated[list[str], typer.Option(metavar="NAME", help="Default: all; repeatable.")] = field(
         default_factory=list
@@ -326,6 +337,7 @@ class RaceOptions(ModelOptions):
     reward: Annotated[str, _Reward]
     budgets: Annotated[str, typer.Option(metavar="A,B,...", help="Network evaluations (tokens) for each prompt.")]
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for race.json and race.png; resumes from there.")]
+    format: _Format = "png"
     prompts: Annotated[Path | None, _Prompts] = None
     method: Annotated[
         list[str], typer.Option(metavar="NAME", help="best-of-n, fk, dts-star, svdd, vas, vas+fk; repeatable.")
@@ -353,6 +365,7 @@ class FrontierOptions(ModelOptions):
     prompts: Annotated[Path, _Prompts]
     reward: Annotated[str, _Reward]
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for frontier.json and frontier.png.")]
+    format: _Format = "png"
     method: Annotated[list[str], typer.Option(metavar="NAME", help="best-of-n, fk or svdd; repeatable.")] = field(
         default_factory=lambda: ["best-of-n", "fk"]
     )
@@ -382,6 +395,7 @@ class GuideOptions(ModelOptions):
     tuned: Annotated[Path, typer.Option(metavar="DIR", help="A policy from `steer train policy`.")]
     reward: Annotated[str, _Reward]
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for guide.json and guide.png.")]
+    format: _Format = "png"
     prompts: Annotated[Path | None, _Prompts] = None
     w: Annotated[str, typer.Option("--w", metavar="A,B,...", help="Numbers.")] = "0,0.5,1,1.5,2,3"
     outputs: Annotated[int, typer.Option(help="For each prompt and seed.")] = 64
@@ -451,6 +465,9 @@ class ServeOptions(ModelOptions):
     max_requests: Annotated[int, typer.Option(help="Requests that run or wait; one more is answered 429.")] = 256
     max_artifacts: Annotated[int, typer.Option(help="Registered artifacts.")] = 256
     max_artifact_bytes: Annotated[int, typer.Option(help="Of all registered artifacts together.")] = 1 << 30
+    log_requests: Annotated[
+        bool, typer.Option("--log-requests", help="A line for each request on standard error: who, what, status.")
+    ] = False
     drain: Annotated[float, typer.Option(metavar="SECONDS", help="For running requests when told to stop.")] = 30.0
 
 
@@ -508,7 +525,7 @@ class BatchOptions(ModelOptions):
     max_rows: Annotated[int, typer.Option(help="Texts or images drawn at once.")] = 32
     max_failures: Annotated[int | None, typer.Option(help="Rows that may fail; default: any number.")] = None
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do rows again that failed before.")] = False
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, in place of what OUT holds.")] = False
+    overwrite: Annotated[bool, _Overwrite] = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,7 +86,7 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
         )
         for name, why in {**app.state.server.store.refused, **rewards.refused}.items():
             print(f"steer: not registered: {name}: {why}", file=sys.stderr)
-        serve_until_told(app, sockets, options.drain)
+        serve_until_told(app, sockets, options.drain, options.log_requests)
 
     return run
 

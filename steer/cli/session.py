@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, TextIO
 
 from steer.cli.options import ModelOptions
 from steer.loading import is_endpoint, load
+from steer.progress import note
 
 __all__ = ["Run", "Session", "kept_on_interrupt"]
 
@@ -21,6 +23,7 @@ class Session:
 
     out: TextIO
     progress: bool = True
+    verbose: bool = False
     models: dict[tuple[str, str, str | None, bool], Any] = field(default_factory=dict)
 
     def say(self, text: str, end: str = "\n") -> None:
@@ -33,7 +36,10 @@ class Session:
         if key not in self.models:
             given = {"dtype": options.dtype, "device": options.device} | ({} if options.check else {"check": False})
             settings: dict[str, Any] = {} if is_endpoint(options.model) else given
+            note(self.verbose, f"loading {options.model}")
+            began = time.monotonic()
             self.models[key] = load(options.model, **settings)
+            note(self.verbose, f"loaded {options.model} in {time.monotonic() - began:.1f} s")
         return self.models[key]
 
 
@@ -45,11 +51,11 @@ def kept_on_interrupt(out: Path | None) -> Iterator[None]:
     except KeyboardInterrupt:
         work = None if out is None else out.with_name(out.name + ".work")
         kept = work is not None and work.exists()
-        on = (
-            f"what was done is kept in {work}; the same command goes on from there"
-            if kept
-            else "finished files are kept"
-        )
+        lines = out is not None and out.suffix == ".jsonl" and out.is_file()
+        where = work if kept else out if lines else None
+        on = "finished files are kept"
+        if where is not None:
+            on = f"what was done is kept in {where}; the same command goes on from there"
         print(f"steer: {on}", file=sys.stderr)
         raise
 

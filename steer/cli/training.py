@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from steer import artifacts
+from steer.artifacts import Card
 from steer.cli import cards, checks
 from steer.cli.checks import Coming
 from steer.cli.options import (
@@ -23,9 +25,10 @@ from steer.cli.options import (
 )
 from steer.cli.session import Run, Session
 from steer.cli.values import pairs
-from steer.core import Reward, check
+from steer.core import InputError, Reward, check
 from steer.core.names import meant
 from steer.data import FORMATS, read_table
+from steer.progress import note
 from steer.rewards import parse_reward
 from steer.rewards.algebra import check_reward
 from steer.train.settings import settle
@@ -89,12 +92,6 @@ def _check_training(options: TrainOptions) -> None:
     checks.check_output(options.out, suffix=".safetensors")
 
 
-def _check_new(options: TrainOptions) -> None:
-    """What is finished is not trained over without a word."""
-    there = options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir()))
-    check(options.overwrite or not there, "out", f"{options.out} (already there)", "a new place, or --overwrite")
-
-
 S = TypeVar("S")
 
 
@@ -120,19 +117,66 @@ def _work(out: Path) -> Path:
 def _trainer(options: TrainOptions, train: Callable[[Any, dict[str, Any]], Any], keep_work: bool | None = None) -> Run:
     """`keep_work` is None for training that leaves nothing to resume from."""
     work = _work(options.out)
-    _check_new(options)
 
     def run(session: Session) -> None:
+        job = _job(options)
+        if _is_there(options, job):
+            session.say(f"{options.out} is already there, made with these settings (--overwrite makes it anew)")
+            return
         more: dict[str, Any] = {"progress": session.progress}
         if keep_work is not None:
             more["work"] = work
-        made = train(session.load(options), more)
-        artifacts.save(options.out, *made)
+        tensors, card = train(session.load(options), more)
+        card = replace(card, recipe={**card.recipe, "job": job})
+        artifacts.save(options.out, tensors, card)
         if keep_work is False:
             shutil.rmtree(work, ignore_errors=True)
-        session.say(f"{made[1].describe()}\nwrote {options.out}")
+        session.say(f"{card.describe()}\nwrote {options.out}")
+        for doubt in _doubts(card):
+            note(True, f"warning: {doubt}")
 
     return run
+
+
+def _job(options: TrainOptions) -> str:
+    """What the result depends on: the options, the files that they name, and the version."""
+    told = replace(options, overwrite=False, out=Path())
+    told = replace(told, keep_work=False) if hasattr(told, "keep_work") else told  # type: ignore[call-arg]
+    given = [getattr(options, f.name) for f in fields(options) if f.name != "out"]
+    read = [hashlib.sha256(path.read_bytes()).hexdigest() for path in given if isinstance(path, Path)]
+    version = Card("", {}).version
+    return hashlib.sha256(repr([version, told, read]).encode()).hexdigest()[:12]
+
+
+def _is_there(options: TrainOptions, job: str) -> bool:
+    """Whether this very job has been done. Raises `InputError` where something else would be overwritten."""
+    if options.overwrite or not options.out.exists():
+        return False
+    try:
+        same = artifacts.read_card(options.out).recipe.get("job") == job
+    except InputError:
+        same = False
+    allowed = "a new file; this one is finished, and other settings, data or another version made it (--overwrite)"
+    check(same, "out", str(options.out), allowed)
+    return True
+
+
+_FEW = 20
+"""Held-out rows below which an accuracy says next to nothing."""
+
+
+def _doubts(card: Card) -> list[str]:
+    """What in a card's figures is too little to rely on, in words."""
+    found = []
+    explained = card.metrics.get("explained")
+    if explained and max(explained.values()) <= 0:
+        found.append("the value head explains nothing of the reward on held-out rollouts: take more prompts or samples")
+    accuracy, rows = card.metrics.get("held_out_balanced_accuracy"), card.data.get("rows", 0)
+    if accuracy is not None and accuracy <= 0.5:
+        found.append(f"the controller tells held-out prompts apart no better than chance ({rows} prompts in all)")
+    elif accuracy is not None and rows < 5 * _FEW:
+        found.append(f"{rows} prompts leave few to hold out: the accuracy is uncertain")
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------- policies
@@ -145,12 +189,13 @@ def train_policy(options: TrainPolicyOptions, coming: Coming = frozenset()) -> R
     checks.check_folder(options.out)
     free = not options.out.exists() or (options.out / "steer.json").is_file() or not any(options.out.iterdir())
     check(free, "out", f"{options.out} (a folder with other things in it)", "a new folder, or a policy's")
+    done = (options.out / "steer.json").is_file()
+    check(options.overwrite or not done, "out", f"{options.out} (already there)", "a new folder, or --overwrite")
     reward = None if options.reward is None else parse_reward(options.reward)
     if reward is not None:
         check_reward(reward, images)
     tune = _tune_images if images else _tune_masked if masked else _tune_text
     train, data, settings = tune(options, reward)
-    _check_new(options)
 
     def run(session: Session) -> None:
         folder = train(

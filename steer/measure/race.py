@@ -112,8 +112,21 @@ class Race:
             cells = [ranged(mine[b].mean, mine[b].half) if b in mine else "" for b in budgets]
             saved = self.saving(method)
             rows.append([method, *cells, "" if saved is None else f"{saved:.1f}x", self._needs(method)])
-        warning = few(max((len(h.rewards[0]) for h in self.heats), default=0))
-        return aligned(rows) + (f"\n{warning}" if warning else "")
+        flat = "best-of-n finds no more at its largest budget than at its smallest: nothing is saved or needed"
+        warnings = [few(max((len(h.rewards[0]) for h in self.heats), default=0)), "" if self.rises else flat]
+        return "\n".join([aligned(rows), *filter(None, warnings)])
+
+    @property
+    def rises(self) -> bool:
+        """Whether best-of-n finds more with its largest budget than with its smallest, by more than their intervals
+        leave open; only then is there an exchange of evaluations for reward.
+        """
+        base = self._curve("best-of-n")
+        if len(base) < 2:
+            return True
+        first, last = base[0], base[-1]
+        apart = [h.half for h in (first, last) if not math.isnan(h.half)]
+        return last.mean - first.mean > math.hypot(*apart)
 
     def saving(self, method: str) -> float | None:
         """Evaluations that best-of-n took at its largest budget over those at which `method` reaches the same mean
@@ -121,7 +134,7 @@ class Race:
         not rise by more than its intervals: then there is nothing to be saved.
         """
         base, mine = self._curve("best-of-n"), self._curve(method)
-        if not base or method == "best-of-n" or not _rises(base):
+        if not base or method == "best-of-n" or not self.rises:
             return None
         there = _reached(mine, base[-1].mean)
         return None if there is None else base[-1].nfe / there
@@ -131,7 +144,7 @@ class Race:
         that it took there; infinite where best-of-n never does in its budgets, None without it.
         """
         base, mine = self._curve("best-of-n"), self._curve(method)
-        if not base or method == "best-of-n" or not _rises(base):
+        if not base or method == "best-of-n" or not self.rises:
             return None
         there = _reached(base, mine[-1].mean)
         return math.inf if there is None else there / mine[-1].nfe
@@ -161,13 +174,6 @@ class Race:
                 names = ("method", "budget", "rewards", "nfe")
                 return cls(settings, [Measured(**{k: h[k] for k in names}) for h in found["heats"]])
         return cls(settings)
-
-
-def _rises(curve: list[Measured]) -> bool:
-    """Whether the last mean lies above the first by more than both of their half widths, where those are known."""
-    first, last = curve[0], curve[-1]
-    doubt = math.hypot(*(half for half in (first.half, last.half) if not math.isnan(half)))
-    return len(curve) == 1 or last.mean - first.mean > doubt
 
 
 def _reached(curve: list[Measured], goal: float) -> float | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steer.files import replacing
-from steer.pictures.style import FAINT, GRID, STYLE
+from steer.pictures.style import FAINT, GRID, STYLE, image_format
 
 if TYPE_CHECKING:
     from steer.measure.compare import Comparison
@@ -31,7 +31,7 @@ _PANELS: tuple[tuple[str, str, Callable[[ReportRow], float | None]], ...] = (
 
 
 def draw_report(report: Report, path: Path) -> None:
-    """Write the figure as PNG to `path` in one step, whatever its suffix."""
+    """Write the figure to `path` in one step, in the format of its suffix."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -48,7 +48,7 @@ def draw_report(report: Report, path: Path) -> None:
         _head(figure, report)
         _legend(figure, axes[0][0])
         with replacing(path) as temporary:
-            figure.savefig(temporary, format="png")
+            figure.savefig(temporary, format=image_format(path))
 
 
 def _panel(axis: Any, report: Report, title: str, unit: str, value: Callable[[ReportRow], float | None]) -> None:
@@ -257,7 +257,7 @@ def _key(figure: Any, axis: Any) -> None:
 
 @contextmanager
 def canvas(path: Path, size: tuple[float, float], title: str) -> Iterator[Any]:
-    """A figure with the house's style; written as PNG in one step when the block ends."""
+    """A figure with the house's style; written in the format of its suffix, in one step when the block ends."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -269,4 +269,4 @@ def canvas(path: Path, size: tuple[float, float], title: str) -> Iterator[Any]:
         left = figure.subplotpars.left
         figure.text(left, 0.985, title, fontsize=13, fontweight="bold", va="top")
         with replacing(path) as temporary:
-            figure.savefig(temporary, format="png")
+            figure.savefig(temporary, format=image_format(path))

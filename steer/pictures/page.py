@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steer.files import replacing
 from steer.images import to_uint8
-from steer.pictures.style import FAINT, GRID, STYLE
+from steer.pictures.style import FAINT, GRID, STYLE, image_format
 
 __all__ = ["EXTINCT", "Paint", "draw_bar", "draw_bends", "draw_image", "name_columns", "page", "tile_size", "to_rgb"]
 
@@ -73,7 +73,7 @@ def page(path: Path | str, width: float, height: float, title: str, facts: str, 
         axis.set_xlim(0, width)
         axis.set_ylim(0, height)
         with replacing(path) as temporary:
-            figure.savefig(temporary, format="png")
+            figure.savefig(temporary, format=image_format(path))
 
 
 def name_columns(axis: Any, x: Sequence[float] | NDArray[Any], names: Sequence[str], label: str) -> None:

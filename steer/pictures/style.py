@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from steer.core import check
+
+__all__ = ["FAINT", "FORMATS", "GRID", "INK", "STYLE", "image_format"]
+
+
+FORMATS = ("png", "svg", "pdf")
 INK, FAINT, GRID = "#24292f", "#6e7781", "#e6e8eb"
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "steer",
     "text.color": INK,
     "axes.labelcolor": FAINT,
     "axes.spines.top": False,
@@ -23,3 +34,10 @@ STYLE = {
     "grid.color": GRID,
     "grid.linewidth": 0.8,
 }
+
+
+def image_format(path: Path | str) -> str:
+    """The format that a picture's suffix names; PNG where it has none. Raises `InputError`."""
+    kind = Path(path).suffix.lower().removeprefix(".") or "png"
+    check(kind in FORMATS, "picture", str(path), f"a file that ends in {', '.join('.' + name for name in FORMATS)}")
+    return kind

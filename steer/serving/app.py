@@ -85,7 +85,7 @@ def create_app(
         title="steer",
         summary="OpenAI-compatible generation with steering.",
         lifespan=lifespan,
-        docs_url=None,
+        docs_url="/docs",
         redoc_url=None,
         redirect_slashes=False,
     )

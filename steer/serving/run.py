@@ -39,7 +39,7 @@ class _Draining(uvicorn.Server):
         await super().startup(sockets)
         first, *others = _urls(sockets or [])
         also = f", also at {', '.join(others)}" if others else ""
-        _say(f"serving on {first}/v1{also}; health {first}/health, description {first}/openapi.json; {self._named}")
+        _say(f"serving on {first}/v1{also}; health {first}/health, documentation {first}/docs; {self._named}")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._loop is None or self._told:
@@ -97,17 +97,17 @@ def _urls(sockets: Sequence[socket.socket]) -> list[str]:
     return shown
 
 
-def run(app: FastAPI, sockets: list[socket.socket], patience: float) -> None:
+def run(app: FastAPI, sockets: list[socket.socket], patience: float, log_requests: bool = False) -> None:
     """Serve until SIGTERM or SIGINT, which mean the same: who was let in, or had sent a request by then, has `patience`
     seconds to finish; others are refused with 503. Who is still there afterwards is ended, and so is everybody at the
-    second signal.
+    second signal. `log_requests` writes a line for each request.
     """
     # Its one warning here is that a client left while something was being sent, which is theirs to do.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     config = uvicorn.Config(
         app,
-        log_level="warning",
-        access_log=False,
+        log_level="info" if log_requests else "warning",
+        access_log=log_requests,
         server_header=False,
         lifespan="on",
         timeout_graceful_shutdown=5,
