@@ -444,9 +444,9 @@ class BatchOptions(ModelOptions):
     beta: Annotated[float, typer.Option(help="KL coefficient of the target p exp(reward / beta).")] = 1.0
     n: Annotated[int | None, typer.Option("--n", "-n", help="Outputs of a row, or candidates.")] = None
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message, for rows with a prompt.")] = None
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0
-    top_k: Annotated[int, typer.Option(help="Keep the K likeliest tokens; 0 is off.")] = 0
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this mass; 1 is off.")] = 1.0
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: 1.")] = None
+    top_k: Annotated[int | None, typer.Option(help="Keep the K likeliest tokens; default: 0, off.")] = None
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of this mass; default: 1, off.")] = None
     max_new_tokens: Annotated[int, typer.Option(help="The longest output.")] = 64
     steps: Annotated[int, typer.Option(help="Denoising steps (images, masked language models).")] = 25
     eta: Annotated[float, typer.Option(help="Noise in each step of an image.")] = 1.0
