@@ -57,7 +57,7 @@ def test_bad_arguments_are_one_line(client: Any, given: dict[str, Any], told: st
 
 def test_a_vector_is_made(client: Any) -> None:
     sides = ["\n".join(f"the {one} is {how}" for one in ("dog", "cat", "house")) for how in ("good", "bad")]
-    line, chart, card, *_ = client.predict(*sides, None, "by-wire", "mean", api_name="/make_vector")
+    line, chart, card, *_ = client.predict(*sides, "by-wire", "mean", api_name="/make_vector")
     assert "by-wire is ready" in line["text"] and len(chart["accuracy"]) == 2 and card.startswith("vector for")
 
 
