@@ -24,7 +24,7 @@ from steer.rewards import parse_reward
 from steer.rewards.algebra import check_reward
 from steer.sampling.lookahead import Lookahead, Preview, Rollouts
 
-__all__ = ["Drawing", "generate", "request"]
+__all__ = ["Drawing", "generate", "process_settings", "request"]
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _texts(options: GenerateOptions, coming: Coming) -> Run:
 
     def run(session: Session) -> None:
         model = session.load(options)
-        settings = (_endpoint_settings if remote else _masked_settings if masked else _text_settings)(options)
+        settings = process_settings(options, False, masked)
         mounted = [make(model) for make in edits] + asked.guidance(model, settings)
         if options.system is not None:
             from steer.methods.prompt import SystemPrompt
@@ -185,6 +185,16 @@ def _texts(options: GenerateOptions, coming: Coming) -> Run:
         showing.show_samples(samples, options, asked.seed, session, streamed=options.stream)
 
     return run
+
+
+def process_settings(options: GenerateOptions, images: bool, masked: bool = False) -> dict[str, Any]:
+    """Settings of the model's process."""
+    if images:
+        names = ("steps", "eta", "guidance_scale")
+        return {name: getattr(options, name) for name in names} | {"max_batch": options.max_rows}
+    if is_endpoint(options.model):
+        return _endpoint_settings(options)
+    return (_masked_settings if masked else _text_settings)(options)
 
 
 def _text_settings(options: GenerateOptions) -> dict[str, Any]:
@@ -242,12 +252,7 @@ def _images(options: GenerateOptions, coming: Coming) -> Run:
     def run(session: Session) -> None:
         model = session.load(options)
         check(not options.class_ or bool(model.classes), "class", options.class_, f"unset: {model.name} has no classes")
-        settings = {
-            "steps": options.steps,
-            "eta": options.eta,
-            "guidance_scale": options.guidance_scale,
-            "max_batch": options.max_rows,
-        }
+        settings = process_settings(options, True)
         edits = asked.guidance(model, settings)
         if options.gradient is not None:
             assert asked.reward is not None
