@@ -75,6 +75,25 @@ def _leaving(visitors: Visitors) -> Any:
     return leave
 
 
+def _theme() -> Any:
+    """Colours with the contrast that text needs, and fonts that are on every machine."""
+    made = gr.themes.Base(font=_FONT, font_mono=_MONO, primary_hue="blue", neutral_hue="slate")
+    return made.set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        block_label_text_color="*neutral_700",
+        block_label_text_color_dark="*neutral_200",
+        block_title_text_color="*neutral_700",
+        block_title_text_color_dark="*neutral_200",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
+    )
+
+
 def _free(host: str) -> int:
     """A port that is free at this moment."""
     with socket.create_server((host, 0)) as made:
@@ -131,7 +150,7 @@ def launch(shared: Shared, *, host: str = "127.0.0.1", port: int = 0, keys: Sequ
             max_file_size="16mb",
             strict_cors=True,
             app_kwargs={"middleware": guard, "docs_url": None, "redoc_url": None},
-            theme=gr.themes.Base(font=_FONT, font_mono=_MONO, primary_hue="blue", neutral_hue="slate"),
+            theme=_theme(),
             css_paths=Path(__file__).parent / "page.css",
         )
     except OSError as error:

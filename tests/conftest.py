@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_words import MASKED_WORDS
 
 WORDS = """
     the a sun rain day night is was and not very good bad happy sad nice awful love hate it they we you I cat dog house
     tree sings runs likes says why how what where tell me about user assistant system : . , ? ! hello world calm loud
 """
 SPECIAL = ("<unk>", "<pad>", "<s>", "</s>")
-MASKED_WORDS = "the a sun rain day night is was good bad happy sad dog cat runs sings loud calm very not"
 CHAT_TEMPLATE = (
     "<s>{% for message in messages %}{{ message['role'] }} : {{ message['content'] }} "
     "{% if not (loop.last and message['role'] == 'assistant') %}</s> {% endif %}{% endfor %}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MASKED_WORDS
+from tiny_words import MASKED_WORDS
 from torch import Tensor
 
 import steer

@@ -7,7 +7,6 @@ for every layer the share of held-out texts on the right side of the vector (`ac
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -22,33 +21,38 @@ from steer.core import InputError, check
 from steer.demo.actions.shared import Shared
 from steer.demo.recipes.vector import LIMIT_PAIRS, VectorRecipe
 from steer.demo.session import Visitor
-from steer.edits import load_edit, parse_layers
+from steer.edits import parse_layers
 from steer.train.vector import encode_pairs
 
-__all__ = ["keep", "make", "pairs_of", "sentences", "write_pairs"]
+__all__ = ["make", "pairs_of", "read_sentences", "sentences"]
 
 _RANDOM = 32
 """Random directions at each layer."""
 
 
-def pairs_of(recipe: VectorRecipe, file: Path | None) -> list[dict[str, Any]]:
-    """The pairs of a recipe, from its sentences or from the file that was sent. Raises `InputError`."""
-    if file is not None:
-        rows = read_pairs(file)
-    else:
-        count, other = len(recipe.positive), len(recipe.negative)
-        check(count == other, "sentences", f"{count} and {other}", "as many on the left as on the right, one a line")
-        rows = [{"positive": up, "negative": down} for up, down in zip(recipe.positive, recipe.negative, strict=True)]
-    check(2 <= len(rows) <= LIMIT_PAIRS, "pairs", f"{len(rows)}", f"2 to {LIMIT_PAIRS}")
-    return rows
+def pairs_of(recipe: VectorRecipe) -> list[dict[str, Any]]:
+    """The pairs of a recipe. Raises `InputError`."""
+    count, other = len(recipe.positive), len(recipe.negative)
+    check(count == other, "sentences", f"{count} and {other}", "as many on the left as on the right, one a line")
+    check(2 <= count <= LIMIT_PAIRS, "sentences", f"{count}", f"2 to {LIMIT_PAIRS}")
+    return recipe.pairs()
 
 
-async def make(
-    recipe: VectorRecipe, shared: Shared, visitor: Visitor, file: Path | None = None
-) -> AsyncIterator[dict[str, Any]]:
+def read_sentences(file: Path) -> tuple[str, str]:
+    """A file of pairs as the two text areas hold it, a sentence a line. Raises `InputError`."""
+    rows = read_pairs(file)
+    check(len(rows) <= LIMIT_PAIRS, "pairs", f"{len(rows)}", f"2 to {LIMIT_PAIRS}")
+    for i, row in enumerate(rows):
+        asked = "prompt" in row or any("\n" in row[side].strip() for side in ("positive", "negative"))
+        check(not asked, f"pairs[{i}]", row, "two texts of one line; steer train vector takes prompts and longer ones")
+    positive, negative = ("\n".join(row[side].strip() for row in rows) for side in ("positive", "negative"))
+    return positive, negative
+
+
+async def make(recipe: VectorRecipe, shared: Shared, visitor: Visitor) -> AsyncIterator[dict[str, Any]]:
     """Fit a vector. Raises `SteerError` for what a person can mend."""
     shared.check_model(recipe.model)
-    rows = pairs_of(recipe, file)
+    rows = pairs_of(recipe)
     path = visitor.path(recipe.name)
     visitor.check_room(1 << 22)
     async for text in shared.ready():
@@ -104,25 +108,8 @@ def _random(
     return work
 
 
-def keep(shared: Shared, visitor: Visitor, file: Path, name: str) -> str:
-    """Take an artifact that a visitor sent. Raises `InputError` where it does not fit the model."""
-    path = visitor.path(name)
-    check(file.stat().st_size <= 32 << 20, "file", f"{file.stat().st_size} bytes", "at most 32 MB")
-    visitor.check_room(file.stat().st_size)
-    shared.engine().check_artifact(file)
-    load_edit(file, model=shared.engine().preparer.model)
-    path.write_bytes(file.read_bytes())
-    return name
-
-
 def sentences(text: str) -> tuple[str, ...]:
     """The lines of a text area that are not empty."""
     if len(text) > 400_000:
         raise InputError("sentences", f"{len(text)} characters", "at most 400000")
     return tuple(line.strip() for line in text.splitlines() if line.strip())
-
-
-def write_pairs(rows: Sequence[dict[str, Any]], path: Path) -> Path:
-    """The pairs as JSON lines, for the commands of Reproduce."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path

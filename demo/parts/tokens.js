@@ -1,7 +1,7 @@
 // Columns of tokens. value: {run, columns: [{title, note}], add: [[column, place of the first, [token]]], done: [[column, {name: text}]],
-// whole: [[token]] once it has ended}. token: {t text, i id, k KL, s surprise, g gate, a [[id, text, p]], b the same}.
+// whole: [[token]] once it has ended, fixed: whether it is a finished example}. token: {t text, i id, k KL, s surprise, g gate, a [[id, text, p]], b the same}.
 const root = () => element.querySelector('.steer-tokens');
-let run = null, columns = [], mode = 'kl', pinned = null, blind = false, order = [];
+let run = null, columns = [], mode = 'kl', pinned = null, blind = false, order = [], fixed = false;
 
 function make(tag, name, text) {
   const made = document.createElement(tag);
@@ -12,12 +12,13 @@ function make(tag, name, text) {
 
 function build(value) {
   root().replaceChildren();
-  columns = []; pinned = null; run = value.run;
+  columns = []; pinned = null; run = value.run; fixed = Boolean(value.fixed);
   if (!value.columns.length) return;
   const bar = make('div', 'bar');
   const group = make('fieldset', 'colours');
   group.append(make('legend', '', 'Colour tokens by'));
-  for (const [key, label] of [['kl', 'KL: how far the odds moved'], ['s', 'surprise to the unsteered model'], ['g', 'gate'], ['', 'nothing']]) {
+  const ways = [['kl', 'KL: how far the odds moved'], ['s', 'surprise to the unsteered model'], ['g', 'gate'], ['', 'nothing']];
+  for (const [key, label] of ways.filter(([key]) => !(fixed && key === 'g'))) {
     const wrap = make('label'), input = make('input');
     input.type = 'radio'; input.name = 'colour-' + element.id; input.checked = key === mode;
     input.addEventListener('change', () => { mode = key; paint(); });
@@ -94,8 +95,8 @@ function add(index, at, fresh) {
   // An update may be seen twice, or never: what is there already is left out, and a gap waits for the whole.
   if (!c || at > c.tokens.length) return;
   for (const token of fresh.slice(c.tokens.length - at)) {
-    const span = make('span', 'tok', token.t === '' ? (token.e ? '■' : '·') : token.t);
-    if (token.e) span.title = 'The model ended the text here';
+    const span = make('span', 'tok', token.t === '' ? '·' : token.t);
+    if (!token.t.trim()) span.setAttribute('aria-label', token.t.includes('\n') ? 'line break' : token.t ? 'space' : 'no text');
     span.setAttribute('role', 'button');
     span.tabIndex = c.tokens.length ? -1 : 0;
     span.setAttribute('aria-pressed', 'false');
@@ -152,17 +153,18 @@ function show(at) {
   if (!detail) return;
   detail.replaceChildren();
   if (!at) {
-    detail.append(make('p', 'hint', 'Point at a token, or move with the arrow keys, to see what was likely there before and after steering. Click it to keep it, then go on from there with another token.'));
+    detail.append(make('p', 'hint', 'Point at a token, or move with the arrow keys, to see what was likely there before and after steering.' + (fixed ? '' : ' Click it to keep it, then go on from there with another token.')));
     return;
   }
   const c = columns[at.column], token = c.tokens[at.at];
   const head = make('p', 'head');
-  head.append(make('strong', '', shownText(token.t) || (token.e ? 'end of text' : '·')));
+  head.append(make('strong', '', shownText(token.t) || '·'));
   head.append(document.createTextNode(blind ? '' : `  KL ${token.k.toFixed(3)} nats · surprise to the unsteered model ${token.s.toFixed(2)} nats` + (token.g === undefined || token.g === null ? '' : ` · gate ${token.g.toFixed(2)}`)));
   const go = (id) => trigger('fork', { column: at.column, script: [...c.tokens.slice(0, at.at).map((t) => t.i), id], run });
   const both = make('div', 'both');
-  both.append(list('Before: the unsteered model, at this very place', token.b, token.i, go));
-  both.append(list(blind ? 'After' : 'After: ' + c.column.title.toLowerCase(), token.a, token.i, go));
+  const act = fixed ? null : go;
+  both.append(list('Before: the unsteered model, at this very place', token.b, token.i, act));
+  both.append(list(blind ? 'After' : 'After: ' + c.column.title.toLowerCase(), token.a, token.i, act));
   detail.append(head, both);
 }
 

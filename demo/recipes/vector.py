@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -22,9 +23,7 @@ class VectorRecipe(Recipe):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,47}$")]
     positive: Annotated[tuple[str, ...], Field(max_length=LIMIT_PAIRS)] = ()
     negative: Annotated[tuple[str, ...], Field(max_length=LIMIT_PAIRS)] = ()
-    """Sentences, one of each for a pair; both empty where the pairs are in a file."""
-    file: Annotated[str, Field(max_length=200, pattern=r"^[^/\\\x00]*$")] = ""
-    """Name of the file that was sent."""
+    """Sentences, one of each for a pair."""
     method: Literal["mean", "pca", "probe"] = "mean"
     layers: Annotated[str, Field(max_length=200, pattern=r"^[0-9, -]*$")] = ""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -32,7 +31,19 @@ class VectorRecipe(Recipe):
     @property
     def source(self) -> str:
         """The file of pairs that the commands read."""
-        return self.file or f"{self.name}_pairs.jsonl"
+        return f"{self.name}_pairs.jsonl"
+
+    def pairs(self) -> list[dict[str, str]]:
+        """Its rows."""
+        both = zip(self.positive, self.negative, strict=False)
+        return [{"positive": up, "negative": down} for up, down in both]
+
+    def commands(self) -> str:
+        rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.pairs())
+        return f"cat > {self.source} <<'PAIRS'\n{rows}PAIRS\n{super().commands()}"
+
+    def yaml(self) -> str:
+        return f"# Reads {self.source}, which the command line's first lines write.\n{super().yaml()}"
 
     def _settings(self) -> dict[str, Any]:
         return {"method": self.method, "seed": self.seed} | ({"layers": self.layers} if self.layers else {})
@@ -45,12 +56,6 @@ class VectorRecipe(Recipe):
 
     def python(self) -> str:
         given = "".join(f", {key}={value!r}" for key, value in self._settings().items())
-        if self.file:
-            pairs = f"[json.loads(line) for line in open({self.file!r})]"
-            head = ["import json", "", "import steer", ""]
-        else:
-            rows = [{"positive": up, "negative": down} for up, down in zip(self.positive, self.negative, strict=True)]
-            pairs, head = repr(rows), ["import steer", ""]
-        lines = [*head, f"model = steer.load({self.model!r})", f"pairs = {pairs}"]
+        lines = ["import steer", "", f"model = steer.load({self.model!r})", f"pairs = {self.pairs()!r}"]
         lines.append(f"steer.train_vector(model, pairs{given}).save({f'{self.name}.safetensors'!r})")
         return "\n".join(lines) + "\n"

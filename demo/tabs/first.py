@@ -82,4 +82,11 @@ def _frame(index: int) -> dict[str, Any]:
     """The value of the part `tokens` at one stop."""
     frame = frames()[index]
     done = [[i, shown_facts(facts)] for i, facts in frame["done"]]
-    return {"run": -next(_RUNS), "columns": frame["columns"], "add": [], "whole": frame["whole"], "done": done}
+    return {
+        "run": -next(_RUNS),
+        "columns": frame["columns"],
+        "add": [],
+        "whole": frame["whole"],
+        "done": done,
+        "fixed": True,
+    }

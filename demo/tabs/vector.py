@@ -46,20 +46,18 @@ def build(page: Page) -> Opening:
     with gr.Row():
         more = gr.Textbox(label="More of this, one sentence a line", value=_POSITIVE, lines=7, elem_id="more")
         less = gr.Textbox(label="Less of this, line by line its opposite", value=_NEGATIVE, lines=7, elem_id="less")
-    with gr.Row(equal_height=True):
-        file = gr.File(
-            label="Or a file of pairs: JSONL or CSV with positive and negative",
+    with gr.Row(equal_height=True), gr.Column():
+        file = gr.UploadButton(
+            "Read pairs from a file (JSONL or CSV with positive and negative)",
             file_types=[".jsonl", ".json", ".csv", ".tsv"],
-            height=120,
             elem_id="pairs-file",
         )
-        with gr.Column():
-            name = gr.Textbox(label="Name", value="mine", elem_id="vector-name")
-            method = gr.Radio(
-                [("difference of means", "mean"), ("first principal axis", "pca"), ("logistic probe", "probe")],
-                value="mean",
-                label="Method",
-            )
+        name = gr.Textbox(label="Name", value="mine", elem_id="vector-name")
+        method = gr.Radio(
+            [("difference of means", "mean"), ("first principal axis", "pca"), ("logistic probe", "probe")],
+            value="mean",
+            label="Method",
+        )
     with gr.Row():
         go = gr.Button("Make the vector", variant="primary", elem_id="make")
         stop = gr.Button("Stop")
@@ -74,20 +72,18 @@ def build(page: Page) -> Opening:
 
     @told(line)
     async def make(*values: Any) -> AsyncIterator[dict[Any, Any]]:
-        up, down, sent, named, how, request = values
-        path = None if sent is None else Path(sent)
+        up, down, named, how, request = values
         recipe = VectorRecipe.parse(
             {
                 "model": page.shared.text_model,
                 "name": named or "",
-                "positive": () if path else action.sentences(up or ""),
-                "negative": () if path else action.sentences(down or ""),
-                "file": "" if path is None else path.name,
+                "positive": action.sentences(up or ""),
+                "negative": action.sentences(down or ""),
                 "method": how,
             }
         )
         yield {**reproduced(code, recipe), line: said("")}
-        async with aclosing(action.make(recipe, page.shared, page.visitor(request), path)) as updates:
+        async with aclosing(action.make(recipe, page.shared, page.visitor(request))) as updates:
             async for update in updates:
                 if "say" in update:
                     yield {line: said(update["say"])}
@@ -100,9 +96,20 @@ def build(page: Page) -> Opening:
                         take: gr.DownloadButton(value=update["path"], interactive=True),
                     }
 
-    async def on_make(a: Any, b: Any, c: Any, d: Any, e: Any, request: gr.Request) -> Any:
-        async for update in make(a, b, c, d, e, request):
+    async def on_make(a: Any, b: Any, c: Any, d: Any, request: gr.Request) -> Any:
+        async for update in make(a, b, c, d, request):
             yield update
+
+    @told(line)
+    def sent(given: Any) -> dict[Any, Any]:
+        up, down = action.read_sentences(Path(given))
+        return {more: up, less: down, line: said("The pairs of the file are in the two fields.")}
+
+    async def on_sent(given: Any) -> Any:
+        async for update in sent(given):
+            yield update
+
+    file.upload(on_sent, file, [more, less, line], api_name=False, show_progress="hidden")
 
     @told(line)
     def place(*values: Any) -> dict[Any, Any]:
@@ -126,7 +133,7 @@ def build(page: Page) -> Opening:
 
     making = go.click(
         on_make,
-        [more, less, file, name, method],
+        [more, less, name, method],
         outputs,
         api_name="make_vector",
         concurrency_id="fits",

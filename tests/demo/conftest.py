@@ -51,9 +51,9 @@ def smollm2_page() -> Iterator[Any]:
     launched.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """A browser."""
+    """A browser. While it is there its event loop runs in this thread, which other tests want for theirs."""
     if CHROMIUM is None:
         _skip("no chromium on this machine: apt-get install chromium, or set STEER_CHROMIUM")
     playwright = pytest.importorskip("playwright.sync_api", reason="THE DEMO IS NOT TESTED: pip install playwright")

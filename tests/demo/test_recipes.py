@@ -65,10 +65,10 @@ def test_all_forms_give_the_texts_on_the_page(
 
     body = json.loads(shlex.split(recipe.curl().partition("\n")[2])[-1])
     app = create_app(shared.engine(), artifacts=tmp_path)
-    with TestClient(app, base_url="http://127.0.0.1") as client:
-        answer = client.post(
-            "/v1/completions" if raw else "/v1/chat/completions", json={**body, "model": shared.engine().name}
-        )
+    client = TestClient(app, base_url="http://127.0.0.1")  # outside its lifespan, at whose end the engine is closed
+    answer = client.post(
+        "/v1/completions" if raw else "/v1/chat/completions", json={**body, "model": shared.engine().name}
+    )
     choice = answer.json()["choices"][0]
     assert (choice["text"] if raw else choice["message"]["content"]) == shown[1]
 

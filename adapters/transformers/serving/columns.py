@@ -71,6 +71,8 @@ class Traced:
 class ColumnsTicket(Ticket):
     """`Columns` on their way."""
 
+    own_pass = True
+
     def __init__(self, columns: Columns, emit: Emit) -> None:
         super().__init__(columns.columns[0], emit)
         self._columns = columns
@@ -88,12 +90,8 @@ class ColumnsTicket(Ticket):
     def measures(self) -> bool:
         return True
 
-    @property
-    def joins(self) -> bool:
-        return False
-
     @torch.inference_mode()
-    def open(self, model: LanguageModel, taken: Taken) -> tuple[tracking.AnyTrack, list[int], bool]:
+    def open(self, model: LanguageModel, taken: Taken) -> tuple[tracking.AnyTrack, list[int]]:
         columns = self._columns.columns
         scripts = self._columns.scripts or ((),) * len(columns)
         edits = [(edit, frozenset({i})) for i, column in enumerate(columns) for edit in column.hidden]
@@ -123,7 +121,7 @@ class ColumnsTicket(Ticket):
         ]
         self.rows = [*leaders, *followers]
         self.emit(Opened(tuple(_weights(track, i) for i in range(len(columns)))))  # type: ignore[arg-type]
-        return track, [*range(len(columns)), *[0] * len(followers)], True
+        return track, [*range(len(columns)), *[0] * len(followers)]
 
     def taken(self, row: BatchRow, text: str, logprobs: Sequence[TokenLogprob]) -> None:
         if row.error is not None:

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +36,9 @@ log = logging.getLogger("steer.serving")
 
 class Ticket:
     """One request on its way. `emit` gets its events and is called last with `Finished` or an exception."""
+
+    own_pass = False
+    """Whether it reads its prompts itself, see `open`."""
 
     def __init__(self, prepared: Prepared | None, emit: Emit) -> None:
         self._prepared, self.emit = prepared, emit
@@ -77,34 +79,11 @@ class Ticket:
         """Positions that its longest row has at most."""
         return self.prepared.columns
 
-    @torch.inference_mode()
-    def open(self, model: LanguageModel, taken: Taken) -> tuple[tracking.AnyTrack, list[int], bool]:
-        """The prompt pass, which fills `rows`: the pass, the row of it that each of `rows` goes on from, and whether
-        they may share a cache with others.
+    def open(self, model: LanguageModel, taken: Taken) -> tuple[tracking.AnyTrack, list[int]]:
+        """The prompt pass of a ticket that reads its prompts itself; fills `rows`. Returns the pass, and the row of it
+        that each of `rows` goes on from.
         """
-        prepared = self.prepared
-        edits = [(edit, None) for edit in prepared.hidden]
-        track, self.cost = tracking.start(
-            model.body, prepared.ids, edits, 1, hidden=bool(prepared.guided), new=prepared.sampling.max_tokens
-        )
-        return track, self.fill(model, taken), prepared.shares
-
-    def fill(self, model: LanguageModel, taken: Taken) -> list[int]:
-        """Make the `rows`; the prompt that each goes on from, by number."""
-        prepared, steering = self.prepared, self.prepared.task.steering
-        measured = steering is not None and steering.kl
-        self.rows = [
-            BatchRow(
-                model, prepared.sampling, choice, prepared.seed, edits=prepared.guided, measured=measured, taken=taken
-            )
-            for choice in range(prepared.choices)
-        ]
-        return [choice // prepared.task.n for choice in range(prepared.choices)]
-
-    @property
-    def joins(self) -> bool:
-        """Whether its prompts may be read in one pass with those of others."""
-        return self._prepared is not None and self.prepared.plan is None and self.prepared.shares
+        raise NotImplementedError
 
     @property
     def texts(self) -> list[BatchRow]:
@@ -189,7 +168,7 @@ class Scheduler:
         self._worker.join()
 
     def load(self) -> Load:
-        """What runs and waits, as another thread sees it: about right."""
+        """What is going on, from outside: a glance, not a count."""
         rows = len(self._shared.rows) + sum(len(batch.rows) for batch, _ in list(self._alone))
         return Load(rows, len(self._running), len(self._waiting) + len(self._asked), self._shared.nbytes)
 
@@ -239,7 +218,7 @@ class Scheduler:
                 (self._asked if ticket.searches else self._waiting).append(ticket)
 
     def _sweep(self) -> None:
-        """Drop requests whose clients have gone."""
+        """Let go of what nobody waits for."""
         self._tickets = [t for t in self._tickets if not t.gone]
         for pile in (self._waiting, self._measures, self._asked):
             if any(t.gone for t in pile):
@@ -254,7 +233,7 @@ class Scheduler:
             self._running.remove((stretches, ticket))
 
     def _abandon(self, why: Exception) -> None:
-        """End every request with an error, whatever state it is in."""
+        """Let everybody go, whatever state things are in."""
         for ticket in self._tickets:
             ticket.cancelled = True
             ticket.fail(why)
@@ -288,14 +267,25 @@ class Scheduler:
         alone = not rows and len(group) == 1
         return alone or (together <= self.max_rows and together * columns <= self.cache_tokens)
 
+    @torch.inference_mode()
     def _admit(self, group: Sequence[Ticket]) -> None:
-        """Read the prompts of a request, or of several in one pass, and let their rows in."""
+        """Read the prompts of several requests in one pass, and let their rows in."""
+        if group[0].own_pass:
+            self._admit_own(group[0])
+            return
+        ids = [row for ticket in group for row in ticket.prepared.ids]
+        first = list(accumulate((len(t.prepared.ids) for t in group), initial=0))
+        hidden, new = bool(group[0].prepared.guided), max(t.prepared.sampling.max_tokens for t in group)
         try:
-            if len(group) == 1:
-                track, owners, shares = group[0].open(self.model, partial(self._taken, group[0]))
-            else:
-                track, owners, shares = *_open_together(self.model, group, self._taken), True
-            if shares and isinstance(track, tracking.Track):
+            track, cost = tracking.start(self.model.body, ids, _mounted(group, first), 1, hidden=hidden, new=new)
+            owners = [
+                at + choice // t.prepared.task.n
+                for t, at in zip(group, first, strict=False)
+                for choice in range(t.prepared.choices)
+            ]
+            for ticket in group:
+                ticket.rows = [self._row(ticket, choice) for choice in range(ticket.prepared.choices)]
+            if group[0].prepared.shares and isinstance(track, tracking.Track):
                 self._shared.join([row for ticket in group for row in ticket.rows], track, owners)
             else:
                 assert len(group) == 1
@@ -306,7 +296,24 @@ class Scheduler:
             self._refuse(group, error)
             return
         for ticket in group:
-            ticket.emit(Started(ticket.cost.prompt_tokens))
+            mine, all_tokens = sum(map(len, ticket.prepared.ids)), max(1, cost.prompt_tokens)
+            ticket.cost = Cost(mine, 0, cost.model_calls, cost.nfe * mine // all_tokens)
+            ticket.emit(Started(mine))
+
+    def _admit_own(self, ticket: Ticket) -> None:
+        """Let the rows in of a request that reads its prompts itself."""
+        try:
+            track, owners = ticket.open(self.model, lambda *new: self._taken(ticket, *new))
+            if isinstance(track, tracking.Track):
+                self._shared.join(ticket.rows, track, owners)
+            else:
+                batch = Batch(self.model, tracking.fork(track, torch.tensor(owners)))
+                batch.rows = list(ticket.rows)
+                self._alone.append((batch, ticket))
+        except Exception as error:
+            report(ticket, error)
+            return
+        ticket.emit(Started(ticket.cost.prompt_tokens))
 
     def _refuse(self, group: Sequence[Ticket], error: Exception) -> None:
         """Tell a request why it cannot be read; of several, find out whose fault it was."""
@@ -316,6 +323,18 @@ class Scheduler:
         for ticket in group:
             ticket.rows = []
             self._admit([ticket])
+
+    def _row(self, ticket: Ticket, choice: int) -> BatchRow:
+        prepared, steering = ticket.prepared, ticket.prepared.task.steering
+        return BatchRow(
+            self.model,
+            prepared.sampling,
+            choice,
+            prepared.seed,
+            edits=prepared.guided,
+            measured=steering is not None and steering.kl,
+            taken=lambda *new: self._taken(ticket, *new),
+        )
 
     def _taken(self, ticket: Ticket, row: BatchRow, text: str, logprobs: Sequence[TokenLogprob]) -> None:
         if ticket.gone:
@@ -373,12 +392,12 @@ def _read_together(group: Sequence[Ticket]) -> bool:
     """Whether the last of some requests can be read in one pass with those before: their rows share the batch, the pass
     wants the same of each, and padding costs little.
     """
-    if not (group[0].joins and group[-1].joins):
+    if any(ticket.own_pass for ticket in group):
         return False
     first, last = group[0].prepared, group[-1].prepared
     lengths = [len(row) for ticket in group for row in ticket.prepared.ids]
     body = first.process.model.body
-    if bool(first.guided) != bool(last.guided):
+    if not (first.shares and last.shares) or bool(first.guided) != bool(last.guided):
         return False
     if len(set(lengths)) > 1 and not (body.allows("pads") and body.alike(max(t.prepared.columns for t in group))):
         return False
@@ -396,25 +415,6 @@ def _mounted(group: Sequence[Ticket], first: Sequence[int]) -> list[tuple[Hidden
         rows.update(range(at, at + len(ticket.prepared.ids)))
     whole = len(wanted) == 1
     return [(edit, None if whole else frozenset(rows)) for edits, rows in wanted.values() for edit in edits]
-
-
-@torch.inference_mode()
-def _open_together(
-    model: LanguageModel, group: Sequence[Ticket], taken: Callable[..., None]
-) -> tuple[tracking.AnyTrack, list[int]]:
-    """One prompt pass for several requests, which fills their rows: the pass, and the row of it that each of theirs
-    goes on from. What it took is shared out by their prompts.
-    """
-    ids = [row for ticket in group for row in ticket.prepared.ids]
-    first = list(accumulate((len(t.prepared.ids) for t in group), initial=0))
-    hidden, new = bool(group[0].prepared.guided), max(t.prepared.sampling.max_tokens for t in group)
-    track, cost = tracking.start(model.body, ids, _mounted(group, first), 1, hidden=hidden, new=new)
-    owners: list[int] = []
-    for ticket, at in zip(group, first, strict=False):
-        owners += [at + owner for owner in ticket.fill(model, partial(taken, ticket))]
-        mine = sum(map(len, ticket.prepared.ids))
-        ticket.cost = Cost(mine, 0, cost.model_calls, cost.nfe * mine // max(1, cost.prompt_tokens))
-    return track, owners
 
 
 def report(ticket: Ticket, error: Exception) -> None:
