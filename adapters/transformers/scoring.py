@@ -10,8 +10,8 @@ from torch import Tensor
 
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.transformers import tracking
-from steer.adapters.transformers.processing import Processing
 from steer.adapters.transformers.body import Body
+from steer.adapters.transformers.processing import Processing
 from steer.core import HiddenEdit, Mounted, Prompt, TransitionEdit
 from steer.sampling import laws
 
