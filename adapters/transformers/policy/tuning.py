@@ -74,6 +74,8 @@ def train_policy(
     wanted = drawn and tuning.preset.judged
     check((scored is not None) == wanted, "reward", reward, f"{'one' if wanted else 'none'} for {tuning.method}")
     if drawn and tuning.driver == "native" and not tuning.online:
+        allowed = f"{tuning.preset.losses[0]} for own samples; other losses of them by link, target and score"
+        check(tuning.loss == tuning.preset.losses[0], "loss", tuning.loss, allowed)
         tuning = policy_settings(tuning, driver="rows")  # of its own samples
     check(tuning.schedule != "inpaint", "schedule", "inpaint", "another for a causal language model")
     rows = read_rows(model, data, tuning, drawn)
