@@ -188,6 +188,9 @@ class Engine(Protocol):
     def context_length(self) -> int | None:
         """Tokens of a prompt and its answer at most."""
 
+    def own_sampling(self) -> Sampling:
+        """How the checkpoint's own `generation_config.json` draws. Raises `InputError` for what the engine does not."""
+
     @property
     def own_edits(self) -> tuple[str, ...]:
         """Names of edits that the engine has without an artifact, such as tuned models that it runs beside its own."""
