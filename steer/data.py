@@ -14,7 +14,7 @@ from steer.core import InputError, check
 from steer.core.errors import check_unicode, first_line
 from steer.core.messages import plain_messages
 
-__all__ = ["FORMATS", "plain_pair", "plain_row", "prompt_of", "read_json", "read_table", "read_text"]
+__all__ = ["FORMATS", "csv_row", "plain_pair", "plain_row", "prompt_of", "read_json", "read_table", "read_text"]
 
 FORMATS = "JSON lines, a JSON list, CSV or parquet"
 _ENCODED = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -82,9 +82,14 @@ def _whole(field: str, path: Path, text: str, allowed: str) -> list[Any] | None:
 
 
 def _csv(text: str, delimiter: str) -> list[dict[str, Any]]:
-    """Rows by the names in the first line. A cell that is a JSON list, such as messages, is one."""
+    """Rows by the names in the first line."""
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    return [{k: _cell(v) for k, v in row.items() if k is not None and v not in (None, "")} for row in rows]
+    return [csv_row(row) for row in rows]
+
+
+def csv_row(row: Mapping[Any, Any]) -> dict[str, Any]:
+    """A row of CSV without its empty cells; a cell that is a JSON list of objects, such as messages, is one."""
+    return {k: _cell(v) for k, v in row.items() if k is not None and v not in (None, "")}
 
 
 def _cell(text: str) -> Any:

@@ -20,7 +20,7 @@ from steer.files import replacing
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["save_png", "to_pil", "to_uint8"]
+__all__ = ["save_image", "save_png", "to_pil", "to_uint8"]
 
 
 MARGIN = 3
@@ -74,6 +74,12 @@ def save_png(
     grid = _grid(to_pil(images), columns or _square(len(images)), texts, scale)
     with replacing(path) as temporary:
         grid.save(temporary, format="PNG")
+
+
+def save_image(path: Path | str, image: Tensor) -> None:
+    """Write one image `[C, H, W]` in [0, 1] as a PNG of its own size, all at once."""
+    with replacing(path) as temporary:
+        to_pil(image[None])[0].save(temporary, format="PNG")
 
 
 def enlargement(height: int, width: int) -> int:

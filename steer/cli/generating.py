@@ -27,7 +27,7 @@ from steer.rewards import parse_reward
 from steer.rewards.algebra import check_reward
 from steer.sampling.lookahead import Lookahead, Preview, Rollouts
 
-__all__ = ["Drawing", "generate", "request"]
+__all__ = ["Drawing", "generate", "process_settings", "request"]
 
 
 @dataclass(frozen=True)
@@ -172,14 +172,17 @@ def _texts(options: GenerateOptions, coming: Coming) -> Run:
     for name in ("stream", "json") if by_line(options) else ():
         check(not getattr(options, name), name, True, "unset: --out FILE.jsonl is written line by line")
 
+    mounted: list[Edit] = []
+
     def plan_for(session: Session, some: list[Any], seed: int, progress: bool) -> tuple[Any, Plan]:
         model = session.load(options)
-        settings = (_endpoint_settings if remote else _masked_settings if masked else _text_settings)(options)
-        mounted = [make(model) for make in edits] + asked.guidance(model, settings)
-        if options.system is not None:
-            from steer.methods.prompt import SystemPrompt
+        settings = process_settings(options, False, masked)
+        if not mounted:
+            mounted.extend([make(model) for make in edits] + asked.guidance(model, settings))
+            if options.system is not None:
+                from steer.methods.prompt import SystemPrompt
 
-            mounted.append(SystemPrompt(options.system))
+                mounted.append(SystemPrompt(options.system))
         return model, prepare(
             model.process(**settings),
             [RawText(p) for p in some] if options.raw else some,
@@ -240,6 +243,16 @@ def _identity(options: GenerateOptions, seed: int) -> str:
     return hashlib.sha256(repr([told, read]).encode()).hexdigest()[:12]
 
 
+def process_settings(options: GenerateOptions, images: bool, masked: bool = False) -> dict[str, Any]:
+    """Settings of the model's process."""
+    if images:
+        names = ("steps", "eta", "guidance_scale")
+        return {name: getattr(options, name) for name in names} | {"max_batch": options.max_rows}
+    if is_endpoint(options.model):
+        return _endpoint_settings(options)
+    return (_masked_settings if masked else _text_settings)(options)
+
+
 def _text_settings(options: GenerateOptions) -> dict[str, Any]:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "block", "until")
     return {name: getattr(options, name) for name in names}
@@ -296,12 +309,7 @@ def _images(options: GenerateOptions, coming: Coming) -> Run:
     def run(session: Session) -> None:
         model = session.load(options)
         check(not options.class_ or bool(model.classes), "class", options.class_, f"unset: {model.name} has no classes")
-        settings = {
-            "steps": options.steps,
-            "eta": options.eta,
-            "guidance_scale": options.guidance_scale,
-            "max_batch": options.max_rows,
-        }
+        settings = process_settings(options, True)
         edits = asked.guidance(model, settings)
         if options.gradient is not None:
             assert asked.reward is not None

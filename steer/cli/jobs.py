@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from steer.cli import generating, measuring, serving, training
+from steer.cli import bulk, generating, measuring, serving, training
 from steer.cli.recipe import Recipe
 from steer.cli.session import Run, Session
 from steer.core import SteerError
@@ -16,6 +16,7 @@ __all__ = ["JOBS", "run_recipe"]
 
 JOBS: dict[str, Callable[..., Run]] = {
     "generate": generating.generate,
+    "batch": bulk.batch,
     "train vector": training.train_vector,
     "train controller": training.train_controller,
     "train value": training.train_value,

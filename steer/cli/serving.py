@@ -26,7 +26,7 @@ from steer.serving.wire import EditRequest, SteerRequest, is_loopback
 if TYPE_CHECKING:
     from steer.serving.engine import Engine
 
-__all__ = ["serve"]
+__all__ = ["Default", "check_engine", "default_steering", "serve", "start_engine"]
 
 
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client", "multipart")
@@ -34,7 +34,7 @@ _ENGINES = ("transformers", "vllm")
 
 
 @dataclass(frozen=True)
-class _Default:
+class Default:
     """How requests are steered that ask for nothing, and the files which that takes."""
 
     model: str
@@ -44,7 +44,6 @@ class _Default:
 
 def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to serve."""
-    check(options.engine in _ENGINES, "engine", options.engine, ", ".join(_ENGINES))
     check(0 <= options.port <= 65_535, "port", options.port, "0 (any that is free) to 65535")
     check(options.drain >= 0, "drain", options.drain, "seconds, 0 or more")
     for origin in options.allow_origin:
@@ -61,9 +60,9 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
     rewards = Rewards(options.allow_reward, options.artifacts)
     if default is not None and default.request.reward is not None:
         rewards.parse(default.request.reward)
-    _check_installed(options)
+    _check_installed()
+    check_engine(options)
     _limits(options)
-    _engine_settings(options)
 
     def run(session: Session) -> None:
         from steer.serving.app import create_app
@@ -72,7 +71,7 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
 
         sockets = listen(options.host, options.port)
         app = create_app(
-            _engine(options, session),
+            start_engine(options, session),
             artifacts=options.artifacts,
             files=() if default is None else default.files,
             keys=keys,
@@ -104,10 +103,16 @@ def _keys(options: ServeOptions) -> tuple[str, ...]:
     return ()
 
 
-def _check_installed(options: ServeOptions) -> None:
+def _check_installed() -> None:
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise SteerError(f"steer serve needs {', '.join(missing)}: pip install steer-engine[serve]")
+
+
+def check_engine(options: ServeOptions) -> None:
+    """The engine of a language model, and settings of its own."""
+    check(options.engine in _ENGINES, "engine", options.engine, ", ".join(_ENGINES))
+    _engine_settings(options)
     if options.engine == "vllm":
         from steer.adapters.vllm.settings import check_version
 
@@ -118,7 +123,8 @@ def _limits(options: ServeOptions) -> Limits:
     return Limits(**{entry.name: getattr(options, f"max_{entry.name}") for entry in fields(Limits)})
 
 
-def _engine(options: ServeOptions, session: Session) -> Engine:
+def start_engine(options: ServeOptions, session: Session) -> Engine:
+    """The engine that `options` ask for, with its model."""
     if options.engine == "vllm":
         from steer.adapters.vllm.server.own_engine import serving_engine
 
@@ -165,7 +171,7 @@ def _served_name(options: ServeOptions) -> str:
 # ------------------------------------------------------------------------------------------------------------ recipe
 
 
-def _from_recipe(source: str) -> _Default:
+def _from_recipe(source: str) -> Default:
     """The steering of a recipe's last `generate` job."""
     from steer.cli.recipe import load_recipe
 
@@ -174,7 +180,15 @@ def _from_recipe(source: str) -> _Default:
     check(bool(jobs), "recipe", source, "a recipe with a generate job, whose steering is served")
     job = jobs[-1]
     check(not checks.draws_images(job), "recipe", source, "a recipe of a language model")
-    edits = [_edit(source, text) for text in job.edit]
+    for text in job.edit:
+        path = split_spec(text)[0]
+        check(Path(path).is_file(), "recipe", path, f"a file that is there: steer run {source} makes it")
+    return default_steering(job)
+
+
+def default_steering(job: GenerateOptions) -> Default:
+    """A `generate` job's steering, as requests say it."""
+    edits = [_edit(text) for text in job.edit]
     settings: dict[str, Any] = {}
     candidates = job.n
     if job.sampler != "ancestral":
@@ -192,12 +206,12 @@ def _from_recipe(source: str) -> _Default:
             "beta": job.beta,
         }
     )
-    return _Default(job.model, request, tuple(path for _, path in edits))
+    return Default(job.model, request, tuple(path for _, path in edits))
 
 
-def _edit(recipe: str, text: str) -> tuple[dict[str, Any], Path]:
+def _edit(text: str) -> tuple[dict[str, Any], Path]:
     path, strength, options = split_spec(text)
-    check(Path(path).is_file(), "recipe", path, f"a file that is there: steer run {recipe} makes it")
+    check(Path(path).is_file(), "edit", path, "a file that is there")
     hints = {k: v for k, v in get_type_hints(EditRequest).items() if k in EditRequest.model_fields}
     del hints["name"], hints["strength"]
     made = {"name": Path(path).stem, "strength": strength, **typed(options, hints, "edit")}

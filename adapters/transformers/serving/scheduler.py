@@ -8,7 +8,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +20,7 @@ from steer.adapters.transformers.scoring import divergence
 from steer.adapters.transformers.serving.batch import Batch, BatchRow
 from steer.adapters.transformers.serving.preparing import Prepared
 from steer.adapters.transformers.serving.turns import FairShare, Stretches
-from steer.core import Cost, Samples, SteerError
+from steer.core import Cost, HiddenEdit, Samples, SteerError
 from steer.model import execute
 from steer.serving.engine import Delta, Ended, Finished, Load, Progress, Started, TokenLogprob
 from steer.serving.requests import Emit, choice_events, scored
@@ -107,8 +109,10 @@ class Scheduler:
         self._worker.start()
 
     def submit(self, ticket: Ticket) -> None:
-        """Take a request on."""
+        """Take a request on. Once the scheduler is closed, it fails."""
         self._arrivals.put(ticket)
+        if self._closed:
+            self._turn_away()
 
     def wake(self) -> None:
         """Have the worker look around, for instance because a ticket was cancelled."""
@@ -137,6 +141,15 @@ class Scheduler:
                     log.error("the worker failed", exc_info=error)
                     self._abandon(error)
             self._abandon(SteerError("the server is stopping"))
+            self._turn_away()
+
+    def _turn_away(self) -> None:
+        """Tell those who come when nobody works any more."""
+        with suppress(queue.Empty):
+            while True:
+                ticket = self._arrivals.get_nowait()
+                if ticket is not None:
+                    ticket.fail(SteerError("the server is stopping"))
 
     def _turn(self) -> None:
         self._sweep()
@@ -191,40 +204,64 @@ class Scheduler:
 
     def _tokens(self) -> None:
         """Admit what fits, then one token for every row."""
-        while self._waiting and self._fits(self._waiting[0].prepared):
-            self._admit(self._waiting.popleft())
+        while self._waiting and self._fits([self._waiting[0]]):
+            group = [self._waiting.popleft()]
+            while self._waiting and _read_together([*group, self._waiting[0]]):
+                if not self._fits([*group, self._waiting[0]]):
+                    break
+                group.append(self._waiting.popleft())
+            self._admit(group)
         if self._shared.rows:
             self._stepped(self._shared)
         for batch, _ in list(self._alone):
             self._stepped(batch)
 
-    def _fits(self, prepared: Prepared) -> bool:
+    def _fits(self, group: Sequence[Ticket]) -> bool:
         owners = [t for t in self._tickets if t.rows and not t.gone]
         rows = len(self._shared.rows) + sum(len(batch.rows) for batch, _ in self._alone)
-        columns = max([prepared.columns, *(t.prepared.columns for t in owners)])
-        together = rows + prepared.choices
-        return not rows or (together <= self.max_rows and together * columns <= self.cache_tokens)
+        columns = max(t.prepared.columns for t in (*group, *owners))
+        together = rows + sum(t.prepared.choices for t in group)
+        alone = not rows and len(group) == 1
+        return alone or (together <= self.max_rows and together * columns <= self.cache_tokens)
 
     @torch.inference_mode()
-    def _admit(self, ticket: Ticket) -> None:
-        prepared = ticket.prepared
+    def _admit(self, group: Sequence[Ticket]) -> None:
+        """Read the prompts of several requests in one pass, and let their rows in."""
+        ids = [row for ticket in group for row in ticket.prepared.ids]
+        first = list(accumulate((len(t.prepared.ids) for t in group), initial=0))
+        hidden, new = bool(group[0].prepared.guided), max(t.prepared.sampling.max_tokens for t in group)
         try:
-            edits = [(edit, None) for edit in prepared.hidden]
-            track, ticket.cost = tracking.start(
-                self.model.body, prepared.ids, edits, 1, hidden=bool(prepared.guided), new=prepared.sampling.max_tokens
-            )
-            owners = [choice // prepared.task.n for choice in range(prepared.choices)]
-            ticket.rows = [self._row(ticket, choice) for choice in range(prepared.choices)]
-            if prepared.shares and isinstance(track, tracking.Track):
-                self._shared.join(ticket.rows, track, owners)
+            track, cost = tracking.start(self.model.body, ids, _mounted(group, first), 1, hidden=hidden, new=new)
+            owners = [
+                at + choice // t.prepared.task.n
+                for t, at in zip(group, first, strict=False)
+                for choice in range(t.prepared.choices)
+            ]
+            for ticket in group:
+                ticket.rows = [self._row(ticket, choice) for choice in range(ticket.prepared.choices)]
+            if group[0].prepared.shares and isinstance(track, tracking.Track):
+                self._shared.join([row for ticket in group for row in ticket.rows], track, owners)
             else:
+                assert len(group) == 1
                 batch = Batch(self.model, tracking.fork(track, torch.tensor(owners)))
-                batch.rows = list(ticket.rows)
-                self._alone.append((batch, ticket))
+                batch.rows = list(group[0].rows)
+                self._alone.append((batch, group[0]))
         except Exception as error:
-            _report(ticket, error)
+            self._refuse(group, error)
             return
-        ticket.emit(Started(ticket.cost.prompt_tokens))
+        for ticket in group:
+            mine, all_tokens = sum(map(len, ticket.prepared.ids)), max(1, cost.prompt_tokens)
+            ticket.cost = Cost(mine, 0, cost.model_calls, cost.nfe * mine // all_tokens)
+            ticket.emit(Started(mine))
+
+    def _refuse(self, group: Sequence[Ticket], error: Exception) -> None:
+        """Tell a request why it cannot be read; of several, find out whose fault it was."""
+        if len(group) == 1:
+            _report(group[0], error)
+            return
+        for ticket in group:
+            ticket.rows = []
+            self._admit([ticket])
 
     def _row(self, ticket: Ticket, choice: int) -> BatchRow:
         prepared, steering = ticket.prepared, ticket.prepared.task.steering
@@ -284,6 +321,37 @@ class Scheduler:
         for row, reward, kl in zip(ticket.rows, rewards, kls, strict=True):
             ticket.emit(Ended(row.choice, row.reason or "stop", len(row.tokens), reward, kl))
         ticket.finish(len(ticket.rows), _spent(ticket) + cost)
+
+
+_PADDING = 1.25
+"""Tokens that one pass over several prompts may have, padding among them, for each of theirs."""
+
+
+def _read_together(group: Sequence[Ticket]) -> bool:
+    """Whether the last of some requests can be read in one pass with those before: their rows share the batch, the pass
+    wants the same of each, and padding costs little.
+    """
+    first, last = group[0].prepared, group[-1].prepared
+    lengths = [len(row) for ticket in group for row in ticket.prepared.ids]
+    body = first.process.model.body
+    if not (first.shares and last.shares) or bool(first.guided) != bool(last.guided):
+        return False
+    if len(set(lengths)) > 1 and not (body.allows("pads") and body.alike(max(t.prepared.columns for t in group))):
+        return False
+    same = tuple(map(id, first.hidden)) == tuple(map(id, last.hidden))
+    reads = any(edit.reads for prepared in (first, last) for edit in prepared.hidden)
+    return (same or not reads) and max(lengths) * len(lengths) <= _PADDING * sum(lengths)
+
+
+def _mounted(group: Sequence[Ticket], first: Sequence[int]) -> list[tuple[HiddenEdit, frozenset[int] | None]]:
+    """Hidden edits with the prompts that they are for, by number; requests under the same edits share them."""
+    wanted: dict[tuple[int, ...], tuple[tuple[HiddenEdit, ...], set[int]]] = {}
+    for ticket, at in zip(group, first, strict=False):
+        edits = ticket.prepared.hidden
+        _, rows = wanted.setdefault(tuple(map(id, edits)), (edits, set()))
+        rows.update(range(at, at + len(ticket.prepared.ids)))
+    whole = len(wanted) == 1
+    return [(edit, None if whole else frozenset(rows)) for edits, rows in wanted.values() for edit in edits]
 
 
 def _report(ticket: Ticket, error: Exception) -> None:

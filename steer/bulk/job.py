@@ -1,0 +1,185 @@
+"""The loop of a bulk job: rows are read as the engine has room, and records are written as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from steer.bulk.results import Results
+from steer.bulk.source import Row, Shard, read_rows, survey
+from steer.core import InputError, SteerError, UnsupportedError, check_whole
+from steer.core.errors import RewardError, first_line
+from steer.progress import note, ticking
+
+__all__ = ["Summary", "Worker", "run_job"]
+
+_FAULTS = 10
+"""Rows in a row that fail through no fault of their own, after which the job ends."""
+
+
+class Worker(Protocol):
+    """What answers rows: `Requests` or `Outputs`."""
+
+    capacity: int
+
+    def check_fields(self, names: frozenset[str]) -> None: ...
+
+    def prepare(self, row: Row) -> Any: ...
+
+    def rows(self, asked: Any) -> int: ...
+
+    async def answer(self, row: Row, asked: Any) -> dict[str, Any]: ...
+
+    def failure(self, row: Row, message: str, field: str | None) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a job came to: rows that were done now, that had been done before, and that have failed in all."""
+
+    done: int
+    before: int
+    failed: int
+    seconds: float
+
+
+def run_job(
+    worker: Worker,
+    source: str,
+    out: str,
+    job: Mapping[str, Any],
+    *,
+    shard: Shard | None = None,
+    max_failures: int | None = None,
+    retry_failed: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Summary:
+    """Answer every row of `source` that has no record in `out` yet.
+
+    Args:
+        worker: what answers.
+        source: rows, as JSON lines, CSV or Parquet; a path or a URL.
+        out: records, as JSON lines or Parquet, in the order in which they are done.
+        job: settings that change records; `out` of a job with others is refused.
+        shard: which rows; the union of all shards is the whole job.
+        max_failures: rows that may fail; one more ends the job. A row that fails has a record with its error.
+        retry_failed: do rows again that failed before.
+        overwrite: begin anew.
+
+    Raises:
+        InputError: a bad setting, two rows with one id, or an `out` of another job; nothing is drawn.
+        SteerError: too many rows failed, or the records cannot be written. What was done is kept.
+    """
+    if max_failures is not None:
+        check_whole("max_failures", max_failures, 0)
+    part = shard or Shard()
+    found = survey(source, part)
+    worker.check_fields(found.fields)
+    with Results(out, job, overwrite=overwrite, retry_failed=retry_failed) as results:
+        before = len(results.done)
+        if before:
+            note(progress, f"going on after {before} rows of {out}")
+        began = time.monotonic()
+        with ticking(progress, "rows", found.rows) as tick:
+            tick(before)
+            asyncio.run(_Loop(worker, results, max_failures, tick).run(source, part))
+        results.finish()
+        return Summary(len(results.done) - before, before, results.failed, time.monotonic() - began)
+
+
+class _Loop:
+    """As many rows at work as the worker has room for."""
+
+    def __init__(self, worker: Worker, results: Results, max_failures: int | None, tick: Any) -> None:
+        self._worker, self._results, self._most, self._tick = worker, results, max_failures, tick
+        self._inside = 0
+        self._room = asyncio.Condition()
+        self._stopped: SteerError | None = None
+        self._faults = self._rewarded = self._tokens = 0
+        self._reward = 0.0
+        self._began = time.monotonic()
+
+    async def run(self, source: str, shard: Shard) -> None:
+        async with asyncio.TaskGroup() as group:
+            for row in read_rows(source):
+                if not shard.holds(row) or row.id in self._results.done:
+                    continue
+                asked, rows = await self._asked(row)
+                if asked is not None:
+                    await self._enter(rows)
+                    group.create_task(self._answered(row, asked, rows))
+                if self._stopped is not None:
+                    break
+        if self._stopped is not None:
+            raise self._stopped
+
+    async def _asked(self, row: Row) -> tuple[Any, int]:
+        if row.data is None:
+            self._fail(row, row.error, None)
+            return None, 0
+        try:
+            asked = await asyncio.to_thread(self._worker.prepare, row)
+        except Exception as error:
+            self._failed(row, error)
+            return None, 0
+        return asked, self._worker.rows(asked)
+
+    async def _enter(self, rows: int) -> None:
+        async with self._room:
+            await self._room.wait_for(lambda: not self._inside or self._inside + rows <= self._worker.capacity)
+            self._inside += rows
+
+    async def _answered(self, row: Row, asked: Any, rows: int) -> None:
+        try:
+            if self._stopped is None:
+                self._write(await self._worker.answer(row, asked))
+                self._faults = 0
+        except Exception as error:
+            self._failed(row, error)
+        finally:
+            async with self._room:
+                self._inside -= rows
+                self._room.notify_all()
+
+    # ---- records
+
+    def _failed(self, row: Row, error: Exception) -> None:
+        mine = isinstance(error, InputError | UnsupportedError | RewardError) or hasattr(error, "field")
+        self._faults = 0 if mine else self._faults + 1
+        shown = str(error) if isinstance(error, SteerError) else f"{type(error).__name__}: {first_line(error)}"
+        self._fail(row, shown, getattr(error, "field", None))
+        if self._faults >= _FAULTS and self._stopped is None:
+            self._stopped = SteerError(
+                f"{_FAULTS} rows failed one after another, the last with {shown}; see {self._results.out}"
+            )
+
+    def _fail(self, row: Row, message: str, field: str | None) -> None:
+        self._write(self._worker.failure(row, message, field))
+        if self._most is not None and self._results.failed > self._most and self._stopped is None:
+            failed = self._results.failed
+            self._stopped = SteerError(f"max_failures: {failed} rows failed, {self._most} may; see {self._results.out}")
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._stopped is not None:
+            return
+        try:
+            self._results.add(record)
+        except SteerError as error:
+            self._stopped = error
+            return
+        self._tick(1, self._seen(record))
+
+    def _seen(self, record: dict[str, Any]) -> str:
+        """Rate, mean reward and failures so far."""
+        self._tokens += (record.get("cost") or {}).get("generated_tokens", 0)
+        for sample in record.get("samples", ()):
+            if sample.get("reward") is not None:
+                self._reward, self._rewarded = self._reward + sample["reward"], self._rewarded + 1
+        told = [f"{self._tokens / max(time.monotonic() - self._began, 1e-9):.0f} tokens/s"] if self._tokens else []
+        told += [f"reward {self._reward / self._rewarded:.3f}"] if self._rewarded else []
+        told += [f"{self._results.failed} failed"] if self._results.failed else []
+        return ", ".join(told)

@@ -1,0 +1,202 @@
+"""Rows of a bulk job's file, read one by one: JSON lines, CSV or Parquet, here or behind a URL that fsspec opens."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from steer.core import Cost, InputError, SteerError, check
+from steer.core.errors import first_line
+from steer.data import csv_row
+
+__all__ = ["MOST_BYTES", "Row", "Shard", "Survey", "is_remote", "opened", "read_rows", "spent", "survey"]
+
+MOST_BYTES = 4 << 20
+"""Of one line."""
+_ALLOWED = "a file of rows: .jsonl, .csv, .tsv or .parquet"
+_MOST_ID = 256
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row; `number` counts from 1 in the whole file. A row that cannot be read has an `error` and no `data`."""
+
+    number: int
+    id: str
+    data: dict[str, Any] | None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Every `count`-th row, beginning at `index` (from 0). Raises `InputError`."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """From `i/n`."""
+        index, slash, count = text.partition("/")
+        right = bool(slash) and index.isdecimal() and count.isdecimal() and len(count) < 8
+        check(right and int(index) < int(count), "shard", text, "I/N with I from 0 to N-1, such as 0/2")
+        return cls(int(index), int(count))
+
+    def holds(self, row: Row) -> bool:
+        """Whether a row is one of this shard's."""
+        return (row.number - 1) % self.count == self.index
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a first reading found: how many rows there are for this shard, and the names of their fields."""
+
+    rows: int
+    fields: frozenset[str]
+
+
+def spent(cost: Cost) -> dict[str, int]:
+    """What a row took, without the time, in which no two runs are equal."""
+    return {name: value for name, value in asdict(cost).items() if name != "seconds"}
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL, such as `s3://bucket/rows.jsonl`."""
+    return "://" in path
+
+
+@contextmanager
+def opened(path: str, mode: str = "rb") -> Iterator[Any]:
+    """A file, here or behind a URL. Raises `SteerError` that says why it cannot be had."""
+    try:
+        if is_remote(path):
+            import fsspec
+
+            with fsspec.open(path, mode) as file:
+                yield file
+        else:
+            with Path(path).open(mode) as file:
+                yield file
+    except (OSError, ImportError, ValueError) as error:
+        if isinstance(error, SteerError):
+            raise
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise SteerError(f"cannot {'read' if mode == 'rb' else 'write'} {path}: {why}") from error
+
+
+def read_rows(path: str) -> Iterator[Row]:
+    """The rows of a file in order. One that is not JSON, is too long or has a bad id comes with its error."""
+    kind = path.rsplit(".", 1)[-1].lower()
+    check(kind in ("jsonl", "ndjson", "json", "csv", "tsv", "parquet"), "source", path, _ALLOWED)
+    with opened(path) as file:
+        if kind == "parquet":
+            yield from (_row(n, data) for n, data in enumerate(_parquet(path, file), 1))
+        elif kind in ("csv", "tsv"):
+            yield from (_row(n, data) for n, data in enumerate(_csv(path, file, "\t" if kind == "tsv" else ","), 1))
+        else:
+            yield from _json_lines(path, file)
+
+
+def survey(path: str, shard: Shard) -> Survey:
+    """Read a file once before anything is drawn. Raises `InputError` for an id that two rows have."""
+    seen: dict[int, int] = {}
+    names: set[str] = set()
+    mine = total = 0
+    for row in read_rows(path):
+        total += 1
+        if shard.holds(row):
+            mine += 1
+            names |= (row.data or {}).keys()
+        mark = int.from_bytes(blake2b(row.id.encode(), digest_size=8).digest(), "big")
+        before = seen.setdefault(mark, row.number)
+        check(
+            before == row.number, "id", f"{row.id} in rows {before} and {row.number}", "an id of its own for each row"
+        )
+    check(total > 0, "source", f"{path} (no rows)", _ALLOWED)
+    return Survey(mine, frozenset(names))
+
+
+# ---------------------------------------------------------------------------------------------------------- formats
+
+
+def _row(number: int, data: Any) -> Row:
+    usual = f"row-{number}"
+    if isinstance(data, str):
+        data = {"prompt": data}
+    elif isinstance(data, list):
+        data = {"messages": data}
+    if not isinstance(data, dict):
+        return Row(number, usual, None, "not an object, a text or a list of messages")
+    given = data.get("id", data.get("custom_id", usual))
+    if isinstance(given, bool) or not isinstance(given, str | int) or not 1 <= len(str(given)) <= _MOST_ID:
+        return Row(number, usual, None, f"id: a text or a whole number of at most {_MOST_ID} characters")
+    try:
+        json.dumps(data, ensure_ascii=False, default=str).encode()
+    except (UnicodeEncodeError, ValueError):
+        return Row(number, usual, None, "text that cannot be written as UTF-8")
+    return Row(number, str(given), data)
+
+
+def _json_lines(path: str, file: BinaryIO) -> Iterator[Row]:
+    """Lines end at line feeds alone; empty ones are no rows."""
+    number = 0
+    for line in _lines(file):
+        if line is not None and not (line := line.removeprefix(codecs.BOM_UTF8) if not number else line).strip():
+            continue
+        number += 1
+        if line is None:
+            yield Row(number, f"row-{number}", None, f"a line of more than {MOST_BYTES} bytes")
+            continue
+        if number == 1 and line.lstrip().startswith(b"[") and not _is_whole(line):
+            raise InputError("source", f"{path} (a JSON list over several lines)", "JSON lines: one row a line")
+        try:
+            yield _row(number, json.loads(line))
+        except (ValueError, RecursionError) as error:
+            yield Row(number, f"row-{number}", None, f"not JSON: {first_line(error)}")
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes | None]:
+    """Lines; None in place of one that is too long, of which no more than that is ever held."""
+    while line := file.readline(MOST_BYTES + 1):
+        if len(line) > MOST_BYTES and not line.endswith(b"\n"):
+            while (rest := file.readline(MOST_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            yield None
+        else:
+            yield line
+
+
+def _csv(path: str, file: BinaryIO, delimiter: str) -> Iterator[dict[str, Any]]:
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    try:
+        yield from (csv_row(row) for row in csv.DictReader(text, delimiter=delimiter))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError("source", f"{path} ({first_line(error)})", _ALLOWED) from error
+
+
+def _parquet(path: str, file: BinaryIO) -> Iterable[dict[str, Any]]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError("source", path, "JSON lines or CSV: parquet needs pyarrow (pip install pyarrow)") from None
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(1024):
+            yield from ({k: v for k, v in row.items() if v is not None} for row in batch.to_pylist())
+    except (OSError, ValueError) as error:
+        raise InputError("source", f"{path} ({first_line(error)})", _ALLOWED) from error
