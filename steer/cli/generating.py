@@ -178,14 +178,17 @@ def _texts(options: GenerateOptions, coming: Coming) -> Run:
     for name in ("stream", "json") if by_line(options) else ():
         check(not getattr(options, name), name, True, "unset: --out FILE.jsonl is written line by line")
 
+    mounted: list[Edit] = []
+
     def plan_for(session: Session, some: list[Any], seed: int, progress: bool) -> tuple[Any, Plan]:
         model = session.load(options)
         settings = process_settings(options, False, masked)
-        mounted = [make(model) for make in edits] + asked.guidance(model, settings)
-        if options.system is not None:
-            from steer.methods.prompt import SystemPrompt
+        if not mounted:
+            mounted.extend([make(model) for make in edits] + asked.guidance(model, settings))
+            if options.system is not None:
+                from steer.methods.prompt import SystemPrompt
 
-            mounted.append(SystemPrompt(options.system))
+                mounted.append(SystemPrompt(options.system))
         return model, prepare(
             model.process(**settings),
             [RawText(p) for p in some] if options.raw else some,

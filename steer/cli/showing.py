@@ -222,12 +222,9 @@ class Pictures:
         forest = samples.trace[0]
         arrays = forest.trees[0].arrays()
         level = np.asarray(forest.steps)[arrays["level"]]
-        # The root of a random start holds no image: it is the draw of the noise.
-        skip = 1 if forest.steps[0] < 0 else 0
         leaves = forest.samples(None)
-        images = {int(node) - skip: leaves.outputs[i] for i, node in enumerate(leaves.lineage.tolist())}
-        parent = np.maximum(arrays["parent"][skip:] - skip, -1)
-        draw_tree(path, parent, level[skip:], arrays["value"][skip:], arrays["visits"][skip:], images)
+        images = {int(node): leaves.outputs[i] for i, node in enumerate(leaves.lineage.tolist())}
+        draw_tree(path, arrays["parent"], level, arrays["value"], arrays["visits"], images)
         return True
 
     def _draw_previews(self, path: Path, samples: Samples) -> bool:

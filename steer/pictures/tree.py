@@ -28,11 +28,12 @@ def draw_tree(
     value: ArrayLike,
     visits: ArrayLike,
     thumbnails: Mapping[int, Tensor] | None = None,
-    max_nodes: int = 400,
+    max_nodes: int = 150,
 ) -> None:
     """Write a search tree in layers: its `M` nodes with their size by visits and their colour by value.
 
-    `parent` `[M]` is -1 for roots; `level` `[M]` is the number of steps taken and grows from parent to child; `value`
+    `parent` `[M]` is -1 for roots; `level` `[M]` is the number of steps taken, below 0 for a root from which starts
+    are drawn, and grows from parent to child; `value`
     `[M]` may be NaN where nothing is known. Of larger trees the `max_nodes` most visited nodes are drawn. The best path
     leads to the most valuable node of the last level. `thumbnails` `{node: [C, H, W]}`: those of the last level stand
     at the right (the best path's and the most valuable ones), those of the best path below.
@@ -58,7 +59,7 @@ def draw_tree(
         _draw_leaves(axis, leaves, plan, images, paint(worth), best)
         _draw_path(axis, below, plan, images)
         ticks = list(range(plan.first, last + 1, max(1, round((last - plan.first) / 10))))
-        name_columns(axis, [plan.x_at(t) for t in ticks], [str(t) for t in ticks], "step")
+        name_columns(axis, [plan.x_at(t) for t in ticks], [str(t) if t >= 0 else "root" for t in ticks], "step")
         if coloured:
             draw_bar(figure, axis, paint, "value")
 
@@ -125,7 +126,8 @@ def _planned(
 
 def _facts(size: int, shown: int, last: int, end: float) -> str:
     drawn = f"{size:,} node{'s' * (size > 1)}" if shown == size else f"the {shown:,} most visited of {size:,} nodes"
-    return f"{drawn}, {last} steps deep; the best path ends at {end:.3g}" if np.isfinite(end) else drawn
+    ends = f", ends at {round(end, 3) + 0.0:g}" if np.isfinite(end) else ""
+    return f"{drawn}, {last} steps deep; orange: the best path{ends}; larger: visited more often"
 
 
 def _draw_branches(
