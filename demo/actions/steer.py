@@ -132,7 +132,8 @@ def _token(event: Traced, gate: dict[int, float]) -> dict[str, Any]:
         "b": odds(trace.before),
     }
     if gate:
-        made["g"] = round(max(gate.values(), key=lambda weight: abs(weight)), 4)
+        largest: float = max(gate.values(), key=lambda weight: abs(weight))
+        made["g"] = round(largest, 4)
     return made
 
 
