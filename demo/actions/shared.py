@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -147,7 +147,7 @@ class Shared:
         """Where a preset's vector for the language model lies once it is fitted; the model must be loaded."""
         assert self._engine is not None
         rows = pairs_of(PRESETS[name])
-        key = artifacts.data_hash([rows, self._engine.preparer.model.info.fingerprint, artifacts.FORMAT])[:16]
+        key = artifacts.data_hash([rows, self._engine.model.info.fingerprint, artifacts.FORMAT])[:16]
         return home() / "demo" / f"{name}-{key}.safetensors"
 
     async def ready(self, name: str | None = None) -> AsyncIterator[str]:
@@ -163,10 +163,10 @@ class Shared:
             async for done, total in self.fit(rows, path):
                 yield f"Fitting the vector \u201c{label}\u201d: {done} of {total} sentences read"
 
-    async def fit(self, rows: list[dict[str, str]], path: Path, **settings: Any) -> AsyncIterator[tuple[int, int]]:
+    async def fit(self, rows: list[dict[str, str]], path: Path, **settings: Any) -> AsyncGenerator[tuple[int, int]]:
         """Fit a vector to pairs between the steps of the batch, into a file; yields the texts read, and of how many."""
         engine = self.engine()
-        model = engine.preparer.model
+        model = engine.model
 
         def work(tell: Callable[[Any], None]) -> Any:
             return train_vector(model, rows, progress=lambda done, total: tell((done, total)), **settings)

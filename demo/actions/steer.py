@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -36,7 +36,7 @@ _PACE = 0.1
 """Seconds between updates, at least: the page compares every update with the last."""
 
 
-async def run(recipe: SteerRecipe, shared: Shared, visitor: Visitor) -> AsyncIterator[dict[str, Any]]:
+async def run(recipe: SteerRecipe, shared: Shared, visitor: Visitor) -> AsyncGenerator[dict[str, Any]]:
     """Write the columns of a recipe. Raises `SteerError` for what a person can mend, before anything is written."""
     shared.check_model(recipe.model)
     shared.reward(recipe.reward)
@@ -80,12 +80,13 @@ def _named(edit: EditChoice, shared: Shared, visitor: Visitor) -> NamedEdit:
     return NamedEdit(path, digest(path), request)
 
 
-async def _paced(events: AsyncIterator[Any], count: int) -> AsyncIterator[dict[str, Any]]:
+async def _paced(events: AsyncIterator[Any], count: int) -> AsyncGenerator[dict[str, Any]]:
     """Updates from events, several tokens in one where they come fast."""
     fresh: dict[int, list[dict[str, Any]]] = {}
     whole: list[list[dict[str, Any]]] = [[] for _ in range(count)]
     ends: dict[int, Ended] = {}
-    sent, gates = 0.0, ({},) * count
+    sent = 0.0
+    gates: tuple[dict[int, float], ...] = ({},) * count
     async for event in events:
         if isinstance(event, Opened):
             gates = event.weights
@@ -131,7 +132,8 @@ def _token(event: Traced, gate: dict[int, float]) -> dict[str, Any]:
         "b": odds(trace.before),
     }
     if gate:
-        made["g"] = round(max(gate.values(), key=abs), 4)
+        largest: float = max(gate.values(), key=lambda weight: abs(weight))
+        made["g"] = round(largest, 4)
     return made
 
 

@@ -7,7 +7,7 @@ for every layer the share of held-out texts on the right side of the vector (`ac
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def read_sentences(file: Path) -> tuple[str, str]:
     return positive, negative
 
 
-async def make(recipe: VectorRecipe, shared: Shared, visitor: Visitor) -> AsyncIterator[dict[str, Any]]:
+async def make(recipe: VectorRecipe, shared: Shared, visitor: Visitor) -> AsyncGenerator[dict[str, Any]]:
     """Fit a vector. Raises `SteerError` for what a person can mend."""
     shared.check_model(recipe.model)
     rows = pairs_of(recipe)
@@ -90,7 +90,7 @@ def _random(
     """
 
     def work(tell: Callable[[Any], None]) -> list[float]:
-        model = shared.engine().preparer.model
+        model = shared.engine().model
         some = list(rows)[: max(2, min(len(rows), 40))]
         positive, negative = encode_pairs(model, some)
         seen = model.hidden_states([*positive, *negative], pool="mean", on_batch=lambda count: tell(count))

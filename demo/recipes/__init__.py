@@ -128,7 +128,8 @@ def decode(text: str) -> Recipe:
         entries = json.loads(plain) if reader.eof else None
     except (binascii.Error, zlib.error, ValueError, RecursionError):
         entries = None
-    check(isinstance(entries, dict) and entries.get("tab") in Recipe.kinds, "address", _short(text), allowed)
+    if not isinstance(entries, dict) or entries.get("tab") not in Recipe.kinds:
+        raise InputError("address", _short(text), allowed)
     return Recipe.kinds[entries.pop("tab")].parse(entries)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from steer.core import check
+from steer.core import InputError
 from steer.demo import parts
 from steer.demo.first_minute import STOPS, frames, recipe
 from steer.demo.recipes import Recipe
@@ -46,8 +46,7 @@ def build(page: Page) -> Opening:
 
     @told(line)
     def moved(value: Any) -> dict[Any, Any]:
-        index = (value or {}).get("index")
-        check(index in range(len(STOPS)), "stop", index, f"0 to {len(STOPS) - 1}")
+        index = _index(value)
         return {tokens: _frame(index)}
 
     async def on_moved(value: Any) -> Any:
@@ -56,8 +55,7 @@ def build(page: Page) -> Opening:
 
     @told(line)
     def to_live(value: Any, request: gr.Request) -> dict[Any, Any]:
-        index = (value or {}).get("index")
-        check(index in range(len(STOPS)), "stop", index, f"0 to {len(STOPS) - 1}")
+        index = _index(value)
         filled = values_of(page, page.visitor(request), recipe(index))
         return {**dict(zip(page.parts["steer"], filled, strict=True)), page.parts["tabs"]: gr.Tabs(selected="steer")}
 
@@ -76,6 +74,14 @@ def build(page: Page) -> Opening:
         return []
 
     return Opening([], fill)
+
+
+def _index(value: Any) -> int:
+    """The stop that the slider stands at. Raises `InputError`."""
+    index = value.get("index") if isinstance(value, dict) else None
+    if not isinstance(index, int) or index not in range(len(STOPS)):
+        raise InputError("stop", index, f"0 to {len(STOPS) - 1}")
+    return index
 
 
 def _frame(index: int) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import gradio as gr
 
-from steer.core import check
+from steer.core import InputError
 from steer.demo import parts
 from steer.demo.actions import steer as action
 from steer.demo.actions.shared import PRESETS
@@ -68,8 +68,8 @@ def build(page: Page) -> Opening:
     ) -> SteerRecipe:
         text, as_it_stands, edits, wish, score, heat, count, number = values
         cards = edits.get("cards") if isinstance(edits, dict) else None
-        right = isinstance(cards, list) and all(isinstance(card, dict) for card in cards)
-        check(right, "edits", edits, "cards of edits")
+        if not isinstance(cards, list) or not all(isinstance(card, dict) for card in cards):
+            raise InputError("edits", edits, "cards of edits")
         chosen = [
             {**card, "layers": card.get("layers") or "", "scope": card.get("scope") or ""}
             | {"pairs": page.shared.pairs_behind(card.get("name"), page.visitor(request))}
@@ -79,32 +79,33 @@ def build(page: Page) -> Opening:
         given |= {"reward": score or "", "temperature": heat, "max_tokens": count, "seed": number}
         return SteerRecipe.parse({"model": page.shared.text_model, **given, "script": script, "branch": branch})
 
-    async def stream(recipe: SteerRecipe, request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
+    async def stream(recipe: SteerRecipe, request: gr.Request) -> AsyncGenerator[dict[Any, Any]]:
         value: dict[str, Any] = {"run": next(_RUNS), "columns": [], "add": [], "done": []}
         yield {**reproduced(code, recipe), line: said("")}
         async with aclosing(action.run(recipe, page.shared, page.visitor(request))) as updates:
             async for update in updates:
                 if "say" in update:
                     yield {line: said(update["say"])}
-                shown = {key: update[key] for key in ("columns", "add", "whole") if key in update}
+                shown: dict[str, Any] = {key: update[key] for key in ("columns", "add", "whole") if key in update}
                 if shown:
                     done = [[i, shown_facts(facts)] for i, facts in update.get("done", [])]
                     value = {**value, "add": [], **shown, "done": done}
                     yield {tokens: value, line: said(_ending(update))}
 
     @told(line)
-    async def steer(*values: Any) -> AsyncIterator[dict[Any, Any]]:
+    async def steer(*values: Any) -> AsyncGenerator[dict[Any, Any]]:
         *given, request = values
         async with aclosing(stream(recipe_of(request, given), request)) as updates:
             async for update in updates:
                 yield update
 
     @told(line)
-    async def fork(*values: Any) -> AsyncIterator[dict[Any, Any]]:
+    async def fork(*values: Any) -> AsyncGenerator[dict[Any, Any]]:
         *given, event, request = values
         data = event._data if isinstance(event._data, dict) else {}
         script, branch = data.get("script"), data.get("column")
-        check(isinstance(script, list) and isinstance(branch, int), "fork", data, "a column and its tokens")
+        if not isinstance(script, list) or not isinstance(branch, int):
+            raise InputError("fork", data, "a column and its tokens")
         async with aclosing(stream(recipe_of(request, given, script, branch), request)) as updates:
             async for update in updates:
                 yield update

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def build(page: Page) -> Opening:
     outputs = [line, chart, card, use, take, *code.all()]
 
     @told(line)
-    async def make(*values: Any) -> AsyncIterator[dict[Any, Any]]:
+    async def make(*values: Any) -> AsyncGenerator[dict[Any, Any]]:
         up, down, named, how, request = values
         recipe = VectorRecipe.parse(
             {

@@ -48,7 +48,7 @@ def test_the_first_token_comes_as_soon_as_from_the_plain_api(smollm2_page: Any) 
     recipe = _recipe(system="You are a very happy assistant.", max_tokens=8)
     last(action.run(recipe, page.shared, page.visitors.get("first")))
     engine = page.shared.engine()
-    model = engine.preparer.model
+    model = engine.model
     path = str(page.shared.find("sentiment", page.visitors.get("first")))
     chat = [{"role": "user", "content": recipe.prompt}]
     prompts = [chat, chat, [{"role": "system", "content": recipe.system}, *chat]]

@@ -47,6 +47,7 @@ class TransformersEngine(ServedModel[Prepared]):
         for field, value in (("max_rows", max_rows), ("cache_tokens", cache_tokens), ("searches", searches)):
             check_whole(field, value)
         check(0 < search_share < 1, "search_share", search_share, "a share of the time between 0 and 1")
+        self.model = model
         self.serve(Preparer(model, max_rows, cache_tokens), name or model.name, split_special_tokens)
         model.residual_norms()
         self._scheduler = Scheduler(
