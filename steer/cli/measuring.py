@@ -269,8 +269,8 @@ def frontier(options: FrontierOptions, coming: Coming = frozenset()) -> Run:
             **drawn,
         )
         found.write(options.out)
-        drawn = _draw(draw_frontier, found, options, "frontier")
-        session.say(f"{found.table()}\nwrote {options.out / 'frontier.json'} and {drawn}")
+        pictures = _draw(draw_frontier, found, options, "frontier")
+        session.say(f"{found.table()}\nwrote {options.out / 'frontier.json'} and {pictures}")
 
     return run
 

@@ -403,7 +403,7 @@ def _minimised(loss: Callable[[Tensor, Tensor], Tensor], width: int, biased: boo
         return value
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)
     return w.detach(), b.detach()
 
 
