@@ -195,9 +195,6 @@ class Engine(Protocol):
     def own_edits(self) -> tuple[str, ...]:
         """Names of edits that the engine has without an artifact, such as tuned models that it runs beside its own."""
 
-    def own_sampling(self) -> Sampling:
-        """How the checkpoint's own settings draw. Raises `InputError` for what a server does not."""
-
     def check_artifact(self, path: Path) -> None:
         """Raise `InputError` where the artifact does not fit the model."""
 
