@@ -79,7 +79,8 @@ def test_rows_of_every_format_are_the_same(tmp_path: Path) -> None:
         table.writeheader()
         table.writerows(given)
     parquet.write_table(Table.from_pylist([{**r, "none": None} for r in given]), tmp_path / "a.parquet")
-    for name in ("a.jsonl", "a.csv", "a.parquet", "file"):
+    (tmp_path / "a.json").write_text(json.dumps(given, indent=1), encoding="utf-8-sig")
+    for name in ("a.jsonl", "a.json", "a.csv", "a.parquet", "file"):
         path = f"file://{tmp_path}/a.jsonl" if name == "file" else str(tmp_path / name)
         assert [(row.number, row.id, row.data) for row in read_rows(path)] == [
             (n, r["id"], r) for n, r in enumerate(given, 1)

@@ -213,6 +213,12 @@ def test_ratings_and_labels(tiny_lm: Any, tmp_path: Path) -> None:
     assert 0 < chance[1] < 0.5 < chance[0] < 1
 
 
+def test_pairs_of_a_vector_are_preferences(tiny_lm: Any) -> None:
+    renamed = [{"prompt": r["prompt"], "positive": r["chosen"], "negative": r["rejected"]} for r in pairs()]
+    made, same = train_reward(tiny_lm, renamed, layer=1, l2=0.1), train_reward(tiny_lm, pairs(), layer=1, l2=0.1)
+    assert torch.equal(made.tensors["heads"], same.tensors["heads"])
+
+
 def test_states_are_read_once(tiny_lm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = train_reward(tiny_lm, pairs(), work=tmp_path)
     monkeypatch.setattr(type(tiny_lm), "hidden_states", lambda *given, **more: pytest.fail("read again"))

@@ -21,7 +21,7 @@ __all__ = ["MOST_BYTES", "Row", "Shard", "Survey", "is_remote", "opened", "read_
 
 MOST_BYTES = 4 << 20
 """Of one line."""
-_ALLOWED = "a file of rows: .jsonl, .csv, .tsv or .parquet"
+_ALLOWED = "a file of rows: .jsonl, .json (a list), .csv, .tsv or .parquet"
 _MOST_ID = 256
 
 
@@ -101,6 +101,8 @@ def read_rows(path: str) -> Iterator[Row]:
             yield from (_row(n, data) for n, data in enumerate(_parquet(path, file), 1))
         elif kind in ("csv", "tsv"):
             yield from (_row(n, data) for n, data in enumerate(_csv(path, file, "\t" if kind == "tsv" else ","), 1))
+        elif kind == "json":
+            yield from (_row(n, data) for n, data in enumerate(_json(path, file), 1))
         else:
             yield from _json_lines(path, file)
 
@@ -143,6 +145,16 @@ def _row(number: int, data: Any) -> Row:
     except (UnicodeEncodeError, ValueError):
         return Row(number, usual, None, "text that cannot be written as UTF-8")
     return Row(number, str(given), data)
+
+
+def _json(path: str, file: BinaryIO) -> list[Any]:
+    """The rows of one JSON list, which is read whole."""
+    try:
+        found = json.loads(file.read().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError("source", f"{path} (not JSON: {first_line(error)})", _ALLOWED) from error
+    check(isinstance(found, list), "source", f"{path} ({type(found).__name__})", "a JSON list of rows, or .jsonl")
+    return list(found)
 
 
 def _json_lines(path: str, file: BinaryIO) -> Iterator[Row]:

@@ -122,7 +122,7 @@ class _Rows:
 
 
 def _read(data: Sequence[Any], objective: str) -> _Rows:
-    rows = [plain_row(row, f"data[{i}]") for i, row in enumerate(data)]
+    rows = [_renamed(plain_row(row, f"data[{i}]")) for i, row in enumerate(data)]
     check(len(rows) >= _LEAST, "data", f"{len(rows)} rows", f"at least {_LEAST} rows")
     for i, row in enumerate(rows):
         check(isinstance(row, Mapping), f"data[{i}]", row, "a row with columns")
@@ -132,6 +132,14 @@ def _read(data: Sequence[Any], objective: str) -> _Rows:
         check(bool(fits), "data", sorted(rows[0]), "chosen and rejected; completion and ratings; completion and label")
         objective = fits[0]
     return {"pairs": _pairs, "ratings": _ratings, "binary": _binary}[objective](rows)
+
+
+def _renamed(row: Any) -> Any:
+    """A row of a vector's pairs, `positive` and `negative`, is a preference."""
+    if not isinstance(row, Mapping) or "chosen" in row or not {"positive", "negative"} <= row.keys():
+        return row
+    rest = {name: value for name, value in row.items() if name not in ("positive", "negative")}
+    return {**rest, "chosen": row["positive"], "rejected": row["negative"]}
 
 
 def _text(row: Mapping[str, Any], name: str, i: int) -> str:
@@ -211,8 +219,9 @@ def train_reward(
 
     Args:
         model: a language model from `steer.load`; frozen.
-        data: rows `{"prompt", "chosen", "rejected", "margin"?}`, `{"prompt", "completion", "ratings": {name: number or
-            null}}` or `{"prompt", "completion", "label", "weight"?}`, in TRL's conversational form too.
+        data: rows `{"prompt"?, "chosen", "rejected", "margin"?}` (or `positive` and `negative`), `{"prompt"?,
+            "completion", "ratings": {name: number or null}}` or `{"prompt"?, "completion", "label", "weight"?}`, in TRL's
+            conversational form too.
         settings: how; fields of `RewardSettings` may also be `given` by name.
         work: folder for the states, which take most of the time: another run on the same rows reads them from there.
 
