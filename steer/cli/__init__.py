@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Sequence
-
-from steer.cli.verbosity import is_talking
 
 __all__ = ["main"]
 
@@ -36,8 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = _for_people(error)
         if message is None:
             raise
-        if is_talking() and message:
-            traceback.print_exception(error)
         if message:  # empty where the help was printed in place of a command
             print(f"steer: error: {' '.join(message.split())}", file=sys.stderr)
         return 2

@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from steer.cli.options import COMMANDS, EXAMPLES, PANELS
-from steer.cli.verbosity import talk
+from steer.cli.verbosity import talking
 
 __all__ = ["app"]
 
@@ -73,13 +73,11 @@ def _command(name: str) -> Callable[..., None]:
         results, dry = sys.stdout, given.pop("dry_run")
         quiet, verbose = given.pop("quiet"), given.pop("verbose")
         # Whatever a library or a reward prints belongs beside the results, not among them.
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), talking(verbose):
             from steer.cli.jobs import JOBS
             from steer.cli.session import Session, kept_on_interrupt
             from steer.progress import note
 
-            if verbose:
-                talk()
             run = JOBS[name](options(**given))
             if dry:
                 print(f"steer {name}: everything checks; nothing was run", file=sys.stderr)
@@ -105,7 +103,9 @@ def _switch(name: str, *spelling: str, help: str) -> inspect.Parameter:
 _RUN = (
     _switch("dry_run", "--dry-run", help="Check everything, then stop."),
     _switch("quiet", "--quiet", "-q", help="No progress and no notes: results and errors alone."),
-    _switch("verbose", "--verbose", "-v", help="Say what is loaded, and how long things take."),
+    _switch(
+        "verbose", "--verbose", "-v", help="Say what is loaded, how long things take, and where an error comes from."
+    ),
 )
 
 

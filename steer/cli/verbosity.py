@@ -1,24 +1,32 @@
-"""How much a command says: `--verbose` has the libraries below speak, and errors tell where they come from."""
+"""How much a command says: with `--verbose` the libraries below speak, and an error tells where it comes from."""
 
 from __future__ import annotations
 
 import logging
 import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["is_talking", "talk"]
+__all__ = ["talking"]
 
-_NAME = "STEER_VERBOSE"
 _LIBRARIES = ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY")
 
 
-def talk() -> None:
-    """Say more, from now on."""
-    os.environ[_NAME] = "1"
-    for name in _LIBRARIES:
-        os.environ[name] = "info"
+@contextmanager
+def talking(verbose: bool) -> Iterator[None]:
+    """Say more within the block, where that was asked for."""
+    if not verbose:
+        yield
+        return
+    before = {name: os.environ.get(name) for name in _LIBRARIES}
+    os.environ.update(dict.fromkeys(_LIBRARIES, "info"))
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-
-
-def is_talking() -> bool:
-    """Whether more is to be said; `STEER_VERBOSE=1` in the environment asks for the same."""
-    return os.environ.get(_NAME, "") not in ("", "0")
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+        raise
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -220,8 +220,8 @@ def train_reward(
     Args:
         model: a language model from `steer.load`; frozen.
         data: rows `{"prompt"?, "chosen", "rejected", "margin"?}` (or `positive` and `negative`), `{"prompt"?,
-            "completion", "ratings": {name: number or null}}` or `{"prompt"?, "completion", "label", "weight"?}`, in TRL's
-            conversational form too.
+            "completion", "ratings": {name: number or null}}` or `{"prompt"?, "completion", "label", "weight"?}`; in
+            TRL's conversational form too.
         settings: how; fields of `RewardSettings` may also be `given` by name.
         work: folder for the states, which take most of the time: another run on the same rows reads them from there.
 
