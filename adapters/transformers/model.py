@@ -85,6 +85,8 @@ def load(
             **extra,
             **options,
         )
+    except SteerError:
+        raise
     except Exception as error:  # of any model's code, and of quantisers, which may want a library or a GPU
         raise SteerError(f"model: could not load {str(model)!r}: {first_line(error)}") from error
     check_causal(config, name or str(model), network, decoder_blocks(network))

@@ -189,13 +189,13 @@ def train_policy(options: TrainPolicyOptions, coming: Coming = frozenset()) -> R
     checks.check_folder(options.out)
     free = not options.out.exists() or (options.out / "steer.json").is_file() or not any(options.out.iterdir())
     check(free, "out", f"{options.out} (a folder with other things in it)", "a new folder, or a policy's")
-    done = (options.out / "steer.json").is_file()
-    check(options.overwrite or not done, "out", f"{options.out} (already there)", "a new folder, or --overwrite")
     reward = None if options.reward is None else parse_reward(options.reward)
     if reward is not None:
         check_reward(reward, images)
     tune = _tune_images if images else _tune_masked if masked else _tune_text
     train, data, settings = tune(options, reward)
+    done = (options.out / "steer.json").is_file()
+    check(options.overwrite or not done, "out", f"{options.out} (already there)", "a new folder, or --overwrite")
 
     def run(session: Session) -> None:
         folder = train(
