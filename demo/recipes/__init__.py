@@ -42,7 +42,7 @@ class Job:
         """The command line."""
         words = ["steer", *self.command.split()]
         for key, value in self.settings.items():
-            option = "--" + key.replace("_", "-") if len(key) > 1 else "-" + key
+            option = "--" + key.replace("_", "-")
             for one in value if isinstance(value, list) else [value]:
                 words += [option] if one is True else [] if one is False else [f"{option}={one}"]
         return shlex.join(words)
