@@ -153,6 +153,7 @@ def launch(shared: Shared, *, host: str = "127.0.0.1", port: int = 0, keys: Sequ
             app_kwargs={"middleware": guard, "docs_url": None, "redoc_url": None},
             theme=_theme(),
             css_paths=Path(__file__).parent / "page.css",
+            head=f"<style>{(Path(__file__).parent / 'narrow.css').read_text()}</style>",  # not rewritten for parts
         )
     except OSError as error:
         raise SteerError(f"port: {host}:{port} cannot be listened on ({error})") from error
