@@ -26,7 +26,7 @@ _WHAT = """
 
 The model was asked: **{prompt}** Move the slider. A vector that was fitted to 80 pairs of happy and sad sentences is
 added inside the model while it writes; nothing was retrained, and the prompt stays the same. Coloured tokens are where
-the odds moved.
+the odds moved. This is one prompt and one seed, picked out of four; the live model shows others.
 """
 _COST = """
 **KL** is what the change cost: how far the odds of the tokens moved, in nats, summed over the text. **Perplexity
