@@ -17,16 +17,15 @@ from steer.rewards import parse_reward
 from steer.rewards.heads import HeadReward, reply_ids
 from steer.train.reward import (
     RewardSettings,
-    _auroc,
-    _Fit,
-    _minimised,
-    _spearman,
     bradley_terry,
     log_loss,
     prior_correction,
     ridge,
     train_reward,
 )
+from steer.train.reward.heads import Fit, minimised
+from steer.train.reward.measures import auroc, spearman
+from steer.train.reward.rows import Rows
 
 GOOD = ("good nice happy", "nice happy sun", "love good day", "happy calm cat", "good calm house", "nice love dog")
 BAD = ("bad awful sad", "awful sad rain", "hate bad night", "sad loud cat", "bad loud house", "awful hate dog")
@@ -64,9 +63,9 @@ def test_losses_by_hand() -> None:
 def test_ranks_by_counting() -> None:
     scores, positive = torch.tensor([0.1, 0.4, 0.4, 0.9, 0.2]), torch.tensor([False, True, False, True, False])
     wins = [float(a > b) + 0.5 * float(a == b) for a in scores[positive].tolist() for b in scores[~positive].tolist()]
-    assert _auroc(scores, positive) == pytest.approx(sum(wins) / len(wins))
+    assert auroc(scores, positive) == pytest.approx(sum(wins) / len(wins))
     x, y = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 3.0, 2.0, 4.0])
-    assert _spearman(x, y) == pytest.approx(1 - 6 * 2 / (4 * 15)) and _spearman(x, -x) == pytest.approx(-1)
+    assert spearman(x, y) == pytest.approx(1 - 6 * 2 / (4 * 15)) and spearman(x, -x) == pytest.approx(-1)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -80,7 +79,7 @@ def test_the_minimum_is_where_the_gradient_ends(biased: bool) -> None:
         fit = log_loss(scores, labels, torch.ones(4).double()) if biased else bradley_terry(z @ w)
         return fit + 0.5 * 0.3 * w.square().sum()
 
-    w, b = _minimised(loss, 1, biased)
+    w, b = minimised(loss, 1, biased)
     step = 1e-5
     for dw, db in ((step, 0.0), (-step, 0.0), *(((0.0, step), (0.0, -step)) if biased else ())):
         assert float(loss(w + dw, b + db)) >= float(loss(w, b)) - 1e-14
@@ -97,9 +96,7 @@ def test_heads_find_the_direction_that_made_the_preferences() -> None:
     a, b = states.reshape(400, 2, 8).unbind(1)
     swap = torch.rand(400, generator=drawn) > torch.sigmoid((a - b) @ truth)
     states = torch.stack([torch.where(swap[:, None], b, a), torch.where(swap[:, None], a, b)], 1).reshape(800, 8)
-    from steer.train.reward import _Rows
-
-    rows = _Rows(
+    rows = Rows(
         "pairs",
         [("", "")] * 800,
         torch.zeros(400).double(),
@@ -108,7 +105,7 @@ def test_heads_find_the_direction_that_made_the_preferences() -> None:
         ["a"] * 400,
         torch.ones(800),
     )
-    fitted = _Fit.of(rows, states, range(400))
+    fitted = Fit.of(rows, states, range(400))
     head, _ = fitted.head(rows, torch.arange(400), 1e-3, None)
     found = head[0] / fitted.std
     assert float(torch.cosine_similarity(found, truth, 0)) > 0.97
