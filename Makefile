@@ -35,7 +35,7 @@ lint: $(BIN)/steer  ## style
 # The folders adapters/ and recipes/ are installed under steer/, which a type checker sees only in an installed copy.
 types: $(BIN)/steer  ## mypy
 	rm -rf build/types && mkdir -p build/types
-	cp -r steer build/types/steer && cp -r adapters build/types/steer/adapters && cp -r recipes build/types/steer/recipes
+	cp -r steer build/types/steer && cp -r adapters build/types/steer/adapters && cp -r recipes build/types/steer/recipes && cp -r demo build/types/steer/demo
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p steer
 
 # Every module but what needs vLLM to be imported, one page each.

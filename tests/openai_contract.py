@@ -269,11 +269,11 @@ class Contract:
         for steer in (None, SENTIMENT):
             refused(401, None, lambda steer=steer: target.chat(client=stranger, steer=steer))
         for path in ("artifacts", "rewards", "metrics", "openapi.json"):
-            assert httpx.get(f"{target.url}/v1/steer/{path}").status_code == 401
-            assert httpx.get(f"{target.url}/v1/steer/{path}", headers=target.headers).status_code == 200
-        sent = httpx.post(f"{target.url}/v1/steer/artifacts?name=x", content=b"x")
+            assert httpx.get(f"{target.url}/v1/steer/{path}", timeout=60).status_code == 401
+            assert httpx.get(f"{target.url}/v1/steer/{path}", headers=target.headers, timeout=60).status_code == 200
+        sent = httpx.post(f"{target.url}/v1/steer/artifacts?name=x", content=b"x", timeout=60)
         assert sent.status_code == 401
-        assert httpx.get(f"{target.url}/health").status_code == 200
+        assert httpx.get(f"{target.url}/health", timeout=60).status_code == 200
 
     def test_a_body_that_is_too_large(self, target: Target) -> None:
         messages = [{"role": "user", "content": "sun " * 9000}]
@@ -281,7 +281,7 @@ class Contract:
         body = b'{"messages": [' + b" " * 30_000 + b'], "steer": {}}'
         headers = {**target.headers, "Content-Type": "application/json"}
         pieces = (body[i : i + 5000] for i in range(0, len(body), 5000))
-        undeclared = httpx.post(f"{target.url}/v1/chat/completions", content=pieces, headers=headers)
+        undeclared = httpx.post(f"{target.url}/v1/chat/completions", content=pieces, headers=headers, timeout=60)
         assert undeclared.status_code == 413
 
     # ---- artifacts and rewards

@@ -55,7 +55,7 @@ _SHORT = [
 
 _PAIRS = [
     {"positive": f"the {thing} is very good .", "negative": f"the {thing} is very bad ."}
-    for thing in ("sun", "rain", "day", "dog")
+    for thing in ("sun", "rain", "day", "dog", "cat", "night", "house", "tree", "world", "user", "I", "it")
 ]
 
 
