@@ -320,7 +320,7 @@ def test_a_job_that_is_killed_twenty_times_is_as_one_that_is_not(tmp_path: Path,
     for moment in moments:
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         try:
-            process.wait(5 + moment * lasted / 12)
+            process.wait(4 + moment * lasted / 40)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
