@@ -24,6 +24,7 @@ __all__ = [
     "RaceOptions",
     "GenerateOptions",
     "ImageOptions",
+    "ListenOptions",
     "ModelOptions",
     "Options",
     "SampleOptions",
@@ -406,7 +407,20 @@ class GuideOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(ModelOptions):
+class ListenOptions(ModelOptions):
+    """Where to listen, and who is let in."""
+
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own want a key.")] = (
+        "127.0.0.1"
+    )
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Environment variable that holds the API key, or several.")
+    ] = None
+    no_key: Annotated[bool, typer.Option("--no-key", help="Let other machines in without a key.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(ListenOptions):
     """Serve a language model to OpenAI's clients, steered as each request says."""
 
     model: Annotated[
@@ -420,14 +434,7 @@ class ServeOptions(ModelOptions):
     engine_set: Annotated[
         list[str], typer.Option(metavar="KEY=VALUE", help="A setting of vLLM's own, as JSON or text; repeatable.")
     ] = field(default_factory=list)
-    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own want a key.")] = (
-        "127.0.0.1"
-    )
     port: Annotated[int, typer.Option(help="Port to listen on; 0 is any that is free.")] = 8000
-    api_key_env: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Environment variable that holds the API key, or several.")
-    ] = None
-    no_key: Annotated[bool, typer.Option("--no-key", help="Serve other machines without a key.")] = False
     allow_origin: Annotated[
         list[str], typer.Option(metavar="ORIGIN", help="A web page's origin that may ask, or *; repeatable.")
     ] = field(default_factory=list)
@@ -529,7 +536,7 @@ class BatchOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoOptions(ModelOptions):
+class DemoOptions(ListenOptions):
     """Open a page in a browser on which steering is seen as it happens, and what it costs."""
 
     model: Annotated[
@@ -538,14 +545,7 @@ class DemoOptions(ModelOptions):
     artifacts: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of vectors, controllers and value heads to choose from.")
     ] = None
-    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own want a key.")] = (
-        "127.0.0.1"
-    )
     port: Annotated[int, typer.Option(help="Port to listen on; 0 is any that is free.")] = 7860
-    api_key_env: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Environment variable that holds the key, or several.")
-    ] = None
-    no_key: Annotated[bool, typer.Option("--no-key", help="Let other machines in without a key.")] = False
     open: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser where there is one.")] = (
         True
     )
@@ -576,6 +576,7 @@ PANELS = {
     "SampleOptions": "Prompts and sampling",
     "TextOptions": "Language models",
     "ImageOptions": "Diffusion models",
+    "ListenOptions": "Address and keys",
     "TrainOptions": "Training",
 }
 """Titles in the help, by the class that declares an option."""

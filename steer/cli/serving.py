@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from steer.cli import checks
 from steer.cli.checks import Coming
-from steer.cli.options import DemoOptions, GenerateOptions, ServeOptions
+from steer.cli.options import GenerateOptions, ListenOptions, ServeOptions
 from steer.cli.session import Run, Session
 from steer.cli.values import pairs, typed
 from steer.core import SteerError, check
@@ -91,7 +91,7 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
     return run
 
 
-def keys_of(options: ServeOptions | DemoOptions) -> tuple[str, ...]:
+def keys_of(options: ListenOptions) -> tuple[str, ...]:
     """The keys in the environment, separated by white space; a server that others can reach has one."""
     if options.api_key_env is not None:
         keys = tuple(os.environ.get(options.api_key_env, "").split())
