@@ -548,6 +548,6 @@ class TestSteerServeOnVLLM(Contract):
 def test_a_server_that_cannot_steer_ends_with_one_line(folder: Path) -> None:
     """Settings are right by themselves, and the reward cannot be loaded."""
     settings = {"server": {"allow_reward": ["no:such"]}}
-    with pytest.raises(AssertionError, match="steer: reward: got .no:such") as caught, vllm_serving(folder, settings):
+    with pytest.raises(AssertionError, match=r"steer: reward: got .no:such") as caught, vllm_serving(folder, settings):
         pass
     assert "Traceback" not in str(caught.value)
