@@ -20,15 +20,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 from serving_tools import Running
 
+from steer.gguf import save_gguf
 from steer.serving.protocol import ChatRequest, CompletionRequest
 from steer.serving.wire import EditRequest, SteerRequest
 
-__all__ = ["Fuzz", "mutated_files"]
+__all__ = ["Fuzz", "control_vector", "hang_up_at_once", "mutated_files"]
 
 
 VALUES: list[Any] = [
@@ -318,6 +321,12 @@ class Fuzz:
 
 
 # ------------------------------------------------------------------------------------------------------------- files
+
+
+def control_vector(folder: Path, width: int = 32) -> bytes:
+    """A control vector of llama.cpp's, of two blocks, written into that folder."""
+    save_gguf(folder / "whole.gguf", {1: torch.ones(width), 2: torch.ones(width)}, "llama")
+    return (folder / "whole.gguf").read_bytes()
 
 
 def mutated_files(whole: bytes, count: int, seed: int = 0) -> Iterator[bytes]:

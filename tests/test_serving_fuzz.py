@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from http_fuzz import Fuzz, hang_up_at_once, mutated_files
+from http_fuzz import Fuzz, control_vector, hang_up_at_once, mutated_files
 from serving_tools import serving, write_vector
 
 from steer.core import InputError
-from steer.gguf import load_gguf, save_gguf
+from steer.gguf import load_gguf
 
 
 @pytest.mark.parametrize(
@@ -26,6 +25,7 @@ def test_nothing_that_is_sent_breaks_the_server(
     """
     store = tmp_path / "store"
     whole = write_vector(store / "calm.safetensors", tiny_lm.info).read_bytes()
+    foreign = control_vector(tmp_path)
     kept: list[str] = []
     for part in range(runs):
         with serving(tiny_lm_dir, "--name", "tiny", "--artifacts", store, "--max-tokens", 16) as server:
@@ -35,6 +35,7 @@ def test_nothing_that_is_sent_breaks_the_server(
             with fuzz.watched():
                 fuzz.requests(requests)
                 fuzz.files(mutated_files(whole, files, seed=part))
+                fuzz.files(mutated_files(foreign, files, seed=part))
                 hang_up_at_once(server)
             fuzz.check()
             assert server.settles("steer_inside", 0)
@@ -47,9 +48,8 @@ def test_nothing_that_is_sent_breaks_the_server(
 @pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.slow)])
 def test_mutated_gguf_files_are_refused_or_read(tmp_path: Path, count: int) -> None:
     path = tmp_path / "x.gguf"
-    save_gguf(path, {1: torch.ones(32), 2: torch.ones(32)}, "llama")
     refused = 0
-    for content in mutated_files(path.read_bytes(), count):
+    for content in mutated_files(control_vector(tmp_path), count):
         path.write_bytes(content)
         try:
             load_gguf(path)

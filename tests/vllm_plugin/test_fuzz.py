@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_fuzz import Fuzz, hang_up_at_once, mutated_files
+from http_fuzz import Fuzz, control_vector, hang_up_at_once, mutated_files
 from serving_tools import Running, serving, vllm_serving, write_vector
 from vllm_tools import MISSING
 
@@ -63,6 +63,7 @@ def test_nothing_that_is_sent_breaks_it(
     """Restarts between, which find what the last run had."""
     store = tmp_path / "store"
     whole = write_vector(store / "calm.safetensors", width=WIDTH).read_bytes()
+    foreign = control_vector(tmp_path, WIDTH)
     kept: list[str] = []
     for part in range(RUNS):
         with serve(served_dir, store) as server:
@@ -72,6 +73,7 @@ def test_nothing_that_is_sent_breaks_it(
             with fuzz.watched():
                 fuzz.requests(REQUESTS)
                 fuzz.files(mutated_files(whole, FILES, seed=part))
+                fuzz.files(mutated_files(foreign, FILES, seed=part))
                 hang_up_at_once(server)
             fuzz.check()
             assert server.settles("steer_inside", 0)
