@@ -14,7 +14,7 @@ from torch import Tensor
 from steer.train.objectives import advantages as rules
 from steer.train.objectives import losses, measures, rounds, schedules
 from steer.train.objectives import surrogates as tokens
-from steer.train.objectives.losses import Group, sequence_loss
+from steer.train.objectives.losses import Group, Loss, sequence_loss
 from steer.train.objectives.surrogates import Tokens, aggregate, token_loss
 
 EXACT = 2e-6
@@ -42,7 +42,7 @@ def four(k: int = 2, *, m: Any = REF, proposal: Any = REF, reward: Any = REWARD,
 
 
 def check_loss(group: Group, loss: float, gradient: tuple[float, ...] | None, **settings: Any) -> None:
-    found = sequence_loss(group, **settings)
+    found = sequence_loss(group, Loss(**settings))
     assert float(found.detach()) == pytest.approx(loss, abs=EXACT)
     if gradient is not None:
         (slope,) = torch.autograd.grad(found, group.logp)
@@ -144,10 +144,10 @@ def test_squares_of_single_completions() -> None:
     """TRL's sppo_hard is twice the sum over both, A2PO the mean square in units of beta."""
     single: dict[str, Any] = {"target": "advantage", "link": "single"}
     group = four(reward=(0.5, -0.5))
-    assert 4 * float(sequence_loss(group, beta=0.1, **single).detach()) == pytest.approx(40.5, abs=EXACT)
+    assert 4 * float(sequence_loss(group, Loss(beta=0.1, **single)).detach()) == pytest.approx(40.5, abs=EXACT)
     value = losses.soft_value(t(*REWARD), 0.5)
     a2po = four(4, reward=(t(*REWARD) - value).tolist())
-    loss = 2 * 0.001**2 * sequence_loss(a2po, beta=0.001, **single)
+    loss = 2 * 0.001**2 * sequence_loss(a2po, Loss(beta=0.001, **single))
     assert float(loss.detach()) == pytest.approx(0.385403, abs=EXACT)
     (slope,) = torch.autograd.grad(loss, a2po.logp)
     assert slope.tolist() == pytest.approx([-0.000199, 0.000200, 0.000551, -0.000050], abs=EXACT)
@@ -164,20 +164,22 @@ def test_squares_of_single_completions() -> None:
 )
 def test_f_dpg(divergence: str, pseudo: tuple[float, ...], gradient: tuple[float, ...]) -> None:
     group = four(4, proposal=PREV)
-    (slope,) = torch.autograd.grad(sequence_loss(group, beta=1.0, link="weighted", divergence=divergence), group.logp)
+    (slope,) = torch.autograd.grad(
+        sequence_loss(group, Loss(beta=1.0, link="weighted", divergence=divergence)), group.logp
+    )
     assert slope.tolist() == pytest.approx(list(gradient), abs=EXACT)
     wanted = group.ref + group.reward
     z = float((wanted - group.proposal).exp().mean())
     assert z == pytest.approx(2.299719, abs=EXACT)
-    found = losses.F_PRIME[divergence](group.logp.detach() + math.log(z) - wanted)
-    assert found.tolist() == pytest.approx(list(pseudo), abs=EXACT)
+    primes = losses.F_PRIME[divergence](group.logp.detach() + math.log(z) - wanted)
+    assert primes.tolist() == pytest.approx(list(pseudo), abs=EXACT)
 
 
 # ----------------------------------------------------------------------------------------------------------- identities
 
 
 def slope_of(group: Group, **settings: Any) -> list[float]:
-    return torch.autograd.grad(sequence_loss(group, **settings), group.logp)[0].tolist()
+    return torch.autograd.grad(sequence_loss(group, Loss(**settings)), group.logp)[0].tolist()
 
 
 def some(seed: int, k: int = 4) -> dict[str, list[float]]:
@@ -212,11 +214,13 @@ def test_identities_of_losses(seed: int) -> None:
     )
     # 2. The square in units of c.
     h = two["logp"][0] - two["ref"][0] - two["logp"][1] + two["ref"][1]
-    assert float(sequence_loss(made(two, two["ref"]), beta=eta, **SQUARE)) == pytest.approx((h - 1 / (2 * eta)) ** 2)
+    assert float(sequence_loss(made(two, two["ref"]), Loss(beta=eta, **SQUARE))) == pytest.approx(
+        (h - 1 / (2 * eta)) ** 2
+    )
     delta = two["reward"][0] - two["reward"][1]
     refuel = made(two, two["prev"])
     hp = two["logp"][0] - two["prev"][0] - two["logp"][1] + two["prev"][1]
-    found = sequence_loss(refuel, beta=0.0, prox=1 / eta, target="reward", link="square")
+    found = sequence_loss(refuel, Loss(beta=0.0, prox=1 / eta, target="reward", link="square"))
     assert float(found) == pytest.approx((hp - eta * delta) ** 2)
     # 3. CoPG's square has the gradient of its stop-gradient form.
     copg: dict[str, Any] = {"beta": beta, "target": "reward", "link": "square", "scale": "linear"}

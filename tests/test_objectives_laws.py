@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steer.train.objectives import rounds
 from steer.train.objectives import surrogates as tokens
-from steer.train.objectives.losses import LINKS, Group, sequence_loss, soft_value
+from steer.train.objectives.losses import LINKS, Group, Loss, sequence_loss, soft_value
 from steer.train.objectives.surrogates import Tokens
 
 
@@ -63,7 +63,7 @@ def of_pairs(
             group = Group(
                 logp[two], m.log()[two], REF.log()[two], m.log()[two], reward[two], torch.ones(2), preference=judged
             )
-            total = total + weights[i, j] * sequence_loss(group, **settings)
+            total = total + weights[i, j] * sequence_loss(group, Loss(**settings))
         return total
 
     return loss
@@ -88,7 +88,7 @@ def test_optima_of_a_reward(beta: float) -> None:
 
     def brain(logp: Tensor) -> Tensor:
         group = Group(logp, REF.log(), REF.log(), BEHAVED.log(), REWARD, torch.ones(3))
-        return sequence_loss(group, beta=beta, link="softmax")
+        return sequence_loss(group, Loss(beta=beta, link="softmax"))
 
     assert near(least(brain), SOFTMAX[beta])
     for divergence in ("forward", "reverse", "js", "chi2"):
@@ -153,7 +153,7 @@ def test_the_optimum_of_step_advantages() -> None:
                     one = torch.tensor([i])
                     worth = REWARD[one] - value
                     group = Group(logp[one], REF.log()[one], REF.log()[one], REF.log()[one], worth, torch.ones(1))
-                    parts.append(REF[i] * sequence_loss(group, beta=beta, target="advantage", link="single"))
+                    parts.append(REF[i] * sequence_loss(group, Loss(beta=beta, target="advantage", link="single")))
                 return torch.stack(parts).sum()
 
             assert near(least(loss), wanted)
@@ -174,7 +174,7 @@ def of_two(ref: Tensor, p: float, **settings: Any) -> Tensor:
             group = Group(
                 logp[pick], ref.log()[pick], ref.log()[pick], ref.log()[pick], t(0, 0), torch.ones(2), anchor=anchor
             )
-            total = total + share * sequence_loss(group, beta=1.0, **settings)
+            total = total + share * sequence_loss(group, Loss(beta=1.0, **settings))
         return total
 
     return least(loss, ref)

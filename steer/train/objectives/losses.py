@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-__all__ = ["ANCHORS", "DIVERGENCES", "Group", "LINKS", "SCORES", "TARGETS", "WEIGHTS", "sequence_loss", "soft_value"]
+__all__ = [
+    "ANCHORS",
+    "DIVERGENCES",
+    "Group",
+    "LINKS",
+    "Loss",
+    "SCORES",
+    "TARGETS",
+    "WEIGHTS",
+    "sequence_loss",
+    "soft_value",
+]
 
 
 @dataclass(frozen=True)
@@ -231,31 +242,13 @@ its mean over tokens, or the log-ratio of the reference's own greedy completion 
 """
 
 
-def sequence_loss(
-    group: Group,
-    *,
-    beta: float,
-    prox: float = 0.0,
-    score: str = "ratio",
-    target: str = "win",
-    link: str = "logistic",
-    weight: str = "sum",
-    anchor: str = "none",
-    anchor_weight: float = 0.0,
-    loser: float = 1.0,
-    f: str = "reverse_kl",
-    f_alpha: float = 0.5,
-    smoothing: float | None = None,
-    scale: str = "square",
-    divergence: str = "reverse",
-    baseline: float = 0.0,
-    max_weight: float = math.inf,
-) -> Tensor:
-    """The loss of one prompt, a scalar with a gradient to `group.logp`.
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What one sequence loss is made of: names of the tables in this module, and their numbers.
 
-    Args:
+    Attributes:
         beta, prox: coefficients of the pull to the base and to the last iterate; `c` is their sum.
-        score, target, link, weight, anchor: names of the tables in this module.
+        score, target, link, weight, anchor: names of the tables.
         anchor_weight: coefficient of the anchor, in units of `c`.
         loser: how much the score of the second of a pair counts (CPL's lambda; 1 for all others).
         f, f_alpha: divergence of the score "ratio", and the exponent of its alpha form.
@@ -263,17 +256,53 @@ def sequence_loss(
         scale: of the link "square": its square is divided by `c^2`, by `2 c` ("linear") or by nothing.
         divergence, baseline, max_weight: of the link "weighted".
     """
-    c = beta + prox
-    known = {"smoothing": smoothing} if smoothing is not None and target in ("win", "robust") else {}
-    wanted = TARGETS[target](group, **known)
-    held = c * anchor_weight * ANCHORS[anchor](group)
-    if link in GROUP_LINKS:
-        more = {"divergence": divergence, "baseline": baseline, "max_weight": max_weight} if link == "weighted" else {}
-        return GROUP_LINKS[link](group, wanted, beta, c, **more) + held
-    found = _ratio(group, c, f=f, f_alpha=f_alpha) if score == "ratio" else _mean(group, c)
+
+    beta: float
+    prox: float = 0.0
+    score: str = "ratio"
+    target: str = "win"
+    link: str = "logistic"
+    weight: str = "sum"
+    anchor: str = "none"
+    anchor_weight: float = 0.0
+    loser: float = 1.0
+    f: str = "reverse_kl"
+    f_alpha: float = 0.5
+    smoothing: float | None = None
+    scale: str = "square"
+    divergence: str = "reverse"
+    baseline: float = 0.0
+    max_weight: float = math.inf
+
+    @property
+    def c(self) -> float:
+        return self.beta + self.prox
+
+    def wanted(self, group: Group) -> Tensor:
+        """What the target asks of the group."""
+        smoothed = self.smoothing is not None and self.target in ("win", "robust")
+        return TARGETS[self.target](group, **({"smoothing": self.smoothing} if smoothed else {}))
+
+    def scores(self, group: Group) -> Tensor:
+        """Of each completion `[K]`."""
+        if self.score == "ratio":
+            return _ratio(group, self.c, f=self.f, f_alpha=self.f_alpha)
+        return SCORES[self.score](group, self.c)
+
+
+def sequence_loss(group: Group, loss: Loss) -> Tensor:
+    """The loss of one prompt, a scalar with a gradient to `group.logp`."""
+    c, wanted = loss.c, loss.wanted(group)
+    held = c * loss.anchor_weight * ANCHORS[loss.anchor](group)
+    if loss.link in GROUP_LINKS:
+        more = {name: getattr(loss, name) for name in ("divergence", "baseline", "max_weight")}
+        more = more if loss.link == "weighted" else {}
+        return GROUP_LINKS[loss.link](group, wanted, loss.beta, c, **more) + held
+    found = loss.scores(group)
     i, j = group.pairs.unbind(1)
-    losses = PAIR_LINKS[link](found[i] - loser * found[j], wanted, c, **({"scale": scale} if link == "square" else {}))
-    return (WEIGHTS[weight](group, found) * losses).sum() + held
+    more = {"scale": loss.scale} if loss.link == "square" else {}
+    losses = PAIR_LINKS[loss.link](found[i] - loss.loser * found[j], wanted, c, **more)
+    return (WEIGHTS[loss.weight](group, found) * losses).sum() + held
 
 
 def soft_value(reward: Tensor, beta: float, log_weight: Tensor | None = None) -> Tensor:

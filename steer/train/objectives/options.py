@@ -42,7 +42,7 @@ def _parts(settings: Pieces) -> list[Callable[..., Any]]:
     """The functions whose keyword-only parameters are options of these settings."""
     found: list[Callable[..., Any]] = []
     if settings.link:
-        found.append(losses.sequence_loss)
+        found.append(losses.Loss)
     if settings.surrogate:
         found.append(surrogates.SURROGATES[settings.surrogate])
     if settings.pairing == "margin":

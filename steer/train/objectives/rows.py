@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.train.objectives.losses import Group, sequence_loss
+from steer.train.objectives.losses import Group, Loss, sequence_loss
 from steer.train.objectives.options import chosen
 from steer.train.objectives.rounds import mixed
 from steer.train.objectives.settings import PolicySettings
@@ -113,23 +113,13 @@ def batch_loss(
 
 
 def _of_sequences(clusters: Sequence[Cluster], logp: Tensor, settings: PolicySettings) -> Tensor:
-    options = chosen(settings, sequence_loss)
+    pieces = {name: getattr(settings, name) for name in ("beta", "prox", "score", "target", "weight", "anchor")}
+    loss = Loss(link=str(settings.link), **pieces, **chosen(settings, Loss))
     sums, at, total = logp.sum(1), 0, logp.new_zeros(())
     for cluster in clusters:
         rows = cluster.completions
-        group = _group(cluster, sums[at : at + len(rows)], settings)
+        total = total + sequence_loss(_group(cluster, sums[at : at + len(rows)], settings), loss)
         at += len(rows)
-        total = total + sequence_loss(
-            group,
-            beta=settings.beta,
-            prox=settings.prox,
-            score=settings.score,
-            target=settings.target,
-            link=str(settings.link),
-            weight=settings.weight,
-            anchor=settings.anchor,
-            **options,
-        )
     return total / len(clusters)
 
 
