@@ -15,7 +15,7 @@ import torch
 from steer.adapters.transformers import tracking
 from steer.adapters.transformers.serving.batch import BatchRow, Taken, Trace
 from steer.adapters.transformers.serving.preparing import Prepared
-from steer.adapters.transformers.serving.scheduler import Ticket
+from steer.adapters.transformers.serving.tickets import OwnPass
 from steer.core import Cost, InputError, check
 from steer.serving.engine import Event, TokenLogprob
 from steer.serving.requests import Emit, scored
@@ -68,10 +68,8 @@ class Traced:
     trace: Trace
 
 
-class ColumnsTicket(Ticket):
+class ColumnsTicket(OwnPass):
     """`Columns` on their way."""
-
-    own_pass = True
 
     def __init__(self, columns: Columns, emit: Emit) -> None:
         super().__init__(columns.columns[0], emit)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from steer.adapters.language.serving import ServedModel
 from steer.adapters.transformers.serving.columns import Columns, ColumnsTicket, Opened, Traced
 from steer.adapters.transformers.serving.preparing import Prepared, Preparer
-from steer.adapters.transformers.serving.scheduler import Scheduler, Ticket
+from steer.adapters.transformers.serving.scheduler import Scheduler
+from steer.adapters.transformers.serving.tickets import Ticket
 from steer.adapters.transformers.serving.work import Done, Told, Work, WorkTicket
 from steer.core import check, check_whole
 from steer.serving.engine import Event, Finished, Load

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from steer.adapters.transformers.serving.scheduler import Ticket, report
+from steer.adapters.transformers.serving.tickets import Ticket, report
 from steer.core import Cost
 from steer.serving.requests import Emit
 
