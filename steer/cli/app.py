@@ -192,12 +192,20 @@ def fetch_model(name: Annotated[str, typer.Argument(metavar="NAME", help="See `s
 
 @app.command()
 def show(
-    file: Annotated[Path, typer.Argument(metavar="FILE or DIR", help="An artifact, a policy or a model.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE or DIR", help="An artifact, a policy or a model; or a log of training.")
+    ],
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the curves of its training; .svg and .pdf, too.")
+    ] = None,
 ) -> None:
-    """Print the card of an artifact, a policy or a model."""
-    from steer.cli.cards import describe, folder_of
+    """Print the card of an artifact, a policy or a model, and draw how its training went."""
+    from steer.cli.cards import describe, draw_training, folder_of
 
     folder = folder_of(file)
+    if plot is not None:
+        typer.echo(draw_training(folder, plot))
+        return
     if folder.is_dir():
         typer.echo(describe(folder))
         return

@@ -48,6 +48,12 @@ _Prompts = typer.Option(
     help="Prompts, each a text or a list of messages: JSON lines, a JSON list, CSV, parquet; - is stdin.",
 )
 _Format = Annotated[str, typer.Option("--format", metavar="png,svg,pdf", help="Formats of the picture.")]
+_Log = typer.Option(
+    "--log",
+    "--report-to",
+    metavar="FILE.jsonl or TRACKER",
+    help="Where the figures of every step go: a file, tensorboard, wandb, trackio or mlflow; repeatable.",
+)
 _Overwrite = typer.Option("--overwrite", help="Begin anew in place of what is there.")
 
 
@@ -193,6 +199,7 @@ class TrainOptions(ModelOptions):
     out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Where the result goes.")]
     overwrite: Annotated[bool, _Overwrite] = False
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0
+    log: Annotated[list[str], _Log] = field(default_factory=list)
     set: _Settings = field(default_factory=list)
 
 
@@ -266,9 +273,6 @@ class TrainPolicyOptions(TrainOptions):
     lora_rank: Annotated[int | None, typer.Option(help="0 tunes all weights; default: 16 for text, 0 for images.")] = (
         None
     )
-    report_to: Annotated[
-        list[str], typer.Option(metavar="NAME", help="A tracker, such as tensorboard or wandb; repeatable.")
-    ] = field(default_factory=list)
     keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep OUT.work, from which training resumes.")] = False
 
 
@@ -282,6 +286,7 @@ class TrainImagesOptions(Options):
     )
     steps: Annotated[int, typer.Option(help="Training steps of the denoiser.")] = 3900
     seed: Annotated[int, typer.Option(help="Same seed, same weights.")] = 0
+    log: Annotated[list[str], _Log] = field(default_factory=list)
     set: _Settings = field(default_factory=list)
     keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep OUT.work, from which training resumes.")] = False
 
