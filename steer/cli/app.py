@@ -31,7 +31,11 @@ app = typer.Typer(
 )
 models = typer.Typer(help="Models that come with steer.", no_args_is_help=True)
 train = typer.Typer(help="Train a vector, a controller, a value head, a reward or a policy.", no_args_is_help=True)
+evaluation = typer.Typer(
+    help="Measure edits, samplers, rewards and policies: each a page, a table and a recipe.", no_args_is_help=True
+)
 app.add_typer(models, name="models")
+app.add_typer(evaluation, name="eval")
 app.add_typer(train, name="train")
 
 Edits = Annotated[Path, typer.Argument(metavar="FILE", help="An artifact.")]
@@ -124,10 +128,11 @@ def _in_panel(option: Any, title: str) -> Any:
     return shown
 
 
+_GROUPS = {"": app, "train": train, "eval": evaluation}
 for _name in COMMANDS:
     _group, _, _last = _name.rpartition(" ")
     _epilog = "\n\n".join(f"$ {line}" for line in EXAMPLES.get(_name, ()))
-    (train if _group else app).command(_last, epilog=_epilog or None)(_command(_name))
+    _GROUPS[_group].command(_last, epilog=_epilog or None)(_command(_name))
 
 
 @app.command("help")

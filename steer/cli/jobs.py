@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from steer.cli import bulk, demo, generating, measuring, serving, tabulating, training
+from steer.cli import bulk, demo, generating, judging, measuring, serving, tabulating, training
 from steer.cli.recipe import Recipe
 from steer.cli.session import Run, Session
 from steer.core import SteerError
@@ -23,11 +23,15 @@ JOBS: dict[str, Callable[..., Run]] = {
     "train reward": training.train_reward,
     "train policy": training.train_policy,
     "train images": training.train_images,
-    "eval": measuring.evaluation,
-    "compare": measuring.compare,
-    "race": measuring.race,
-    "frontier": measuring.frontier,
-    "guide": measuring.guide,
+    "eval strength": measuring.strength,
+    "eval frontier": measuring.frontier,
+    "eval search": measuring.search,
+    "eval distance": measuring.distance,
+    "eval guidance": measuring.guidance,
+    "eval goals": judging.goals,
+    "eval concept": judging.concept,
+    "eval reliability": judging.reliability,
+    "eval pairs": judging.pairs,
     "table": tabulating.tabulate,
     "serve": serving.serve,
     "demo": demo.demo,

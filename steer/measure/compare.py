@@ -90,26 +90,43 @@ def _tree(s: Setting, **settings: Any) -> DTS:
 
 
 METHODS: dict[str, Make] = {
-    "plain": lambda s: (Ancestral(s.outputs), False),
-    "best of K": lambda s: (BestOfN(s.particles), True),
-    "importance resampling": lambda s: (
+    "ancestral": lambda s: (Ancestral(s.outputs), False),
+    "best-of-n": lambda s: (BestOfN(s.particles), True),
+    "importance": lambda s: (
         FKSteering(s.particles, n=s.outputs, start=s.steps),
         False,
     ),
-    "SVDD, soft": lambda s: (SVDD(s.outputs, s.particles), False),
-    "SVDD, argmax": lambda s: (SVDD(s.outputs, s.particles, "argmax"), False),
-    "FK, per output": lambda s: (FKSteering(s.particles, n=s.outputs, per_output=True), False),
-    "FK, one population": lambda s: (FKSteering(s.particles, n=s.outputs), False),
-    "FK, tempered": lambda s: (FKSteering(s.particles, n=s.outputs, tempering=2.1 ** (1 / s.steps) - 1), False),
-    "DTS, published": lambda s: (_tree(s, estimator="published"), False),
-    "DTS": lambda s: (_tree(s), False),
-    "DTS, x0-hat": lambda s: (_tree(s, **_LOOKING), False),
+    "svdd": lambda s: (SVDD(s.outputs, s.particles), False),
+    "svdd-argmax": lambda s: (SVDD(s.outputs, s.particles, "argmax"), False),
+    "fk-per-output": lambda s: (FKSteering(s.particles, n=s.outputs, per_output=True), False),
+    "fk": lambda s: (FKSteering(s.particles, n=s.outputs), False),
+    "fk-tempered": lambda s: (FKSteering(s.particles, n=s.outputs, tempering=2.1 ** (1 / s.steps) - 1), False),
+    "dts-published": lambda s: (_tree(s, estimator="published"), False),
+    "dts": lambda s: (_tree(s), False),
+    "dts-x0-hat": lambda s: (_tree(s, **_LOOKING), False),
 }
 
 
+OLD_NAMES = {
+    "plain": "ancestral",
+    "best of K": "best-of-n",
+    "importance resampling": "importance",
+    "SVDD, soft": "svdd",
+    "SVDD, argmax": "svdd-argmax",
+    "FK, per output": "fk-per-output",
+    "FK, one population": "fk",
+    "FK, tempered": "fk-tempered",
+    "DTS, published": "dts-published",
+    "DTS": "dts",
+    "DTS, x0-hat": "dts-x0-hat",
+    "DTS, x0-hat, exponent 0.3": "dts-x0-hat-narrow",
+}
+"""What methods were called once: in files that runs go on from and, for one release, in requests."""
+
+
 def methods_by_name() -> dict[str, Make]:
-    """`METHODS`, and every registered sampler by its own name with its own settings."""
-    return METHODS | {name: partial(_registered, kind) for name, kind in SAMPLERS.items()}
+    """`METHODS`, and every other registered sampler by its own name with its own settings."""
+    return {name: partial(_registered, kind) for name, kind in SAMPLERS.items()} | METHODS
 
 
 def _registered(kind: type[Sampler], s: Setting) -> tuple[Sampler, bool]:
@@ -172,8 +189,13 @@ class Comparison:
         if path.is_file():
             found = json.loads(path.read_text(encoding="utf-8"))
             if found.get("settings") == settings:
-                return cls(settings, [Line(**x) for x in found["lines"]], found["targets"])
+                lines = [Line(**{**x, "method": OLD_NAMES.get(x["method"], x["method"])}) for x in found["lines"]]
+                return cls(settings, lines, found["targets"])
         return cls(settings)
+
+    def records(self) -> list[dict[str, Any]]:
+        """A flat row for each method and seed."""
+        return [asdict(x) for x in self.lines]
 
     def rows(self, task: str, rollouts: int = 0) -> Iterator[tuple[str, dict[str, tuple[float, float]]]]:
         """Methods with mean and half width of the 95% interval of every column, over seeds."""
@@ -277,7 +299,7 @@ def compare(
 
     Raises `InputError` for a method that is not known and `UnsupportedError` for a model without a judge.
     """
-    chosen = list(METHODS) if methods is None else methods
+    chosen = list(METHODS) if methods is None else [OLD_NAMES.get(name, name) for name in methods]
     makers = methods_by_name()
     for name in chosen:
         check(name in makers, "methods", name, ", ".join(makers))
@@ -383,9 +405,9 @@ def _curve(
         return _line(model, task, method, seed, samples, target, size)
 
     trees: list[tuple[tuple[str, ...], dict[str, Any]]] = [
-        (("DTS", "DTS, published"), {}),
-        (("DTS, x0-hat",), _LOOKING),
-        (("DTS, x0-hat, exponent 0.3",), _NARROW),
+        (("dts", "dts-published"), {}),
+        (("dts-x0-hat",), _LOOKING),
+        (("dts-x0-hat-narrow",), _NARROW),
     ]
     for names, looking in trees:
         if all(found.has(task.name, name, seed, size) for name in names for size in budgets):
@@ -402,12 +424,12 @@ def _curve(
                 if not found.has(task.name, name, seed, size):
                     yield line(name, forest.samples(outputs), size, spent)
     for size in (b for b in sorted(budgets) if b <= LARGEST_POPULATION):
-        if not found.has(task.name, "FK, one population", seed, size):
+        if not found.has(task.name, "fk", seed, size):
             began = time.process_time()
             generator = torch.Generator().manual_seed(70_000 + seed)
             particles = FKSteering(size).run(process, [prompt], generator=generator, reward=reward, beta=task.beta)
             drawn = particles.select(resample(particles.log_weight, generator, "ssp", outputs))
-            yield line("FK, one population", drawn, size, time.process_time() - began)
+            yield line("fk", drawn, size, time.process_time() - began)
     scores = reward(_as_samples(base))
     for size in sorted(budgets):
         generator = torch.Generator().manual_seed(80_000 + seed)
@@ -421,5 +443,5 @@ def _curve(
             scores[index],
             cost=Cost(nfe=size * process.num_steps, model_calls=process.num_steps),
         )
-        if not found.has(task.name, "importance resampling", seed, size):
-            yield line("importance resampling", drawn, size, 0.0)
+        if not found.has(task.name, "importance", seed, size):
+            yield line("importance", drawn, size, 0.0)

@@ -133,6 +133,18 @@ class Report:
     def _repr_html_(self) -> str:
         return text_html(self.table())
 
+    def records(self) -> list[dict[str, Any]]:
+        """A flat row for each setting."""
+        return [{k: v for k, v in asdict(row).items() if k != "examples"} for row in self.rows]
+
+    def texts(self) -> list[dict[str, Any]]:
+        """The examples of every setting."""
+        return [
+            {"setting": row.kind if row.strength is None else f"{row.kind} {row.strength:+g}", **example}
+            for row in self.rows
+            for example in row.examples
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return {**asdict(self), "verdict": self.verdict}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steer.files import replacing
+from steer.measure.distances import interval
 from steer.pictures.style import FAINT, GRID, STYLE, image_format
 
 if TYPE_CHECKING:
@@ -139,8 +140,11 @@ def _legend(figure: Any, axis: Any) -> None:
 
 # ------------------------------------------------------------------------------------------- races, sweeps, comparisons
 
-_LINES = ("#0f62a8", "#c2571a", "#2e7d4f", "#7a4fa3", "#8c6d1f", "#9aa4ae")
-_MARKS = "os^DvX"
+_LINES = (
+    *("#0f62a8", "#c2571a", "#2e7d4f", "#7a4fa3", "#8c6d1f"),
+    *("#c2185b", "#00838f", "#5d4037", "#689f38", "#9aa4ae"),
+)
+_MARKS = "os^DvX<>Pp"
 
 
 def draw_guide(found: Sweep, path: Path) -> None:
@@ -175,22 +179,28 @@ def draw_race(found: Race, path: Path) -> None:
 
 
 def draw_frontier(found: Frontier, path: Path) -> None:
-    """Reward against KL, a line for each method; methods whose KL is not known are named below."""
-    with canvas(path, (8, 5), "Reward against drift from the base model") as figure:
-        axis = figure.subplots()
-        figure.subplots_adjust(left=0.09, right=0.97, top=0.86, bottom=0.17)
+    """Reward against KL, a line for each method, and a panel for each reward that was measured beside it; methods whose
+    KL is not known are named below.
+    """
+    panels: list[tuple[str, Callable[[Any], tuple[float, float]]]] = [("mean reward, 95% interval", lambda p: p.reward)]
+    for name in found.points[0].also:
+        panels.append((f"{name}: nobody aims at it", lambda p, name=name: interval(p.also[name])))  # type: ignore[misc]
+    with canvas(path, (3 + 5.5 * len(panels), 5.4), "Reward against drift from the base model") as figure:
+        axes = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={"wspace": 0.22})[0]
+        figure.subplots_adjust(left=0.09 if len(panels) == 1 else 0.06, right=0.97, top=0.8, bottom=0.17)
         unknown = [m for m in found.methods if all(p.kl is None for p in found.of(m) if p.method == m)]
-        for i, method in enumerate(m for m in found.methods if m not in unknown):
-            mine = [(p.kl, p.reward) for p in found.of(method) if p.kl is not None]
-            xs, ys, halves = [k[0] for k, _ in mine], [r[0] for _, r in mine], [r[1] for _, r in mine]
-            _line(axis, i, xs, ys, halves, method, bars=True)
-            sides = [0.0 if k[1] != k[1] else k[1] for k, _ in mine]
-            axis.errorbar(xs, ys, xerr=sides, fmt="none", ecolor=_LINES[i % len(_LINES)], alpha=0.35, elinewidth=1.2)
-        axis.set_xlabel("KL to the base model, nats, 95% interval")
-        axis.set_ylabel("mean reward, 95% interval")
+        for axis, (title, value) in zip(axes, panels, strict=True):
+            for i, method in enumerate(m for m in found.methods if m not in unknown):
+                mine = [(p.kl, value(p)) for p in found.of(method) if p.kl is not None]
+                xs, ys, halves = [k[0] for k, _ in mine], [r[0] for _, r in mine], [r[1] for _, r in mine]
+                _line(axis, i, xs, ys, halves, method, bars=True)
+                sides = [0.0 if k[1] != k[1] else k[1] for k, _ in mine]
+                axis.errorbar(xs, ys, xerr=sides, fmt="none", ecolor=_LINES[i % len(_LINES)], alpha=0.3, elinewidth=1.2)
+            axis.set_xlabel("KL to the base model, nats, 95% interval")
+            axis.set_ylabel(title)
         if unknown:
-            figure.text(0.09, 0.02, f"KL not known: {', '.join(unknown)}", fontsize=8, color=FAINT)
-        _key(figure, axis)
+            figure.text(axes[0].get_position().x0, 0.02, f"KL not known: {', '.join(unknown)}", fontsize=8, color=FAINT)
+        _key(figure, axes[0])
 
 
 def draw_curves(found: Comparison, path: Path) -> None:
