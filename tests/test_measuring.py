@@ -231,6 +231,7 @@ def test_commands_print_tables_and_draw(capsys: pytest.CaptureFixture[str], tmp_
     )
     assert code == 0, err
     assert "Frechet" in out and (tmp_path / "c/curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "c/methods.png").read_bytes()[:4] == b"\x89PNG" and "methods.png" in out
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps(["the sun", "hello world"]), encoding="utf-8")
     code, out, err = run(

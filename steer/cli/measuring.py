@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -49,9 +50,12 @@ def picture_files(options: Any, name: str) -> list[Path]:
 def publish(session: Session, options: EvalOptions, slug: str, found: Any, summary: str, **more: Any) -> None:
     """Draw what was found in every format that was asked for, write the page beside its JSON, and say where."""
     draw, texts = more.get("draw"), more.get("texts", ())
-    pictures = picture_files(options, more.get("picture", slug)) if draw is not None else []
-    for path in pictures:
-        draw(found, path)
+    drawn: dict[str, Callable[[Any, Path], None]] = more.get("pictures", {} if draw is None else {slug: draw})
+    pictures = []
+    for name, draw in drawn.items():
+        for path in picture_files(options, name):
+            draw(found, path)
+            pictures.append(path)
     name = next(name for name, kind in COMMANDS.items() if type(options) is kind)
     settings = settings_of(options)
     page = Page(
@@ -129,7 +133,7 @@ def distance(options: DistanceOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to compare samplers."""
     from steer.measure.compare import Problem, methods_by_name
     from steer.measure.compare import compare as measure
-    from steer.pictures.charts import draw_curves
+    from steer.pictures.charts import draw_curves, draw_methods
 
     checks.check_model(options)
     check(checks.draws_images(options), "model", options.model, "a diffusion model with a judge")
@@ -163,9 +167,8 @@ def distance(options: DistanceOptions, coming: Coming = frozenset()) -> Run:
             curves=options.curve or None,
             progress=session.progress,
         )
-        publish(
-            session, options, "results", found, found.tables(), picture="curves", draw=draw_curves if budgets else None
-        )
+        pictures = {"methods": draw_methods} | ({"curves": draw_curves} if budgets else {})
+        publish(session, options, "results", found, found.tables(), pictures=pictures)
 
     return run
 

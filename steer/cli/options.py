@@ -141,7 +141,7 @@ class TextOptions(Options):
             metavar="checkpoint", help="Draw as the model's generation_config.json says, where no option here does."
         ),
     ] = None
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: 1.")] = None
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: 1 (0.7 reads better).")] = None
     top_k: Annotated[int | None, typer.Option(help="Keep the K likeliest tokens; default: 0, off.")] = None
     top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of this mass; default: 1, off.")] = None
     repetition_penalty: Annotated[
@@ -613,7 +613,7 @@ class BatchOptions(ModelOptions):
     beta: Annotated[float, typer.Option(help="KL coefficient of the target p exp(reward / beta).")] = 1.0
     n: Annotated[int | None, typer.Option("--n", "-n", help="Outputs of a row, or candidates.")] = None
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message, for rows with a prompt.")] = None
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: 1.")] = None
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: 1 (0.7 reads better).")] = None
     top_k: Annotated[int | None, typer.Option(help="Keep the K likeliest tokens; default: 0, off.")] = None
     top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of this mass; default: 1, off.")] = None
     max_new_tokens: Annotated[int, typer.Option(help="The longest output.")] = 64

@@ -212,8 +212,17 @@ class Comparison:
                 about = f", {size} rollouts in all" if size else ""
                 facts = self.targets[task]
                 head = f"{task}{about} (target: reward {facts['reward']:.3f}, effective points {facts['ess']:.0f})"
-                parts.append(_table(head, list(self.rows(task, size))))
+                rows = list(self.rows(task, size))
+                parts.append("\n".join([_table(head, rows), *([] if size else _unequal(rows))]))
         return "\n\n".join(parts)
+
+
+def _unequal(rows: list[tuple[str, dict[str, tuple[float, float]]]]) -> list[str]:
+    """Which methods did not cost what most did, as a line below a table."""
+    calls = {method: columns["calls"][0] for method, columns in rows}
+    usual = sorted(calls.values())[len(calls) // 2]
+    others = [f"{method} {count:.0f}" for method, count in calls.items() if abs(count - usual) > 0.05 * usual]
+    return [f"not at the cost of the others, {usual:.0f} calls an output: {', '.join(others)}"] if others else []
 
 
 def _table(head: str, rows: list[tuple[str, dict[str, tuple[float, float]]]]) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from steer.measure.race import Race
     from steer.measure.report import Report, ReportRow
 
-__all__ = ["canvas", "draw_curves", "draw_frontier", "draw_guide", "draw_race", "draw_report"]
+__all__ = ["canvas", "draw_curves", "draw_frontier", "draw_guide", "draw_methods", "draw_race", "draw_report"]
 
 
 _COLOURS = {"steered": "#0f62a8", "random": "#9aa4ae", "system": "#c2571a"}
@@ -223,6 +223,31 @@ def draw_frontier(found: Frontier, path: Path | str | None = None, *, ax: Any = 
         if unknown:
             place = {"xycoords": "axes fraction", "xytext": (0, -42), "textcoords": "offset points"}
             axes[0].annotate(f"KL not known: {', '.join(unknown)}", (0, 0), fontsize=8, color=FAINT, **place)
+
+
+def draw_methods(found: Comparison, path: Path | str) -> None:
+    """Distance to the target and reward of every method, a line of panels for each task, with intervals over seeds."""
+    tasks = list(dict.fromkeys(x.task for x in found.lines))
+    names = list(dict.fromkeys(x.method for x in found.lines if not x.rollouts))
+    size = (10.0, 1.3 + len(tasks) * (0.9 + 0.27 * len(names)))
+    with canvas(path, size, "Samplers at equal cost, 95% interval over seeds") as figure:
+        axes = figure.subplots(len(tasks), 2, squeeze=False, sharey=True, gridspec_kw={"wspace": 0.06, "hspace": 0.35})
+        figure.subplots_adjust(left=0.17, right=0.98, top=1 - 0.95 / size[1], bottom=0.55 / size[1])
+        for line, task in zip(axes, tasks, strict=True):
+            rows = dict(found.rows(task))
+            for axis, column, title in zip(line, ("frechet", "reward"), ("Frechet distance", "reward"), strict=True):
+                for i, name in enumerate(names):
+                    mean, half = rows[name][column]
+                    bar = None if half != half else half
+                    axis.errorbar(mean, i, xerr=bar, fmt="o", color=_LINES[0], capsize=2.5, elinewidth=1.2)
+                axis.set_title(f"{task}: {title}", fontsize=10)
+                axis.grid(visible=False, axis="y")
+            line[0].set_yticks(range(len(names)), names)
+            line[0].invert_yaxis()
+            line[0].set_xlim(left=0)
+            line[1].axvline(found.targets[task]["reward"], color=FAINT, linewidth=1.2, linestyle="--")
+            place = (found.targets[task]["reward"], 1)
+            line[1].annotate("target", place, xycoords=("data", "axes fraction"), fontsize=8, color=FAINT)
 
 
 def draw_curves(found: Comparison, path: Path | str | None = None, *, ax: Any = None) -> None:
