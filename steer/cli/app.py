@@ -84,7 +84,10 @@ def _command(name: str) -> Callable[..., None]:
 
             run = JOBS[name](options(**given))
             if dry:
-                print(f"steer {name}: everything checks; nothing was run", file=sys.stderr)
+                from steer.cli.estimates import estimated
+
+                cost = estimated(options(**given), Session(results, progress=False))
+                print(f"steer {name}: everything checks; nothing was run; {cost}", file=sys.stderr)
                 return
             session = Session(results, progress=not quiet, verbose=verbose)
             began = time.monotonic()
@@ -105,7 +108,7 @@ def _switch(name: str, *spelling: str, help: str) -> inspect.Parameter:
 
 
 _RUN = (
-    _switch("dry_run", "--dry-run", help="Check everything, then stop."),
+    _switch("dry_run", "--dry-run", help="Check everything, say about what it costs and how long it takes, then stop."),
     _switch("quiet", "--quiet", "-q", help="No progress and no notes: results and errors alone."),
     _switch(
         "verbose", "--verbose", "-v", help="Say what is loaded, how long things take, and where an error comes from."

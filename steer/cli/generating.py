@@ -31,7 +31,7 @@ from steer.rewards import parse_reward
 from steer.rewards.algebra import check_reward
 from steer.sampling.lookahead import Lookahead, Preview, Rollouts
 
-__all__ = ["Drawing", "generate", "process_settings", "request"]
+__all__ = ["Drawing", "generate", "process_settings", "request", "sampler_of"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def request(options: SampleOptions, images: bool, coming: Coming, *, keep_previe
     """Check what does not depend on the model's prompts and settings."""
     checks.check_beta(options.beta)
     check(options.max_rows >= 1, "max_rows", options.max_rows, "an integer of 1 or more")
-    sampler = _sampler(options, keep_previews)
+    sampler = sampler_of(options, keep_previews)
     reward = None if options.reward is None else parse_reward(options.reward)
     if reward is not None:
         check_reward(reward, images)
@@ -77,7 +77,7 @@ def by_line(options: SampleOptions) -> bool:
 # ---------------------------------------------------------------------------------------------------------- samplers
 
 
-def _sampler(options: SampleOptions, keep_previews: bool) -> Sampler:
+def sampler_of(options: SampleOptions, keep_previews: bool = False) -> Sampler:
     check(options.sampler in SAMPLERS, "sampler", options.sampler, str(SAMPLERS))
     check(options.n is None or options.n >= 1, "n", options.n, "an integer of 1 or more")
     kind = SAMPLERS[options.sampler]
