@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from steer.cli import bulk, demo, generating, judging, measuring, serving, tabul
 from steer.cli.recipe import Recipe
 from steer.cli.session import Run, Session
 from steer.core import SteerError
+from steer.serving.idle import give_back_memory
 
 __all__ = ["JOBS", "run_recipe"]
 
@@ -53,5 +55,8 @@ def run_recipe(recipe: Recipe, session: Session) -> None:
     for number, (step, job) in enumerate(zip(recipe.steps, jobs, strict=True), 1):
         print(f"[{number}/{len(jobs)}] {step.name}: {step.command}", file=sys.stderr)
         job(session)
+        # Trainers leave cycles behind, and the C library keeps what is freed: hours later that is gigabytes.
+        gc.collect()
+        give_back_memory()
     if recipe.next:
         print(f"next: {recipe.next}", file=sys.stderr)

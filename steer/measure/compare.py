@@ -344,7 +344,8 @@ def compare(
         base = _pool(model, process, prompt, max(budgets), seed + 1, out / f"base-{seed}.safetensors", progress)
         for task in (t for t in tasks if curves is None or t.name in curves):
             reward, target = _target(model, task, points, found)
-            for line in _curve(model, process, prompt, task, reward, target, seed, outputs, budgets, found, base):
+            curve = _Curve(model, process, prompt, task, reward, target, seed, outputs, budgets, found)
+            for line in curve.lines(base):
                 found.lines.append(line)
                 found.write(out / "results.json")
     return found
@@ -394,63 +395,73 @@ def _line(
     )
 
 
-def _curve(
-    model: Any,
-    process: Process,
-    prompt: str,
-    task: Problem,
-    reward: Reward,
-    target: Target,
-    seed: int,
-    outputs: int,
-    budgets: list[int],
-    found: Comparison,
-    base: _Judged,
-) -> Iterator[Line]:
+@dataclass(frozen=True)
+class _Curve:
     """Distance against budget: one tree that grows, read by both estimators; populations of the same size."""
 
-    def line(method: str, samples: Samples, size: int, seconds: float) -> Line:
-        samples = replace(samples, cost=replace(samples.cost, seconds=seconds))
-        return _line(model, task, method, seed, samples, target, size)
+    model: Any
+    process: Process
+    prompt: str
+    task: Problem
+    reward: Reward
+    target: Target
+    seed: int
+    outputs: int
+    budgets: list[int]
+    found: Comparison
 
-    trees: list[tuple[tuple[str, ...], dict[str, Any]]] = [
-        (("dts", "dts-published"), {}),
-        (("dts-x0-hat",), _LOOKING),
-        (("dts-x0-hat-narrow",), _NARROW),
-    ]
-    for names, looking in trees:
-        if all(found.has(task.name, name, seed, size) for name in names for size in budgets):
-            continue
-        began = time.process_time()
-        generator = torch.Generator().manual_seed(50_000 + seed)
-        sampler = DTS(rollouts=max(budgets), batch=32, **looking)
-        forest = sampler.plant(process, [prompt], generator=generator, reward=reward, beta=task.beta)
-        for size in sorted(budgets):
-            forest.grow(rollouts=size)
-            spent = time.process_time() - began
-            for name in names:
-                forest.sampler = replace(sampler, estimator="published" if "published" in name else "weighted")
-                if not found.has(task.name, name, seed, size):
-                    yield line(name, forest.samples(outputs), size, spent)
-    for size in (b for b in sorted(budgets) if b <= LARGEST_POPULATION):
-        if not found.has(task.name, "fk", seed, size):
+    def lines(self, base: _Judged) -> Iterator[Line]:
+        """What was not measured before; `base` are base samples."""
+        yield from self._trees()
+        yield from self._populations()
+        yield from self._resampled(base)
+
+    def _trees(self) -> Iterator[Line]:
+        trees: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+            (("dts", "dts-published"), {}),
+            (("dts-x0-hat",), _LOOKING),
+            (("dts-x0-hat-narrow",), _NARROW),
+        ]
+        for names, looking in trees:
+            if all(self._has(name, size) for name in names for size in self.budgets):
+                continue
             began = time.process_time()
-            generator = torch.Generator().manual_seed(70_000 + seed)
-            particles = FKSteering(size).run(process, [prompt], generator=generator, reward=reward, beta=task.beta)
-            drawn = particles.select(resample(particles.log_weight, generator, "ssp", outputs))
-            yield line("fk", drawn, size, time.process_time() - began)
-    scores = reward(_as_samples(base))
-    for size in sorted(budgets):
-        generator = torch.Generator().manual_seed(80_000 + seed)
-        index = resample(scores[:size] / task.beta, generator, "ssp", outputs)
-        zero = torch.zeros(outputs)
-        drawn = Samples(
-            [prompt],
-            base.outputs[index],
-            zero.long(),
-            zero,
-            scores[index],
-            cost=Cost(nfe=size * process.num_steps, model_calls=process.num_steps),
-        )
-        if not found.has(task.name, "importance", seed, size):
-            yield line("importance", drawn, size, 0.0)
+            sampler = DTS(rollouts=max(self.budgets), batch=32, **looking)
+            forest = sampler.plant(self.process, [self.prompt], generator=self._generator(50_000), **self._aim)
+            for size in sorted(self.budgets):
+                forest.grow(rollouts=size)
+                spent = time.process_time() - began
+                for name in names:
+                    forest.sampler = replace(sampler, estimator="published" if "published" in name else "weighted")
+                    if not self._has(name, size):
+                        yield self._line(name, forest.samples(self.outputs), size, spent)
+
+    def _populations(self) -> Iterator[Line]:
+        for size in (b for b in sorted(self.budgets) if b <= LARGEST_POPULATION and not self._has("fk", b)):
+            began = time.process_time()
+            generator = self._generator(70_000)
+            particles = FKSteering(size).run(self.process, [self.prompt], generator=generator, **self._aim)
+            drawn = particles.select(resample(particles.log_weight, generator, "ssp", self.outputs))
+            yield self._line("fk", drawn, size, time.process_time() - began)
+
+    def _resampled(self, base: _Judged) -> Iterator[Line]:
+        scores, zero = self.reward(_as_samples(base)), torch.zeros(self.outputs)
+        for size in (b for b in sorted(self.budgets) if not self._has("importance", b)):
+            index = resample(scores[:size] / self.task.beta, self._generator(80_000), "ssp", self.outputs)
+            cost = Cost(nfe=size * self.process.num_steps, model_calls=self.process.num_steps)
+            drawn = Samples([self.prompt], base.outputs[index], zero.long(), zero, scores[index], cost=cost)
+            yield self._line("importance", drawn, size, 0.0)
+
+    @property
+    def _aim(self) -> dict[str, Any]:
+        return {"reward": self.reward, "beta": self.task.beta}
+
+    def _generator(self, first: int) -> torch.Generator:
+        return torch.Generator().manual_seed(first + self.seed)
+
+    def _has(self, name: str, size: int) -> bool:
+        return self.found.has(self.task.name, name, self.seed, size)
+
+    def _line(self, method: str, samples: Samples, size: int, seconds: float) -> Line:
+        samples = replace(samples, cost=replace(samples.cost, seconds=seconds))
+        return _line(self.model, self.task, method, self.seed, samples, self.target, size)
