@@ -17,7 +17,7 @@ from steer.core.edit import ranges
 from steer.core.names import check_known
 from steer.core.notebook import text_html
 from steer.gguf import load_gguf
-from steer.hub import PREFIX, download, upload
+from steer.hub import PREFIX, address_of, download, model_page, upload
 from steer.methods.controller import Controller, ControllerNetwork
 from steer.methods.operators import Probe
 from steer.methods.value import HeadValue, QHead, ValueGuidance, ValueHead
@@ -44,13 +44,14 @@ class Artifact(NamedTuple):
         """Write it to one file; see `steer.artifacts.save`."""
         save(path, self.tensors, self.card)
 
-    def push(self, repository: str, name: str | None = None, *, private: bool = False) -> str:
+    def push(self, repository: str, name: str | None = None, *, private: bool = False, figures: str = "") -> str:
         """Share it on the Hugging Face hub; returns the address that `edits=` and `steer.load_artifact` take.
 
         Args:
             repository: `ORG/NAME`, a repository of models; it is made where it is not there.
             name: of the file; default: the kind with ".safetensors".
             private: of a repository that is made.
+            figures: what a sweep found, such as `steer.evaluate(...).table()`, for the page of a new repository.
 
         Raises `InputError` for a bad name, and `SteerError` where the hub refuses or cannot be reached.
         """
@@ -58,7 +59,9 @@ class Artifact(NamedTuple):
             file = Path(folder) / "artifact.safetensors"
             self.save(file)
             name = name or f"{self.card.kind}.safetensors"
-            return upload(repository, name, file.read_bytes(), self.card.describe(), private)
+            base = str(self.card.model.get("name", "MODEL"))
+            page = model_page(address_of(repository, name), self.card.describe(), self.card.kind, base, figures)
+            return upload(repository, name, file.read_bytes(), page, private)
 
     def __mul__(self, factor: Any) -> Any:
         return self() * factor

@@ -16,6 +16,7 @@ from steer import artifacts
 from steer.artifacts import Card
 from steer.core import Edit, InputError, ModelInfo, Scope, check
 from steer.edits import KINDS, load_edit
+from steer.hub import PREFIX, download
 from steer.methods.controller import Controller
 from steer.methods.operators import Probe
 from steer.methods.value import HeadValue, QHead, ValueGuidance
@@ -89,6 +90,8 @@ def read_artifact(source: str | Path | Edit) -> bytes:
     """The bytes of a file (also a GGUF control vector), or of an edit. Raises `InputError`."""
     if isinstance(source, Edit):
         return pack(source)
+    if isinstance(source, str) and source.startswith(PREFIX):
+        source = download(source)
     if str(source).endswith(".gguf"):
         return pack(load_edit(source))
     artifacts.read_card(source)

@@ -15,6 +15,7 @@ from steer.adapters.language import serving as language
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.model import check_ids, check_lengths
 from steer.adapters.transformers.process import TextProcess
+from steer.adapters.transformers.serving.echo import check_echo
 from steer.adapters.transformers.state import TextState
 from steer.core import Edit, HiddenEdit, Prompt, TransitionEdit
 from steer.edits import load_edit
@@ -92,6 +93,7 @@ class Preparer(language.Preparer[Prepared]):
     def check_edits(self, made: Prepared) -> None:
         for edit in made.edits:
             made.process.edited(edit)
+        check_echo(made)
 
     # ---- artifacts
 
