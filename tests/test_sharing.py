@@ -47,7 +47,8 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self._read()
         if self.path == "/api/repos/create":
-            self._json({"url": f"http://127.0.0.1/{json.loads(body)['name']}", "id": "1"})
+            asked = json.loads(body)
+            self._json({"url": f"http://{self.headers['Host']}/{asked['organization']}/{asked['name']}", "id": "1"})
         elif self.path.endswith("/preupload/main"):
             files = json.loads(body)["files"]
             self._json({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]})
@@ -57,7 +58,8 @@ class Hub(BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     content = base64.b64decode(line["value"]["content"])
                     self.files[f"{repository}/{line['value']['path']}"] = content
-            self._json({"commitUrl": "http://127.0.0.1/c", "commitOid": COMMIT, "pullRequestUrl": None})
+            where = f"http://{self.headers['Host']}/{repository}/commit/{COMMIT}"
+            self._json({"commitUrl": where, "commitOid": COMMIT, "pullRequestUrl": None})
         else:
             self._json({})
 
