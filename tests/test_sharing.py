@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -87,22 +90,26 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, bytes]]:
-    """A hub in this process, which `huggingface_hub` is told of as it is by HF_ENDPOINT when it is imported."""
-    from huggingface_hub import HfApi, constants
-
+def address() -> Iterator[str]:
+    """Where the hub of this process listens."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Hub.files = {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    api = HfApi(endpoint=url, token="hf_of_the_tests")
-    download = __import__("huggingface_hub").hf_hub_download
-    cache = {"endpoint": url, "cache_dir": tmp_path / "cache"}
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: download(*a, **{**cache, **k}))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield Hub.files
+    yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
+
+
+@pytest.fixture
+def hub(address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, bytes]:
+    """A hub in this process, which `huggingface_hub` is told of as it is by HF_ENDPOINT when it is imported."""
+    from huggingface_hub import HfApi, constants, hf_hub_download
+
+    api = HfApi(endpoint=address, token="hf_of_the_tests")
+    cache = {"endpoint": address, "cache_dir": tmp_path / "cache"}
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: hf_hub_download(*a, **{**cache, **k}))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return Hub.files
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +136,29 @@ def test_a_vector_goes_to_a_hub_and_comes_back_by_its_name(
     assert main(["push", str(tmp_path / "absent.safetensors"), "me/up"]) == 2
     assert main(["push", str(tmp_path / "up.safetensors"), "me/up", "--report", str(tmp_path)]) == 2
     assert [line.split(":")[2].strip() for line in capsys.readouterr().err.strip().splitlines()] == ["file", "report"]
+
+
+@pytest.mark.slow
+def test_another_hub_is_named_by_the_environment(
+    address: str, tiny_lm_dir: Path, tiny_lm: Any, vector: Any, tmp_path: Path
+) -> None:
+    """`steer push` and `steer serve` in processes of their own, told of the hub by HF_ENDPOINT alone."""
+    from openai import OpenAI
+    from serving_tools import serving
+
+    vector.save(tmp_path / "up.safetensors")
+    told = {"HF_ENDPOINT": address, "HF_TOKEN": "hf_of_the_tests", "HF_HUB_CACHE": str(tmp_path / "cache")}
+    told |= {"HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "steer", "push", str(tmp_path / "up.safetensors"), "me/up"]
+    done = subprocess.run(command, env={**os.environ, **told}, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "hf://me/up/up.safetensors\n", done.stderr
+    options = ["--name", "tiny", "--preset", "calm=hf://me/up:0.6", "--dtype", "float32"]
+    with serving(tiny_lm_dir, *options, **told) as running:
+        client = OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0)
+        asked: dict[str, Any] = {"prompt": "the sun", "max_tokens": 6, "temperature": 0}
+        text = client.completions.create(model="tiny:calm", **asked).choices[0].text
+    mine = tiny_lm.generate(steer.RawText("the sun"), edits=vector(0.6), temperature=0, max_new_tokens=6)
+    assert text == mine.texts[0]
 
 
 def test_features_of_both_layouts_are_decoder_rows(tiny_lm: Any, tmp_path: Path) -> None:

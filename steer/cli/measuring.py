@@ -127,7 +127,7 @@ def strength(options: StrengthOptions, coming: Coming = frozenset()) -> Run:
 
 def distance(options: DistanceOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to compare samplers."""
-    from steer.measure.compare import Problem, methods_by_name
+    from steer.measure.compare import OLD_NAMES, Problem, methods_by_name
     from steer.measure.compare import compare as measure
     from steer.pictures.charts import draw_curves
 
@@ -137,6 +137,7 @@ def distance(options: DistanceOptions, coming: Coming = frozenset()) -> Run:
     check(bool(tasks), "task", options.task, "at least one")
     for task in tasks:
         check_reward(parse_reward(task.reward), images=True)
+    options = replace(options, method=[OLD_NAMES.get(name, name) for name in options.method])
     for name in options.method:
         check(name in methods_by_name(), "method", name, ", ".join(methods_by_name()))
     _positive(options, "outputs", "particles", "steps", "seeds", "pool")
@@ -307,6 +308,7 @@ def frontier(options: FrontierOptions, coming: Coming = frozenset()) -> Run:
             also=options.also,
             seed=options.seed,
             progress=session.progress,
+            on_point=lambda some: replace(some, kls=tuple(kls)).write(options.out),
             **drawn,
         )
         found = replace(found, kls=tuple(kls))

@@ -6,6 +6,7 @@ Inspect finds it by the entry point `inspect_ai`. Everything runs in this proces
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from steer.core import SteerError, UnsupportedError, check
@@ -29,7 +30,7 @@ __all__ = ["SteerAPI", "steer_provider"]
 _REFUSED = ("frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "top_logprobs", "num_choices", "best_of")
 
 
-class SteerAPI(ModelAPI):  # type: ignore[misc]  # a base of an optional library
+class SteerAPI(ModelAPI):
     """A language model under edits.
 
     Args:
@@ -47,7 +48,7 @@ class SteerAPI(ModelAPI):  # type: ignore[misc]  # a base of an optional library
         base_url: str | None = None,
         api_key: str | None = None,
         config: GenerateConfig = GenerateConfig(),  # noqa: B008  (Inspect's own signature)
-        edit: str | list[str] = (),  # type: ignore[assignment]
+        edit: str | Sequence[str] = (),
         engine: str = "transformers",
         dtype: str = "auto",
         sampler: str | None = None,
@@ -100,7 +101,7 @@ class SteerAPI(ModelAPI):  # type: ignore[misc]  # a base of an optional library
         return self.model.generate(chat, edits=self.edits, **asked)
 
 
-@modelapi(name="steer")  # type: ignore[untyped-decorator]
+@modelapi(name="steer")
 def steer_provider() -> type[ModelAPI]:
     """The provider's class, which Inspect asks for."""
     return SteerAPI

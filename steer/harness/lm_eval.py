@@ -27,7 +27,7 @@ _ROWS = 64
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-class SteerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
+class SteerLM(TemplateLM):
     """A language model under edits.
 
     Args:

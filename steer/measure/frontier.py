@@ -177,6 +177,7 @@ def frontier(
     also: Sequence[Reward | str] = (),
     seed: int = 0,
     progress: bool = False,
+    on_point: Callable[[Frontier], None] | None = None,
     **settings: Any,
 ) -> Frontier:
     """Generate by every method at every strength, and measure reward and KL.
@@ -190,6 +191,7 @@ def frontier(
         n: samples of the base model, and of methods that are edits, for each prompt.
         candidates: texts that every setting draws for each prompt, in place of `n`, so that all cost the same: a
             best-of-4 runs `candidates / 4` times.
+        on_point: sees what is there after every point.
         also: rewards that are measured on the same texts and that no method aims at.
         settings: of every call of `generate`, such as `max_new_tokens` and `temperature`.
 
@@ -220,6 +222,8 @@ def frontier(
                 if method in SWEEPS and "beta" in own:
                     own["beta"] = max(own["beta"] * spread, 1e-6)
                 points.append(point(method, own, runs[id(given)])[0])
+                if on_point is not None:
+                    on_point(Frontier(points, candidates))
                 tick(1)
     return Frontier(points, candidates)
 

@@ -184,7 +184,7 @@ def draw_frontier(found: Frontier, path: Path) -> None:
     """
     panels: list[tuple[str, Callable[[Any], tuple[float, float]]]] = [("mean reward, 95% interval", lambda p: p.reward)]
     for name in found.points[0].also:
-        panels.append((f"{name}: nobody aims at it", lambda p, name=name: interval(p.also[name])))  # type: ignore[misc]
+        panels.append((f"{name}: nobody aims at it", _beside(name)))
     with canvas(path, (3 + 5.5 * len(panels), 5.4), "Reward against drift from the base model") as figure:
         axes = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={"wspace": 0.22})[0]
         figure.subplots_adjust(left=0.09 if len(panels) == 1 else 0.06, right=0.97, top=0.8, bottom=0.17)
@@ -201,6 +201,11 @@ def draw_frontier(found: Frontier, path: Path) -> None:
         if unknown:
             figure.text(axes[0].get_position().x0, 0.02, f"KL not known: {', '.join(unknown)}", fontsize=8, color=FAINT)
         _key(figure, axes[0])
+
+
+def _beside(name: str) -> Callable[[Any], tuple[float, float]]:
+    """What reads a reward that was measured beside, with half of its interval."""
+    return lambda point: interval(point.also[name])
 
 
 def draw_curves(found: Comparison, path: Path) -> None:

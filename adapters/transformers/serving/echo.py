@@ -10,20 +10,13 @@ import torch
 from steer.adapters.language.texts import token_text
 from steer.adapters.transformers.scoring import prompt_logits
 from steer.adapters.transformers.serving import rowwise
-from steer.core import UnsupportedError
 from steer.serving.engine import Delta, Event, Started, TokenLogprob
 
 if TYPE_CHECKING:
     from steer.adapters.transformers.model import LanguageModel
     from steer.adapters.transformers.serving.preparing import Prepared
 
-__all__ = ["check_echo", "echoes", "with_echo"]
-
-
-def check_echo(prepared: Prepared) -> None:
-    """Raise `UnsupportedError` for edits whose law of a prompt's tokens is not computed."""
-    if prepared.task.echo and (prepared.guided or any(edit.reads for edit in prepared.hidden)):
-        raise UnsupportedError("echo: edits of hidden states without gates; others have no law of the prompt's tokens")
+__all__ = ["echoes", "with_echo"]
 
 
 @torch.inference_mode()
