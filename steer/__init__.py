@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from steer.adapters.diffusers.policy.tuning import train_diffusion_policy
     from steer.adapters.openai import EndpointModel
     from steer.adapters.transformers import LanguageModel
+    from steer.adapters.transformers.custom import hf
     from steer.adapters.transformers.policy.tuning import train_policy
     from steer.chain import FunctionProcess
     from steer.core import Edit, InputError, RawText, Reward, Sampler, Samples, SteerError, UnsupportedError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from steer.measure.race import race
     from steer.measure.report import evaluate
     from steer.methods.best_of_n import Ancestral, BestOfN
+    from steer.methods.contrast import ContrastiveDecoding, ProxyTuning
     from steer.methods.controller import Controller
     from steer.methods.dts import DTS, SearchDTS
     from steer.methods.fk import FKSteering
@@ -48,6 +50,7 @@ _HOMES = {
     "steer.adapters.diffusers.policy.tuning": ("train_diffusion_policy",),
     "steer.adapters.openai": ("EndpointModel",),
     "steer.adapters.transformers": ("LanguageModel",),
+    "steer.adapters.transformers.custom": ("hf",),
     "steer.adapters.transformers.policy.tuning": ("train_policy",),
     "steer.chain": ("FunctionProcess",),
     "steer.core": (
@@ -70,6 +73,7 @@ _HOMES = {
     "steer.measure.race": ("race",),
     "steer.measure.report": ("evaluate",),
     "steer.methods.best_of_n": ("Ancestral", "BestOfN"),
+    "steer.methods.contrast": ("ContrastiveDecoding", "ProxyTuning"),
     "steer.methods.controller": ("Controller",),
     "steer.methods.dts": ("DTS", "SearchDTS"),
     "steer.methods.fk": ("FKSteering",),
@@ -96,6 +100,7 @@ __all__ = [
     "Ancestral",
     "Artifact",
     "BestOfN",
+    "ContrastiveDecoding",
     "Controller",
     "DiffusionModel",
     "DirectionalStimulus",
@@ -107,6 +112,7 @@ __all__ = [
     "GradientGuidance",
     "InputError",
     "LanguageModel",
+    "ProxyTuning",
     "RLGuidance",
     "RawText",
     "Reward",
@@ -128,6 +134,7 @@ __all__ = [
     "frontier",
     "generate",
     "generate_file",
+    "hf",
     "load",
     "load_artifact",
     "load_edit",

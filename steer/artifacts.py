@@ -229,7 +229,9 @@ _SETTINGS: _Types = {
     "gate_layer": (_whole, "a layer"),
     "top_k": (_whole, "a whole number"),
     **dict.fromkeys(("scope", "operator", "unit", "tail", "gate", "tokens"), (_text, "a text")),
-    **dict.fromkeys(("strength", "threshold", "beta"), (_number, f"a number of at most {MAX_STRENGTH:g}")),
+    **dict.fromkeys(
+        ("strength", "threshold", "beta", "low", "high"), (_number, f"a number of at most {MAX_STRENGTH:g}")
+    ),
 }
 """What the settings that steer itself writes are; others are for people."""
 

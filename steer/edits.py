@@ -17,7 +17,7 @@ from steer.core.edit import ranges
 from steer.core.names import check_known
 from steer.core.notebook import text_html
 from steer.gguf import load_gguf
-from steer.hub import PREFIX, download, upload
+from steer.hub import PREFIX, address_of, download, model_page, upload
 from steer.methods.controller import Controller, ControllerNetwork
 from steer.methods.operators import Probe
 from steer.methods.value import HeadValue, QHead, ValueGuidance, ValueHead
@@ -44,13 +44,14 @@ class Artifact(NamedTuple):
         """Write it to one file; see `steer.artifacts.save`."""
         save(path, self.tensors, self.card)
 
-    def push(self, repository: str, name: str | None = None, *, private: bool = False) -> str:
+    def push(self, repository: str, name: str | None = None, *, private: bool = False, figures: str = "") -> str:
         """Share it on the Hugging Face hub; returns the address that `edits=` and `steer.load_artifact` take.
 
         Args:
             repository: `ORG/NAME`, a repository of models; it is made where it is not there.
             name: of the file; default: the kind with ".safetensors".
             private: of a repository that is made.
+            figures: what a sweep found, such as `steer.evaluate(...).table()`, for the page of a new repository.
 
         Raises `InputError` for a bad name, and `SteerError` where the hub refuses or cannot be reached.
         """
@@ -58,7 +59,9 @@ class Artifact(NamedTuple):
             file = Path(folder) / "artifact.safetensors"
             self.save(file)
             name = name or f"{self.card.kind}.safetensors"
-            return upload(repository, name, file.read_bytes(), self.card.describe(), private)
+            base = str(self.card.model.get("name", "MODEL"))
+            page = model_page(address_of(repository, name), self.card.describe(), self.card.kind, base, figures)
+            return upload(repository, name, file.read_bytes(), page, private)
 
     def __mul__(self, factor: Any) -> Any:
         return self() * factor
@@ -144,7 +147,9 @@ def split_spec(text: str) -> tuple[str, float | None, dict[str, str]]:
     options: dict[str, str] = {}
     while len(parts) > 1:
         last = parts[-1]
-        if len(parts) > 2 and parts[-2].endswith("=from"):  # the one value that holds a colon: scope=from:K
+        if len(parts) > 2 and parts[-2].endswith(
+            ("=from", "=first")
+        ):  # values that hold a colon: scope=from:K, first:N
             last = f"{parts.pop(-2)}:{last}"
         key, equals, value = last.partition("=")
         if equals and key.isidentifier():
@@ -192,9 +197,10 @@ def load_edit(path: str | Path, strength: float | None = None, *, model: Any = N
     """The edit in an artifact, with settings in place of its card's.
 
     `model` (a loaded model) is needed by value heads, which use its output embedding. Options of vectors: `layers`,
-    `scope`, `operator`, `unit`, `keep_norm`, `gate` (a probe's file), `gate_layer`, `tokens` (a probe's file); of
-    controllers: `threshold`, `scope`; of value heads: `beta`, `top_k`, `tail`. `model_check="any"` (`model=any` on the
-    command line) takes an artifact of a model with another fingerprint.
+    `scope`, `operator`, `unit`, `keep_norm`, `low` and `high` (the interval of `operator="clamp"`), `gate` (a probe's
+    file), `gate_layer`, `tokens` (a probe's file); of controllers: `threshold`, `scope`; of value heads: `beta`,
+    `top_k`, `tail`. `model_check="any"` (`model=any` on the command line) takes an artifact of a model with another
+    fingerprint.
     """
     return edit_of(*_read(path), strength, model=model, **options)
 
@@ -285,7 +291,7 @@ def _by_layer(tensors: dict[str, Tensor], kind: str) -> dict[int, Tensor]:
 def _vector(
     tensors: dict[str, Tensor], card: Card, strength: float | None, options: dict[str, Any], model: Any
 ) -> Edit:
-    allowed = ("layers", "scope", "operator", "unit", "keep_norm", "gate", "gate_layer", "tokens")
+    allowed = ("layers", "scope", "operator", "unit", "keep_norm", "low", "high", "gate", "gate_layer", "tokens")
     settings = _settings(card, options, allowed, "vector")
     directions, references = _by_layer(tensors, "direction"), _by_layer(tensors, "reference")
     check(bool(directions), "artifact", f"tensors {list(tensors)[:5]}", "a vector with tensors direction.N")
@@ -297,9 +303,12 @@ def _vector(
     if settings.get("gate"):
         probes, best = _probe(settings["gate"], settings.get("gate_layer"))
         gate = Gate(probes[best], best)
+    bounds = {k: None if settings.get(k) is None else parse_number(k, settings[k]) for k in ("low", "high")}
+    own = float(card.settings.get("strength", 1.0)) if bounds["low"] is bounds["high"] is None else 1.0
     vector = SteeringVector(
         directions={layer: directions[layer] for layer in layers},
-        strength=float(card.settings.get("strength", 1.0)) if strength is None else strength,
+        strength=own if strength is None else strength,
+        **bounds,
         unit=str(settings.get("unit", "norm")),
         operator=str(settings.get("operator", "add")),
         keep_norm=parse_flag("keep_norm", settings.get("keep_norm", False)),

@@ -1,19 +1,25 @@
-"""Artifacts on the Hugging Face hub: `hf://ORG/NAME/FILE` to read one, and a commit with its card to share one."""
+"""Artifacts on the Hugging Face hub: `hf://ORG/NAME[/FILE][@REVISION]` to read one, and a commit with its card to share
+one. Another hub than the public one is what huggingface_hub takes from `HF_ENDPOINT`.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from steer.core import SteerError, check
+from steer.core import InputError, SteerError, check
 from steer.core.errors import first_line
 
-__all__ = ["PREFIX", "download", "upload"]
+__all__ = ["PREFIX", "address_of", "download", "model_page", "upload"]
 
 PREFIX = "hf://"
 _PART = r"[A-Za-z0-9_][\w.-]{0,95}"
-_ADDRESS = re.compile(rf"({_PART}/{_PART})/({_PART}(?:/{_PART})*\.(?:safetensors|gguf))", re.ASCII)
-_ALLOWED = "hf://ORG/NAME/FILE.safetensors, or .gguf"
+_SUFFIXES = (".safetensors", ".gguf")
+_FILE = rf"{_PART}(?:/{_PART})*\.(?:safetensors|gguf)"
+_ADDRESS = re.compile(rf"({_PART}/{_PART})(?:/({_FILE}))?(?:@([A-Za-z0-9][\w./-]{{0,95}}))?", re.ASCII)
+_ALLOWED = "hf://ORG/NAME/FILE.safetensors, or .gguf; @REVISION behind it; without a file the repository's only one"
 
 
 def download(address: str) -> Path:
@@ -23,18 +29,30 @@ def download(address: str) -> Path:
     assert found is not None
     from huggingface_hub import hf_hub_download
 
+    at: dict[str, Any] = {} if found[3] is None else {"revision": found[3]}
     try:
-        return Path(hf_hub_download(found[1], found[2]))
+        return Path(hf_hub_download(found[1], found[2] or _only_file(address, found[1], at), **at))
+    except InputError:
+        raise
     except Exception as error:  # offline, no such repository, no access: which one, the message says
         raise SteerError(f"artifact {address}: {first_line(error)}") from error
 
 
-def upload(repository: str, name: str, data: bytes, card: str, private: bool) -> str:
-    """Put a file and its card into a repository of models, which is made where it is not there; the file's address.
-    A README that is there is kept. Raises `InputError` and `SteerError`.
+def _only_file(address: str, repository: str, at: Mapping[str, Any]) -> str:
+    """The artifact of a repository that has one. Raises `InputError` where it has none or several."""
+    from huggingface_hub import HfApi
+
+    files = [name for name in HfApi().list_repo_files(repository, **at) if name.endswith(_SUFFIXES)]
+    told = ", ".join(sorted(files)) or "none that ends in .safetensors or .gguf"
+    check(len(files) == 1, "artifact", address, f"{PREFIX}ORG/NAME/FILE with a file of the repository: {told}")
+    return files[0]
+
+
+def upload(repository: str, name: str, data: bytes, page: str, private: bool) -> str:
+    """Put a file and a page about it into a repository of models, which is made where it is not there; the file's
+    address. A README that is there is kept. Raises `InputError` and `SteerError`.
     """
-    address = f"{PREFIX}{repository}/{name}"
-    check(_ADDRESS.fullmatch(f"{repository}/{name}") is not None, "push", address, _ALLOWED)
+    address = address_of(repository, name)
     from huggingface_hub import CommitOperationAdd, HfApi
 
     hub = HfApi()
@@ -42,7 +60,7 @@ def upload(repository: str, name: str, data: bytes, card: str, private: bool) ->
         hub.create_repo(repository, private=private, exist_ok=True)
         files = {name: data}
         if not hub.file_exists(repository, "README.md"):
-            files["README.md"] = _page(address, card).encode()
+            files["README.md"] = page.encode()
         operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in files.items()]
         hub.create_commit(repository, operations=operations, commit_message=f"{name}, by steer")
     except Exception as error:  # offline, no token, no access: which one, the message says
@@ -50,6 +68,26 @@ def upload(repository: str, name: str, data: bytes, card: str, private: bool) ->
     return address
 
 
-def _page(address: str, card: str) -> str:
+def address_of(repository: str, name: str) -> str:
+    """The address of a file in a repository. Raises `InputError` for names that are none."""
+    address = f"{PREFIX}{repository}/{name}"
+    found = _ADDRESS.fullmatch(f"{repository}/{name}")
+    check(found is not None and found[2] is not None and found[3] is None, "push", address, _ALLOWED)
+    return address
+
+
+def model_page(address: str, card: str, kind: str, base: str, figures: str = "") -> str:
+    """A README for a repository: tags, the base model where it is one of the hub's, the card, figures of a sweep as
+    plain text, and how the artifact is used.
+    """
+    on_hub = re.fullmatch(rf"{_PART}/{_PART}", base, re.ASCII) is not None
+    head = ["---", "library_name: steer", f"tags: [steer, {kind}]", *([f"base_model: {base}"] if on_hub else []), "---"]
+    model = f'model = steer.load("{base}")'
     used = f'model.generate("Hello", edits="{address}:0.15")'
-    return f"---\ntags: [steer]\n---\n\n```\n{card}\n```\n\n```python\nimport steer\n\n{used}\n```\n"
+    parts = ["\n".join(head), f"```\n{card}\n```"]
+    parts += [f"Measured by `steer eval strength`:\n\n```\n{figures}\n```"] if figures else []
+    parts += [
+        f"```python\nimport steer\n\n{model}\n{used}\n```",
+        f"    steer generate --model {base} --edit {address}:0.15",
+    ]
+    return "\n\n".join(parts) + "\n"

@@ -16,7 +16,7 @@ from steer.adapters.language.blocks import decoder_blocks, trunk_of
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.facts import CALIBRATION, fingerprint
 from steer.adapters.language.generation import own_settings
-from steer.adapters.language.model import TextModel
+from steer.adapters.language.model import TextModel, check_lengths
 from steer.adapters.transformers import learning, tracking
 from steer.adapters.transformers.body import Body, Layout, bare, structure, taken
 from steer.adapters.transformers.cache import cache_argument
@@ -24,11 +24,14 @@ from steer.adapters.transformers.checkpoint import check_causal, check_files, ch
 from steer.adapters.transformers.hooks import Hooks
 from steer.adapters.transformers.layouts import Trial
 from steer.adapters.transformers.process import TextProcess
-from steer.adapters.transformers.reading import Opening, means_of, same_lengths
+from steer.adapters.transformers.reading import Opening, means_of, same_lengths, token_readings
 from steer.core import ModelInfo, Prompt, Samples, SteerError
 from steer.core import check as require
+from steer.core.edit import Prompts
 from steer.core.errors import first_line
-from steer.model import Plan
+from steer.edits import Artifact, load_artifact
+from steer.methods.vector import check_model
+from steer.model import Plan, as_prompts
 
 __all__ = ["LanguageModel", "load"]
 
@@ -251,6 +254,43 @@ class LanguageModel(TextModel):
         track, _ = tracking.start(self.body, ids, (), 1, hidden=True)
         assert track.hidden is not None
         return track.hidden
+
+    def readings(
+        self, prompts: Prompts, texts: Sequence[str], artifact: Artifact | str | Path, *, layer: int | None = None
+    ) -> list[Tensor]:
+        """What a vector or a probe reads at each token of given texts, unsteered: a tensor `[T]` for each text.
+
+        A vector fitted with `method="probe"` reads log-odds of its positive side; others the component of the residual
+        stream along the direction, in units of the layer's median residual norm, as strengths are.
+
+        Args:
+            prompts: one for all texts, or one for each.
+            artifact: a vector, or its file.
+            layer: after which block; default: the one that separated best, or the middle one of the vector's.
+
+        Raises `InputError`.
+        """
+        read = artifact if isinstance(artifact, Artifact) else load_artifact(artifact)
+        require(read.card.kind == "vector", "artifact", f"a {read.card.kind}", "a vector")
+        check_model(read.card.model, self.info, "vector")
+        available = sorted(int(name.split(".")[1]) for name in read.tensors if name.startswith("direction."))
+        chosen = int(read.card.metrics.get("best_layer", available[len(available) // 2])) if layer is None else layer
+        require(chosen in available, "layer", chosen, f"layers of the vector: {available}")
+        weight, bias = read.tensors.get(f"probe.{chosen}"), 0.0
+        if weight is None:
+            direction = read.tensors[f"direction.{chosen}"].float()
+            weight = direction / direction.norm() / float(self.residual_norms()[chosen])
+        else:
+            bias = float(read.tensors[f"bias.{chosen}"])
+        several = as_prompts(prompts)
+        several = several * len(texts) if len(several) == 1 else several
+        require(len(several) == len(texts), "texts", f"{len(texts)} texts", f"one for each of {len(several)} prompts")
+        found = []
+        for prompt, text in zip(several, texts, strict=True):
+            ids, tail = self.encode(prompt), self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            check_lengths([[*ids, *tail]], 0, self.context_length)
+            found.append(token_readings(self.body, [*ids, *tail], len(ids), chosen, weight.float(), bias))
+        return found
 
     @torch.inference_mode()
     def hidden_states(

@@ -189,9 +189,10 @@ class TextProcess(Process):
     def init(self, prompts: Sequence[Prompt], n: int, generator: torch.Generator) -> TextState:
         check_whole("n", n)
         check(len(prompts) >= 1, "prompts", prompts, "at least one")
-        return self._begin(prompts, self.encode(prompts), n)
+        return self.begin_tokens(prompts, self.encode(prompts), n)
 
-    def _begin(self, prompts: Sequence[Prompt], ids: list[list[int]], n: int) -> TextState:
+    def begin_tokens(self, prompts: Sequence[Prompt], ids: list[list[int]], n: int) -> TextState:
+        """The state after prompts that are tokens already; prompt edits do nothing to them."""
         tracks, cost = self._tracks(ids, n)
         exact = not (self.mounted(HiddenEdit) or self.mounted(PromptEdit))
         state = begin(prompts, n, self.columns, tracks, cost, exact)
@@ -440,6 +441,12 @@ class TextProcess(Process):
         return log_likelihood(self, prompts, group, tokens)
 
     @torch.inference_mode()
+    def take(self, state: TextState, token: Tensor) -> TextState:
+        """The state after every row has taken its token `[N]`."""
+        state = self.read(state)
+        return self._taken(state, token, torch.ones_like(state.finished), self._account(state))
+
+    @torch.inference_mode()
     def score_tokens(self, ids: list[list[int]], tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Summed log-probability `[N]` of each row's `tokens` after its prompt `ids`, and whether every token is the
         likeliest at its place `[N]` bool, under all edits (numbered by row) but those of prompts, after processors and
@@ -449,7 +456,7 @@ class TextProcess(Process):
             return likelihoods(self, ids, tokens)
         width = max(1, max(map(len, tokens)))
         own = replace(self, decoding=replace(self.decoding, max_new_tokens=width, eos_token_id=(), stop=()), until=())
-        state = own._begin([""] * len(ids), ids, 1)
+        state = own.begin_tokens([""] * len(ids), ids, 1)
         greedy = torch.ones(len(ids), dtype=torch.bool)
         with own.session():
             for t in range(width):

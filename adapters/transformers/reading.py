@@ -84,3 +84,13 @@ def same_lengths(ids: Sequence[Sequence[int]], max_tokens: int) -> list[list[int
         step = max(1, max_tokens // length)
         batches += [rows[i : i + step] for i in range(0, len(rows), step)]
     return batches
+
+
+@torch.inference_mode()
+def token_readings(body: Body, ids: Sequence[int], first: int, layer: int, weight: Tensor, bias: float) -> Tensor:
+    """`h . weight + bias` `[T]` of the residual stream after block `layer` at each token from position `first` on."""
+    tokens = torch.tensor([list(ids)], device=body.device)
+    with body.recording([layer]) as seen:
+        body.read(tokens)
+    states = seen[layer][0, first:].float()
+    return (states @ weight.to(states.device) + bias).cpu()

@@ -11,6 +11,7 @@ from torch import Tensor
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.transformers import tracking
 from steer.adapters.transformers.body import Body
+from steer.adapters.transformers.hidden import HiddenProgram
 from steer.adapters.transformers.processing import Processing
 from steer.core import HiddenEdit, Mounted, Prompt, TransitionEdit
 from steer.sampling import laws
@@ -56,6 +57,17 @@ def sequence_logits(
         track, _ = tracking.start(body, [ids[i] for i in rows], edits, 1, hidden=False, new=width)
         logits = tracking.continuation_logits(track, target)
         yield rows, processed(process, [ids[i] for i in rows], logits, target), target, real
+
+
+@torch.inference_mode()
+def prompt_logits(body: Body, ids: Sequence[int], edits: Sequence[HiddenEdit]) -> Tensor:
+    """Logits `[T, V]` after each token of a prompt `ids`, under hidden edits that read nothing of it."""
+    tokens = torch.tensor([list(ids)], device=body.device)
+    position = torch.arange(len(ids), device=body.device).unsqueeze(0)
+    mounted = [(edit, None) for edit in edits]
+    plan = HiddenProgram.compile(mounted, body.info, [len(ids)], [None] * len(edits)) if edits else None
+    program = plan.chunk(position.cpu()) if plan else {}
+    return body.forward(tokens, None, position, body.new_cache(), program, keep=0)[0][0]
 
 
 def processed(process: Scored, ids: Sequence[Sequence[int]], logits: Tensor, target: Tensor) -> Tensor:

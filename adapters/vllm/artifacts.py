@@ -16,6 +16,7 @@ from steer import artifacts
 from steer.artifacts import Card
 from steer.core import Edit, InputError, ModelInfo, Scope, check
 from steer.edits import KINDS, load_edit
+from steer.hub import PREFIX, download
 from steer.methods.controller import Controller
 from steer.methods.operators import Probe
 from steer.methods.value import HeadValue, QHead, ValueGuidance
@@ -89,6 +90,8 @@ def read_artifact(source: str | Path | Edit) -> bytes:
     """The bytes of a file (also a GGUF control vector), or of an edit. Raises `InputError`."""
     if isinstance(source, Edit):
         return pack(source)
+    if isinstance(source, str) and source.startswith(PREFIX):
+        source = download(source)
     if str(source).endswith(".gguf"):
         return pack(load_edit(source))
     artifacts.read_card(source)
@@ -125,6 +128,7 @@ def _vector(edit: SteeringVector) -> tuple[dict[str, Tensor], Card]:
         "operator": edit.operator,
         "keep_norm": edit.keep_norm,
         "scope": scope_name(edit.scope),
+        **{name: float(x) for name, x in (("low", edit.low), ("high", edit.high)) if x is not None},
     }
     return tensors, Card("vector", dict(edit.model), sorted(edit.directions), settings, {"packed": True})
 
@@ -154,10 +158,8 @@ def _guidance(edit: ValueGuidance) -> tuple[dict[str, Tensor], Card]:
 
 def scope_name(scope: Scope) -> str:
     """The text that parses to `scope`. Raises `InputError` for bounds that have no name."""
-    for name in ("all", "prompt", "last", "generated", "reply", f"from:{max(scope.start, 0)}"):
-        if Scope.parse(name) == scope:
-            return name
-    raise InputError("scope", scope, Scope.NAMES)
+    check(scope.name is not None, "scope", scope, Scope.NAMES)
+    return str(scope.name)
 
 
 def _probes(tensors: Mapping[str, Tensor], kind: str) -> dict[int, Probe]:

@@ -31,6 +31,7 @@ from steer.core import (
     Samples,
     Site,
     TransitionEdit,
+    UnsupportedError,
     check,
     check_whole,
 )
@@ -374,6 +375,35 @@ class VLLMProcess(Process):
             start = len(ids[int(group[i])])
             total[i] = sum(output.prompt_logprobs[t][row[t]].logprob for t in range(start, len(row)))
         return total
+
+    def score_tokens(self, ids: list[list[int]], tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Summed log-probability `[N]` of each row's `tokens` after its prompt `ids`, and whether every token is the
+        likeliest at its place `[N]` bool, at temperature 1 under hidden edits (numbered by row), in one pass.
+
+        Raises `UnsupportedError` for edits that act on the next token, whose law vLLM does not apply to a prompt, and
+        for those that have to read the prompt first.
+        """
+        from vllm import SamplingParams
+
+        asked = [self._inside(i) for i in range(len(ids))]
+        transitions = any(isinstance(edit, TransitionEdit) for edit, _ in self.edits)
+        allowed = "under vLLM edits of hidden states without gates are scored; use engine=transformers"
+        if transitions or any(self._reads(mine) for mine in asked):
+            raise UnsupportedError(f"score: {allowed}")
+        whole = [[*row, *mine] for row, mine in zip(ids, tokens, strict=True)]
+        check_lengths(whole, 1, self.model.context_length)
+        params = []
+        for row, mine in zip(ids, asked, strict=True):
+            inside = Inside(tuple(mine), prompt_length=len(row))
+            extra = {"extra_args": {"steer": inside}} if mine else {}
+            params.append(SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, **extra))
+        outputs = self._client.draw([_tokens_prompt(row) for row in whole], params)
+        total, greedy = torch.zeros(len(ids), dtype=torch.float64), torch.ones(len(ids), dtype=torch.bool)
+        for i, (row, output) in enumerate(zip(whole, outputs, strict=True)):
+            found = [output.prompt_logprobs[t][row[t]] for t in range(len(ids[i]), len(row))]
+            total[i] = sum(x.logprob for x in found)
+            greedy[i] = all(x.rank == 1 for x in found)
+        return total, greedy
 
 
 @contextmanager

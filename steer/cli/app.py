@@ -35,9 +35,12 @@ evaluation = typer.Typer(
     help="Measure edits, samplers, rewards and policies: each a page, a table and a recipe.", no_args_is_help=True
 )
 app.add_typer(models, name="models")
+imports = typer.Typer(help="Make artifacts of what other tools wrote.", no_args_is_help=True)
 app.add_typer(evaluation, name="eval")
+app.add_typer(imports, name="import")
 app.add_typer(train, name="train")
 
+_LM_EVAL = "$ steer lm-eval --model smollm2-135m --edit calm.safetensors:0.15 --tasks arc_easy --limit 100"
 Edits = Annotated[Path, typer.Argument(metavar="FILE", help="An artifact.")]
 
 
@@ -148,6 +151,24 @@ def explain_topic(
     typer.echo(explain(topic) if topic else "steer help TOPIC, with one of: " + ", ".join(topics()))
 
 
+@app.command(
+    "lm-eval", context_settings={**_HELP, "ignore_unknown_options": True, "allow_extra_args": True}, epilog=_LM_EVAL
+)
+def lm_eval(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="As everywhere; `steer` where --model_args names it.")] = "smollm2-135m",
+    edit: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[:STRENGTH][:KEY=VALUE]", help="An edit; repeatable.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """EleutherAI's lm-evaluation-harness over a steered model; all other options are the harness's own."""
+    from steer.cli.harness import lm_eval as run_harness
+
+    run_harness(model, edit or [], engine, dtype, context.args)
+
+
 @app.command("recipes")
 def list_recipes() -> None:
     """Recipes that come with steer."""
@@ -242,6 +263,39 @@ def export(
     from steer.cli.export import export_vector
 
     typer.echo(export_vector(file, out, layers, hint))
+
+
+@app.command()
+def push(
+    file: Edits,
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="A repository of models, made if it is new.")],
+    name: Annotated[str | None, typer.Option(help="Of the file there; default: its own.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Of a repository that is made.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A `steer eval strength` whose table goes on the page.")
+    ] = None,
+) -> None:
+    """Share an artifact on the Hugging Face hub, with a page that says what it is; prints its address."""
+    from steer.cli.sharing import push as share
+
+    typer.echo(share(file, repository, name, private, report))
+
+
+@imports.command("sae")
+def import_sae(
+    source: Annotated[Path, typer.Argument(metavar="DIR or FILE", help="SAELens: cfg.json; Gemma Scope: params.npz.")],
+    model: Annotated[str, typer.Option(metavar="MODEL", help="The model that it was trained on.")],
+    feature: Annotated[int, typer.Option(help="The feature's number, from 0.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Where the vector goes.")],
+    layer: Annotated[
+        int | None, typer.Option(help="The block after which it acts, where the files do not say.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over a file that is there.")] = False,
+) -> None:
+    """A feature of a sparse autoencoder as a steering vector: its row of the decoder."""
+    from steer.cli.sharing import import_feature
+
+    typer.echo(import_feature(source, model, feature, out, layer, overwrite))
 
 
 @app.command()

@@ -131,7 +131,7 @@ def strength(options: StrengthOptions, coming: Coming = frozenset()) -> Run:
 
 def distance(options: DistanceOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to compare samplers."""
-    from steer.measure.compare import Problem, methods_by_name
+    from steer.measure.compare import OLD_NAMES, Problem, methods_by_name
     from steer.measure.compare import compare as measure
     from steer.pictures.charts import draw_curves, draw_methods
 
@@ -141,6 +141,7 @@ def distance(options: DistanceOptions, coming: Coming = frozenset()) -> Run:
     check(bool(tasks), "task", options.task, "at least one")
     for task in tasks:
         check_reward(parse_reward(task.reward), images=True)
+    options = replace(options, method=[OLD_NAMES.get(name, name) for name in options.method])
     for name in options.method:
         check(name in methods_by_name(), "method", name, ", ".join(methods_by_name()))
     _positive(options, "outputs", "particles", "steps", "seeds", "pool")
@@ -245,7 +246,7 @@ def _by_method(options: SearchOptions) -> dict[str, dict[str, Any]]:
 
 def frontier(options: FrontierOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to compare methods by reward against KL."""
-    from steer.measure.frontier import SWEEPS
+    from steer.measure.frontier import SWEEPS, sweep_of
     from steer.measure.frontier import frontier as measure
     from steer.pictures.charts import draw_frontier
 
@@ -269,9 +270,13 @@ def frontier(options: FrontierOptions, coming: Coming = frozenset()) -> Run:
     check(min(kls) >= 0, "at_kl", options.at_kl, "numbers of 0 or more")
     strengths = numbers("strengths", options.strengths)
     edits = {text: checks.edit_maker(text, coming) for text in options.edit}
+    heads = {text: checks.edit_maker(text, coming) for text in options.guided}
+    betas = numbers("betas", options.betas)
+    check(min(betas) > 0, "betas", options.betas, "numbers above 0")
     ws = numbers("w", options.w)
     for folder in options.tuned:
-        check(folder in coming or (folder / "steer.json").is_file(), "tuned", str(folder), "the folder of a policy")
+        there = folder.absolute() in coming or (folder / "steer.json").is_file()
+        check(there, "tuned", str(folder), "the folder of a policy")
     names = [folder.name for folder in options.tuned]
     check(len({*names}) == len(names), "tuned", names, "folders of different names")
     checks.check_folder(options.out)
@@ -282,7 +287,9 @@ def frontier(options: FrontierOptions, coming: Coming = frozenset()) -> Run:
         from steer.methods.rlg import RLGuidance
 
         model = session.load(options)
-        methods: dict[str, Any] = {name: SWEEPS[name] for name in options.method}
+        methods: dict[str, Any] = {
+            name: [dict(s) for s in sweep_of(name, options.candidates)] for name in options.method
+        }
         drawn = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
         for folder in options.tuned:
             policy: Any = tuned_model(model, folder, False)
@@ -290,6 +297,9 @@ def frontier(options: FrontierOptions, coming: Coming = frozenset()) -> Run:
         for text, make in edits.items():
             edit: Any = make(model)
             methods[Path(text.partition(":")[0]).stem] = [{"edits": replace(edit, strength=x)} for x in strengths]
+        for text, make in heads.items():
+            head = make(model)
+            methods[Path(text.partition(":")[0]).stem] = [{"edits": head, "beta": beta} for beta in betas]
         methods |= {f"system: {text[:40]}": [{"system": text}] for text in options.system}
         found = measure(
             model,
@@ -301,6 +311,7 @@ def frontier(options: FrontierOptions, coming: Coming = frozenset()) -> Run:
             also=options.also,
             seed=options.seed,
             progress=session.progress,
+            on_point=lambda some: replace(some, kls=tuple(kls)).write(options.out),
             **drawn,
         )
         found = replace(found, kls=tuple(kls))

@@ -385,6 +385,10 @@ class FrontierOptions(EvalOptions):
         list[str], typer.Option(metavar="FILE[:KEY=VALUE]", help="An edit, swept over --strengths; repeatable.")
     ] = field(default_factory=list)
     strengths: Annotated[str, typer.Option(metavar="A,B,...", help="Of every --edit.")] = "0.05,0.1,0.15,0.2"
+    guided: Annotated[
+        list[str], typer.Option(metavar="FILE[:KEY=VALUE]", help="A value head, at each of --betas; repeatable.")
+    ] = field(default_factory=list)
+    betas: Annotated[str, typer.Option(metavar="A,B,...", help="KL coefficients of every --guided.")] = "1,0.25,0.0625"
     system: Annotated[
         list[str], typer.Option(metavar="TEXT", help="A system prompt that asks for the same; repeatable.")
     ] = field(default_factory=list)
@@ -549,6 +553,10 @@ class ServeOptions(ListenOptions):
     recipe: Annotated[
         str | None, typer.Option(metavar="RECIPE", help="Steer as its last generate job does where nothing is asked.")
     ] = None
+    preset: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=FILE[:STRENGTH]", help="A steered model of its own, MODEL:NAME; repeatable."),
+    ] = field(default_factory=list)
     allow_reward: Annotated[
         list[str], typer.Option(metavar="[NAME=]REWARD", help="A reward that requests may name; repeatable.")
     ] = field(default_factory=list)

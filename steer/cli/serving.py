@@ -18,10 +18,11 @@ from steer.cli.session import Run, Session
 from steer.cli.values import pairs, typed
 from steer.core import SteerError, check
 from steer.edits import split_spec
+from steer.hub import PREFIX, download
 from steer.methods.samplers import SAMPLERS
 from steer.serving.limits import Limits
 from steer.serving.reward_store import Rewards
-from steer.serving.wire import EditRequest, SteerRequest, is_loopback
+from steer.serving.wire import NAME, EditRequest, SteerRequest, is_loopback
 
 if TYPE_CHECKING:
     from steer.serving.engine import Engine
@@ -58,6 +59,7 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
     checks.check_model(options)
     checks.check_causal(options)
     checks.check_generation_config(options.generation_config)
+    presets, files = _presets(options.preset)
     rewards = Rewards(options.allow_reward, options.artifacts)
     if default is not None and default.request.reward is not None:
         rewards.parse(default.request.reward)
@@ -75,7 +77,8 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
         app = create_app(
             engine,
             artifacts=options.artifacts,
-            files=() if default is None else default.files,
+            files=tuple(dict.fromkeys([*(() if default is None else default.files), *files])),
+            presets=presets,
             keys=keys,
             local=is_loopback(options.host),
             origins=options.allow_origin,
@@ -214,8 +217,27 @@ def default_steering(job: GenerateOptions) -> Default:
     return Default(job.model, request, tuple(path for _, path in edits))
 
 
+def _presets(given: list[str]) -> tuple[dict[str, SteerRequest], list[Path]]:
+    """`NAME=FILE[:STRENGTH][:KEY=VALUE]` as steering by name, several edits where a name comes again; and the files.
+    Raises `InputError`.
+    """
+    edits: dict[str, list[dict[str, Any]]] = {}
+    files: list[Path] = []
+    for text in given:
+        name, equals, spec = text.partition("=")
+        check(bool(equals) and NAME.fullmatch(name) is not None, "preset", text, "NAME=FILE[:STRENGTH][:KEY=VALUE]")
+        made, path = _edit(spec)
+        edits.setdefault(name, []).append(made)
+        files.append(path)
+    names = {path.stem: path for path in files}
+    twice = [str(path) for path in files if names[path.stem] != path]
+    check(not twice, "preset", twice, "files of different names")
+    return {name: SteerRequest.parse({"edits": mine}) for name, mine in edits.items()}, files
+
+
 def _edit(text: str) -> tuple[dict[str, Any], Path]:
     path, strength, options = split_spec(text)
+    path = str(download(path)) if path.startswith(PREFIX) else path
     check(Path(path).is_file(), "edit", path, "a file that is there")
     hints = {k: v for k, v in get_type_hints(EditRequest).items() if k in EditRequest.model_fields}
     del hints["name"], hints["strength"]

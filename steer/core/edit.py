@@ -90,13 +90,14 @@ class Scope:
     start_at_reply: bool = False
     stop_at_reply: bool = False
 
-    NAMES: ClassVar[str] = "all, prompt, last, generated, reply, from:K"
+    NAMES: ClassVar[str] = "all, prompt, last, generated, reply, from:K, first:N"
 
     @classmethod
     def parse(cls, text: str | Scope) -> Scope:
         """`all`; `prompt`; `last` (the last prompt position, which chooses the first token); `generated` (positions
         of generated tokens, so from the second token on); `reply` (last + generated: every choice of a token);
-        `from:K` (absolute position K and later).
+        `from:K` (absolute position K and later); `first:N` (the choices of the first N generated tokens: the last
+        prompt position and the N - 1 after it).
         """
         if isinstance(text, Scope):
             return text
@@ -109,13 +110,22 @@ class Scope:
         }
         if text in named:
             return named[text]
-        kind, _, position = str(text).partition(":")
-        check(kind == "from" and position.isdecimal() and len(position) <= 9, "scope", text, cls.NAMES)
-        return cls(start=int(position))
+        kind, _, number = str(text).partition(":")
+        good = kind in ("from", "first") and number.isascii() and number.isdecimal() and len(number) <= 9
+        check(good and (kind == "from" or int(number) >= 1), "scope", text, cls.NAMES)
+        if kind == "from":
+            return cls(start=int(number))
+        return cls(start=-1, stop=int(number) - 1, start_at_reply=True, stop_at_reply=True)
+
+    @property
+    def name(self) -> str | None:
+        """The text that parses to it; None for bounds that have none."""
+        names = ["all", "prompt", "last", "generated", "reply", f"from:{max(self.start, 0)}"]
+        names += [f"first:{self.stop + 1}"] if self.stop is not None and self.stop >= 0 else []
+        return next((name for name in names if Scope.parse(name) == self), None)
 
     def __str__(self) -> str:
-        named = (name for name in ("all", "prompt", "last", "generated", "reply") if self == Scope.parse(name))
-        return next(named, f"from:{self.start}" if self == Scope(start=self.start) else repr(self))
+        return self.name or repr(self)
 
     def bounds(self, prompt_length: int) -> tuple[int, float]:
         """`(start, stop)` for a prompt of this length; `stop` is infinite where the scope has no end."""

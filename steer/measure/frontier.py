@@ -23,7 +23,7 @@ from steer.model import Model, as_prompts
 from steer.progress import ticking
 from steer.rewards import as_reward
 
-__all__ = ["SWEEPS", "Frontier", "Point", "frontier"]
+__all__ = ["SWEEPS", "Frontier", "Point", "frontier", "sweep_of"]
 
 SWEEPS: dict[str, list[dict[str, Any]]] = {
     "best-of-n": [{"sampler": "best-of-n", "n": n} for n in (2, 4, 8, 16)],
@@ -177,6 +177,7 @@ def frontier(
     also: Sequence[Reward | str] = (),
     seed: int = 0,
     progress: bool = False,
+    on_point: Callable[[Frontier], None] | None = None,
     **settings: Any,
 ) -> Frontier:
     """Generate by every method at every strength, and measure reward and KL.
@@ -190,6 +191,7 @@ def frontier(
         n: samples of the base model, and of methods that are edits, for each prompt.
         candidates: texts that every setting draws for each prompt, in place of `n`, so that all cost the same: a
             best-of-4 runs `candidates / 4` times.
+        on_point: sees what is there after every point.
         also: rewards that are measured on the same texts and that no method aims at.
         settings: of every call of `generate`, such as `max_new_tokens` and `temperature`.
 
@@ -197,7 +199,7 @@ def frontier(
     """
     prompts = as_prompts(prompts)
     check(len(prompts) >= 2, "prompts", f"{len(prompts)} prompts", "at least 2: intervals are over prompts")
-    sweeps = _sweeps(methods)
+    sweeps = _sweeps(methods, candidates)
     scored = as_reward(reward)
     check(scored is not None, "reward", reward, "a reward, an expression or a function")
     others = {str(one): one.bind(model) for given in also if (one := as_reward(given)) is not None}
@@ -220,6 +222,8 @@ def frontier(
                 if method in SWEEPS and "beta" in own:
                     own["beta"] = max(own["beta"] * spread, 1e-6)
                 points.append(point(method, own, runs[id(given)])[0])
+                if on_point is not None:
+                    on_point(Frontier(points, candidates))
                 tick(1)
     return Frontier(points, candidates)
 
@@ -237,11 +241,26 @@ def _runs(own: Mapping[str, Any], candidates: int | None) -> int:
     return candidates // drawn
 
 
-def _sweeps(methods: Any) -> dict[str, list[dict[str, Any]]]:
+def sweep_of(name: str, candidates: int | None = None) -> list[dict[str, Any]]:
+    """A sweep by its name; of `candidates` texts for each prompt where they are given: best-of-n over ever smaller
+    shares of them, one population of all, trees of half and of all.
+    """
+    if candidates is None:
+        return SWEEPS[name]
+    if name == "best-of-n":
+        return [{"sampler": name, "n": n} for n in (2, 4, 8, 16, 32, 64) if n <= candidates]
+    if name == "dts-star":
+        return [{"sampler": name, "rollouts": n, "batch": min(n, 8)} for n in (candidates // 2, candidates) if n]
+    if name == "fk":
+        return [{**setting, "num_particles": candidates} for setting in SWEEPS[name]]
+    return [setting for setting in SWEEPS[name] if setting["num_candidates"] <= candidates]
+
+
+def _sweeps(methods: Any, candidates: int | None) -> dict[str, list[dict[str, Any]]]:
     if not isinstance(methods, Mapping):
         for name in methods:
             check(name in SWEEPS, "methods", name, f"{', '.join(SWEEPS)}, or settings of generate by a name")
-        return {name: SWEEPS[name] for name in methods}
+        return {name: [dict(s) for s in sweep_of(name, candidates)] for name in methods}
     for name, sweep in methods.items():
         fits = isinstance(sweep, Sequence) and bool(sweep) and all(isinstance(s, Mapping) for s in sweep)
         check(

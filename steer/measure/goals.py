@@ -187,10 +187,10 @@ def uniform_weights(points: Tensor, generator: torch.Generator) -> tuple[Tensor,
     def loss() -> Tensor:
         fit.zero_grad()
         value = torch.nn.functional.binary_cross_entropy_with_logits(features @ w, label) + 1e-6 * w.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
-    fit.step(loss)  # type: ignore[no-untyped-call]
+    fit.step(loss)
     odds = (features @ w).detach()
     mine, theirs = odds[: len(points)], odds[len(points) :]
     weights = torch.softmax(mine, 0)

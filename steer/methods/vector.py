@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -60,6 +61,8 @@ class SteeringVector(HiddenEdit):
         token_probes: `{layer: Probe}`; steer only positions on which that layer's probe fires.
         references: `{layer: [D]}`, the second axis of the plane for `rotate`: the mean state that it was fitted around.
         model: the card's entry of the model that the vector belongs to.
+        low, high: of `clamp`, an interval in `unit` that the component along the direction is moved into; one alone
+            leaves the other side open. Without them it is set to `strength`.
     """
 
     directions: Mapping[int, Tensor]
@@ -72,8 +75,11 @@ class SteeringVector(HiddenEdit):
     token_probes: Mapping[int, Probe] = field(default_factory=dict)
     references: Mapping[int, Tensor] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
+    low: float | None = None
+    high: float | None = None
 
     def __post_init__(self) -> None:
+        self._check_bounds()
         check(bool(self.directions), "directions", {}, "a direction for at least one layer")
         check(self.operator in OPERATORS, "operator", self.operator, ", ".join(OPERATORS))
         check(self.unit in ("norm", "raw"), "unit", self.unit, "norm, raw")
@@ -91,6 +97,14 @@ class SteeringVector(HiddenEdit):
         if self.operator == "rotate":
             missing = sorted(set(self.directions) - set(self.references))
             check(not missing, "operator", "rotate", f"references for layers {missing}: fit the vector with steer")
+
+    def _check_bounds(self) -> None:
+        given = {name: x for name, x in (("low", self.low), ("high", self.high)) if x is not None}
+        for name, x in given.items():
+            check(self.operator == "clamp", name, x, "unset: a bound of operator clamp")
+            check(isinstance(x, int | float) and abs(x) < float("inf"), name, x, "a finite number")
+            check(self.strength == 1, "strength", self.strength, "1 beside low and high, which say it all")
+        check(len(given) < 2 or given["low"] <= given["high"], "low", self.low, f"at most high, {self.high}")
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -132,11 +146,17 @@ class SteeringVector(HiddenEdit):
         elif self.operator == "ablate":
             made = Ablate(unit, self.strength)
         elif self.operator == "clamp":
-            made = Clamp(unit, self.strength * scale, self.strength * scale)
+            made = Clamp(unit, *self._interval(scale))
         else:
             made = Rotate(unit, self.references[layer].float(), self.strength)
         made = KeepNorm(made) if self.keep_norm and self.operator != "rotate" else made
         return Where(self.token_probes[layer], made) if layer in self.token_probes else made
+
+    def _interval(self, scale: float) -> tuple[float, float]:
+        if self.low is None and self.high is None:
+            return self.strength * scale, self.strength * scale
+        low = -math.inf if self.low is None else self.low * scale
+        return low, math.inf if self.high is None else self.high * scale
 
     @property
     def _share(self) -> float:

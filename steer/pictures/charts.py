@@ -206,7 +206,7 @@ def draw_frontier(found: Frontier, path: Path | str | None = None, *, ax: Any = 
     """
     panels: list[tuple[str, Callable[[Any], tuple[float, float]]]] = [("mean reward, 95% interval", lambda p: p.reward)]
     for name in found.points[0].also:
-        panels.append((f"{name}: nobody aims at it", lambda p, name=name: interval(p.also[name])))  # type: ignore[misc]
+        panels.append((f"{name}: nobody aims at it", _beside(name)))
     size, left = (3 + 5.5 * len(panels), 5.4), 0.09 if len(panels) == 1 else 0.06
     title = "Reward against drift from the base model"
     with _plate(path, ax, len(panels), size, title, left=left, right=0.97, top=0.8, bottom=0.17) as axes:
@@ -223,6 +223,11 @@ def draw_frontier(found: Frontier, path: Path | str | None = None, *, ax: Any = 
         if unknown:
             place = {"xycoords": "axes fraction", "xytext": (0, -42), "textcoords": "offset points"}
             axes[0].annotate(f"KL not known: {', '.join(unknown)}", (0, 0), fontsize=8, color=FAINT, **place)
+
+
+def _beside(name: str) -> Callable[[Any], tuple[float, float]]:
+    """What reads a reward that was measured beside, with half of its interval."""
+    return lambda point: interval(point.also[name])
 
 
 def draw_methods(found: Comparison, path: Path | str) -> None:

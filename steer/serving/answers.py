@@ -247,7 +247,10 @@ class Completion(Answer):
         return CompletionLogprobs(
             tokens=[t.token for t in tokens],
             token_logprobs=[t.logprob for t in tokens],
-            top_logprobs=[{o.token: o.logprob for o in (*t.top, t)} for t in tokens],
+            top_logprobs=[
+                None if t.logprob is None else {o.token: o.logprob for o in (*t.top, t) if o.logprob is not None}
+                for t in tokens
+            ],
             text_offset=offsets,
         )
 

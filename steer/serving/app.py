@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -43,6 +43,7 @@ def create_app(
     default: SteerRequest | None = None,
     unsaid: Sampling | None = None,
     names: Sequence[str] = (),
+    presets: Mapping[str, SteerRequest] | None = None,
     alone: bool = True,
 ) -> FastAPI:
     """An OpenAI-compatible application.
@@ -59,6 +60,7 @@ def create_app(
         default: steering of requests that ask for none.
         unsaid: how tokens are drawn where a request does not say; default: by the whole law at temperature 1.
         names: further names of the model.
+        presets: steering by name, each of which is a model `NAME:PRESET` of its own, for clients that send no more.
         alone: False leaves the models, health and metrics to a server that this application is part of; its own metrics
             are at `/v1/steer/metrics`.
     """
@@ -70,9 +72,11 @@ def create_app(
     metrics = Metrics(engine, gate, store)
     tasks = Tasks(store, rewards or Rewards(folder=artifacts), limits, default, engine.own_edits, unsaid or Sampling())
     reading = ThreadPoolExecutor(1, "steer-files")
-    server = Server(
-        engine, store, tasks, gate, metrics, reading, int(time.time()), tuple(dict.fromkeys((engine.name, *names)))
-    )
+    steered = {f"{engine.name}:{name}": asked for name, asked in (presets or {}).items()}
+    known = tuple(dict.fromkeys((engine.name, *names, *steered)))
+    for name, asked in steered.items():
+        tasks.check_edits(asked, f"preset {name}")
+    server = Server(engine, store, tasks, gate, metrics, reading, int(time.time()), known, steered)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

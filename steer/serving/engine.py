@@ -104,6 +104,8 @@ class Task:
     steering: Steering | None = None
     stream: bool = False
     """Whether text is wanted as it comes; otherwise a choice's text arrives in one piece."""
+    echo: bool = False
+    """Whether a choice begins with its prompt."""
 
 
 # ---------------------------------------------------------------------------------------------------------- answered
@@ -114,7 +116,8 @@ class TokenLogprob:
     """A drawn token under the model's own law (hidden edits included, temperature 1, nothing truncated)."""
 
     token: str
-    logprob: float
+    logprob: float | None
+    """None of the first token of a prompt, which follows nothing."""
     bytes: tuple[int, ...]
     top: tuple[TokenLogprob, ...] = ()
 

@@ -214,7 +214,7 @@ class CompletionRequest(_Common):
         | Annotated[list[Annotated[list[Count], Field(min_length=1)]], Field(min_length=1)]
     )
     logprobs: Annotated[Count, Field(ge=0, le=5)] | None = None
-    echo: Literal[False] | None = None
+    echo: StrictBool | None = Field(default=None, description="Begin with the prompt, with its logprobs where asked.")
     suffix: None = Field(default=None, description="Not supported.")
     best_of: Literal[1] | None = Field(default=None, description="Use steer.sampler best-of-n.")
 
@@ -328,8 +328,8 @@ class ChatAnswer(BaseModel):
 
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from steer.serving.artifact_store import Store
 from steer.serving.engine import Engine
 from steer.serving.gate import Gate
 from steer.serving.metrics import Metrics
 from steer.serving.tasks import Tasks
+from steer.serving.wire import SteerRequest
 
 __all__ = ["Server"]
 
@@ -30,3 +32,5 @@ class Server:
     created: int
     names: tuple[str, ...]
     """What requests may call the model; the first is its own."""
+    presets: Mapping[str, SteerRequest] = field(default_factory=dict)
+    """Steering of the names that stand for a steered model."""

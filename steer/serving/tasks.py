@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, get_type_hints
 
@@ -57,7 +57,18 @@ class Tasks:
     def completion(self, request: CompletionRequest) -> Task:
         """Raises `InputError` that names the field, and `TooLargeError`."""
         wanted = _COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
-        return self._task(request, _prompts(request.prompt), wanted, request.logprobs)
+        task = self._task(request, _prompts(request.prompt), wanted, request.logprobs)
+        searches = task.steering is not None and task.steering.sampler is not None
+        check(not (request.echo and searches), "echo", request.echo, "unset with a sampler that chooses")
+        return replace(task, echo=bool(request.echo))
+
+    def check_edits(self, asked: SteerRequest, where: str) -> None:
+        """Raise `InputError` where an edit is not registered."""
+        for i in range(len(asked.edits)):
+            try:
+                self._edit(asked, i)
+            except InputError as error:
+                raise InputError(where, error.given, error.allowed) from error
 
     def _task(
         self, request: Any, prompts: tuple[Prompt | TokenPrompt, ...], wanted: int | None, logprobs: int | None

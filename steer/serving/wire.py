@@ -130,6 +130,8 @@ class EditRequest(_Strict):
     operator: Word | None = None
     unit: Word | None = None
     keep_norm: bool | None = None
+    low: Strength | None = None
+    high: Strength | None = None
     threshold: Strength | None = None
     beta: Beta | None = None
     top_k: Count | None = None

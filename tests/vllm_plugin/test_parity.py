@@ -8,7 +8,7 @@ import pytest
 import torch
 from vllm_tools import DEPTH, PROMPTS, WIDTH, controller, directions, each, greedy, vector
 
-from steer import Gate, SteeringVector
+from steer import Gate, SteeringVector, UnsupportedError
 from steer.methods.operators import Probe
 
 
@@ -31,7 +31,7 @@ def test_the_engine_knows_its_model(engine: Any, reference: Any) -> None:
     assert torch.allclose(ours.residual_norms(), theirs.residual_norms(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("scope", ["all", "prompt", "last", "generated", "reply", "from:5", "from:40"])
+@pytest.mark.parametrize("scope", ["all", "prompt", "last", "generated", "reply", "from:5", "from:40", "first:3"])
 def test_scopes(scope: str, engine: Any, reference: Any) -> None:
     steering = vector(0.5 if scope in ("prompt", "last") else 0.3, scope=scope)
     agrees(engine, reference, [steering, None, steering, steering], new=28)
@@ -42,12 +42,23 @@ def test_scopes(scope: str, engine: Any, reference: Any) -> None:
     [
         {"operator": "ablate", "strength": 1.0},
         {"operator": "clamp", "strength": 0.5},
+        {"operator": "clamp", "strength": 1.0, "low": 0.2, "high": 0.5},
+        {"operator": "clamp", "strength": 1.0, "high": -0.4},
         {"operator": "clamp", "strength": 0.5, "keep_norm": True},
         {"operator": "add", "strength": 0.4, "keep_norm": True},
         {"operator": "rotate", "strength": 60.0, "references": directions(range(10, 20), 1)},
         {"strength": 0.4, "token_probes": {12: Probe(directions([12], 2)[12], 0.0)}},
     ],
-    ids=["ablate", "clamp", "clamp-keep-norm", "add-keep-norm", "rotate", "token-probe"],
+    ids=[
+        "ablate",
+        "clamp",
+        "clamp-interval",
+        "clamp-above",
+        "clamp-keep-norm",
+        "add-keep-norm",
+        "rotate",
+        "token-probe",
+    ],
 )
 def test_operators(settings: dict[str, Any], engine: Any, reference: Any) -> None:
     strong = vector(settings["strength"], **{k: v for k, v in settings.items() if k != "strength"})
@@ -191,3 +202,16 @@ def test_a_name_registered_again_is_another_edit(engine: Any, reference: Any) ->
     assert (
         greedy(engine, prompt, engine.edit("changing", 0.5), 8).tokens == greedy(reference, prompt, stronger, 8).tokens
     )
+
+
+def test_scores_of_given_texts(engine: Any, reference: Any) -> None:
+    """Log-probabilities of given texts in one mixed batch, whose scopes count from the prompt; others are refused."""
+    texts = [" quiet and blue.", " bright.", " of four rooms.", " oak tree"]
+    edits = [[vector(0.4)], None, [vector(0.4, scope="generated")], [vector(0.3, scope="reply"), vector(0.2, seed=2)]]
+    ours, theirs = (model.score(PROMPTS, texts, edits=edits) for model in (engine, reference))
+    assert (ours.log_prob - theirs.log_prob).abs().max() < 2e-3
+    assert ours.greedy.tolist() == theirs.greedy.tolist() and ours.tokens.tolist() == theirs.tokens.tolist()
+    plain = reference.score(PROMPTS, texts)
+    assert (theirs.log_prob - plain.log_prob).abs()[[0, 2, 3]].min() > 1e-3
+    with pytest.raises(UnsupportedError, match="without gates"):
+        engine.score(PROMPTS[0], [" blue"], edits=vector(gate=Gate(Probe(torch.ones(WIDTH)), 9)))

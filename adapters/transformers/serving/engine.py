@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from steer.adapters.language.serving import ServedModel
 from steer.adapters.transformers.serving.columns import Columns, ColumnsTicket, Opened, Traced
+from steer.adapters.transformers.serving.echo import echoes, with_echo
 from steer.adapters.transformers.serving.preparing import Prepared, Preparer
 from steer.adapters.transformers.serving.scheduler import Scheduler
 from steer.adapters.transformers.serving.tickets import Ticket
@@ -56,7 +58,16 @@ class TransformersEngine(ServedModel[Prepared]):
         )
 
     def run(self, prepared: Prepared) -> AsyncGenerator[Event]:
-        return self._relayed(lambda emit: Ticket(prepared, emit))
+        events = self._relayed(lambda emit: Ticket(prepared, emit))
+        return self._echoed(prepared, events) if prepared.task.echo else events
+
+    async def _echoed(self, prepared: Prepared, events: AsyncGenerator[Event]) -> AsyncGenerator[Event]:
+        told = [event async for event in self.run_work(lambda tell: echoes(self.model, prepared))]
+        prompts = next(event.value for event in told if isinstance(event, Done))
+        texts = [self.model.tokenizer.decode(list(ids)) for ids in prepared.ids]
+        async with aclosing(with_echo(prepared, texts, prompts, events)) as every:
+            async for event in every:
+                yield event
 
     def run_columns(self, columns: Columns) -> AsyncGenerator[Event | Opened | Traced]:
         """Write columns beside each other: `Opened`, a `Traced` for each token, `Ended` for each column, `Finished`."""

@@ -16,7 +16,7 @@ from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.model import check_ids, check_lengths
 from steer.adapters.transformers.process import TextProcess
 from steer.adapters.transformers.state import TextState
-from steer.core import Edit, HiddenEdit, Prompt, TransitionEdit
+from steer.core import Edit, HiddenEdit, Prompt, TransitionEdit, UnsupportedError
 from steer.edits import load_edit
 from steer.methods.value import HeadValue, ValueGuidance
 from steer.serving.engine import NamedEdit, Steering
@@ -92,6 +92,9 @@ class Preparer(language.Preparer[Prepared]):
     def check_edits(self, made: Prepared) -> None:
         for edit in made.edits:
             made.process.edited(edit)
+        if made.task.echo and (made.guided or any(edit.reads for edit in made.hidden)):
+            allowed = "edits of hidden states without gates; others have no law of the prompt's tokens"
+            raise UnsupportedError(f"echo: {allowed}")
 
     # ---- artifacts
 

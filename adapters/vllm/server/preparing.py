@@ -12,7 +12,7 @@ from steer.adapters.language.model import check_lengths
 from steer.adapters.vllm.model import VLLMModel
 from steer.adapters.vllm.plugin.requests import Inside
 from steer.adapters.vllm.process import Named, VLLMProcess, VLLMState
-from steer.core import InputError, Prompt, Samples, check
+from steer.core import InputError, Prompt, Samples, UnsupportedError, check
 from steer.serving.engine import NamedEdit, Sampling, Steering
 from steer.serving.requests import AGAIN, Request, edit_errors, token_ids
 
@@ -94,7 +94,14 @@ class Preparer(language.Preparer[Prepared]):
         return process
 
     def check_edits(self, made: Prepared) -> None:
-        self.model.front.parse(Inside(tuple(edit.request for edit in made.edits)))
+        asked = Inside(tuple(edit.request for edit in made.edits))
+        self.model.front.parse(asked)
+        if made.task.echo and (
+            any(e.guides for e in made.edits) or any(e.reads for e in self.model.front.hidden(asked))
+        ):
+            raise UnsupportedError(
+                "echo: edits of hidden states without gates; others have no law of the prompt's tokens"
+            )
 
     def check_sampling(self, sampling: Sampling) -> None:
         if sampling.logprobs is None:

@@ -40,9 +40,12 @@ class Choice:
         """Draw it to its end, emitting text as it comes where the task streams, and whole in the end where not."""
         prepared = self._prepared
         prompt = {"prompt_token_ids": list(prepared.ids[self.number // prepared.task.n])}
-        reason = None
+        reason, echoed = None, False
         async with aclosing(client.stream(prompt, self._params())) as outputs:
             async for output in outputs:
+                if prepared.task.echo and not echoed:
+                    echoed = True
+                    self._echo(output)
                 completion = output.outputs[0]
                 reason = completion.finish_reason
                 self._take(completion)
@@ -54,6 +57,16 @@ class Choice:
     def ended(self, reward: float | None, kl: float | None) -> Ended:
         """Its last event."""
         return Ended(self.number, self.reason, len(self.tokens), reward, kl)
+
+    def _echo(self, output: Any) -> None:
+        """Show the prompt, with what the engine says of its tokens."""
+        ids, wanted = list(output.prompt_token_ids), self._prepared.sampling.logprobs
+        named: list[TokenLogprob] = []
+        if wanted is not None:
+            named = [TokenLogprob(*_spelled(self._model.tokenizer, ids[0], None))]
+            steps = zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+            named += [named_logprob(self._model.tokenizer, t, s, wanted) for t, s in steps]
+        self._emit(Delta(self.number, self._model.tokenizer.decode(ids), tuple(named)))
 
     def _take(self, completion: Any) -> None:
         over = completion.finish_reason is not None
@@ -93,6 +106,7 @@ class Choice:
             presence_penalty=s.presence_penalty,
             logit_bias=dict(s.logit_bias) or None,
             logprobs=known if s.logprobs is None else s.logprobs,
+            prompt_logprobs=s.logprobs if prepared.task.echo else None,
             stop=list(s.stop),
             ignore_eos=True,
             stop_token_ids=list(self._model.eos_token_ids),
@@ -112,11 +126,15 @@ def named_logprob(tokenizer: Any, token: int, step: Any, count: int) -> TokenLog
     """A drawn token with its `count` likeliest rivals, from vLLM's dictionary of one step."""
 
     def named(token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
-        text, raw = token_text(tokenizer, token)
-        return TokenLogprob(text, max(logprob, -9999.0), raw, top)  # JSON has no -infinity
+        return TokenLogprob(*_spelled(tokenizer, token, max(logprob, -9999.0)), top)  # JSON has no -infinity
 
     rivals = sorted(step.items(), key=lambda item: item[1].rank)[:count]
     return named(token, step[token].logprob, tuple(named(t, entry.logprob) for t, entry in rivals))
+
+
+def _spelled(tokenizer: Any, token: int, logprob: float | None) -> tuple[str, float | None, tuple[int, ...]]:
+    text, raw = token_text(tokenizer, token)
+    return text, logprob, raw
 
 
 async def written(model: VLLMModel, client: Asynchronous, prepared: Prepared, emit: Emit) -> list[Choice]:

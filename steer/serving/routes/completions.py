@@ -73,6 +73,10 @@ async def _written(
     if body.model not in server.names:
         allowed = ", ".join(server.names)
         raise Refused(404, f"model: got {body.model!r}; allowed: {allowed}", "model", "model_not_found")
+    if (preset := server.presets.get(body.model)) is not None:
+        if body.steer is not None:
+            raise Refused(400, f"steer: got a field; allowed: none with model {body.model!r}, a preset", "steer")
+        body = body.model_copy(update={"steer": preset})
     job = await _Job.begin(server, body, read, kind)
     if job.task.stream:
         return _Stream(job)
@@ -117,7 +121,8 @@ class _Job:
 
         self.task, self.prepared = await asyncio.to_thread(work)
         usage = body.stream_options is not None and body.stream_options.include_usage
-        self.answer = kind(server.engine.name, self.task, usage)
+        named = body.model if body.model in server.presets else server.engine.name
+        self.answer = kind(named, self.task, usage)
         server.metrics.requests.labels(self.kind).inc()
 
     def end(self) -> None:

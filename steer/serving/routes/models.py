@@ -21,13 +21,13 @@ def router(server: Server) -> APIRouter:
     """What every server of OpenAI's kind has."""
     routes, engine = APIRouter(), server.engine
 
-    def model() -> Model:
-        return Model(id=engine.name, created=server.created, max_model_len=engine.context_length)
+    def model(name: str) -> Model:
+        return Model(id=name, created=server.created, max_model_len=engine.context_length)
 
     @routes.get("/v1/models", response_model=ModelList, responses=_DENIED, tags=["openai"])
     async def models() -> ModelList:
-        """The one model that is served."""
-        return ModelList(data=[model()])
+        """The model that is served, and its presets: the same model under edits of their own."""
+        return ModelList(data=[model(name) for name in (engine.name, *server.presets)])
 
     @routes.get(
         "/v1/models/{name:path}",
@@ -37,9 +37,10 @@ def router(server: Server) -> APIRouter:
     )
     async def one_model(name: str) -> Model:
         """One model."""
-        if name != engine.name:
-            raise Refused(404, f"model: got {name!r}; allowed: {engine.name}", "model", "model_not_found")
-        return model()
+        known = (engine.name, *server.presets)
+        if name not in known:
+            raise Refused(404, f"model: got {name!r}; allowed: {', '.join(known)}", "model", "model_not_found")
+        return model(name)
 
     @routes.get(
         "/health",
