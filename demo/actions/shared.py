@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -133,13 +133,15 @@ class Shared:
     @property
     def waiting(self) -> int:
         """Searches that run or wait."""
-        return self._line.length
+        return len(self._line)
 
-    @asynccontextmanager
-    async def line(self) -> AsyncIterator[None]:
-        """The line in which searches and images wait for each other; hold it while one runs."""
-        async with self._line:
-            yield
+    @contextmanager
+    def line(self) -> Iterator[AsyncIterator[str]]:
+        """A place in the line in which searches and images wait for each other, kept until the block ends. Gives what
+        to say until it is one's turn; nothing may be done before that has ended.
+        """
+        with self._line.place() as ahead:
+            yield _until_first(ahead)
 
     # ---- artifacts
 
@@ -200,26 +202,32 @@ class Shared:
 
 
 class Line:
-    """One after the other, with a length that can be seen."""
+    """One after the other, with a length that can be seen. Safe to use from several threads and event loops."""
 
     def __init__(self) -> None:
-        self.length = 0
-        self._locks: dict[int, asyncio.Lock] = {}
+        self._places: list[object] = []
 
-    def _lock(self) -> asyncio.Lock:
-        return self._locks.setdefault(id(asyncio.get_running_loop()), asyncio.Lock())
+    def __len__(self) -> int:
+        return len(self._places)
 
-    async def __aenter__(self) -> None:
-        self.length += 1
+    @contextmanager
+    def place(self) -> Iterator[Callable[[], int]]:
+        """The last place; gives a function that counts those before it."""
+        mine = object()
+        self._places.append(mine)
         try:
-            await self._lock().acquire()
-        except BaseException:
-            self.length -= 1
-            raise
+            yield lambda: self._places.index(mine)
+        finally:
+            self._places.remove(mine)
 
-    async def __aexit__(self, *error: object) -> None:
-        self.length -= 1
-        self._lock().release()
+
+async def _until_first(ahead: Callable[[], int]) -> AsyncIterator[str]:
+    shown = 0
+    while count := ahead():
+        if count != shown:
+            shown = count
+            yield f"In line: {count} before this one"
+        await asyncio.sleep(0.05)
 
 
 def pairs_of(preset: Preset) -> list[dict[str, str]]:
