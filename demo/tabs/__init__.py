@@ -26,7 +26,7 @@ from steer.demo.actions.shared import Shared
 from steer.demo.recipes import Recipe, encode
 from steer.demo.session import Visitor, Visitors
 
-__all__ = ["Opening", "Page", "note", "reproduce", "reproduced", "said", "shown_facts", "told"]
+__all__ = ["Opening", "Page", "note", "reproduce", "reproduced", "said", "shown_facts", "stopping", "told"]
 
 log = logging.getLogger("steer.demo")
 
@@ -117,6 +117,20 @@ def told(line: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return wrapped
 
     return wrapping
+
+
+def stopping(button: Any, line: Any, running: Sequence[Any]) -> None:
+    """Let a button stop what runs. What it has shown by then is kept."""
+
+    async def stopped() -> dict[str, Any]:
+        await asyncio.sleep(_LATE)
+        return said("Stopped. What was there by then is kept.")
+
+    button.click(stopped, None, line, cancels=list(running), api_name=False, queue=False, show_progress="hidden")
+
+
+_LATE = 0.4
+"""Seconds in which the last updates of what was stopped still arrive."""
 
 
 def shown_facts(facts: dict[str, Any]) -> list[list[str]]:

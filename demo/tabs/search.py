@@ -1,4 +1,4 @@
-"""The tab in which texts are searched for by a reward: candidates by score while they come, and what the search cost."""
+"""The tab in which texts are searched for by a reward: candidates while they come, and what the search cost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from steer.demo.actions import search as action
 from steer.demo.recipes import Recipe
 from steer.demo.recipes.search import MAX_CANDIDATES, SearchRecipe
 from steer.demo.session import Visitor
-from steer.demo.tabs import Opening, Page, note, reproduce, reproduced, said, told
+from steer.demo.tabs import Opening, Page, note, reproduce, reproduced, said, stopping, told
 
 __all__ = ["WEIGHED", "build", "expression"]
 
@@ -22,7 +22,7 @@ A **search** writes several candidates and chooses by a **reward**, a score of t
 texts and keeps the best. **FK** (Feynman-Kac steering) scores unfinished ones, and copies the good ones while it
 writes. **DTS\\*** (diffusion tree search) grows a tree, and goes on from where texts ended well. The budget is what all
 candidates may take together; it pays for at most {MAX_CANDIDATES} of them. **ESS** (effective sample size) is how many
-independent texts a weighted population is worth; **KL**, in nats, how far the chosen text's law is from the model's own.
+independent texts a weighted population is worth; **KL**, in nats, how far the law of the chosen text is from the model.
 """
 _SAMPLERS = [("FK", "fk"), ("DTS* (tree)", "dts-star"), ("best-of-N", "best-of-n")]
 WEIGHED = {
@@ -123,8 +123,7 @@ def build(page: Page) -> Opening:
         concurrency_limit=None,
         show_progress="hidden",
     )
-    kept = "Stopped. What was the best by then is kept."
-    stop.click(lambda: said(kept), None, line, cancels=[searching], api_name=False, queue=False)
+    stopping(stop, line, [searching])
     for slider in sliders:
         slider.change(
             lambda *weights: expression(weights), sliders, reward, api_name=False, show_progress="hidden", queue=False

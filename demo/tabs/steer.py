@@ -16,7 +16,7 @@ from steer.demo.actions.shared import PRESETS
 from steer.demo.recipes import Recipe
 from steer.demo.recipes.steer import MAX_TOKENS, SteerRecipe
 from steer.demo.session import Visitor
-from steer.demo.tabs import Opening, Page, note, reproduce, reproduced, said, shown_facts, told
+from steer.demo.tabs import Opening, Page, note, reproduce, reproduced, said, shown_facts, stopping, told
 
 __all__ = ["build", "values_of"]
 
@@ -126,7 +126,7 @@ def build(page: Page) -> Opening:
         prompt.submit(on_steer, inputs, outputs, api_name=False, concurrency_limit=None, show_progress="hidden"),
         tokens.fork(on_fork, inputs, outputs, api_name=False, concurrency_limit=None, show_progress="hidden"),
     ]
-    stop.click(lambda: said("Stopped."), None, line, cancels=running, api_name=False, queue=False)
+    stopping(stop, line, running)
 
     def fill(visitor: Visitor, recipe: Recipe | None) -> Sequence[Any]:
         return values_of(page, visitor, recipe if isinstance(recipe, SteerRecipe) else None)

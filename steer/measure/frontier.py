@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from steer.core import Prompt, Reward, check
+from steer.core import Prompt, Reward, Samples, check
 from steer.core.notebook import text_html
 from steer.files import as_json, write_text
 from steer.measure.distances import interval
@@ -115,6 +115,8 @@ def frontier(
     n: int = 8,
     seed: int = 0,
     progress: bool = False,
+    on_point: Callable[[Point, Samples], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> Frontier:
     """Generate by every method at every strength, and measure reward and KL.
@@ -126,6 +128,9 @@ def frontier(
         methods: names in `SWEEPS`, or by a name of your own the settings of `generate` from weak to strong:
             `{"calm": [{"edits": calm(0.1)}, {"edits": calm(0.2)}]}`.
         n: samples of the base model, and of methods that are edits, for each prompt.
+        on_point: is given each point as it is measured, with its samples.
+        on_step: is called after every step with the steps of this point that are done, and of how many; what it raises
+            ends the measurement.
         settings: of every call of `generate`, such as `max_new_tokens` and `temperature`.
 
     Raises `InputError`.
@@ -135,18 +140,25 @@ def frontier(
     sweeps = _sweeps(methods)
     scored = as_reward(reward)
     check(scored is not None, "reward", reward, "a reward, an expression or a function")
-    shared = {"reward": scored, "seed": seed, **settings}
+    shared = {"reward": scored, "seed": seed, "progress": on_step or False, **settings}
+    points: list[Point] = []
+
+    def measured(method: str, given: Mapping[str, Any], samples: Samples) -> None:
+        points.append(_point(method, given, samples))
+        if on_point is not None:
+            on_point(points[-1], samples)
+
     with ticking(progress, "methods", 1 + sum(map(len, sweeps.values()))) as tick:
         base = model.generate(list(prompts), n=n, **shared)
         spread = float(base.reward.std())
-        points = [_point("base", {"n": n}, base)]
+        measured("base", {"n": n}, base)
         tick(1)
         for method, sweep in sweeps.items():
             for given in sweep:
                 own = {**({} if "sampler" in given else {"n": n}), **given}
                 if method in SWEEPS and "beta" in own:
                     own["beta"] = max(own["beta"] * spread, 1e-6)
-                points.append(_point(method, own, model.generate(list(prompts), **{**shared, **own})))
+                measured(method, own, model.generate(list(prompts), **{**shared, **own}))
                 tick(1)
     return Frontier(points)
 
@@ -164,7 +176,7 @@ def _sweeps(methods: Any) -> dict[str, list[dict[str, Any]]]:
     return {name: [dict(s) for s in sweep] for name, sweep in methods.items()}
 
 
-def _point(method: str, given: Mapping[str, Any], samples: Any) -> Point:
+def _point(method: str, given: Mapping[str, Any], samples: Samples) -> Point:
     kl = samples.kl
     told = ", ".join(f"{k} {_brief(v)}" for k, v in given.items() if k != "sampler")
     return Point(
