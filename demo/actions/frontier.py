@@ -28,7 +28,7 @@ from steer.measure.frontier import SWEEPS, Point
 from steer.measure.frontier import frontier as measure
 from steer.model import as_prompts
 
-__all__ = ["estimate", "run"]
+__all__ = ["estimate", "marked", "run"]
 
 _TRIAL_ROWS, _TRIAL_TOKENS = 8, 6
 _SHOWN = 6
@@ -146,7 +146,7 @@ class _Measurement:
             "texts": texts,
             "front": False,
         }
-        self.points = _marked([*self.points, made])
+        self.points = marked([*self.points, made])
         self._tell({"points": self.points})
 
 
@@ -154,7 +154,7 @@ def _interval(value: tuple[float, float]) -> list[float | None]:
     return [round(x, 5) if math.isfinite(x) else None for x in value]
 
 
-def _marked(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def marked(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The points, those marked that no other one dominates: no less reward at no more drift, and one of them better."""
 
     def at(point: dict[str, Any]) -> tuple[float, float]:

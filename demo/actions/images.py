@@ -210,7 +210,7 @@ _NOTES = {
     "best-of-n": "The same images, of which the best is kept",
     "fk": "Promising particles are copied on the way",
     "dts-star": "A tree that goes on from where images ended well",
-    "rlg": "Between the model and one tuned towards the reward, w = {w:g}",
+    "rlg": "From the model towards a tuned one, w = {w:g}",
 }
 
 

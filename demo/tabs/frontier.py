@@ -57,8 +57,9 @@ def build(page: Page) -> Opening:
                 label="A system prompt that asks for the same (empty: none)",
                 value=PRESETS["sentiment"].system_high,
                 lines=2,
+                elem_id="frontier-system",
             )
-            with gr.Accordion("How much to draw", open=False):
+            with gr.Accordion("How much to draw", open=False, elem_id="frontier-more"):
                 count = gr.Slider(1, 32, value=4, step=1, label="Texts of a prompt")
                 length = gr.Slider(1, 128, value=24, step=1, label="Tokens at most")
                 temperature = gr.Slider(0.05, 2, value=0.7, step=0.05, label="Temperature")

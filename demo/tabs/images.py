@@ -19,10 +19,10 @@ __all__ = ["build"]
 
 _HELP = """
 A diffusion model makes an image out of noise, step by step; at each step it **foresees** the image (x0-hat), which a
-**reward** can look at. Every method gets the same seed and the same budget. **FK** copies promising particles on the
+**reward** can look at. Every method gets the same seed and as many images. **FK** copies promising particles on the
 way, **DTS\\*** grows a tree, **RL guidance** (RLG) goes from the model towards one that was tuned for the reward, and
-beyond: w = 0 is the model, 1 the tuned one. **beta** is how much reward one nat of drift has to bring: smaller is
-bolder.
+beyond: w = 0 is the model, 1 the tuned one, and every step takes both networks. **beta** is how much reward one nat of
+drift has to bring: smaller is bolder.
 """
 
 

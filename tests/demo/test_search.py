@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def test_what_grows_is_what_the_samplers_did(page: Any) -> None:
     given = last(search.run(_recipe(page, sampler="fk"), page.page.shared))
     columns = given["lineage"]["columns"]
     assert len(columns) == 4 and columns[0]["from"] == list(range(10))
-    for before, after in zip(columns, columns[1:], strict=False):
+    for before, after in pairwise(columns):
         assert all(text.startswith(before["text"][k]) for text, k in zip(after["text"], after["from"], strict=True))
     assert given["best"] in columns[-1]["text"]
 
