@@ -63,7 +63,7 @@ def build(page: Page) -> Opening:
 
     @told(line)
     async def draw(*values: Any) -> AsyncGenerator[dict[Any, Any]]:
-        given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+        given = dict(zip(names, values, strict=True))
         recipe = ImagesRecipe.parse({"model": page.shared.image_model, **given})
         yield {**reproduced(code, recipe), shown: None, line: said("")}
         async with aclosing(action.run(recipe, page.shared)) as updates:

@@ -103,8 +103,8 @@ def build(page: Page) -> Opening:
 
     @told(line)
     async def search(*values: Any) -> AsyncGenerator[dict[Any, Any]]:
-        given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
-        recipe = SearchRecipe.parse({"model": page.shared.text_model, "prompt": "", **given})
+        given = dict(zip(names, values, strict=True))
+        recipe = SearchRecipe.parse({"model": page.shared.text_model, **given})
         empty = {best: "", curve: None, lineage: None, tree: None, table: {"rows": [], "facts": []}}
         yield {**reproduced(code, recipe), **empty, line: said("")}
         async with aclosing(action.run(recipe, page.shared)) as updates:
