@@ -96,7 +96,7 @@ function draw() {
     });
     marks.push(mark);
   }
-  drawn.append(...marks);
+  drawn.append(...[...marks].sort((a, b) => b.getAttribute('r') - a.getAttribute('r')));  // small ones lie on large ones
   const button = (text, act) => { const made = make('button', '', text); made.type = 'button'; made.addEventListener('click', act); bar.append(made); };
   button('Save PNG', () => png(drawn));
   button('Save CSV', () => csv(points));

@@ -49,15 +49,16 @@ def test_frontier_shows_what_the_action_gives(page: Any, visit: Any) -> None:
     tab.click("#frontier-go")
     tab.wait_for_function("document.querySelector('#frontier-note').innerText.startsWith('Done')")
     points = _run(page, _recipe(page))["points"]
-    known = [point for point in points if point["kl"] is not None]
+    known = [(i, point) for i, point in enumerate(points) if point["kl"] is not None]
     marks = tab.locator("#frontier circle.node")
-    assert marks.count() == len(known) and tab.locator("#frontier .ring").count() == sum(p["front"] for p in known)
-    for i, point in enumerate(known):
-        told = marks.nth(i).get_attribute("aria-label")
+    assert marks.count() == len(known) and tab.locator("#frontier .ring").count() == sum(p["front"] for _, p in known)
+    for i, point in known:
+        told = tab.get_attribute(f"#frontier circle.node[data-id='{i}']", "aria-label")
         assert f"reward {point['reward'][0]:.3f}" in told and f"KL {point['kl'][0]:.3f}" in told
-    marks.nth(1).focus()
+    i, point = known[-1]
+    tab.focus(f"#frontier circle.node[data-id='{i}']")
     shown = tab.locator("#frontier .told dd").all_text_contents()
-    assert [text.split() for text in shown] == [text.split() for _, text, _ in known[1]["texts"]]
+    assert [text.split() for text in shown] == [text.split() for _, text, _ in point["texts"]]
     with tab.expect_download() as kept:
         tab.get_by_role("button", name="Save CSV").click()
     rows = list(csv.DictReader(io.StringIO(Path(kept.value.path()).read_text())))
@@ -66,7 +67,7 @@ def test_frontier_shows_what_the_action_gives(page: Any, visit: Any) -> None:
         tab.get_by_role("button", name="Save PNG").click()
     assert Path(kept.value.path()).read_bytes().startswith(b"\x89PNG")
     tab.get_by_label("glad", exact=True).uncheck()
-    assert marks.count() == len([point for point in known if point["method"] != "glad"])
+    assert marks.count() == len([point for _, point in known if point["method"] != "glad"])
 
 
 def test_all_forms_give_the_points_on_the_page(
