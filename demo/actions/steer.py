@@ -32,6 +32,8 @@ from steer.serving.wire import EditRequest
 
 __all__ = ["available", "run"]
 
+_FLUENT = 1.2
+"""Perplexity ratio up to which a strength is called gentle."""
 _PACE = 0.1
 """Seconds between updates, at least: the page compares every update with the last."""
 
@@ -174,4 +176,21 @@ def _about(name: str, path: Any) -> dict[str, Any]:
         made |= {"zones": [1.0, 2.0], "limit": 3.0, "step": 0.05, "strength": 1.0}
     elif isinstance(strength, float):
         made |= {"strength": strength}
-    return made
+    return made | _zones(card.metrics.get("sweep"))
+
+
+def _zones(sweep: Any) -> dict[str, Any]:
+    """Zones of a slider from the sweep in a card, as `Report.keep` writes it: green where texts are hardly less fluent
+    than the model's own, red from where they broke. Empty without a sweep.
+    """
+    try:
+        rows = sorted((abs(float(x)), float(ratio), bool(broken)) for x, ratio, broken in sweep or [] if x)
+    except (TypeError, ValueError):
+        return {}
+    if not rows:
+        return {}
+    largest = rows[-1][0]
+    red = next((x for x, _, broken in rows if broken), 1.25 * largest)
+    tired = next((x for x, ratio, broken in rows if broken or ratio > _FLUENT), red)
+    green = max((x for x, _, _ in rows if x < tired), default=0.0)
+    return {"zones": [green, red], "limit": max(1.25 * red, largest), "measured": True}

@@ -52,7 +52,7 @@ function card(entry, index, cards, about) {
   const told = () => {
     const [name, text] = zone(+number.value, about.zones);
     const where = ends.querySelector('.told');
-    where.className = 'told ' + name; where.textContent = text;
+    where.className = 'told ' + name; where.textContent = text + (about.measured ? ', as measured' : '');
     slider.setAttribute('aria-valuetext', number.value + ', ' + text);
   };
   const change = (value) => {

@@ -14,6 +14,7 @@ from steer.cli.options import CompareOptions, EvalOptions, FrontierOptions, Guid
 from steer.cli.session import Run, Session
 from steer.cli.values import pairs, typed
 from steer.core import Sampler, check
+from steer.edits import split_spec
 from steer.measure.report import Report, evaluate
 from steer.pictures.style import FORMATS
 from steer.rewards import parse_reward
@@ -73,6 +74,8 @@ def evaluation(options: EvalOptions, coming: Coming = frozenset()) -> Run:
     checks.check_folder(options.out)
     _pictures(options, "check")
     make = checks.edit_maker(options.edit, coming)
+    file = Path(split_spec(options.edit)[0])
+    check(not options.keep or file.suffix == ".safetensors", "keep", str(file), "unset, or a .safetensors file")
 
     def run(session: Session) -> None:
         model = session.load(options)
@@ -93,6 +96,8 @@ def evaluation(options: EvalOptions, coming: Coming = frozenset()) -> Run:
         )
         report = replace(report, artifact=Path(options.edit).name)
         report.write(options.out)
+        if options.keep:
+            report.keep(file)
         drawn = _draw(draw_report, report, options, "report")
         session.say(f"{report.table()}\nwrote {options.out / 'report.json'} and {drawn}")
 
