@@ -107,7 +107,14 @@ class _Measurement:
         model = self.shared.engine().model
         methods: dict[str, Any] = {name: SWEEPS[name] for name in recipe.methods}
         for choice in recipe.edits:
-            edit: Any = load_edit(self.shared.find(choice.name, self.visitor), model=model)
+            path = self.shared.find(choice.name, self.visitor)
+            check(
+                not path.is_dir(),
+                "edits",
+                choice.name,
+                "vectors, controllers and value heads; steer frontier takes policies",
+            )
+            edit: Any = load_edit(path, model=model)
             methods[choice.name] = [{"edits": replace(edit, strength=x)} for x in recipe.strengths]
         if recipe.system:
             methods["system"] = [{"system": recipe.system}]

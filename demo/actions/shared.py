@@ -93,6 +93,8 @@ class Shared:
         self._loading = threading.Lock()
         self._line = Line()
         self.rewards = Rewards((), None)
+        self.policies: dict[Path, Any] = {}
+        """Language models that were tuned from the page's, by folder, once they were asked for."""
 
     # ---- models
 
@@ -216,9 +218,18 @@ class Shared:
                 event.value.save(path)
 
     def named(self, visitor: Visitor) -> dict[str, Path | None]:
-        """Artifacts that a visitor may use, by name: their own, the folder's, the presets (None: not fitted yet)."""
-        folder = sorted(self.artifacts.glob("*.safetensors")) if self.artifacts is not None else []
-        return {**dict.fromkeys(PRESETS), **{path.stem: path for path in folder}, **visitor.artifacts()}
+        """Artifacts that a visitor may use, by name: their own, the folder's (policies are folders there), the presets
+        (None: not fitted yet).
+        """
+        folder = [] if self.artifacts is None else sorted(self.artifacts.glob("*.safetensors"))
+        policies = [] if self.artifacts is None else sorted(self.artifacts.glob("*/steer.json"))
+        shared = {path.stem: path for path in folder} | {path.parent.name: path.parent for path in policies}
+        return {**dict.fromkeys(PRESETS), **shared, **visitor.artifacts()}
+
+    def is_policy(self, name: Any, visitor: Visitor) -> bool:
+        """Whether an artifact of this name is the folder of a policy."""
+        path = self.named(visitor).get(name) if isinstance(name, str) else None
+        return path is not None and path.is_dir()
 
     def pairs_behind(self, name: Any, visitor: Visitor) -> str:
         """The shipped pairs that an artifact of this name was fitted to; empty where it is none of the presets."""

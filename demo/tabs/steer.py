@@ -73,6 +73,7 @@ def build(page: Page) -> Opening:
         chosen = [
             {**card, "layers": card.get("layers") or "", "scope": card.get("scope") or ""}
             | {"pairs": page.shared.pairs_behind(card.get("name"), page.visitor(request))}
+            | {"policy": page.shared.is_policy(card.get("name"), page.visitor(request))}
             for card in cards
         ]
         given = {"prompt": text or "", "raw": bool(as_it_stands), "edits": chosen, "system": wish or ""}
@@ -143,7 +144,7 @@ def values_of(page: Page, visitor: Visitor, recipe: SteerRecipe | None) -> list[
         cards = [{"name": preset.name, "strength": 0.15, "layers": "", "scope": ""}]
         return [{"available": known, "cards": cards}, preset.system_high, *[gr.skip()] * 6]
     return [
-        {"available": known, "cards": [edit.model_dump(exclude={"pairs"}) for edit in recipe.edits]},
+        {"available": known, "cards": [edit.model_dump(exclude={"pairs", "policy"}) for edit in recipe.edits]},
         recipe.system,
         recipe.prompt,
         recipe.raw,
