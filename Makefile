@@ -112,10 +112,11 @@ gpu: model  ## everything that needs a GPU, in ten minutes (VLLM=PYTHON for vLLM
 mutations: $(BIN)/steer  ## device mistakes, planted one at a time, that the tests must find
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py
 
-# The page on which steering is seen as it happens; says how long it took until it answered.
+# The page on which steering is seen as it happens; says how many minutes it took until it answered.
+STARTED := $(shell date +%s)
 demo: model  ## the page on which steering is seen as it happens
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[demo]'
-	$(BIN)/steer demo
+	STEER_DEMO_SINCE=$(STARTED) $(BIN)/steer demo
 
 # The finished example on which the page opens, computed again.
 demo-example: model  ## the example on which the page opens, computed again

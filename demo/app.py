@@ -18,7 +18,7 @@ from steer.core import SteerError
 from steer.demo.actions.shared import Shared
 from steer.demo.recipes import Recipe, decode
 from steer.demo.session import Visitors
-from steer.demo.tabs import Page, first, note, said, search, steer, vector
+from steer.demo.tabs import Page, first, frontier, images, note, said, search, steer, vector
 from steer.serving.wire import is_loopback
 
 __all__ = ["Launched", "launch", "make_page"]
@@ -28,6 +28,8 @@ _TABS = {
     "steer": ("Steer", steer.build),
     "vector": ("Make a vector", vector.build),
     "search": ("Search", search.build),
+    "images": ("Images", images.build),
+    "frontier": ("Frontier", frontier.build),
 }
 """By the name that recipes have."""
 _FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]

@@ -7,6 +7,7 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,8 +85,14 @@ def prepare(
     )
 
 
-def execute(plan: Plan, on_step: Callable[[int, Any], None] | None = None) -> Samples:
-    """Run a plan in batches of prompts. `on_step(first_prompt, state)` sees every step."""
+def execute(
+    plan: Plan,
+    on_step: Callable[[int, Any], None] | None = None,
+    on_trace: Callable[[int, Any], None] | None = None,
+) -> Samples:
+    """Run a plan in batches of prompts. `on_step(first_prompt, state)` sees every step, `on_trace(first_prompt, entry)`
+    every entry of the samples' `trace` as it comes (see `Sampler.run`).
+    """
     parts = []
     batches = -(-len(plan.prompts) // plan.rows)
     with ticking(plan.progress, "generating", batches * plan.sampler.updates(plan.process)) as tick:
@@ -102,7 +109,13 @@ def execute(plan: Plan, on_step: Callable[[int, Any], None] | None = None) -> Sa
             with process.session():
                 parts.append(
                     plan.sampler.run(
-                        process, prompts, generator=generator, reward=plan.reward, beta=plan.beta, on_step=step
+                        process,
+                        prompts,
+                        generator=generator,
+                        reward=plan.reward,
+                        beta=plan.beta,
+                        on_step=step,
+                        on_trace=None if on_trace is None else partial(on_trace, first),
                     )
                 )
     return _kl_named(plan, Samples.join(parts))

@@ -258,3 +258,20 @@ def test_default_strengths(edit: SteeringVector) -> None:
     assert default_strengths(replace(edit, operator="ablate")) == [0.0, 0.5, 1.0]
     many = replace(edit, directions=dict.fromkeys(range(10), torch.ones(32)))
     assert max(default_strengths(many)) == 0.3  # the layers share the dose
+
+
+def test_the_sweep_is_kept_in_the_card(report: Report, tmp_path: Path) -> None:
+    from steer.artifacts import Card, load, save
+
+    path = tmp_path / "a.safetensors"
+    save(path, {"0": torch.ones(2)}, Card(kind="vector", model={"name": "x"}, metrics={"best_layer": 1}))
+    report.keep(path)
+    tensors, card = load(path)
+    assert torch.equal(tensors["0"], torch.ones(2)) and card.metrics["best_layer"] == 1
+    assert [row[0] for row in card.metrics["sweep"]] == [-0.4, 0.0, 0.4]
+    assert card.metrics["sweep"][0][1] == pytest.approx(report.of("steered")[0].perplexity_ratio, abs=1e-4)
+    assert [row[2] for row in card.metrics["sweep"]] == [
+        x in {b.strength for b in report.breaks} for x in (-0.4, 0.0, 0.4)
+    ]
+    with pytest.raises(InputError):
+        report.keep(tmp_path / "nothing.safetensors")

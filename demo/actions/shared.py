@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from steer import artifacts
 from steer.adapters.transformers.serving.engine import TransformersEngine
-from steer.adapters.transformers.serving.work import Told
+from steer.adapters.transformers.serving.work import Done, Told
 from steer.core import SteerError, check
 from steer.embedded import home, resolve
 from steer.loading import is_diffusion, is_endpoint, is_masked, load
@@ -93,6 +93,8 @@ class Shared:
         self._loading = threading.Lock()
         self._line = Line()
         self.rewards = Rewards((), None)
+        self.policies: dict[Path, Any] = {}
+        """Language models that were tuned from the page's, by folder, once they were asked for."""
 
     # ---- models
 
@@ -133,13 +135,50 @@ class Shared:
     @property
     def waiting(self) -> int:
         """Searches that run or wait."""
-        return self._line.length
+        return len(self._line)
 
-    @asynccontextmanager
-    async def line(self) -> AsyncIterator[None]:
-        """The line in which searches and images wait for each other; hold it while one runs."""
-        async with self._line:
-            yield
+    @contextmanager
+    def line(self) -> Iterator[AsyncIterator[str]]:
+        """A place in the line in which searches and images wait for each other, kept until the block ends. Gives what
+        to say until it is one's turn; nothing may be done before that has ended.
+        """
+        with self._line.place() as ahead:
+            yield _until_first(ahead)
+
+    async def aside(self, work: Callable[[Callable[[Any], None]], Any]) -> AsyncGenerator[Told | Done]:
+        """Run a function in a thread of its own: what it tells as `Told`, what it returns as `Done`. Its argument,
+        `tell`, raises once nobody waits any more, so that it stops there.
+        """
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Any] = asyncio.Queue()
+        left = threading.Event()
+
+        def emit(event: Any) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        def tell(value: Any) -> None:
+            if left.is_set():
+                raise SteerError("nobody waits for this any more")
+            emit(Told(value))
+
+        def worked() -> None:
+            try:
+                emit(Done(work(tell)))
+            except Exception as error:  # goes to whoever waits
+                emit(error)
+
+        threading.Thread(target=worked, daemon=True).start()
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if isinstance(event, Done):
+                    return
+        finally:
+            left.set()
 
     # ---- artifacts
 
@@ -179,9 +218,18 @@ class Shared:
                 event.value.save(path)
 
     def named(self, visitor: Visitor) -> dict[str, Path | None]:
-        """Artifacts that a visitor may use, by name: their own, the folder's, the presets (None: not fitted yet)."""
-        folder = sorted(self.artifacts.glob("*.safetensors")) if self.artifacts is not None else []
-        return {**dict.fromkeys(PRESETS), **{path.stem: path for path in folder}, **visitor.artifacts()}
+        """Artifacts that a visitor may use, by name: their own, the folder's (policies are folders there), the presets
+        (None: not fitted yet).
+        """
+        folder = [] if self.artifacts is None else sorted(self.artifacts.glob("*.safetensors"))
+        policies = [] if self.artifacts is None else sorted(self.artifacts.glob("*/steer.json"))
+        shared = {path.stem: path for path in folder} | {path.parent.name: path.parent for path in policies}
+        return {**dict.fromkeys(PRESETS), **shared, **visitor.artifacts()}
+
+    def is_policy(self, name: Any, visitor: Visitor) -> bool:
+        """Whether an artifact of this name is the folder of a policy."""
+        path = self.named(visitor).get(name) if isinstance(name, str) else None
+        return path is not None and path.is_dir()
 
     def pairs_behind(self, name: Any, visitor: Visitor) -> str:
         """The shipped pairs that an artifact of this name was fitted to; empty where it is none of the presets."""
@@ -200,26 +248,32 @@ class Shared:
 
 
 class Line:
-    """One after the other, with a length that can be seen."""
+    """One after the other, with a length that can be seen. Safe to use from several threads and event loops."""
 
     def __init__(self) -> None:
-        self.length = 0
-        self._locks: dict[int, asyncio.Lock] = {}
+        self._places: list[object] = []
 
-    def _lock(self) -> asyncio.Lock:
-        return self._locks.setdefault(id(asyncio.get_running_loop()), asyncio.Lock())
+    def __len__(self) -> int:
+        return len(self._places)
 
-    async def __aenter__(self) -> None:
-        self.length += 1
+    @contextmanager
+    def place(self) -> Iterator[Callable[[], int]]:
+        """The last place; gives a function that counts those before it."""
+        mine = object()
+        self._places.append(mine)
         try:
-            await self._lock().acquire()
-        except BaseException:
-            self.length -= 1
-            raise
+            yield lambda: self._places.index(mine)
+        finally:
+            self._places.remove(mine)
 
-    async def __aexit__(self, *error: object) -> None:
-        self.length -= 1
-        self._lock().release()
+
+async def _until_first(ahead: Callable[[], int]) -> AsyncIterator[str]:
+    shown = 0
+    while count := ahead():
+        if count != shown:
+            shown = count
+            yield f"In line: {count} before this one"
+        await asyncio.sleep(0.05)
 
 
 def pairs_of(preset: Preset) -> list[dict[str, str]]:

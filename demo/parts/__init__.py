@@ -15,19 +15,26 @@ import gradio as gr
 __all__ = ["dose", "part", "tokens"]
 
 _FOLDER = Path(__file__).parent
+_GRAPHS = ("curve", "frontier", "lineage", "tree")
+"""Parts that draw with what is in `graph.js`."""
 
 
 def part(name: str, value: Any, **settings: Any) -> gr.HTML:
     """The part of this name; `settings` are those of `gr.HTML`."""
+    names = ("graph", name) if name in _GRAPHS else (name,)
     return gr.HTML(
         value=value,
         html_template=f'<div class="steer-{name}"></div>',
-        css_template=(_FOLDER / f"{name}.css").read_text(encoding="utf-8"),
-        js_on_load=(_FOLDER / f"{name}.js").read_text(encoding="utf-8"),
+        css_template=_joined(names, "css"),
+        js_on_load=_joined(names, "js"),
         elem_classes=[f"part-{name}"],
         apply_default_css=False,
         **settings,
     )
+
+
+def _joined(names: tuple[str, ...], kind: str) -> str:
+    return "\n".join((_FOLDER / f"{name}.{kind}").read_text(encoding="utf-8") for name in names)
 
 
 def tokens(**settings: Any) -> gr.HTML:

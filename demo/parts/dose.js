@@ -52,7 +52,7 @@ function card(entry, index, cards, about) {
   const told = () => {
     const [name, text] = zone(+number.value, about.zones);
     const where = ends.querySelector('.told');
-    where.className = 'told ' + name; where.textContent = text;
+    where.className = 'told ' + name; where.textContent = text + (about.measured ? ', as measured' : '');
     slider.setAttribute('aria-valuetext', number.value + ', ' + text);
   };
   const change = (value) => {
@@ -77,7 +77,7 @@ function card(entry, index, cards, about) {
   }
   scope.addEventListener('change', () => { cards = cards.map((c, i) => (i === index ? { ...c, scope: scope.value } : c)); send(cards); });
   more.append(field('Layers, such as 10-19', layers), field('Acts on', scope));
-  box.append(more);
+  if (about.kind !== 'policy') box.append(more);
   told();
   return box;
 }

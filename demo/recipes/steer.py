@@ -25,6 +25,8 @@ class EditChoice(BaseModel):
     scope: Annotated[str, Field(max_length=40, pattern=r"^[a-z0-9:]*$")] = ""
     pairs: Annotated[str, Field(max_length=80, pattern=r"^[a-z_]*$")] = ""
     """Shipped pairs that the artifact was fitted to, where it is one of the page's own."""
+    policy: bool = False
+    """Whether it is a policy, towards which RL guidance goes; the strength is its w."""
 
     def options(self) -> dict[str, Any]:
         """Settings in place of the card's, by name."""
@@ -35,6 +37,10 @@ class EditChoice(BaseModel):
         return ":".join(
             [f"{self.name}.safetensors", f"{self.strength:g}", *(f"{k}={v}" for k, v in self.options().items())]
         )
+
+    def shown(self) -> str:
+        """As people read it."""
+        return f"{self.name}, w = {self.strength:g}" if self.policy else self.spec().replace(".safetensors", "")
 
 
 class SteerRecipe(Recipe):
@@ -62,6 +68,9 @@ class SteerRecipe(Recipe):
         made: dict[str, Any] = {"max_new_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed}
         return made | ({"reward": self.reward} if self.reward else {})
 
+    def _guided(self, edit: EditChoice) -> dict[str, Any]:
+        return {"tuned": edit.name, "w": edit.strength}
+
     def jobs(self) -> list[Job]:
         fits = [
             Job(
@@ -75,7 +84,10 @@ class SteerRecipe(Recipe):
         asked = {"model": self.model, "prompt": self.prompt, **({"raw": True} if self.raw else {}), **self._drawing()}
         made = [*fits, Job("unsteered", "generate", asked)]
         if self.edits:
-            made.append(Job("steered", "generate", {**asked, "edit": [edit.spec() for edit in self.edits]}))
+            vectors = [edit.spec() for edit in self.edits if not edit.policy]
+            given = {**asked, **({"edit": vectors} if vectors else {})}
+            given |= {key: value for edit in self.edits if edit.policy for key, value in self._guided(edit).items()}
+            made.append(Job("steered", "generate", given))
         if self.system and not self.raw:
             made.append(Job("prompted", "generate", {**asked, "system": self.system}))
         return made
@@ -94,14 +106,25 @@ class SteerRecipe(Recipe):
                 f"steer.train_vector(model, pairs).save({f'{edit.name}.safetensors'!r})",
             ]
         lines += [f"prompt = {prompt}", f"print(model.generate(prompt{given}).texts[0])"]
+        process = {key: value for key, value in self._drawing().items() if key in ("max_new_tokens", "temperature")}
+        settings = ", ".join(f"{key}={value!r}" for key, value in process.items())
+        for edit in self.edits:
+            if edit.policy:
+                lines[0:1] = ["import steer", "from steer.adapters.transformers.policy.folder import load_policy"]
+                lines.append(f"tuned = load_policy(model, {edit.name!r}).process({settings})")
         if self.edits:
-            specs = ", ".join(repr(edit.spec()) for edit in self.edits)
+            specs = ", ".join(
+                f"steer.RLGuidance(tuned, {edit.strength!r})" if edit.policy else repr(edit.spec())
+                for edit in self.edits
+            )
             lines.append(f"print(model.generate(prompt, edits=[{specs}]{given}).texts[0])")
         if self.system and not raw:
             lines.append(f"print(model.generate(prompt, system={self.system!r}{given}).texts[0])")
         return "\n".join(lines) + "\n"
 
     def request(self) -> dict[str, Any] | None:
+        if any(edit.policy for edit in self.edits):
+            return None
         steered: dict[str, Any] = {
             "edits": [{"name": e.name, "strength": e.strength, **e.options()} for e in self.edits]
         }

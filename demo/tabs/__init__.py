@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
@@ -26,9 +27,12 @@ from steer.demo.actions.shared import Shared
 from steer.demo.recipes import Recipe, encode
 from steer.demo.session import Visitor, Visitors
 
-__all__ = ["Opening", "Page", "note", "reproduce", "reproduced", "said", "shown_facts", "told"]
+__all__ = ["LIMIT_RUN", "Opening", "Page", "note", "reproduce", "reproduced", "said", "shown_facts", "stopping", "told"]
 
 log = logging.getLogger("steer.demo")
+
+LIMIT_RUN = 1800.0
+"""Seconds of one run, after which it is stopped."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,17 @@ def told(line: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def wrapping(handler: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(handler)
         async def wrapped(*args: Any) -> AsyncIterator[Any]:
+            until = time.monotonic() + LIMIT_RUN
             try:
                 if inspect.isasyncgenfunction(handler):
                     updates = handler(*args)
                     try:
                         async for update in updates:
                             yield update
+                            if time.monotonic() > until:
+                                raise SteerError(
+                                    f"Stopped after {LIMIT_RUN / 60:.0f} minutes, which is all one run gets"
+                                )
                     finally:
                         await updates.aclose()
                 elif inspect.iscoroutinefunction(handler):
@@ -117,6 +126,20 @@ def told(line: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return wrapped
 
     return wrapping
+
+
+def stopping(button: Any, line: Any, running: Sequence[Any]) -> None:
+    """Let a button stop what runs. What it has shown by then is kept."""
+
+    async def stopped() -> dict[str, Any]:
+        await asyncio.sleep(_LATE)
+        return said("Stopped. What was there by then is kept.")
+
+    button.click(stopped, None, line, cancels=list(running), api_name=False, queue=False, show_progress="hidden")
+
+
+_LATE = 0.4
+"""Seconds in which the last updates of what was stopped still arrive."""
 
 
 def shown_facts(facts: dict[str, Any]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""The tab in which texts are searched for by a reward: candidates by score, and what the search cost."""
+"""The tab in which texts are searched for by a reward: candidates while they come, and what the search cost."""
 
 from __future__ import annotations
 
@@ -8,70 +8,130 @@ from typing import Any
 
 import gradio as gr
 
+from steer.demo import parts
 from steer.demo.actions import search as action
 from steer.demo.recipes import Recipe
-from steer.demo.recipes.search import SearchRecipe
+from steer.demo.recipes.search import MAX_CANDIDATES, SearchRecipe
 from steer.demo.session import Visitor
-from steer.demo.tabs import Opening, Page, note, reproduce, reproduced, said, told
+from steer.demo.tabs import Opening, Page, note, reproduce, reproduced, said, stopping, told
 
-__all__ = ["build"]
+__all__ = ["WEIGHED", "build", "expression"]
 
-_HELP = """
+_HELP = f"""
 A **search** writes several candidates and chooses by a **reward**, a score of the text. **Best-of-N** scores finished
-texts; **FK** (Feynman-Kac steering) scores unfinished ones, and copies the good ones while it writes.
+texts and keeps the best. **FK** (Feynman-Kac steering) scores unfinished ones, and copies the good ones while it
+writes. **DTS\\*** (diffusion tree search) grows a tree, and goes on from where texts ended well. The budget is what all
+candidates may take together; it pays for at most {MAX_CANDIDATES} of them. **ESS** (effective sample size) is how many
+independent texts a weighted population is worth; **KL**, in nats, how far the law of the chosen text is from the model.
 """
+_SAMPLERS = [("FK", "fk"), ("DTS* (tree)", "dts-star"), ("best-of-N", "best-of-n")]
+WEIGHED = {
+    "sentiment": (1.0, "sad to happy, -1 to 1"),
+    "0.01*readability": (0.0, "plain words and short sentences"),
+    "fluency": (0.0, "how likely the model itself finds the text"),
+    "profanity": (0.0, "swear words"),
+    "refusal": (0.0, "whether it declines to answer"),
+}
+"""Rewards with a slider each: where it stands at first, and what the reward looks at."""
+
+
+def expression(weights: Sequence[float]) -> str:
+    """What the sliders say, as a reward's expression; empty where all are 0."""
+    made = ""
+    for name, weight in zip(WEIGHED, weights, strict=True):
+        size = round(abs(weight), 2)
+        if size:
+            term = name if size == 1 else f"{size:g}*{name}"
+            sign = "-" if weight < 0 else "+"
+            made += f" {sign} {term}" if made else (f"-{term}" if weight < 0 else term)
+    return made
 
 
 def build(page: Page) -> Opening:
     """See `steer.demo.tabs`."""
     gr.Markdown(_HELP, elem_classes=["terms"])
-    prompt = gr.Textbox(label="Prompt", value="How was your day?", elem_id="search-prompt")
-    with gr.Row():
-        reward = gr.Textbox(label="Reward, an expression", value="sentiment", elem_id="search-reward")
-        sampler = gr.Radio([("FK", "fk"), ("best-of-N", "best-of-n")], value="fk", label="Sampler")
-        candidates = gr.Slider(2, 32, value=8, step=1, label="Candidates")
-    with gr.Row():
-        go = gr.Button("Search", variant="primary", elem_id="search-go")
-        stop = gr.Button("Stop")
-    line = note(elem_id="search-note")
-    best = gr.Textbox(label="The best", interactive=False, elem_id="search-best")
-    table = gr.Dataframe(headers=["Reward", "Candidate"], interactive=False, wrap=True, elem_id="search-table")
-    code = reproduce()
-    fields = [prompt, reward, sampler, candidates]
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=1, min_width=300):
+            prompt = gr.Textbox(label="Prompt", value="How was your day?", lines=2, elem_id="search-prompt")
+            reward = gr.Textbox(
+                label="Reward",
+                info="An expression, such as sentiment - 0.3*profanity; the sliders write one",
+                value="sentiment",
+                elem_id="search-reward",
+            )
+            with gr.Accordion("Build the reward by sliders", open=False, elem_id="search-sliders"):
+                sliders = [
+                    gr.Slider(-2, 2, value=start, step=0.1, label=name, info=what)
+                    for name, (start, what) in WEIGHED.items()
+                ]
+            sampler = gr.Radio(_SAMPLERS, value="fk", label="How to search")
+            budget = gr.Number(320, label="Budget in tokens, of all candidates", precision=0, elem_id="search-budget")
+            length = gr.Slider(1, 256, value=32, step=1, label="Tokens at most, of one text")
+            with gr.Accordion("How to weigh and draw", open=False):
+                beta = gr.Number(0.1, label="beta", info="Reward that one nat of drift has to bring; smaller is bolder")
+                temperature = gr.Slider(0.05, 2, value=0.7, step=0.05, label="Temperature")
+                seed = gr.Number(0, precision=0, label="Seed", info="Same seed, same search")
+            with gr.Row():
+                go = gr.Button("Search", variant="primary", elem_id="search-go")
+                stop = gr.Button("Stop", elem_id="search-stop")
+        with gr.Column(scale=3, min_width=320):
+            line = note(elem_id="search-note")
+            best = gr.Textbox(label="The best so far", interactive=False, lines=2, elem_id="search-best")
+            curve = parts.part("curve", None, elem_id="search-curve")
+            lineage = parts.part("lineage", None, elem_id="search-lineage")
+            tree = parts.part("tree", None, elem_id="search-tree")
+            table = parts.part("candidates", {"rows": [], "facts": []}, elem_id="search-table")
+            code = reproduce()
+    fields = [prompt, reward, sampler, budget, length, beta, temperature, seed]
+    names = ("prompt", "reward", "sampler", "budget", "max_tokens", "beta", "temperature", "seed")
+    outputs = [line, best, curve, lineage, tree, table, *code.all()]
+
+    def shown(update: dict[str, Any]) -> dict[Any, Any]:
+        made: dict[Any, Any] = {line: said(update["say"])} if "say" in update else {}
+        if "rows" in update:
+            ghost = update.get("ghost", [])
+            made |= {
+                best: update["best"],
+                curve: {"curve": update["curve"], "ghost": ghost, "title": "the best so far"},
+                lineage: update.get("lineage"),
+                tree: update.get("tree"),
+                table: {"rows": update["rows"], "facts": update.get("facts", [])},
+            }
+        if "facts" in update:
+            made |= {line: said("Done.")}
+        return made
 
     @told(line)
     async def search(*values: Any) -> AsyncGenerator[dict[Any, Any]]:
-        names = ("prompt", "reward", "sampler", "candidates")
         given = dict(zip(names, values, strict=True))
         recipe = SearchRecipe.parse({"model": page.shared.text_model, **given})
-        yield {**reproduced(code, recipe), line: said("")}
+        empty = {best: "", curve: None, lineage: None, tree: None, table: {"rows": [], "facts": []}}
+        yield {**reproduced(code, recipe), **empty, line: said("")}
         async with aclosing(action.run(recipe, page.shared)) as updates:
             async for update in updates:
-                if "say" in update:
-                    yield {line: said(update["say"])}
-                else:
-                    facts = update["facts"]
-                    text = f"{facts['tokens']} tokens written, {facts['reward_calls']} texts scored."
-                    yield {line: said(text), best: update["best"], table: update["rows"]}
+                yield shown(update)
 
-    async def on_search(a: Any, b: Any, c: Any, d: Any) -> Any:
-        async for update in search(a, b, c, d):
+    async def on_search(a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
+        async for update in search(a, b, c, d, e, f, g, h):
             yield update
 
     searching = go.click(
         on_search,
         fields,
-        [line, best, table, *code.all()],
+        outputs,
         api_name="search",
-        concurrency_id="searches",
-        concurrency_limit=8,
+        concurrency_limit=None,
         show_progress="hidden",
     )
-    stop.click(lambda: said("Stopped."), None, line, cancels=[searching], api_name=False, queue=False)
+    stopping(stop, line, [searching])
+    for slider in sliders:
+        slider.change(
+            lambda *weights: expression(weights), sliders, reward, api_name=False, show_progress="hidden", queue=False
+        )
 
     def fill(visitor: Visitor, recipe: Recipe | None) -> Sequence[Any]:
         if not isinstance(recipe, SearchRecipe):
-            return [gr.skip()] * 4
-        return [recipe.prompt, recipe.reward, recipe.sampler, recipe.candidates]
+            return [gr.skip()] * len(fields)
+        return [getattr(recipe, name) for name in names]
 
     return Opening(fields, fill)

@@ -16,7 +16,7 @@ from steer.demo.actions.shared import PRESETS
 from steer.demo.recipes import Recipe
 from steer.demo.recipes.steer import MAX_TOKENS, SteerRecipe
 from steer.demo.session import Visitor
-from steer.demo.tabs import Opening, Page, note, reproduce, reproduced, said, shown_facts, told
+from steer.demo.tabs import Opening, Page, note, reproduce, reproduced, said, shown_facts, stopping, told
 
 __all__ = ["build", "values_of"]
 
@@ -73,6 +73,7 @@ def build(page: Page) -> Opening:
         chosen = [
             {**card, "layers": card.get("layers") or "", "scope": card.get("scope") or ""}
             | {"pairs": page.shared.pairs_behind(card.get("name"), page.visitor(request))}
+            | {"policy": page.shared.is_policy(card.get("name"), page.visitor(request))}
             for card in cards
         ]
         given = {"prompt": text or "", "raw": bool(as_it_stands), "edits": chosen, "system": wish or ""}
@@ -126,7 +127,7 @@ def build(page: Page) -> Opening:
         prompt.submit(on_steer, inputs, outputs, api_name=False, concurrency_limit=None, show_progress="hidden"),
         tokens.fork(on_fork, inputs, outputs, api_name=False, concurrency_limit=None, show_progress="hidden"),
     ]
-    stop.click(lambda: said("Stopped."), None, line, cancels=running, api_name=False, queue=False)
+    stopping(stop, line, running)
 
     def fill(visitor: Visitor, recipe: Recipe | None) -> Sequence[Any]:
         return values_of(page, visitor, recipe if isinstance(recipe, SteerRecipe) else None)
@@ -143,7 +144,7 @@ def values_of(page: Page, visitor: Visitor, recipe: SteerRecipe | None) -> list[
         cards = [{"name": preset.name, "strength": 0.15, "layers": "", "scope": ""}]
         return [{"available": known, "cards": cards}, preset.system_high, *[gr.skip()] * 6]
     return [
-        {"available": known, "cards": [edit.model_dump(exclude={"pairs"}) for edit in recipe.edits]},
+        {"available": known, "cards": [edit.model_dump(exclude={"pairs", "policy"}) for edit in recipe.edits]},
         recipe.system,
         recipe.prompt,
         recipe.raw,

@@ -17,7 +17,7 @@ from steer.demo.actions.steer import available
 from steer.demo.recipes import Recipe
 from steer.demo.recipes.vector import VectorRecipe
 from steer.demo.session import Visitor
-from steer.demo.tabs import Opening, Page, note, reproduce, reproduced, said, told
+from steer.demo.tabs import Opening, Page, note, reproduce, reproduced, said, stopping, told
 
 __all__ = ["build"]
 
@@ -140,7 +140,7 @@ def build(page: Page) -> Opening:
         concurrency_limit=2,
         show_progress="hidden",
     )
-    stop.click(lambda: said("Stopped."), None, line, cancels=[making], api_name=False, queue=False)
+    stopping(stop, line, [making])
     use.click(
         on_place,
         [name, chart, page.parts["dose"]],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
+import time
 import webbrowser
 from contextlib import suppress
 from importlib.util import find_spec
@@ -36,6 +38,10 @@ def demo(options: DemoOptions, coming: Coming = frozenset()) -> Run:
         shared = Shared(options.model, folder, settings)
         page = launch(shared, host=options.host, port=options.port, keys=keys)
         print(f"steer: the demo is open at {page.url} (stop it with Ctrl-C)", file=sys.stderr, flush=True)
+        since = os.environ.get("STEER_DEMO_SINCE", "")
+        if since.isdigit():
+            minutes = (time.time() - int(since)) / 60
+            print(f"steer: it answers {minutes:.1f} minutes after the beginning", file=sys.stderr, flush=True)
         if options.open:
             with suppress(webbrowser.Error):
                 webbrowser.open(page.url)

@@ -26,6 +26,7 @@ from steer.cli.options import (
 from steer.cli.session import Run, Session
 from steer.cli.values import pairs, settings_of, typed
 from steer.core import Sampler, check
+from steer.edits import split_spec
 from steer.measure.report import Report, evaluate
 from steer.pictures.report_page import Page
 from steer.pictures.style import FORMATS
@@ -104,6 +105,8 @@ def strength(options: StrengthOptions, coming: Coming = frozenset()) -> Run:
     checks.check_folder(options.out)
     picture_files(options, "check")
     make = checks.edit_maker(options.edit, coming)
+    file = Path(split_spec(options.edit)[0])
+    check(not options.keep or file.suffix == ".safetensors", "keep", str(file), "unset, or a .safetensors file")
 
     def run(session: Session) -> None:
         model = session.load(options)
@@ -124,6 +127,8 @@ def strength(options: StrengthOptions, coming: Coming = frozenset()) -> Run:
         )
         report = replace(report, artifact=Path(options.edit).name)
         report.write(options.out)
+        if options.keep:
+            report.keep(file)
         publish(session, options, "report", report, report.table(), draw=draw_report, texts=report.texts())
 
     return run
@@ -311,7 +316,7 @@ def frontier(options: FrontierOptions, coming: Coming = frozenset()) -> Run:
             also=options.also,
             seed=options.seed,
             progress=session.progress,
-            on_point=lambda some: replace(some, kls=tuple(kls)).write(options.out),
+            on_point=lambda some, samples: replace(some, kls=tuple(kls)).write(options.out),
             **drawn,
         )
         found = replace(found, kls=tuple(kls))

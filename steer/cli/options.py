@@ -318,6 +318,9 @@ class StrengthOptions(EvalOptions):
     beta: Annotated[float, typer.Option(help="KL coefficient, for value heads.")] = 1.0
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message to compare with.")] = None
     control: Annotated[bool, typer.Option(help="Also sweep a random direction of the same norm (vectors).")] = True
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Also write the sweep into the artifact's card, for the zones of the demo.")
+    ] = False
     n: Annotated[int, typer.Option("--n", "-n", help="Outputs for each prompt.")] = 1
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0

@@ -27,6 +27,7 @@ class Run:
     given: Reward | None
     beta: float
     on_step: Callable[[Any], None] | None = None
+    on_trace: Callable[[Any], None] | None = None
     spent: Cost = field(default_factory=Cost)
 
     @property
@@ -49,6 +50,11 @@ class Run:
         """Give a state to `on_step`, where there is one."""
         if self.on_step is not None:
             self.on_step(state)
+
+    def note(self, entry: Any) -> None:
+        """Give an entry of the samples' `trace` to `on_trace`, where there is one, as soon as it is there."""
+        if self.on_trace is not None:
+            self.on_trace(entry)
 
 
 class Sampler(ABC):
@@ -130,12 +136,13 @@ class Sampler(ABC):
         reward: Reward | None = None,
         beta: float = 1.0,
         on_step: Callable[[Any], None] | None = None,
+        on_trace: Callable[[Any], None] | None = None,
     ) -> Run:
         """A run that was checked, before its first step. Raises `InputError` and `UnsupportedError`."""
         check(reward is not None or not self.needs_reward, "reward", None, f"a reward: {self.title} goes by it")
         self.check_process(process)
         given = _Tilting(reward) if self.tilts and reward is not None else reward
-        return Run(self.prepared(process), list(prompts), generator, given, beta, on_step)
+        return Run(self.prepared(process), list(prompts), generator, given, beta, on_step, on_trace)
 
     def run(
         self,
@@ -146,10 +153,15 @@ class Sampler(ABC):
         reward: Reward | None = None,
         beta: float = 1.0,
         on_step: Callable[[Any], None] | None = None,
+        on_trace: Callable[[Any], None] | None = None,
     ) -> Samples:
-        """Draw for every prompt. `on_step` sees each state (progress, streaming); it must not change it."""
+        """Draw for every prompt. `on_step` sees each state (progress, streaming), `on_trace` what `Samples.trace` will
+        hold: each weighted step of FK, a forest after each of its batches. Neither may change what it sees.
+        """
         began = time.perf_counter()
-        run = self.begin(process, prompts, generator=generator, reward=reward, beta=beta, on_step=on_step)
+        run = self.begin(
+            process, prompts, generator=generator, reward=reward, beta=beta, on_step=on_step, on_trace=on_trace
+        )
         samples = self.draw(run)
         cost = replace(samples.cost + run.spent, seconds=time.perf_counter() - began)
         return replace(samples, cost=cost, pool=None if samples.pool is None else replace(samples.pool, cost=cost))

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from steer.core import Prompt, Reward, check
+from steer.core import Prompt, Reward, Samples, check
 from steer.core.notebook import text_html
 from steer.files import as_json, write_text
 from steer.measure.distances import interval
@@ -177,7 +177,8 @@ def frontier(
     also: Sequence[Reward | str] = (),
     seed: int = 0,
     progress: bool = False,
-    on_point: Callable[[Frontier], None] | None = None,
+    on_point: Callable[[Frontier, Samples], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> Frontier:
     """Generate by every method at every strength, and measure reward and KL.
@@ -191,7 +192,9 @@ def frontier(
         n: samples of the base model, and of methods that are edits, for each prompt.
         candidates: texts that every setting draws for each prompt, in place of `n`, so that all cost the same: a
             best-of-4 runs `candidates / 4` times.
-        on_point: sees what is there after every point.
+        on_point: sees what is there after every point, which is its last, with the samples of that point.
+        on_step: is called after every step with the steps of this point that are done, and of how many; what it raises
+            ends the measurement.
         also: rewards that are measured on the same texts and that no method aims at.
         settings: of every call of `generate`, such as `max_new_tokens` and `temperature`.
 
@@ -205,25 +208,28 @@ def frontier(
     others = {str(one): one.bind(model) for given in also if (one := as_reward(given)) is not None}
     check(candidates is None or candidates >= 1, "candidates", candidates, "an integer of 1 or more")
     runs = {id(own): _runs(own, candidates) for sweep in sweeps.values() for own in sweep}
-    shared = {"reward": scored, "seed": seed, **settings}
+    shared = {"reward": scored, "seed": seed, "progress": on_step or False, **settings}
+    points: list[Point] = []
 
-    def point(method: str, own: dict[str, Any], times: int) -> tuple[Point, Any]:
-        samples = model.generate(list(prompts) * times, **{**shared, **own})
-        return _point(method, own, samples, times, others), samples
+    def measured(method: str, own: dict[str, Any], times: int) -> Samples:
+        samples: Samples = model.generate(list(prompts) * times, **{**shared, **own})
+        points.append(_point(method, own, samples, times, others))
+        if on_point is not None:
+            on_point(Frontier(points, candidates), samples)
+        return samples
 
     count = n if candidates is None else candidates
     with ticking(progress, "methods", 1 + sum(map(len, sweeps.values()))) as tick:
-        first, base = point("base", {"n": count}, 1)
-        spread, points = float(base.reward.std()), [first]
+        base = measured("base", {"n": count}, 1)
+        assert base.reward is not None
+        spread = float(base.reward.std())
         tick(1)
         for method, sweep in sweeps.items():
             for given in sweep:
                 own = {**({} if "sampler" in given else {"n": count}), **given}
                 if method in SWEEPS and "beta" in own:
                     own["beta"] = max(own["beta"] * spread, 1e-6)
-                points.append(point(method, own, runs[id(given)])[0])
-                if on_point is not None:
-                    on_point(Frontier(points, candidates))
+                measured(method, own, runs[id(given)])
                 tick(1)
     return Frontier(points, candidates)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steer import artifacts
 from steer.core import Edit, Reward, Samples, check
 from steer.core.notebook import text_html
 from steer.edits import Artifact, as_edit
@@ -158,6 +159,16 @@ class Report:
     def write(self, folder: Path | str) -> None:
         """Write report.json into `folder` in one step; `steer.pictures.charts.draw_report` draws it."""
         write_text(Path(folder) / "report.json", as_json(self.to_dict()) + "\n")
+
+    def keep(self, path: Path | str) -> None:
+        """Write the sweep into the card of the artifact at `path`, in one step: `metrics["sweep"]` is a list of
+        `[strength, perplexity ratio, whether the texts broke]`. Raises `InputError` where `path` is no artifact.
+        """
+        tensors, card = artifacts.load(path)
+        broken = {b.strength for b in self.breaks}
+        rows = [row for row in self.of("steered") if row.strength is not None]
+        sweep = [[row.strength, round(row.perplexity_ratio, 4), row.strength in broken] for row in rows]
+        artifacts.save(path, tensors, replace(card, metrics={**card.metrics, "sweep": sweep}))
 
 
 def _cell(value: float | None) -> str:

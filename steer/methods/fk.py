@@ -171,6 +171,7 @@ class FKSteering(Sampler):
             if finished is not None or self._weighed(state.step):
                 state, generation = self._generation(run, state, particles, finished)
                 trace.append(generation)
+                run.note(generation)
             run.step(state)
         samples = process.decode(state) if finished is None else finished
         pool = replace(

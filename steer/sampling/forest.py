@@ -103,6 +103,7 @@ class Forest:
     def __init__(self, sampler: Search, run: Run) -> None:
         self.sampler, self.process, self.prompts = sampler, run.process, run.prompts
         self.reward, self.beta, self.generator, self._watch = run.reward, run.beta, run.generator, run.step
+        self._note = run.note
         self.cost, self.rollouts = Cost(), 0
         trust = 0.0 if self.sampler.lookahead is None else self.sampler.trust
         self.trees = [Tree(self.beta, self.sampler.hard, trust) for _ in self.prompts]
@@ -173,6 +174,7 @@ class Forest:
             self.log_path[rollout.tree].append(rollout.log_path)
             self.leaf[rollout.tree].append(rollout.node)
         self.rollouts += size
+        self._note(self)
 
     def _select(self, t: int, tree: Tree, pending: dict[int, int], u: Sequence[float]) -> _Rollout:
         """Descend to the node to expand, or to a leaf; visits are counted at once, so that a batch spreads out."""

@@ -48,6 +48,13 @@ def open_tab(tab: Any, title: str) -> None:
     tab.get_by_role("tab", name=title, exact=True).first.click()
 
 
+def number(tab: Any, label: str, value: float) -> None:
+    """Type a number beside the slider of this label in the open tab."""
+    field = tab.get_by_label(f"number input for {label}").locator("visible=true").first
+    field.fill(str(value))
+    field.press("Tab")
+
+
 def ask(tab: Any, prompt: str, *, system: str = "", edit: str = "glad", strength: str = "1.5") -> None:
     """Fill the tab Steer, and start."""
     open_tab(tab, "Steer")

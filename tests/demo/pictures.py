@@ -42,28 +42,55 @@ def vector(tab: Any) -> None:
     tab.wait_for_selector(".steer-layers .layer", timeout=LONG)
 
 
-TABS: dict[str, Callable[[Any], None]] = {"first": first, "steer": steer, "vector": vector}
-"""What brings each tab into the state that is worth a picture."""
-WAYS: dict[str, dict[str, Any]] = {
-    "light": {"color_scheme": "light"},
-    "dark": {"color_scheme": "dark"},
-    "narrow": {"viewport": {"width": 390, "height": 844}, "color_scheme": "light"},
+def search(tab: Any) -> None:
+    open_tab(tab, "Search")
+    tab.click("#search-go")
+    tab.wait_for_selector("#search-table dd", timeout=LONG)
+    tab.locator("#search-lineage circle.node").last.click()
+
+
+def images(tab: Any) -> None:
+    open_tab(tab, "Images")
+    tab.get_by_label("RL guidance", exact=True).check()
+    tab.click("#images-go")
+    tab.wait_for_function("document.querySelector('#images-note').innerText.startsWith('Done')", timeout=LONG)
+
+
+def frontier(tab: Any) -> None:
+    open_tab(tab, "Frontier")
+    tab.click("#frontier-go")
+    tab.wait_for_function("document.querySelector('#frontier-note').innerText.startsWith('Done')", timeout=LONG)
+    tab.locator("#frontier circle.node[data-id='2']").focus()
+
+
+TABS: dict[str, Callable[[Any], None]] = {
+    "first": first,
+    "steer": steer,
+    "vector": vector,
+    "search": search,
+    "images": images,
+    "frontier": frontier,
 }
+"""What brings each tab into the state that is worth a picture."""
+WIDE, NARROW = {"width": 1280, "height": 1000}, {"width": 390, "height": 844}
 
 
 def main(folder: Path, wanted: list[str]) -> int:
-    """Write `TAB-WAY.png` for each."""
+    """Write `TAB-light.png`, `TAB-dark.png` and `TAB-narrow.png` for each; a tab runs once for all three."""
     folder.mkdir(parents=True, exist_ok=True)
     page = launch(Shared("smollm2-135m"))
     with sync_playwright() as api:
         browser = api.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        for way, settings in WAYS.items():
-            for name in wanted or TABS:
-                visit = Visit(browser, page.url, **settings)
-                TABS[name](visit.tab)
+        for name in wanted or TABS:
+            visit = Visit(browser, page.url, color_scheme="light")
+            TABS[name](visit.tab)
+            for way, size, dark in (("light", WIDE, False), ("dark", WIDE, True), ("narrow", NARROW, False)):
+                visit.tab.set_viewport_size(size)
+                visit.tab.evaluate("dark => document.body.classList.toggle('dark', dark)", dark)
+                visit.tab.wait_for_timeout(500)
                 visit.tab.screenshot(path=folder / f"{name}-{way}.png", full_page=True)
-                visit.close()
                 print(folder / f"{name}-{way}.png", flush=True)
+            visit.close()
         browser.close()
     page.close()
     return 0

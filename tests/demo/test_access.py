@@ -11,7 +11,7 @@ from helpers import ask, finished, open_tab
 
 ROOT = Path(__file__).parents[2]
 AXE = Path(os.environ.get("STEER_AXE", ROOT / "build/axe/node_modules/axe-core/axe.min.js"))
-TABS = ("The first minute", "Steer", "Make a vector", "Search")
+TABS = ("The first minute", "Steer", "Make a vector", "Search", "Images", "Frontier")
 
 
 def _found(tab: Any) -> list[str]:

@@ -60,6 +60,55 @@ def test_a_vector_is_made(client: Any) -> None:
     assert "by-wire is ready" in line["text"] and len(chart["accuracy"]) == 2 and card.startswith("vector for")
 
 
+def test_a_search_is_run(page: Any, client: Any) -> None:
+    from steer.demo.actions import search
+    from steer.demo.recipes.search import SearchRecipe
+
+    given = {"prompt": "tell me", "reward": "sentiment", "sampler": "fk", "budget": 64, "max_tokens": 16}
+    given |= {"beta": 0.1, "temperature": 0.7, "seed": 0}
+    line, best, curve, lineage, tree, table, *_ = client.predict(*given.values(), api_name="/search")
+    recipe = SearchRecipe.parse({"model": page.page.shared.text_model, **given})
+    want = last(search.run(recipe, page.page.shared))
+    assert line["text"] == "Done." and best == want["best"] and table["rows"] == want["rows"]
+    assert curve["ghost"] == want["ghost"] and lineage == want["lineage"] and tree is None
+
+
+def test_images_are_drawn(page: Any, client: Any) -> None:
+    from steer.demo.actions import images
+    from steer.demo.recipes.images import ImagesRecipe
+
+    given = {"prompt": "boot", "reward": "class:boot", "methods": ["plain"], "particles": 2, "steps": 2}
+    line, shown, *_ = client.predict(*given.values(), 1.0, 1.0, 0, api_name="/images")
+    want = last(images.run(ImagesRecipe.parse({"model": page.page.shared.image_model, **given}), page.page.shared))
+    assert line["text"].startswith("Done") and shown["methods"][0]["rewards"] == want["methods"][0]["rewards"]
+
+
+def test_a_frontier_is_measured(client: Any) -> None:
+    given = ["tell me\nthe dog", "sentiment", ["best-of-n"], "", "", "", 1, 2, 0.7, 0]
+    assert client.predict(*given, api_name="/estimate")["text"].startswith("About")
+    line, shown, *_ = client.predict(*given, api_name="/frontier")
+    assert line["text"].startswith("Done") and len(shown["points"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "given", "told"),
+    [
+        ("/search", ["tell me", "sentiment", "fk", 64, 16, "NaN", 0.7, 0], "beta"),
+        ("/search", ["x" * 100_000, "sentiment", "fk", 64, 16, 0.1, 0.7, 0], "prompt"),
+        ("/search", ["tell me", None, "fk", 64, 16, 0.1, 0.7, 0], "reward"),
+        ("/images", ["", "class:bag", ["plain"], 2, 2, "NaN", 1.0, 0], "beta"),
+        ("/images", ["", "class:bag", [], 2, 2, 1.0, 1.0, 0], "methods"),
+        ("/frontier", ["a\nb", "sentiment", ["fk"], "../etc", "1", "", 1, 2, 0.7, 0], "edits"),
+        ("/frontier", ["a\nb", "sentiment", ["fk"], "glad", "1, NaN", "", 1, 2, 0.7, 0], "strengths"),
+        ("/frontier", ["", "sentiment", ["fk"], "", "", "", 1, 2, 0.7, 0], "prompts"),
+    ],
+)
+def test_bad_arguments_of_other_tabs_are_one_line(client: Any, endpoint: str, given: list[Any], told: str) -> None:
+    line = client.predict(*given, api_name=endpoint)[0]
+    assert line["wrong"] and told in line["text"] and "Something went wrong" not in line["text"]
+    assert len(line["text"]) < 600
+
+
 def test_a_page_for_others_wants_a_key(tiny_lm_dir: Any) -> None:
     import httpx
 

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from helpers import Visit, column, finished, last, open_tab, run, texts_of
+from helpers import Visit, column, finished, last, number, open_tab, run, texts_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.smollm2]
 
@@ -93,4 +93,58 @@ def test_stop_stands_still_within_two_seconds(smollm2_page: Any, chromium: Any) 
     shown = visit.tab.locator("#tokens .tok").count()
     time.sleep(1)
     assert visit.tab.locator("#tokens .tok").count() <= shown + 6
+    visit.close()
+
+
+def test_a_search_is_seen(smollm2_page: Any, chromium: Any) -> None:
+    from steer.demo.actions import search
+    from steer.demo.recipes.search import SearchRecipe
+
+    given = {"model": "smollm2-135m", "prompt": "How was your day?", "budget": 96, "max_tokens": 16}
+    want = last(search.run(SearchRecipe.parse(given), smollm2_page.page.shared))
+    visit = Visit(chromium, smollm2_page.url)
+    open_tab(visit.tab, "Search")
+    visit.tab.set_default_timeout(300_000)
+    visit.tab.fill("#search-budget input", "96")
+    number(visit.tab, "Tokens at most, of one text", 16)
+    visit.tab.click("#search-go")
+    visit.tab.wait_for_function("document.querySelector('#search-note').innerText === 'Done.'")
+    visit.tab.wait_for_selector("#search-table dd")
+    assert visit.tab.input_value("#search-best textarea") == want["best"]
+    scores = visit.tab.locator("#search-table td.score").all_text_contents()
+    assert scores == [f"{score:.3f}" for score, _, _ in want["rows"]]
+    assert want["rows"][0][0] >= want["ghost"][0][1] - 1
+    visit.close()
+
+
+def test_images_are_seen(smollm2_page: Any, chromium: Any) -> None:
+    """FK reaches more reward than plain sampling with as many calls of the network."""
+    visit = Visit(chromium, smollm2_page.url)
+    open_tab(visit.tab, "Images")
+    visit.tab.set_default_timeout(300_000)
+    visit.tab.click("#images-go")
+    visit.tab.wait_for_function("document.querySelector('#images-note').innerText.startsWith('Done')")
+
+    def fact(title: str, name: str) -> float:
+        found = visit.tab.locator(f'#images section[aria-label="{title}"] .facts div', has_text=name)
+        return float(found.locator("dd").inner_text().split()[0])
+
+    assert fact("FK", "Mean reward") > fact("Plain", "Mean reward") + 3
+    assert fact("FK", "Network calls") == fact("Plain", "Network calls") == 200
+    visit.close()
+
+
+def test_a_frontier_is_seen(smollm2_page: Any, chromium: Any) -> None:
+    visit = Visit(chromium, smollm2_page.url)
+    open_tab(visit.tab, "Frontier")
+    visit.tab.set_default_timeout(600_000)
+    visit.tab.fill("#frontier-prompts textarea", "How was your day?\nTell me about your new flat.")
+    visit.tab.fill("#strengths input, #strengths textarea", "0.15")
+    visit.tab.click("#frontier-more button")
+    number(visit.tab, "Tokens at most", 12)
+    visit.tab.click("#frontier-go")
+    visit.tab.wait_for_function("document.querySelector('#frontier-note').innerText.startsWith('Done')")
+    told = visit.tab.locator("#frontier circle.node").evaluate_all("all => all.map(x => x.getAttribute('aria-label'))")
+    rewards = {text.split(":")[0]: float(text.split("reward ")[1].split()[0]) for text in told}
+    assert rewards["best-of-n, n 16"] > rewards["the model as it is"]
     visit.close()

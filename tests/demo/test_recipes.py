@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import last, packed
+from helpers import PAIRS, last, packed
 
 from steer.core import InputError
 from steer.demo.recipes import LIMIT_ADDRESS, decode, encode
+from steer.demo.recipes.frontier import FrontierRecipe
+from steer.demo.recipes.images import ImagesRecipe
+from steer.demo.recipes.search import SearchRecipe
 from steer.demo.recipes.steer import SteerRecipe
 from steer.demo.recipes.vector import VectorRecipe
 
@@ -73,8 +76,81 @@ def test_all_forms_give_the_texts_on_the_page(
     assert (choice["text"] if raw else choice["message"]["content"]) == shown[1]
 
 
+@pytest.mark.parametrize("sampler", ["best-of-n", "fk", "dts-star"])
+def test_all_forms_of_a_search_give_the_text_on_the_page(
+    page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sampler: str
+) -> None:
+    from fastapi.testclient import TestClient
+
+    from steer.cli import main
+    from steer.demo.actions import search
+    from steer.serving.app import create_app
+
+    shared = page.page.shared
+    given = {
+        "model": shared.text_model,
+        "prompt": "tell me of the dog",
+        "sampler": sampler,
+        "seed": 3,
+        "max_tokens": 20,
+    }
+    recipe = SearchRecipe.parse({**given, "budget": 160})
+    shown = last(search.run(recipe, shared))["best"]
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert main([*shlex.split(recipe.commands())[1:], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompts"][0]["samples"][0]["text"] == shown
+    exec(compile(recipe.python(), "python", "exec"), {})
+    assert capsys.readouterr().out == shown + "\n"
+    Path("recipe.yaml").write_text(recipe.yaml(), encoding="utf-8")
+    assert main(["run", "recipe.yaml"]) == 0
+    assert shown.strip() in capsys.readouterr().out
+    body = json.loads(shlex.split(recipe.curl().partition("\n")[2])[-1])
+    client = TestClient(create_app(shared.engine(), artifacts=tmp_path), base_url="http://127.0.0.1")
+    answer = client.post("/v1/chat/completions", json={**body, "model": shared.engine().name})
+    assert answer.json()["choices"][0]["message"]["content"] == shown
+
+
+def test_all_forms_give_the_vector_on_the_page(page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from steer.artifacts import load
+    from steer.cli import main
+    from steer.demo.actions import vector
+
+    shared, visitor = page.page.shared, page.page.visitors.get("vector-forms")
+    sides = {side: [pair[side] for pair in PAIRS] for side in ("positive", "negative")}
+    recipe = VectorRecipe.parse({"model": shared.text_model, "name": "cheer", "method": "pca", "seed": 2, **sides})
+    last(vector.make(recipe, shared, visitor))
+    want, _ = load(visitor.path("cheer"))
+    monkeypatch.chdir(tmp_path)
+
+    def made() -> None:
+        found, _ = load("cheer.safetensors")
+        assert found.keys() == want.keys()
+        assert all(torch.allclose(found[name], want[name], atol=1e-5) for name in want)
+        Path("cheer.safetensors").unlink()
+
+    rows, _, line = recipe.commands().partition("\nPAIRS\n")
+    Path(recipe.source).write_text(rows.partition("\n")[2] + "\n", encoding="utf-8")
+    assert main(shlex.split(line)[1:]) == 0
+    made()
+    exec(compile(recipe.python(), "python", "exec"), {})
+    made()
+    Path("recipe.yaml").write_text(recipe.yaml(), encoding="utf-8")
+    assert main(["run", "recipe.yaml"]) == 0
+    made()
+
+
 def test_an_address_holds_the_recipe() -> None:
-    for recipe in (_recipe("m"), VectorRecipe.parse({"model": "m", "name": "x", "positive": ["a"], "negative": ["b"]})):
+    pairs = {"positive": ["a"], "negative": ["b"]}
+    for recipe in (
+        _recipe("m"),
+        VectorRecipe.parse({"model": "m", "name": "x", **pairs}),
+        SearchRecipe.parse({"model": "m", "prompt": "x", "sampler": "dts-star", "budget": 99, "temperature": 1.5}),
+        ImagesRecipe.parse({"model": "m", "methods": ["rlg"], "w": -0.5}),
+        FrontierRecipe.parse({"model": "m", "prompts": ["a", "b"], "strengths": [0.25]}),
+    ):
         assert decode(encode(recipe)) == recipe
     with pytest.raises(InputError, match="address"):
         encode(_recipe("m", prompt="".join(random.Random(0).choices(string.printable, k=15_000))))

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from helpers import ask, run
+from helpers import Visit, ask, column, finished, run, texts_of
 
 
 def _engine(page: Any) -> Any:
@@ -133,6 +133,23 @@ def test_ten_visitors_decode_together(page: Any) -> None:
         return list(await asyncio.gather(*(written(seed) for seed in range(10))))
 
     assert run(together()) == [run(written(seed)) for seed in range(10)]
+
+
+@pytest.mark.slow
+def test_ten_open_visitors_survive(page: Any, chromium: Any) -> None:
+    """Ten browsers at once: every one gets its own texts, and the page answers an eleventh."""
+    visits = [Visit(chromium, page.url) for _ in range(10)]
+    for i, visit in enumerate(visits):
+        ask(visit.tab, "tell me about the house" if i % 2 else "tell me about the dog")
+    texts = []
+    for visit in visits:
+        finished(visit.tab)
+        texts.append(texts_of(column(visit.tab, "Steered")))
+    assert all(text == texts[i % 2] for i, text in enumerate(texts)) and texts[0] != texts[1]
+    for visit in visits:
+        visit.close()
+    eleventh = Visit(chromium, page.url)
+    eleventh.close()
 
 
 def test_who_is_away_for_too_long_is_forgotten() -> None:
