@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.generation import sampling_settings
-from steer.core import Edit, Reward
+from steer.core import Edit, PromptEdit, Reward
 from steer.model import Plan, prepare
 from steer.serving import requests
 from steer.serving.engine import NamedEdit, Sampling, Steering, Task
@@ -63,6 +63,11 @@ class Preparer(ABC, Generic[P]):
         steering, sampling = read.steering, read.sampling
         self.check_sampling(sampling)
         edits = tuple(self.read_edit(named, steering.beta) for named in steering.edits)
+        rewriting = [edit for edit in edits if isinstance(edit, PromptEdit)]
+        if rewriting:
+            read = requests.rewritten(read, rewriting, self.text, [not isinstance(e, PromptEdit) for e in edits])
+            steering, sampling = read.steering, read.sampling
+            edits = tuple(edit for edit in edits if not isinstance(edit, PromptEdit))
         reward = None if steering.reward is None else steering.reward.bind(self.text)
         made = self.kind(
             read.task, read.prompts, read.ids, sampling, self.process(read, edits), edits, reward, seed_of(sampling)

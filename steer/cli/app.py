@@ -30,7 +30,9 @@ app = typer.Typer(
     context_settings=_HELP,
 )
 models = typer.Typer(help="Models that come with steer.", no_args_is_help=True)
-train = typer.Typer(help="Train a vector, a controller, a value head, a reward or a policy.", no_args_is_help=True)
+train = typer.Typer(
+    help="Train a vector, a controller, a value head, a reward, a stimulus or a policy.", no_args_is_help=True
+)
 app.add_typer(models, name="models")
 app.add_typer(train, name="train")
 
@@ -195,7 +197,7 @@ def show(
     file: Annotated[Path, typer.Argument(metavar="FILE or DIR", help="An artifact, a policy or a model.")],
 ) -> None:
     """Print the card of an artifact, a policy or a model."""
-    from steer.cli.cards import describe, folder_of
+    from steer.cli.cards import describe, described, folder_of
 
     folder = folder_of(file)
     if folder.is_dir():
@@ -210,7 +212,7 @@ def show(
         return
     from steer.artifacts import read_card
 
-    typer.echo(read_card(file).describe())
+    typer.echo(described(read_card(file)))
 
 
 @app.command()
