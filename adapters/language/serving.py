@@ -12,8 +12,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.generation import sampling_settings
-from steer.core import Edit, PromptEdit, Reward
+from steer.artifacts import read_card
+from steer.core import Edit, ModelInfo, PromptEdit, Reward, check
 from steer.model import Plan, prepare
+from steer.rewards import parse_reward
 from steer.serving import requests
 from steer.serving.engine import NamedEdit, Sampling, Steering, Task
 from steer.serving.idle import give_back_memory
@@ -26,6 +28,10 @@ class ServableModel(Words, Protocol):
     """A language model that takes requests one by one."""
 
     split_special_tokens: bool
+    name: str
+
+    @property
+    def info(self) -> ModelInfo: ...
 
     @property
     def own_settings(self) -> dict[str, Any]: ...
@@ -98,6 +104,14 @@ class Preparer(ABC, Generic[P]):
     def check_artifact(self, path: Path) -> None:
         """Raise `InputError` where an artifact does not fit the model, or asks for other files."""
         check_card(path)
+        card = read_card(path)
+        if card.kind == "reward":
+            # The heads read the states of the served model: a file never makes the server load another one.
+            ours, theirs = self.text.info.entry()["fingerprint"], card.model.get("fingerprint")
+            given = f"a reward for {card.model.get('name')} (fingerprint {theirs})"
+            check(ours == theirs, "artifact", given, f"one for {self.text.name} (fingerprint {ours})")
+            parse_reward(f'"{path}"')
+            return
         with edit_errors(path, {}):
             self.try_artifact(path)
 

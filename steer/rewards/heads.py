@@ -80,10 +80,16 @@ class HeadReward(Composable):
         return self.text
 
     def bind(self, model: Any) -> Reward:
-        """The reward on the states of `model`, where it is the one that the heads were trained on."""
+        """The reward on the states of `model`, where it is the one that the heads were trained on; of an engine that
+        shows none, the same model is loaded beside it by the engine's name for it.
+        """
         info = getattr(model, "info", None)
         same = info is not None and info.entry().get("fingerprint") == self.trained_on.get("fingerprint")
-        return replace(self, model=model) if same and hasattr(model, "hidden_states") else self
+        if not same:
+            return self
+        if hasattr(model, "hidden_states"):
+            return replace(self, model=model)
+        return replace(self, trained_on={**self.trained_on, "name": model.name})
 
     def attributes(self, samples: Samples) -> Tensor:
         """Every attribute of every sample, the mean over members `[N, K]`."""

@@ -68,7 +68,9 @@ def create_app(
     )
     gate = Gate(limits.requests, Idle(engine.give_back_memory))
     metrics = Metrics(engine, gate, store)
-    tasks = Tasks(store, rewards or Rewards(folder=artifacts), limits, default, engine.own_edits, unsaid or Sampling())
+    rewards = rewards or Rewards(folder=artifacts)
+    rewards.follow(lambda name: store.get(name).path)
+    tasks = Tasks(store, rewards, limits, default, engine.own_edits, unsaid or Sampling())
     reading = ThreadPoolExecutor(1, "steer-files")
     server = Server(
         engine, store, tasks, gate, metrics, reading, int(time.time()), tuple(dict.fromkeys((engine.name, *names)))
