@@ -237,6 +237,13 @@ class TrainRewardOptions(TrainOptions):
         ),
     ]
     objective: Annotated[str, typer.Option(help="auto (by the columns), pairs, ratings or binary.")] = "auto"
+    gate: Annotated[
+        Path | None,
+        typer.Option(metavar="PAIRS.jsonl", help="Of ratings: learn the attributes' weights by the prompt from these."),
+    ] = None
+    noise_robust: Annotated[
+        bool, typer.Option("--noise-robust", help="Of pairs: two heads that review each other, where that is better.")
+    ] = False
     members: Annotated[int, typer.Option(help="Of an ensemble, read as FILE:how=worst or FILE:how=uncertainty.")] = 1
 
 

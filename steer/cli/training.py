@@ -93,7 +93,10 @@ def train_reward(options: TrainRewardOptions, coming: Coming = frozenset()) -> R
     settings = _settings(RewardSettings, options, "train reward")
     allowed = f"{FORMATS} with chosen and rejected, ratings, or labels"
     rows = [row for _, row in read_table("data", options.data, allowed)]
-    return _trainer(options, lambda model, more: train(model, rows, settings, **more), keep_work=False)
+    gate = None
+    if options.gate is not None:
+        gate = [row for _, row in read_table("gate", options.gate, f"{FORMATS} with chosen and rejected")]
+    return _trainer(options, lambda model, more: train(model, rows, settings, gate=gate, **more), keep_work=False)
 
 
 def train_stimulus(options: TrainStimulusOptions, coming: Coming = frozenset()) -> Run:
@@ -124,7 +127,7 @@ def train_stimulus(options: TrainStimulusOptions, coming: Coming = frozenset()) 
             from steer.adapters.transformers.policy.hints import open_policy
 
             policy = open_policy(model if name == options.model else name, options.policy)
-            more |= {"policy": policy, "out": options.out}
+            more |= {"network": policy, "out": options.out}
         return train(model, rows, reward, settings, test=test, **more)
 
     return _stimulus_trainer(options, begin) if network else _trainer(options, begin, options.keep_work)

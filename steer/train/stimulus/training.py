@@ -112,7 +112,7 @@ def train_stimulus(
     settings: StimulusSettings | None = None,
     *,
     test: Sequence[Any] | None = None,
-    policy: Policy | None = None,
+    network: Policy | None = None,
     out: Path | str | None = None,
     work: Path | None = None,
     progress: bool = False,
@@ -127,8 +127,7 @@ def train_stimulus(
         reward: of the black box's texts; `rouge` compares them with each row's reference. Its prompt is the input.
         settings: how; fields of `StimulusSettings` may also be `given` by name.
         test: further rows, on which the table is made; default: a share of `data`, by id.
-        policy: the network of `policy="lm"` and `"seq2seq"`, as
-            `steer.adapters.transformers.policy.hints.open_policy` makes it.
+        network: of `policy="lm"` and `"seq2seq"`, as `steer.adapters.transformers.policy.hints.open_policy` makes it.
         out: folder for a policy that is a network.
         work: folder for texts and checkpoints; a run that stopped goes on from there to the same result.
 
@@ -141,15 +140,15 @@ def train_stimulus(
     """
     chosen = settle(StimulusSettings, settings, given, "train_stimulus")
     job = check_stimulus(data, reward, chosen, test)
-    network = chosen.policy != "extract"
-    check(not network or policy is not None, "policy", chosen.policy, "a network, handed over as policy=, or extract")
-    check(network == (out is not None), "out", None if out is None else str(out), "a folder for a network, else unset")
+    extracts = chosen.policy == "extract"
+    check(extracts == (network is None), "policy", chosen.policy, "extract, or lm and seq2seq with a network")
+    check(extracts == (out is None), "out", None if out is None else str(out), "a folder for a network, else unset")
     scored = None if job.reward is None else job.reward.bind(model)
     run = {**chosen.recipe(), "reward": None if scored is None else str(scored), "data": job.sha, "model": model.name}
     claim(work, run)
     bench = _bench(model, scored, chosen, work)
     control = ExtractPolicy.of([row.input for row in job.parts.learnt], chosen)
-    trained: Any = policy if network else control
+    trained: Any = control if extracts else network
     teacher = _Trained(job, bench, control, trained, work, run, progress)
     metrics = teacher()
     tensors, settings_ = teacher.result()
@@ -157,7 +156,7 @@ def train_stimulus(
         kind="stimulus",
         model={"name": model.name},
         settings=settings_,
-        recipe={**run, "stop_list": stop_list_hash(), "features": list(FEATURES)} if not network else run,
+        recipe={**run, "stop_list": stop_list_hash(), "features": list(FEATURES)} if extracts else run,
         data={
             "sha256": job.sha,
             "rows": len(job.parts.learnt),
@@ -166,7 +165,7 @@ def train_stimulus(
         },
         metrics=metrics,
     )
-    if not network:
+    if extracts:
         return Artifact(tensors, card)
     with replacing_folder(Path(str(out))) as temporary:
         trained.save(temporary)
