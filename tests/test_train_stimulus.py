@@ -302,7 +302,7 @@ def test_the_reward_alone_teaches(tmp_path: Path) -> None:
     long = {**SHORT, "rounds": 25, "inputs": 16, "hints": 6, "calls": 4000}
     made: Any = train_stimulus(Echo(), plain, reward, stage="rl", force=True, beta=0.001, target_kl=2.0, **long)
     rounds = [one["reward"] for one in made.card.metrics["rounds"]]
-    assert sum(rounds[-5:]) > 2 * sum(rounds[:5])
+    assert sum(rounds[-5:]) / 5 > 4 * rounds[0]
     table = {line["name"]: line for line in made.card.metrics["table"]}
     gain = table["after the rounds"]
     assert gain["over_before"] - gain["over_before_half"] > 0 and "the reference's" not in table
@@ -316,16 +316,27 @@ def test_a_box_that_ignores_hints_is_named() -> None:
 
 
 def test_failures_are_dropped_until_there_are_too_many() -> None:
-    made: Any = train_stimulus(Echo(fails=frozenset({"oslo"})), rows(), "rouge:kinds=1", **SHORT)
-    assert sum(one["failed"] for one in made.card.metrics["rounds"]) > 0
+    """One input of 48 has a hint that breaks the box, which is a twelfth of its round's."""
+    settings = StimulusSettings(**SHORT)
+    known = split(read_rows(rows(), settings), None, settings).learnt[0]
+    place = known.reference.split()[0]  # type: ignore[union-attr]
+    data = [
+        {**r, "input": r["input"].replace(place, "Zagreb"), "reference": "Zagreb ."} if r["id"] == known.key else r
+        for r in rows()
+    ]
+    short = {**SHORT, "inputs": 12, "probe": 4}
+    made: Any = train_stimulus(Echo(fails=frozenset({"zagreb"})), data, "rouge:kinds=1", force=True, **short)
+    assert 0 < max(one["failed"] for one in made.card.metrics["rounds"]) <= 0.1
     with pytest.raises(SteerError, match=r"% of the texts of round 1 failed: the box is broken"):
         train_stimulus(Echo(fails=frozenset({"oslo", "riga", "kiel", "visby"})), rows(), "rouge:kinds=1", **SHORT)
 
 
 def test_the_budget_ends_the_rounds() -> None:
-    made: Any = train_stimulus(Echo(), rows(), "rouge:kinds=1", calls=190, **{**SHORT, "rounds": 50})
-    assert len(made.card.metrics["rounds"]) < 50 and "calls" in made.card.metrics["stopped"]
-    assert made.card.metrics["calls"] <= 190
+    reward = parse_reward("keywords:" + ",".join(PLACES))
+    short = {**SHORT, "rounds": 50, "evaluate": 4, "probe": 4, "learning_rate": 1e-3, "most": 2}
+    made: Any = train_stimulus(Echo(), rows(), reward, stage="rl", force=True, calls=150, **short)
+    assert 0 < len(made.card.metrics["rounds"]) < 50 and "150 calls" in made.card.metrics["stopped"]
+    assert made.card.metrics["calls"] <= 150
 
 
 def test_texts_are_judged_whole_and_asked_once(tmp_path: Path) -> None:
@@ -422,7 +433,7 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
     work = tmp_path / "w"
     code = _KILLED.format(tests=str(Path(__file__).parent), work=str(work))
     running = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not (work / "state.safetensors").is_file() and running.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
     running.send_signal(signal.SIGKILL)

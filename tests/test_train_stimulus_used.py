@@ -102,7 +102,7 @@ def test_a_network_is_trained_saved_and_used(
             Tell(),
             noun_rows(),
             "rouge:kinds=1",
-            policy=policy,
+            network=policy,
             out=tmp_path / name,
             work=tmp_path / f"{name}.w",
             **settings,

@@ -172,13 +172,13 @@ def _newton(parts: list[tuple[Tensor, Tensor]], targets: Tensor, at: list[int], 
             return mu
         curve = spread[at][:, at] / beta**2
         step = torch.linalg.lstsq(curve + 1e-14 * torch.eye(len(at)).double(), slope.unsqueeze(1)).solution.squeeze(1)
-        size, value = 1.0, log_z - float(mu @ targets) / beta
+        size, value, gain = 1.0, log_z - float(mu @ targets) / beta, float(slope @ step)
         while size > 1e-12:
             trial = mu.clone()
             trial[at] -= size * step
-            if _moments(parts, trial, beta)[0] - float(trial @ targets) / beta <= value - 1e-4 * size * float(
-                slope @ step
-            ):
+            new = _moments(parts, trial, beta)[0] - float(trial @ targets) / beta
+            # So close to the minimum values differ by rounding alone, and Newton's step is right.
+            if new <= value - 1e-4 * size * gain or gain < 1e-10:
                 break
             size /= 2
         if size <= 1e-12 or not bool(trial.isfinite().all()):
