@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steer.adapters.transformers.body import taken
+from steer.adapters.transformers.cache import cache_argument
 from steer.adapters.transformers.model import LanguageModel, load
 from steer.adapters.transformers.policy.trl import quiet, shared_copy
 from steer.artifacts import Card, read_folder_card
@@ -67,6 +69,7 @@ class NetworkPolicy:
     ) -> None:
         check(bool(ends), "policy_model", name, "a model whose texts end")
         self.network, self.tokenizer, self.encode, self.ends, self.name = network, tokenizer, encode, tuple(ends), name
+        self.cache_name = cache_argument(taken(network), network)
         self.seq2seq = bool(getattr(network.config, "is_encoder_decoder", False))
         self.reference: dict[str, Tensor] = {}
         self.settings = StimulusSettings(policy="seq2seq" if self.seq2seq else "lm")
@@ -143,24 +146,20 @@ class NetworkPolicy:
         """Logits `[n, V]` of the next token, and what the step after needs: the cache, and the encoder's states."""
         device = next(self.network.parameters()).device
         if state is None:
-            given = torch.tensor([ids] * len(rows), device=device)
+            asked = torch.tensor([ids] * len(rows), device=device)
             if self.seq2seq:
                 start = torch.full((len(rows), 1), self.network.config.decoder_start_token_id, device=device)
-                out = self.network(input_ids=given, decoder_input_ids=start, use_cache=True)
+                out = self.network(input_ids=asked, decoder_input_ids=start, use_cache=True)
             else:
-                out = self.network(input_ids=given, use_cache=True)
+                out = self.network(input_ids=asked, use_cache=True)
         else:
             cache, encoded = state
             last = torch.tensor([[row[-1]] for row in rows], device=device)
+            given = {self.cache_name: cache, "use_cache": True}
             if self.seq2seq:
-                out = self.network(
-                    encoder_outputs=(encoded[: len(rows)],),
-                    decoder_input_ids=last,
-                    past_key_values=cache,
-                    use_cache=True,
-                )
+                out = self.network(encoder_outputs=(encoded[: len(rows)],), decoder_input_ids=last, **given)
             else:
-                out = self.network(input_ids=last, past_key_values=cache, use_cache=True)
+                out = self.network(input_ids=last, **given)
         return out.logits[:, -1], (out.past_key_values, getattr(out, "encoder_last_hidden_state", None))
 
     def terms(self, inputs: Sequence[str], drawn: Sequence[Drawn]) -> tuple[Tensor, Tensor]:
