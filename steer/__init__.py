@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from steer.rewards.scoring import score
     from steer.train.controller import train_controller
     from steer.train.reward import train_reward
+    from steer.train.stimulus import train_stimulus
     from steer.train.value import train_value
     from steer.train.vector import train_vector
 
@@ -89,6 +90,7 @@ _HOMES = {
     "steer.rewards.scoring": ("score",),
     "steer.train.controller": ("train_controller",),
     "steer.train.reward": ("train_reward",),
+    "steer.train.stimulus": ("train_stimulus",),
     "steer.train.value": ("train_value",),
     "steer.train.vector": ("train_vector",),
 }
@@ -148,6 +150,7 @@ __all__ = [
     "train_diffusion_policy",
     "train_policy",
     "train_reward",
+    "train_stimulus",
     "train_value",
     "train_vector",
 ]

@@ -24,7 +24,7 @@ from steer.core.edit import ranges
 from steer.files import check_file, check_finite, replacing
 from steer.headers import check_safetensors
 
-__all__ = ["Card", "FORMAT", "data_hash", "load", "read_card", "save"]
+__all__ = ["Card", "FORMAT", "data_hash", "load", "read_card", "read_folder_card", "save"]
 
 
 FORMAT = 1
@@ -107,6 +107,18 @@ def read_card(path: Path | str) -> Card:
     """The card alone; reads the header of the file. Raises `InputError`."""
     with _opened(path) as file:
         return _card(path, file.metadata())
+
+
+def read_folder_card(folder: Path | str) -> Card:
+    """The card of a folder of networks, its steer.json. Raises `InputError`."""
+    path = Path(folder) / "steer.json"
+    allowed = "a folder that steer wrote, with steer.json"
+    check(path.is_file(), "artifact", f"{folder} (no steer.json in it)", allowed)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("artifact", f"{path} (cannot be read)", allowed) from error
+    return _card(path, {_KEY: text})
 
 
 def data_hash(rows: Iterable[Any]) -> str:

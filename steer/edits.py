@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steer.artifacts import MAX_STRENGTH, Card, load, save
+from steer.artifacts import MAX_STRENGTH, Card, load, read_folder_card, save
 from steer.core import Edit, InputError, check
 from steer.core.edit import ranges
 from steer.core.names import check_known
@@ -19,11 +20,14 @@ from steer.core.notebook import text_html
 from steer.gguf import load_gguf
 from steer.hub import PREFIX, address_of, download, model_page, upload
 from steer.methods.controller import Controller, ControllerNetwork
+from steer.methods.extract import Extractor
 from steer.methods.operators import Probe
+from steer.methods.prompt import DirectionalStimulus, FolderPolicy, Template
 from steer.methods.value import HeadValue, QHead, ValueGuidance, ValueHead
 from steer.methods.vector import Gate, SteeringVector, check_model
+from steer.progress import note
 
-__all__ = ["KINDS", "as_edit", "as_edits", "edit_of", "load_artifact", "load_edit", "parse_edit"]
+__all__ = ["KINDS", "PROMPTS", "as_edit", "as_edits", "edit_of", "load_artifact", "load_edit", "parse_edit"]
 
 
 class Artifact(NamedTuple):
@@ -200,8 +204,14 @@ def load_edit(path: str | Path, strength: float | None = None, *, model: Any = N
     `scope`, `operator`, `unit`, `keep_norm`, `low` and `high` (the interval of `operator="clamp"`), `gate` (a probe's
     file), `gate_layer`, `tokens` (a probe's file); of controllers: `threshold`, `scope`; of value heads: `beta`,
     `top_k`, `tail`. `model_check="any"` (`model=any` on the command line) takes an artifact of a model with another
-    fingerprint.
+    fingerprint. A stimulus, also one in a folder, has no options and fits every model.
     """
+    if not str(path).startswith(PREFIX) and Path(path).is_dir():
+        card = read_folder_card(path)
+        check(
+            card.kind == "stimulus", "edit", f"{path} (the folder of a {card.kind})", "a file, or a stimulus's folder"
+        )
+        return _stimulus_of(FolderPolicy(str(path)), card, strength, options, model)
     return edit_of(*_read(path), strength, model=model, **options)
 
 
@@ -365,6 +375,40 @@ def _suggested(card: Card) -> float | None:
     return float(found) if isinstance(found, int | float) and 0 < found < float("inf") else None
 
 
+def _stimulus(
+    tensors: dict[str, Tensor], card: Card, strength: float | None, options: dict[str, Any], model: Any
+) -> Edit:
+    fits = {"weights", "mean", "std", "idf"} <= tensors.keys()
+    check(fits, "artifact", f"tensors {list(tensors)[:5]}", "a stimulus with weights, mean, std and idf")
+    policy = Extractor(
+        *(tensors[name] for name in ("weights", "mean", "std", "idf")),
+        most=parse_number("most", card.settings.get("most", 8), int),
+        words=_count(card, "words"),
+    )
+    return _stimulus_of(policy, card, strength, options, model)
+
+
+def _count(card: Card, name: str) -> int | None:
+    found = card.settings.get(name)
+    return None if found is None else int(parse_number(name, found, int))
+
+
+def _stimulus_of(policy: Any, card: Card, strength: float | None, options: dict[str, Any], model: Any) -> Edit:
+    check(strength in (None, 1, 1.0), "strength", strength, "1, or none: a hint is given or not")
+    for key in options:
+        check(key == "model_check", "option of a stimulus", key, "none")
+    tuned, name = card.model.get("name"), getattr(model, "name", None)
+    if tuned and name and tuned != name:
+        _mention(str(tuned), str(name))
+    raw = parse_flag("raw", card.settings.get("raw", False))
+    return DirectionalStimulus(policy, Template(str(card.settings.get("template")), _count(card, "shown"), raw))
+
+
+@cache
+def _mention(tuned: str, name: str) -> None:
+    note(True, f"warning: the stimulus was tuned through {tuned}, not {name}: measure whether {name} heeds its hints")
+
+
 def _filled(made: Callable[[], torch.nn.Module], weights: dict[str, Tensor]) -> Any:
     """A network with these weights, in float32. Nothing of its size is made before the weights are seen to fit it."""
     with torch.device("meta"):
@@ -373,5 +417,7 @@ def _filled(made: Callable[[], torch.nn.Module], weights: dict[str, Tensor]) -> 
     return network.eval().requires_grad_(False)
 
 
-KINDS = {"vector": _vector, "controller": _controller, "value": _value}
+KINDS = {"vector": _vector, "controller": _controller, "value": _value, "stimulus": _stimulus}
 """How an artifact of each kind becomes an edit."""
+PROMPTS = ("stimulus",)
+"""Kinds that edit the prompt: they act before any engine."""

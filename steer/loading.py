@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from steer.core import SteerError, check
 from steer.embedded import CARD_NAME, resolve
+from steer.methods.prompt import policies_from
 from steer.rewards.heads import models_from
 
 if TYPE_CHECKING:
@@ -163,4 +164,11 @@ def _config(where: str | Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _hints(folder: str) -> Any:
+    from steer.adapters.transformers.policy.hints import load_hints
+
+    return load_hints(folder)
+
+
 models_from(load)
+policies_from(_hints)

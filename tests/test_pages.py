@@ -65,6 +65,13 @@ _PAIRS = [
 ]
 
 
+_ROWS = [
+    {"input": f"the {thing} of {place} was late and nobody knew why", "reference": f"{thing} of {place} late"}
+    for thing in ("ferry", "train", "bus", "boat", "post")
+    for place in ("Oslo", "Riga", "Kiel", "Turku", "Visby")
+]
+
+
 @dataclass(frozen=True)
 class Block:
     """One fenced block of a page."""
@@ -146,6 +153,7 @@ def reader(tmp_path: Path, tiny_lm_dir: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, _PAIRS)))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, _ROWS)))
     shutil.copytree(tiny_lm_dir, tmp_path / "tiny")
     with ExitStack() as running:
         yield Reader("tiny", running)

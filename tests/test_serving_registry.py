@@ -10,6 +10,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from steer.artifacts import Card
 from steer.cli import main
 from steer.core import InputError
 from steer.methods.value import QHead
+from steer.rewards import parse_reward
 from steer.serving.app import create_app
 from steer.serving.artifact_store import Store, UnknownArtifactError
 from steer.serving.engine import TooLargeError
@@ -345,6 +347,69 @@ def test_rewards_are_registered_and_remembered(engine: TransformersEngine, tmp_p
 def test_what_is_no_reward(given: dict[str, str], field: str, engine: TransformersEngine, tmp_path: Path) -> None:
     wrong(http(engine, tmp_path).post("/v1/steer/rewards", json=given), 400, field)
     wrong(http(engine, None).post("/v1/steer/rewards", json={"name": "mine", "reward": "length"}), 400, "name")
+
+
+@pytest.fixture(scope="module")
+def heads(tiny_lm: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of `steer train reward` on the tiny model."""
+    from steer.train.reward import train_reward
+
+    texts = ("good nice happy", "love good day", "happy calm cat", "bad awful sad", "hate bad night", "sad loud cat")
+    rows = [
+        {"prompt": p, "chosen": texts[i % 3], "rejected": texts[3 + (i * 2 + 1) % 3]}
+        for i, p in enumerate(("the sun", "tell me", "why", "how") * 4)
+    ]
+    path = tmp_path_factory.mktemp("heads") / "kind.safetensors"
+    train_reward(tiny_lm, rows, layer=1, l2=0.1, members=2).save(path)
+    return path
+
+
+def test_a_trained_reward_is_sent_named_and_used(
+    engine: TransformersEngine, tmp_path: Path, heads: Path, tiny_lm: Any
+) -> None:
+    """Best-of-n and FK by it; the number is that of the reward itself; a restart remembers it."""
+    client = http(engine, tmp_path)
+    sent = client.post("/v1/steer/artifacts", files={"file": ("kind.safetensors", heads.read_bytes())})
+    assert sent.status_code == 201 and sent.json()["kind"] == "reward"
+    body = {"name": "kindness", "file": "kind", "options": "how=worst"}
+    assert client.post("/v1/steer/rewards", json=body).json()["usage"] == "kind:how=worst"
+    for again in (client, http(engine, tmp_path)):
+        for sampler in ({"sampler": "best-of-n", "candidates": 4}, {"sampler": "fk", "candidates": 4}):
+            asked = {"model": "tiny", "messages": CHAT, "max_tokens": 4, "seed": 1, "temperature": 1}
+            answer = again.post("/v1/chat/completions", json={**asked, "steer": {**sampler, "reward": "kindness"}})
+            assert answer.status_code == 200, answer.text
+            found = answer.json()["choices"][0]
+            reward: Any = parse_reward(f"{heads}:how=worst").bind(tiny_lm)
+            samples = Samples([CHAT], [found["message"]["content"]], torch.zeros(1).long(), torch.zeros(1))
+            assert found["steer"]["reward"] == pytest.approx(float(reward(samples)[0]), abs=1e-3)
+    wrong(steered(client, "kind"), 400, "steer.edits")
+    for given, field in (
+        ({"name": "x", "file": "absent"}, "file"),
+        ({"name": "x", "file": "kind", "options": "how=best"}, "options"),
+        ({"name": "x", "file": "kind", "reward": "length"}, "reward"),
+        ({"name": "x", "reward": "length", "options": "how=worst"}, "options"),
+    ):
+        wrong(client.post("/v1/steer/rewards", json=given), 400, field)
+
+
+def test_a_trained_reward_of_another_model_is_refused(engine: TransformersEngine, tmp_path: Path, heads: Path) -> None:
+    """Its card cannot make the server load a model."""
+    tensors, card = artifacts.load(heads)
+    model = {**card.model, "name": "somebody/else", "fingerprint": "0"}
+    artifacts.save(tmp_path / "alien.safetensors", tensors, replace(card, model=model))
+    data = (tmp_path / "alien.safetensors").read_bytes()
+    client = http(engine, tmp_path / "store")
+    wrong(client.post("/v1/steer/artifacts", files={"file": ("a.safetensors", data)}), 400, "artifact", "fingerprint")
+
+
+def test_a_trained_reward_beside_an_engine_without_states(heads: Path, tiny_lm: Any, tiny_lm_dir: Path) -> None:
+    """Such as vLLM's: the served model's own name is what is loaded, not the card's."""
+    served = type("Served", (), {"name": str(tiny_lm_dir), "info": tiny_lm.info})()
+    reward: Any = parse_reward(str(heads)).bind(served)
+    assert reward.trained_on["name"] == str(tiny_lm_dir)
+    samples = Samples(["the sun"], ["good day"], torch.zeros(1).long(), torch.zeros(1))
+    expected = parse_reward(str(heads)).bind(tiny_lm)(samples)  # type: ignore[attr-defined]
+    assert torch.allclose(reward(samples), expected, atol=1e-5)
 
 
 def test_a_reward_model_of_the_folder(engine: TransformersEngine, tmp_path: Path, tiny_reward_dir: Path) -> None:

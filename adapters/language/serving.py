@@ -12,8 +12,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.generation import sampling_settings
-from steer.core import Edit, Reward
+from steer.artifacts import read_card
+from steer.core import Edit, ModelInfo, PromptEdit, Reward, check
 from steer.model import Plan, prepare
+from steer.rewards import parse_reward
 from steer.serving import requests
 from steer.serving.engine import NamedEdit, Sampling, Steering, Task
 from steer.serving.idle import give_back_memory
@@ -26,6 +28,10 @@ class ServableModel(Words, Protocol):
     """A language model that takes requests one by one."""
 
     split_special_tokens: bool
+    name: str
+
+    @property
+    def info(self) -> ModelInfo: ...
 
     @property
     def own_settings(self) -> dict[str, Any]: ...
@@ -63,6 +69,11 @@ class Preparer(ABC, Generic[P]):
         steering, sampling = read.steering, read.sampling
         self.check_sampling(sampling)
         edits = tuple(self.read_edit(named, steering.beta) for named in steering.edits)
+        rewriting = [edit for edit in edits if isinstance(edit, PromptEdit)]
+        if rewriting:
+            read = requests.rewritten(read, rewriting, self.text, [not isinstance(e, PromptEdit) for e in edits])
+            steering, sampling = read.steering, read.sampling
+            edits = tuple(edit for edit in edits if not isinstance(edit, PromptEdit))
         reward = None if steering.reward is None else steering.reward.bind(self.text)
         made = self.kind(
             read.task, read.prompts, read.ids, sampling, self.process(read, edits), edits, reward, seed_of(sampling)
@@ -93,6 +104,14 @@ class Preparer(ABC, Generic[P]):
     def check_artifact(self, path: Path) -> None:
         """Raise `InputError` where an artifact does not fit the model, or asks for other files."""
         check_card(path)
+        card = read_card(path)
+        if card.kind == "reward":
+            # The heads read the states of the served model: a file never makes the server load another one.
+            ours, theirs = self.text.info.entry()["fingerprint"], card.model.get("fingerprint")
+            given = f"a reward for {card.model.get('name')} (fingerprint {theirs})"
+            check(ours == theirs, "artifact", given, f"one for {self.text.name} (fingerprint {ours})")
+            parse_reward(f'"{path}"')
+            return
         with edit_errors(path, {}):
             self.try_artifact(path)
 

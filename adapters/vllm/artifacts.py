@@ -15,7 +15,7 @@ from torch import Tensor
 from steer import artifacts
 from steer.artifacts import Card
 from steer.core import Edit, InputError, ModelInfo, Scope, check
-from steer.edits import KINDS, load_edit
+from steer.edits import KINDS, PROMPTS, load_edit
 from steer.hub import PREFIX, download
 from steer.methods.controller import Controller
 from steer.methods.operators import Probe
@@ -53,7 +53,9 @@ class PackedArtifact:
             except InputError as error:
                 allowed = "an artifact saved by steer (safetensors with a card)"
                 raise InputError("artifact", str(error.given).removeprefix(str(file)).strip(" ()"), allowed) from None
-        check(card.kind in KINDS, "artifact", f"kind {card.kind!r}", ", ".join(KINDS))
+        inner = [kind for kind in KINDS if kind not in PROMPTS]
+        given = f"kind {card.kind!r}"
+        check(card.kind in inner, "artifact", given, f"{', '.join(inner)}: others act before the engine, as edits=")
         inside = any(card.settings.get(name) for name in ("gate", "tokens"))
         check(not inside, "artifact", "a card that names a probe's file", "a vector that was loaded with its gate")
         return cls(digest_of(data), len(data), tensors, card)

@@ -30,7 +30,9 @@ app = typer.Typer(
     context_settings=_HELP,
 )
 models = typer.Typer(help="Models that come with steer.", no_args_is_help=True)
-train = typer.Typer(help="Train a vector, a controller, a value head, a reward or a policy.", no_args_is_help=True)
+train = typer.Typer(
+    help="Train a vector, a controller, a value head, a reward, a stimulus or a policy.", no_args_is_help=True
+)
 evaluation = typer.Typer(
     help="Measure edits, samplers, rewards and policies: each a page, a table and a recipe.", no_args_is_help=True
 )
@@ -229,7 +231,7 @@ def show(
     ] = None,
 ) -> None:
     """Print the card of an artifact, a policy or a model, and draw how its training went."""
-    from steer.cli.cards import describe, draw_training, folder_of
+    from steer.cli.cards import describe, described, draw_training, folder_of
 
     folder = folder_of(file)
     if plot is not None:
@@ -247,7 +249,7 @@ def show(
         return
     from steer.artifacts import read_card
 
-    typer.echo(read_card(file).describe())
+    typer.echo(described(read_card(file)))
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from steer.core import InputError, check
 from steer.data import read_table
 from steer.embedded import CARD_NAME, EMBEDDED
 
-__all__ = ["describe", "draw_training", "folder_of"]
+__all__ = ["describe", "described", "draw_training", "folder_of"]
 
 
 _POLICY, _PIPELINE = "steer.json", "model_index.json"
@@ -31,7 +31,7 @@ def describe(folder: Path) -> str:
         entries = _read(folder / _POLICY)
         known = {f.name: entries[f.name] for f in fields(Card) if f.name in entries}
         check({"kind", "model"} <= set(known) and isinstance(known["model"], dict), "folder", str(folder), _ALLOWED)
-        return Card(**known).describe()
+        return described(Card(**known))
     if (folder / CARD_NAME).is_file():
         return _model(_read(folder / CARD_NAME))
     check((folder / _PIPELINE).is_file(), "folder", str(folder), _ALLOWED)
@@ -78,6 +78,18 @@ def _logged(path: Path) -> Curves:
                 label = name if len(phases) == 1 else f"{row['phase']}: {name}"
                 found.setdefault(label, []).append((float(row["step"]), float(row[name])))
     return {name: points for name, points in sorted(found.items()) if len(points) > 1}
+
+
+def described(card: Card) -> str:
+    """A card as text; of a stimulus with its table."""
+    if card.kind != "stimulus" or not isinstance(card.metrics.get("table"), list):
+        return card.describe()
+    from steer.train.stimulus.measuring import told
+
+    shown = {k: v for k, v in card.metrics.items() if k not in ("table", "heeded", "rounds")}
+    recipe = {k: v for k, v in card.recipe.items() if k not in ("features", "instruction", "template", "stop_list")}
+    short = replace(card, metrics=shown, recipe=recipe).describe()
+    return f"{short}\n\n{told(card.metrics)}"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ JOBS: dict[str, Callable[..., Run]] = {
     "train controller": training.train_controller,
     "train value": training.train_value,
     "train reward": training.train_reward,
+    "train stimulus": training.train_stimulus,
     "train policy": training.train_policy,
     "train images": training.train_images,
     "eval strength": measuring.strength,

@@ -250,7 +250,48 @@ class TrainRewardOptions(TrainOptions):
         ),
     ]
     objective: Annotated[str, typer.Option(help="auto (by the columns), pairs, ratings or binary.")] = "auto"
+    gate: Annotated[
+        Path | None,
+        typer.Option(metavar="PAIRS.jsonl", help="Of ratings: learn the attributes' weights by the prompt from these."),
+    ] = None
+    noise_robust: Annotated[
+        bool, typer.Option("--noise-robust", help="Of pairs: two heads that review each other, where that is better.")
+    ] = False
     members: Annotated[int, typer.Option(help="Of an ensemble, read as FILE:how=worst or FILE:how=uncertainty.")] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStimulusOptions(TrainOptions):
+    """Train a policy of hints for a black box, which --model names: by references, then by the reward of its texts."""
+
+    out: Annotated[
+        Path, typer.Option(metavar="FILE.safetensors or DIR", help="Where the result goes; a folder for networks.")
+    ]
+    data: Annotated[
+        Path, typer.Option(metavar="FILE.jsonl", help="Rows: input, and reference or hint where there is one, and id.")
+    ]
+    test: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Rows of the table; default: a fifth of data, by id.")
+    ] = None
+    reward: Annotated[str | None, _Reward] = None
+    policy: Annotated[str, typer.Option(help="extract (no network), lm or seq2seq.")] = "extract"
+    policy_model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The network of lm or seq2seq; of lm default: --model.")
+    ] = None
+    stage: Annotated[str, typer.Option(help="both, sft (references alone) or rl (the reward alone).")] = "both"
+    template: Annotated[
+        str, typer.Option(metavar="NAME or FILE", help="hint-only, article+hint, completion, or a text with {hint}.")
+    ] = "hint-only"
+    rounds: Annotated[int, typer.Option(help="Of the reward.")] = 20
+    hints: Annotated[int, typer.Option(help="Of each input in a round.")] = 4
+    texts: Annotated[int | None, typer.Option(help="Of the black box for each hint; default: 1 if greedy, else 4.")] = (
+        None
+    )
+    calls: Annotated[int, typer.Option(help="Texts of the black box in all, at most.")] = 2000
+    beta: Annotated[float, typer.Option(help="KL coefficient at the start.")] = 0.005
+    target_kl: Annotated[float, typer.Option(help="Nats a hint that its controller aims at.")] = 0.5
+    force: Annotated[bool, typer.Option("--force", help="Train although the black box heeds no hint.")] = False
+    keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep OUT.work, from which training resumes.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -665,6 +706,7 @@ COMMANDS: dict[str, type[Options]] = {
     "train controller": TrainControllerOptions,
     "train value": TrainValueOptions,
     "train reward": TrainRewardOptions,
+    "train stimulus": TrainStimulusOptions,
     "train policy": TrainPolicyOptions,
     "train images": TrainImagesOptions,
     "eval strength": StrengthOptions,
@@ -719,6 +761,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "train reward": (
         "steer train reward --model smollm2-135m --data pairs.jsonl --out helpful.safetensors --members 5",
         "steer generate --model smollm2-135m --prompt Hi --sampler fk -n 8 --reward helpful.safetensors:how=worst",
+    ),
+    "train stimulus": (
+        "steer train stimulus --model smollm2-135m --data articles.jsonl --reward rouge --out hints.safetensors",
+        "steer generate --model openai:https://host/v1#name --edit hints.safetensors --prompt TEXT",
     ),
     "train policy": ("steer train policy --model smollm2-135m --method dpo --data pairs.jsonl --out bright",),
     "eval strength": (

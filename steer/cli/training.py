@@ -19,6 +19,7 @@ from steer.cli.options import (
     TrainOptions,
     TrainPolicyOptions,
     TrainRewardOptions,
+    TrainStimulusOptions,
     TrainValueOptions,
     TrainVectorOptions,
 )
@@ -26,14 +27,23 @@ from steer.cli.session import Run, Session
 from steer.cli.values import pairs
 from steer.core import InputError, Reward, check
 from steer.core.names import meant
-from steer.data import FORMATS, read_table
+from steer.data import FORMATS, read_table, read_text
+from steer.loading import is_endpoint
 from steer.logs import check_targets, logging_to
 from steer.progress import note
 from steer.rewards import parse_reward
 from steer.rewards.algebra import check_reward
 from steer.train.settings import settle
 
-__all__ = ["train_controller", "train_images", "train_policy", "train_reward", "train_value", "train_vector"]
+__all__ = [
+    "train_controller",
+    "train_images",
+    "train_policy",
+    "train_reward",
+    "train_stimulus",
+    "train_value",
+    "train_vector",
+]
 
 
 def train_vector(options: TrainVectorOptions, coming: Coming = frozenset()) -> Run:
@@ -83,7 +93,72 @@ def train_reward(options: TrainRewardOptions, coming: Coming = frozenset()) -> R
     settings = _settings(RewardSettings, options, "train reward")
     allowed = f"{FORMATS} with chosen and rejected, ratings, or labels"
     rows = [row for _, row in read_table("data", options.data, allowed)]
-    return _trainer(options, lambda model, more: train(model, rows, settings, **more), keep_work=False)
+    gate = None
+    if options.gate is not None:
+        gate = [row for _, row in read_table("gate", options.gate, f"{FORMATS} with chosen and rejected")]
+    return _trainer(options, lambda model, more: train(model, rows, settings, gate=gate, **more), keep_work=False)
+
+
+def train_stimulus(options: TrainStimulusOptions, coming: Coming = frozenset()) -> Run:
+    """Check a request to train a stimulus."""
+    from steer.train.stimulus.settings import StimulusSettings
+    from steer.train.stimulus.training import check_stimulus
+    from steer.train.stimulus.training import train_stimulus as train
+
+    network = options.policy != "extract"
+    checks.check_model(options)
+    checks.check_causal(options)
+    if network:
+        checks.check_folder(options.out)
+    else:
+        checks.check_output(options.out, suffix=".safetensors")
+    given = _told(StimulusSettings, options)
+    named = Path(given["template"])
+    if len(given["template"]) < 256 and named.is_file():
+        given["template"] = read_text("template", named, "a text with {hint}").rstrip("\n")
+    settings = settle(StimulusSettings, None, given, "train stimulus")
+    reward = None if options.reward is None else parse_reward(options.reward)
+    rows, test = _rows("data", options.data), None if options.test is None else _rows("test", options.test)
+    check_stimulus(rows, reward, settings, test)
+    name = _policy_model(options, network)
+
+    def begin(model: Any, more: dict[str, Any]) -> Any:
+        if network:
+            from steer.adapters.transformers.policy.hints import open_policy
+
+            policy = open_policy(model if name == options.model else name, options.policy)
+            more |= {"network": policy, "out": options.out}
+        return train(model, rows, reward, settings, test=test, **more)
+
+    return _stimulus_trainer(options, begin) if network else _trainer(options, begin, options.keep_work)
+
+
+def _rows(field: str, path: Path) -> list[Any]:
+    return [row for _, row in read_table(field, path, f"{FORMATS} with input, and reference or hint")]
+
+
+def _policy_model(options: TrainStimulusOptions, network: bool) -> str | None:
+    """The name of the network that writes hints."""
+    name = options.policy_model
+    check(network or name is None, "policy_model", name, "unset: the policy extract has no network")
+    if not network:
+        return None
+    far = is_endpoint(name or options.model)
+    check(not far, "policy_model", name or options.model, "a model of this machine: an endpoint cannot be trained")
+    check(name is not None or options.policy == "lm", "policy_model", name, "an encoder-decoder, for seq2seq")
+    return name or options.model
+
+
+def _stimulus_trainer(options: TrainStimulusOptions, train: Callable[[Any, dict[str, Any]], Any]) -> Run:
+    """A stimulus that is a folder."""
+    done = (options.out / "steer.json").is_file()
+    check(options.overwrite or not done, "out", f"{options.out} (already there)", "a new folder, or --overwrite")
+
+    def run(session: Session) -> None:
+        folder = train(session.load(options), {"progress": session.progress, "work": _work(options.out)})
+        _finish(folder, session, options.keep_work)
+
+    return run
 
 
 def _check_training(options: TrainOptions) -> None:
@@ -133,7 +208,7 @@ def _trainer(options: TrainOptions, train: Callable[[Any, dict[str, Any]], Any],
         artifacts.save(options.out, tensors, card)
         if keep_work is False:
             shutil.rmtree(work, ignore_errors=True)
-        session.say(f"{card.describe()}\nwrote {options.out}")
+        session.say(f"{cards.described(card)}\nwrote {options.out}")
         for doubt in _doubts(card):
             note(True, f"warning: {doubt}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.core import Ability, Process, Run, Sampler, Samples, check, check_whole
+from steer.core import Ability, InputError, Process, Run, Sampler, Samples, check, check_whole
 
 __all__ = ["Ancestral", "BestOfN", "best_of_n_kl", "best_of_n_law", "reward_curve"]
+
+
+_CHOICES = ("max", "soft", "majority", "weighted")
 
 
 def _rollouts(run: Run, n: int, narrow: Callable[[Any], Any] | None = None) -> Samples:
@@ -62,10 +66,20 @@ class BestOfN(Sampler):
     With `reject` above 0 that share of each prompt's candidates is given up after every step, those whose unfinished
     outputs have the lowest reward (speculative rejection, Sun et al. 2024, 2410.20290): cheaper, and no longer the law
     of best-of-n. The pool then holds what was left, and the bound on the KL is `log n`.
+
+    `choose` says what is kept: "max"; "soft", one drawn with probability `exp(r / beta)` among the candidates, which
+    for large n draws from the law `p exp(r / beta)` (Verdun et al. 2025, 2505.03156); "majority", a candidate with the
+    answer that most have (self-consistency, Wang et al. 2022, 2203.11171); "weighted", with the answer whose
+    candidates' rewards sum to most. Answers that tie are equally likely; of those with it the highest reward is kept.
+    `answer` is a regular expression, of which the last match, or its first group, is an output's answer; "" takes the
+    whole output. An output without a match has no vote. The bound is then `log n` too: no output is more than n times
+    as likely as before.
     """
 
     n: int = 8
     reject: float = 0.0
+    choose: str = "max"
+    answer: str = ""
 
     title = "best-of-n"
     needs_reward = True
@@ -86,6 +100,17 @@ class BestOfN(Sampler):
     def __post_init__(self) -> None:
         check_whole("n", self.n)
         check(0 <= self.reject < 1, "reject", self.reject, "a share of the candidates in [0, 1)")
+        check(self.choose in _CHOICES, "choose", self.choose, ", ".join(_CHOICES))
+        votes = self.choose in ("majority", "weighted")
+        check(votes or not self.answer, "answer", self.answer, "unset, but for choose=majority and weighted")
+        try:
+            re.compile(self.answer)
+        except re.error as error:
+            raise InputError("answer", self.answer, f"a regular expression ({error})") from None
+
+    @property
+    def tilts(self) -> bool:
+        return self.choose == "soft"
 
     def check_process(self, process: Process) -> None:
         if self.reject:
@@ -100,15 +125,44 @@ class BestOfN(Sampler):
         chosen = []
         for b in range(len(run.prompts)):
             rows = (pool.group == b).nonzero().squeeze(1)
+            if self.choose == "soft":
+                law = (scores[rows].double().cpu() / run.beta).softmax(0)
+                chosen.append(rows[torch.multinomial(law, 1, generator=run.generator)])
+                continue
+            if self.choose != "max":
+                rows = self._elected(rows, [pool.outputs[i] for i in rows.tolist()], scores, run.generator)
             best = rows[scores[rows] == scores[rows].max()]
             chosen.append(best[torch.randint(len(best), (1,), generator=run.generator)])
         index = torch.cat(chosen)
         kept = pool.select(index)
-        bound = math.log(self.n) if self.reject else best_of_n_kl(self.n)
+        plain = not self.reject and self.choose == "max"
+        bound = best_of_n_kl(self.n) if plain else math.log(self.n)
         # A sum of each step's KL is right along outputs as they are drawn, not along those that a reward chose.
         q, p = kept.log_prob, kept.base_log_prob
         drift = None if q is None or p is None else q - p + bound
         return replace(kept, pool=pool, lineage=index, kl_estimate=drift)
+
+    def _elected(self, rows: Tensor, outputs: list[Any], scores: Tensor, generator: torch.Generator) -> Tensor:
+        """The candidates of a prompt that have the elected answer; all of them where none has an answer."""
+        votes: dict[Any, float] = {}
+        answers = [self._answer(output) for output in outputs]
+        for row, answer in zip(rows.tolist(), answers, strict=True):
+            if answer is not None:
+                votes[answer] = votes.get(answer, 0.0) + (1.0 if self.choose == "majority" else float(scores[row]))
+        if not votes:
+            return rows
+        most = max(votes.values())
+        first = [answer for answer, count in votes.items() if count >= most - 1e-12 * max(1.0, abs(most))]
+        elected = first[int(torch.randint(len(first), (1,), generator=generator))]
+        return rows[torch.tensor([answer == elected for answer in answers])]
+
+    def _answer(self, output: Any) -> Any:
+        """What an output votes for; None for nothing."""
+        if not self.answer:
+            return output.strip() if isinstance(output, str) else tuple(torch.as_tensor(output).flatten().tolist())
+        check(isinstance(output, str), "answer", self.answer, "unset: the outputs are no texts")
+        found = list(re.finditer(self.answer, output))
+        return (found[-1][1] if found[-1].re.groups else found[-1][0]) if found else None
 
     def _narrowed(self, run: Run, state: Any) -> Any:
         """The state without the candidates that are given up."""

@@ -64,6 +64,7 @@ class SamplerSettings(TypedDict, total=False):
     """
 
     reject: float
+    answer: str
     num_particles: int
     per_output: bool
     potential: str

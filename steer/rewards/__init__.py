@@ -17,7 +17,9 @@ from steer.rewards.algebra import (
     lift,
     scores_of,
 )
+from steer.rewards.constraints import Constraints, ProxyPoint, proxy_points, solve_multipliers
 from steer.rewards.ensemble import Constrained, Ensemble, solve_multiplier
+from steer.rewards.hindsight import Hindsight
 from steer.rewards.image import (
     Brightness,
     Classifier,
@@ -55,15 +57,18 @@ __all__ = [
     "Compressibility",
     "Constant",
     "Constrained",
+    "Constraints",
     "Contrast",
     "Ensemble",
     "Fluency",
+    "Hindsight",
     "ImageClass",
     "Incompressibility",
     "Keywords",
     "Length",
     "Perplexity",
     "Profanity",
+    "ProxyPoint",
     "Readability",
     "Refusal",
     "Rouge",
@@ -88,6 +93,7 @@ __all__ = [
     "parse_reward",
     "perplexity",
     "profanity",
+    "proxy_points",
     "readability",
     "register",
     "scores_of",
@@ -95,6 +101,7 @@ __all__ = [
     "sharpness",
     "shipped",
     "solve_multiplier",
+    "solve_multipliers",
     "symmetry",
 ]
 

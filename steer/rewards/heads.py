@@ -17,7 +17,11 @@ from steer.core import InputError, Prompt, RawText, Reward, Samples, SteerError,
 from steer.rewards.algebra import Composable
 from steer.rewards.text import texts_of
 
-__all__ = ["HeadReward", "load_model", "models_from", "reply_ids"]
+__all__ = ["GATE_TEMPERATURE", "HeadReward", "load_model", "models_from", "reply_ids"]
+
+
+GATE_TEMPERATURE = 10.0
+"""Of the softmax over the attributes that a gate's outputs go through (ArmoRM)."""
 
 
 def reply_ids(model: Any, prompt: Prompt, reply: str) -> list[int]:
@@ -34,7 +38,7 @@ def reply_ids(model: Any, prompt: Prompt, reply: str) -> list[int]:
 class HeadReward(Composable):
     """Scores of heads on frozen features.
 
-        z = (h - mean) / std,   r = heads z + bias  [M, K],   score_m = sum_k weights_k r_mk
+        z = (h - mean) / std,   r = heads z + bias  [M, K],   r' = r T^T,   score_m = sum_k weights_k r'_mk
 
     then the mean of the members, their minimum ("worst"), or mean - coefficient * variance ("uncertainty"), as in
     `steer.rewards.Ensemble`. All members are read from one pass of the unedited model.
@@ -46,6 +50,10 @@ class HeadReward(Composable):
         names: of the attributes.
         weights: of the attributes `[K]`.
         how, coefficient, ddof: as for `Ensemble`.
+        transform: T `[K, K]`, which frees attributes of length; None: the identity.
+        gate: a network of the prompt's state that gives the weights, in place of `weights`; see
+            `steer.train.reward.gating`. Its tensors are `inner.weight`, `inner.bias`, `outer.weight`, `outer.bias`, and
+            `mean` and `std` of the states.
         probability: the score is `sigmoid(score_m)` (a binary head's probability), not log-odds.
         trained_on: `name` and `fingerprint` of the model whose states these are.
         model: that model; where nothing is bound it is loaded by its name.
@@ -62,6 +70,8 @@ class HeadReward(Composable):
     coefficient: float = 0.5
     ddof: int = 0
     probability: bool = False
+    transform: Tensor | None = None
+    gate: dict[str, Tensor] | None = None
     trained_on: dict[str, Any] = field(default_factory=dict)
     model: Any = None
     text: str = "heads"
@@ -80,17 +90,36 @@ class HeadReward(Composable):
         return self.text
 
     def bind(self, model: Any) -> Reward:
-        """The reward on the states of `model`, where it is the one that the heads were trained on."""
+        """The reward on the states of `model`, where it is the one that the heads were trained on; of an engine that
+        shows none, the same model is loaded beside it by the engine's name for it.
+        """
         info = getattr(model, "info", None)
         same = info is not None and info.entry().get("fingerprint") == self.trained_on.get("fingerprint")
-        return replace(self, model=model) if same and hasattr(model, "hidden_states") else self
+        if not same:
+            return self
+        if hasattr(model, "hidden_states"):
+            return replace(self, model=model)
+        return replace(self, trained_on={**self.trained_on, "name": model.name})
 
     def attributes(self, samples: Samples) -> Tensor:
-        """Every attribute of every sample, the mean over members `[N, K]`."""
+        """Every attribute of every sample, transformed, the mean over members `[N, K]`."""
         return self._members(samples).mean(1)
 
+    def shares(self, samples: Samples) -> Tensor:
+        """The attributes' weights for every sample `[N, K]`."""
+        if self.gate is None:
+            return self.weights.double().expand(len(samples.group), -1)
+        model = self.model if self.model is not None else self._own()
+        ids = [model.encode(prompt) for prompt in samples.prompts]
+        states = model.hidden_states(ids, [self.layer])[self.layer].double()
+        part = {name: tensor.double() for name, tensor in self.gate.items()}
+        psi = (states - part["mean"]) / part["std"]
+        inner = (psi @ part["inner.weight"].T + part["inner.bias"]).relu()
+        logits = inner @ part["outer.weight"].T + part["outer.bias"]
+        return (logits / GATE_TEMPERATURE).softmax(1)[samples.group]
+
     def score(self, samples: Samples) -> Tensor:
-        members = self._members(samples) @ self.weights.double()
+        members = (self._members(samples) * self.shares(samples).unsqueeze(1)).sum(2)
         members = members.sigmoid() if self.probability else members
         if self.how == "worst":
             return members.amin(1)
@@ -107,7 +136,8 @@ class HeadReward(Composable):
         ids = [reply_ids(model, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
         states = model.hidden_states(ids, [self.layer])[self.layer].double()
         z = (states - self.mean.double()) / self.std.double()
-        return torch.einsum("nd,mkd->nmk", z, self.heads.double()) + self.bias.double()
+        found = torch.einsum("nd,mkd->nmk", z, self.heads.double()) + self.bias.double()
+        return found if self.transform is None else found @ self.transform.double().T
 
     def _own(self) -> Any:
         name = str(self.trained_on.get("name", ""))

@@ -41,7 +41,7 @@ from steer.rewards.judged import JudgeReward
 from steer.rewards.likelihood import Fluency, Perplexity
 from steer.rewards.text import Keywords, Length, Profanity, Readability, Refusal, Rouge, Sentiment
 from steer.rewards.trained import trained
-from steer.rewards.verifiable import Answer, JsonSchema, Overlong, Regex
+from steer.rewards.verifiable import Answer, JsonSchema, Overlong, ReferenceRouge, Regex
 
 __all__ = ["as_reward", "parse_reward", "register", "shipped"]
 
@@ -301,8 +301,9 @@ def _length(target: str | None = None) -> Reward:
     return Length(None if target is None else float(target))
 
 
-def _rouge(reference: str) -> Reward:
-    return Rouge(reference)
+def _rouge(reference: str | None = None, *, kinds: str = "1/2/L") -> Reward:
+    measured = tuple(kinds.split("/"))
+    return ReferenceRouge(measured) if reference is None else Rouge(reference, measured)
 
 
 def _unit_tests(*, seconds: str = "5", megabytes: str = "512") -> Reward:
@@ -346,7 +347,7 @@ register("readability", lambda scale="ease": Readability(scale), "readability[:g
 register("length", _length, "length[:target=WORDS]")
 register("keywords", _keywords, "keywords:WORD,WORD")
 register("profanity", lambda how="any": Profanity(how), "profanity[:share]")
-register("rouge", _rouge, 'rouge:"REFERENCE"')
+register("rouge", _rouge, 'rouge[:"REFERENCE"][,kinds="1/2/L"] (else column reference)')
 register("refusal", Refusal)
 register(
     "judge", JudgeReward.read, 'judge[:RUBRIC.txt][,model="MODEL or openai:URL#NAME"][,low=1][,high=10]', loads=True

@@ -33,6 +33,7 @@ __all__ = [
     "TextReward",
     "distinct_n",
     "diversity",
+    "located_words",
     "texts_of",
     "words",
 ]
@@ -66,6 +67,12 @@ def _folded(text: str) -> str:
 def words(text: str) -> list[str]:
     """The words of `text`, case folded; `don't`, `well-known` and `3.5` are one word each."""
     return _word_pattern().findall(_folded(text))
+
+
+def located_words(text: str) -> list[tuple[int, str, str]]:
+    """The words of `text` in its compatibility form (NFKC): where each begins there, as it is written, and folded."""
+    plain = unicodedata.normalize("NFKC", text)
+    return [(m.start(), m[0], _folded(m[0])) for m in _word_pattern().finditer(plain)]
 
 
 def texts_of(samples: Samples, reward: object) -> list[str]:
@@ -265,6 +272,11 @@ class Rouge(Composable):
         references = [words(reference) for reference in self._references(samples.prompts)]
         scores = [self._f(words(t), references[b]) for t, b in zip(texts, samples.group.tolist(), strict=True)]
         return torch.tensor(scores, dtype=torch.float64)
+
+    def rate(self, text: str) -> float:
+        """The score of one text, where the reference is one text."""
+        check(isinstance(self.references, str), "rouge references", self.references, "one text")
+        return self._f(words(text), words(str(self.references)))
 
     def _references(self, prompts: list[Any]) -> list[str]:
         if isinstance(self.references, str):

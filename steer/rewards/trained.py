@@ -39,6 +39,8 @@ def trained(source: str, values: list[str], options: dict[str, str], given: str)
         _weights(names, options, given),
         how=options.get("how", "mean"),
         coefficient=_float(options.get("coefficient", "0.5"), given),
+        transform=tensors.get("transform"),
+        gate=_gate(tensors, options, names, given),
         probability=_as_probability(options.get("as", "log-odds"), given),
         trained_on=card.model,
         text=given,
@@ -58,6 +60,19 @@ def _weights(names: list[str], options: dict[str, str], given: str) -> Tensor:
         angle = math.radians(_float(options["angle"], given))
         weighted = {names[0]: math.cos(angle), names[1]: math.sin(angle)}
     return torch.tensor([weighted.get(name, 0.0 if weighted else 1.0) for name in names], dtype=torch.float64)
+
+
+def _gate(
+    tensors: dict[str, Tensor], options: dict[str, str], names: list[str], given: str
+) -> dict[str, Tensor] | None:
+    """The gate of the file, unless weights are named in its place."""
+    found = {name.removeprefix("gate."): x for name, x in tensors.items() if name.startswith("gate.")}
+    if not found or {"attribute", "angle", *names} & options.keys():
+        return None
+    wanted = {"inner.weight", "inner.bias", "outer.weight", "outer.bias", "mean", "std"}
+    fits = set(found) == wanted and found["outer.weight"].shape[0] == len(names)
+    check(bool(fits), "reward", f"{given} (the tensors of its gate do not fit)", "as steer writes it")
+    return found
 
 
 def _as_probability(how: str, given: str) -> bool:

@@ -22,9 +22,19 @@ from torch import Tensor
 
 from steer.core import Reward, Samples, SteerError, check
 from steer.rewards.algebra import Composable
-from steer.rewards.text import texts_of
+from steer.rewards.text import Rouge, texts_of
 
-__all__ = ["Answer", "JsonSchema", "Overlong", "Regex", "Verifiable", "code_of", "library", "with_rows"]
+__all__ = [
+    "Answer",
+    "JsonSchema",
+    "Overlong",
+    "ReferenceRouge",
+    "Regex",
+    "Verifiable",
+    "code_of",
+    "library",
+    "with_rows",
+]
 
 
 @dataclass(frozen=True, repr=False)
@@ -111,6 +121,31 @@ def _with_rows(x: Any, prompts: Sequence[Any], rows: Sequence[Any]) -> Any:
         members = tuple(_with_rows(member, prompts, rows) for member in x)
         return x if all(a is b for a, b in zip(x, members, strict=True)) else members
     return x
+
+
+# ----------------------------------------------------------------------------------------------------------- references
+
+
+@dataclass(frozen=True, repr=False)
+class ReferenceRouge(Verifiable):
+    """The ROUGE F-measure against the row's `reference`, the mean over `kinds`; see `steer.rewards.Rouge`."""
+
+    column: ClassVar = "reference"
+    kinds: tuple[str, ...] = ("1", "2", "L")
+
+    def __post_init__(self) -> None:
+        Rouge("", self.kinds)
+
+    def verify(self, text: str, known: Any) -> float:
+        return Rouge(known, self.kinds).rate(text)
+
+    def check_known(self, known: Any, where: str) -> None:
+        check(isinstance(known, str) and bool(known.strip()), where, known, "a text that is not empty")
+
+    def __repr__(self) -> str:
+        if len(self.kinds) == 3:
+            return "rouge"
+        return f"rouge:kinds={self.kinds[0]}" if len(self.kinds) == 1 else f'rouge:kinds="{"/".join(self.kinds)}"'
 
 
 # -------------------------------------------------------------------------------------------------------------- answers

@@ -70,7 +70,9 @@ def create_app(
     )
     gate = Gate(limits.requests, Idle(engine.give_back_memory))
     metrics = Metrics(engine, gate, store)
-    tasks = Tasks(store, rewards or Rewards(folder=artifacts), limits, default, engine.own_edits, unsaid or Sampling())
+    rewards = rewards or Rewards(folder=artifacts)
+    rewards.follow(lambda name: store.get(name).path)
+    tasks = Tasks(store, rewards, limits, default, engine.own_edits, unsaid or Sampling())
     reading = ThreadPoolExecutor(1, "steer-files")
     steered = {f"{engine.name}:{name}": asked for name, asked in (presets or {}).items()}
     known = tuple(dict.fromkeys((engine.name, *names, *steered)))

@@ -29,6 +29,8 @@ __all__ = ["Entry", "Store", "UnknownArtifactError", "check_name", "digest"]
 
 
 _SUFFIX = ".safetensors"
+REWARD = "reward"
+"""The kind of artifacts that are no edits: rewards get their names at `/v1/steer/rewards`."""
 _NAMES = "letters, digits, dot, dash and underscore, a letter or digit first, at most 128 of them"
 
 
@@ -252,7 +254,7 @@ class Store:
         check_name(name)
         try:
             _, card = load(path)
-            check(card.kind in KINDS, "kind", card.kind, ", ".join(KINDS))
+            check(card.kind in (*KINDS, REWARD), "kind", card.kind, ", ".join((*KINDS, REWARD)))
             self._accept(path)
             status = path.stat()
             return Entry(name, path, digest(path), status.st_size, int(status.st_mtime), card, fixed)

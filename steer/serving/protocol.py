@@ -230,13 +230,18 @@ class RegisterRequest(_Request):
 
 
 class RegisterReward(_Request):
-    """Give a reward a name: an expression of others, or a reward model's folder in the configured folder."""
+    """Give a reward a name: an expression of others, a reward model's folder in the configured folder, or a registered
+    artifact of kind reward.
+    """
 
     name: Name
     reward: Annotated[Text, Field(max_length=4096)] | None = None
     folder: Name | None = None
     label: Name | None = None
     """Of the model's classes, where it has several: the reward is its log-probability."""
+    file: Name | None = None
+    options: Annotated[Text, Field(max_length=1024)] | None = None
+    """Of the file, as in an expression: how=worst, attribute=safe, or angle=20."""
 
 
 # ----------------------------------------------------------------------------------------------------------- answers

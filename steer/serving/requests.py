@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from steer import artifacts
-from steer.core import InputError, Prompt, RawText, Reward, Samples, SteerError, check
+from steer.core import InputError, Prompt, PromptEdit, RawText, Reward, Samples, SteerError, check
 from steer.serving.artifact_store import digest
 from steer.serving.engine import (
     Delta,
@@ -41,6 +41,7 @@ __all__ = [
     "edit_errors",
     "read",
     "relayed",
+    "rewritten",
     "scored",
     "seed_of",
     "token_ids",
@@ -120,6 +121,19 @@ def read(task: Task, words: Words) -> Request:
     prompts = tuple(_prompt(p, words) for p in task.prompts)
     ids = tuple(tuple(_encode(p, words)) for p in prompts)
     return Request(task, prompts, ids, _sized(task, ids, words))
+
+
+def rewritten(request: Request, edits: Sequence[PromptEdit], words: Words, kept: Sequence[bool]) -> Request:
+    """The request after edits of its prompt, with those of its edits that are `kept`. The drift of its texts is not
+    measured: it would be that to the model under the same hint. Raises `InputError`.
+    """
+    prompts = list(request.prompts)
+    for edit in edits:
+        prompts = edit.rewrite_all(prompts)
+    steering = request.steering
+    named = tuple(edit for edit, keep in zip(steering.edits, kept, strict=True) if keep)
+    task = replace(request.task, prompts=tuple(prompts), steering=replace(steering, edits=named, kl=False))
+    return read(task, words)
 
 
 def _prompt(prompt: Prompt | TokenPrompt, words: Words) -> Prompt:

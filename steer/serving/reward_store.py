@@ -1,5 +1,6 @@
 """Rewards that a request may name: shipped ones that load nothing, those that the server's owner allowed, and
-registered ones: an expression of the others, or a reward model in the folder of artifacts, under a name.
+registered ones under a name: an expression of the others, a reward model in the folder of artifacts, or a registered
+file of `steer train reward`.
 
 Registered rewards are remembered in `FOLDER/registered/rewards.json`.
 """
@@ -9,10 +10,11 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from steer.artifacts import read_card
 from steer.core import InputError, Reward, SteerError, check
 from steer.files import replacing
 from steer.rewards import parse_reward, shipped
@@ -35,12 +37,16 @@ class UnknownRewardError(SteerError):
 
 @dataclass(frozen=True)
 class Registered:
-    """A reward with a name of its own: an expression, or a folder in that of the artifacts and its label."""
+    """A reward with a name of its own: an expression, a folder in that of the artifacts and its label, or an artifact
+    of kind reward with the options of its expression.
+    """
 
     name: str
     reward: str | None = None
     folder: str | None = None
     label: str | None = None
+    file: str | None = None
+    options: str | None = None
     fixed: bool = False
     """Whether the server's owner put it there."""
     scorer: Reward = field(default=None, repr=False, compare=False)  # type: ignore[assignment]
@@ -48,7 +54,8 @@ class Registered:
     @property
     def usage(self) -> str:
         label = "" if self.label is None else f":{self.label}"
-        return self.reward or f"{self.folder}{label}"
+        options = "" if self.options is None else f":{self.options}"
+        return self.reward or (f"{self.folder}{label}" if self.folder else f"{self.file}{options}")
 
 
 class Rewards:
@@ -67,6 +74,7 @@ class Rewards:
         self._whole: dict[str, Reward] = {}
         self._named: dict[str, Registered] = {}
         self._lock = threading.RLock()
+        self._find: Callable[[str], Path] | None = None
         for text in allowed:
             name, equals, given = text.partition("=")
             if equals and name.isidentifier():
@@ -74,6 +82,14 @@ class Rewards:
                 self._named[name] = Registered(name, given, fixed=True, scorer=parse_reward(given))
             else:
                 self._whole[text] = parse_reward(text)
+        self._recall()
+
+    def follow(self, find: Callable[[str], Path]) -> None:
+        """Read registered files where `find` says that an artifact lies, which raises for one that is not there; those
+        that were remembered are registered again.
+        """
+        self._find = find
+        self.refused.clear()
         self._recall()
 
     # ---- reading
@@ -115,14 +131,23 @@ class Rewards:
     # ---- changing
 
     def add(
-        self, name: str, reward: str | None = None, folder: str | None = None, label: str | None = None
+        self,
+        name: str,
+        reward: str | None = None,
+        folder: str | None = None,
+        label: str | None = None,
+        file: str | None = None,
+        options: str | None = None,
     ) -> Registered:
-        """Register an expression, or a reward model in the folder of artifacts, in place of what was sent under the
-        name before. Raises `InputError`, and `TooLargeError` where there are too many.
+        """Register an expression, a reward model in the folder of artifacts, or a registered artifact of kind reward
+        with options as in an expression ("how=worst"), in place of what was sent under the name before. Raises
+        `InputError`, and `TooLargeError` where there are too many.
         """
         check(self.folder is not None, "name", name, "nothing: the server was started without --artifacts")
-        check((reward is None) != (folder is None), "reward", reward, "one of reward and folder")
+        one = sum(given is not None for given in (reward, folder, file)) == 1
+        check(one, "reward", reward, "one of reward, folder and file")
         check(label is None or folder is not None, "label", label, "unset without folder")
+        check(options is None or file is not None, "options", options, "unset without file")
         check(
             name.isidentifier() and name.isascii() and len(name) <= 64,
             "name",
@@ -130,7 +155,7 @@ class Rewards:
             "letters, digits and _, a letter first, at most 64 of them",
         )
         check(name not in shipped(), "name", name, "a name that no shipped reward has")
-        made = self._made(name, reward, folder, label)
+        made = self._made(name, reward, folder, label, file, options)
         with self._lock:
             before = self._named.get(name)
             check(before is None or not before.fixed, "name", name, "a name that the server's owner did not give")
@@ -150,14 +175,41 @@ class Rewards:
             check(not others, "name", name, f"a reward that no other is made of; here: {', '.join(others)}")
             self._remember({n: entry for n, entry in self._named.items() if n != name})
 
-    def _made(self, name: str, reward: str | None, folder: str | None, label: str | None) -> Registered:
+    def _made(
+        self,
+        name: str,
+        reward: str | None = None,
+        folder: str | None = None,
+        label: str | None = None,
+        file: str | None = None,
+        options: str | None = None,
+    ) -> Registered:
         if reward is not None:
             others = re.search(rf"\b{re.escape(name)}\b", reward) is None
             check(others, "reward", reward, "an expression of other rewards than itself")
             scorer = self._read(reward, "reward")
+        elif file is not None:
+            scorer = self._heads(file, options)
         else:
             scorer = self._model(str(folder), label)
-        return Registered(name, reward, folder, label, scorer=scorer)
+        return Registered(name, reward, folder, label, file, options, scorer=scorer)
+
+    def _heads(self, file: str, options: str | None) -> Reward:
+        """The reward in a registered artifact, which was compared with the served model when it was registered."""
+        name = file.removesuffix(".safetensors")
+        allowed = "the name of a registered artifact of kind reward, as steer train reward makes them"
+        try:
+            assert self._find is not None
+            path = self._find(name)
+        except (SteerError, AssertionError) as error:
+            raise InputError("file", file, allowed) from error
+        check(read_card(path).kind == "reward", "file", f"{file} (a {read_card(path).kind})", allowed)
+        text = f'"{path}"' if options is None else f'"{path}":{options}'
+        try:
+            return parse_reward(text)
+        except InputError as error:
+            given = str(error.given).replace(str(path), name)
+            raise InputError("options" if options else "file", given, error.allowed.replace(str(path), name)) from error
 
     def _model(self, folder: str, label: str | None) -> Reward:
         assert self.folder is not None
@@ -185,7 +237,7 @@ class Rewards:
 
     def _remember(self, named: dict[str, Registered]) -> None:
         facts = {
-            e.name: {k: v for k in ("reward", "folder", "label") if (v := getattr(e, k)) is not None}
+            e.name: {k: v for k in ("reward", "folder", "label", "file", "options") if (v := getattr(e, k)) is not None}
             for e in named.values()
             if not e.fixed
         }
@@ -207,7 +259,7 @@ class Rewards:
             if name in self._named:
                 continue
             try:
-                made = self._made(name, given.get("reward"), given.get("folder"), given.get("label"))
+                made = self._made(name, *(given.get(k) for k in ("reward", "folder", "label", "file", "options")))
             except Exception as error:  # one that is wrong by now keeps no others away
                 self.refused[name] = str(error)
                 continue

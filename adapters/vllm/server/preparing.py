@@ -12,9 +12,11 @@ from steer.adapters.language.model import check_lengths
 from steer.adapters.vllm.model import VLLMModel
 from steer.adapters.vllm.plugin.requests import Inside
 from steer.adapters.vllm.process import Named, VLLMProcess, VLLMState
-from steer.core import InputError, Prompt, Samples, UnsupportedError, check
+from steer.artifacts import read_card
+from steer.core import Edit, InputError, Prompt, Samples, UnsupportedError, check
+from steer.edits import PROMPTS, load_edit
 from steer.serving.engine import NamedEdit, Sampling, Steering
-from steer.serving.requests import AGAIN, Request, edit_errors, token_ids
+from steer.serving.requests import AGAIN, Request, edit_errors, token_ids, unchanged
 
 __all__ = ["Prepared", "Preparer", "ServedProcess", "hold"]
 
@@ -130,13 +132,22 @@ class Preparer(language.Preparer[Prepared]):
     # ---- artifacts
 
     def try_artifact(self, path: Path) -> None:
-        self.model.inspect(path)
+        if read_card(path).kind in PROMPTS:
+            load_edit(path, model=self.model)
+        else:
+            self.model.inspect(path)
 
-    def read_edit(self, named: NamedEdit, beta: float) -> _Read:
-        """The edit, registered and checked. Raises `InputError` with `steer.edits`."""
+    def read_edit(self, named: NamedEdit, beta: float) -> _Read | Edit:
+        """The edit, registered and checked; one of the prompt acts before the engine. Raises `InputError` with
+        `steer.edits`.
+        """
         request, name = named.request, name_of(named)
         if named.path is None:
             return _Read(self.model.edit(name, request.strength, **request.options()).request, guides=True)
+        with edit_errors(named.path, request.options()):
+            if read_card(named.path).kind in PROMPTS:
+                with unchanged(named):
+                    return load_edit(named.path, request.strength, model=self.model, **request.options())
         with edit_errors(named.path, request.options()):
             files = {name: named.path}
             hold(self.model, files)

@@ -139,10 +139,14 @@ def _add_rewards(routes: APIRouter, server: Server) -> None:
         dependencies=[Depends(json_body)],
     )
     async def register_reward(body: RegisterReward) -> Reward:
-        """Give a reward a name: an expression of others, or a reward model in the folder of artifacts."""
+        """Give a reward a name: an expression of others, a reward model in the folder of artifacts, or a registered
+        artifact of kind reward.
+        """
         since = server.gate.enter()
         try:
-            entry = await _in_turn(server, known.add, body.name, body.reward, body.folder, body.label)
+            entry = await _in_turn(
+                server, known.add, body.name, body.reward, body.folder, body.label, body.file, body.options
+            )
         finally:
             server.gate.leave(since)
         return Reward(id=entry.name, usage=entry.usage, fixed=False)

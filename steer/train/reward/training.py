@@ -19,8 +19,10 @@ from steer.edits import Artifact
 from steer.files import replacing
 from steer.progress import ticking
 from steer.rewards.heads import reply_ids
+from steer.train.reward.gating import debiased, fit_gate, penalties
 from steer.train.reward.heads import Fit, prior_correction
 from steer.train.reward.measures import measured
+from steer.train.reward.robust import collaborative, corrected, preferred
 from steer.train.reward.rows import Rows, read_rows
 from steer.train.settings import Count, Part, Positive, Seed, Share, settings_class, settle
 
@@ -49,11 +51,20 @@ class RewardSettings:
     """Share of the prompts on which the fit is measured; nothing is chosen there."""
     keep_negatives: Annotated[Share, Field(gt=0)] = 1.0
     """Share of the negatives that binary rows still hold; scores are corrected for it."""
+    noise_robust: bool = False
+    """Of pairs: also train two heads that review each other's pairs, and keep them where they are better."""
+    noise: Annotated[float, Field(ge=0, lt=0.5)] | None = None
+    """Share of the pairs whose labels are flipped; None: estimated, where it is needed."""
+    verbosity: str | None = None
+    """The attribute of ratings that others are freed of, and that the score leaves out."""
+    gate_hidden: Count = 64
+    """Inner units of a gate."""
+    gate_steps: Count = 2000
     seed: Seed = 0
 
     def recipe(self) -> dict[str, Any]:
         """The entries of the card."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def train_reward(
@@ -61,6 +72,7 @@ def train_reward(
     data: Sequence[Any],
     settings: RewardSettings | None = None,
     *,
+    gate: Sequence[Any] | None = None,
     work: Path | None = None,
     progress: bool = False,
     **given: Any,
@@ -72,6 +84,7 @@ def train_reward(
         data: rows `{"prompt"?, "chosen", "rejected", "margin"?}` (or `positive` and `negative`), `{"prompt"?,
             "completion", "ratings": {name: number or null}}` or `{"prompt"?, "completion", "label", "weight"?}`; in
             TRL's conversational form too.
+        gate: pairs, as rows of preferences, from which weights of the ratings' attributes by the prompt are learnt.
         settings: how; fields of `RewardSettings` may also be `given` by name.
         work: folder for the states, which take most of the time: another run on the same rows reads them from there.
 
@@ -83,6 +96,8 @@ def train_reward(
     if not hasattr(model, "hidden_states"):
         raise UnsupportedError(f"{model.name} shows no hidden states; load the model itself")
     rows = read_rows(list(data), chosen.objective)
+    pairs = None if gate is None else read_rows(list(gate), "pairs")
+    _check_fits(rows, chosen, gated=pairs is not None)
     layers = _layers(chosen.layer, model.info.num_layers)
     sha = data_hash([[prompt, text] for prompt, text in rows.texts])
     states = _states(model, rows, layers, sha, work, progress)
@@ -91,15 +106,21 @@ def train_reward(
     held, learnt = split_by_prompt(rows.group, chosen.held_out, chosen.seed)
     layer, penalty = _choose(rows, states, learnt, chosen)
     fitted = Fit.of(rows, states[layer], learnt)
-    members = [
-        fitted.head(rows, _seen(learnt, chosen, m), penalty, _dims(chosen, m, fitted.width))
-        for m in range(chosen.members)
-    ]
+    robust = _robust(rows, fitted, learnt, penalty, chosen) if chosen.noise_robust else {}
+    members = [_member(rows, fitted, learnt, penalty, chosen, m, robust.get("keep")) for m in range(chosen.members)]
     heads, bias = (torch.stack(list(part)) for part in zip(*members, strict=True))
     if rows.objective == "binary":
         bias = bias + prior_correction(chosen.keep_negatives)
     metrics = measured(rows, states[layer], held, fitted, heads, bias)
+    if robust:
+        metrics["noise_robust"] = robust
+    if chosen.noise is not None and "accuracy" in metrics:
+        metrics["accuracy_on_right_labels"] = round(corrected(metrics["accuracy"], chosen.noise), 4)
     tensors = {"heads": heads.float(), "bias": bias.float(), "mean": fitted.mean.float(), "std": fitted.std.float()}
+    tensors |= _transform(rows, fitted, learnt, heads, bias, chosen.verbosity)
+    if pairs is not None:
+        gating, metrics["gate"] = _gated(model, pairs, layer, tensors, chosen, work, progress)
+        tensors |= gating
     card = Card(
         kind="reward",
         model=model.info.entry(),
@@ -110,6 +131,113 @@ def train_reward(
         metrics=metrics,
     )
     return Artifact(tensors, card)
+
+
+def _check_fits(rows: Rows, settings: RewardSettings, gated: bool) -> None:
+    """Raise `InputError` for settings that the rows' objective has no use for."""
+    rated = rows.objective == "ratings"
+    check(rated or not gated, "gate", "pairs", f"unset for {rows.objective}: a gate weighs attributes of ratings")
+    name = settings.verbosity
+    check(rated or name is None, "verbosity", name, f"unset for {rows.objective}: attributes are of ratings")
+    check(name is None or name in rows.names, "verbosity", name, ", ".join(rows.names))
+    paired = rows.objective == "pairs"
+    check(paired or not settings.noise_robust, "noise_robust", True, f"false for {rows.objective}: it reviews pairs")
+    check(paired or settings.noise is None, "noise", settings.noise, f"unset for {rows.objective}: of pairs' labels")
+    plain = not settings.noise_robust or not bool(rows.targets.any())
+    check(plain, "noise_robust", "rows with a margin", "rows without: reviewers compare plain margins")
+
+
+def _member(
+    rows: Rows,
+    fitted: Fit,
+    learnt: list[int],
+    penalty: float,
+    settings: RewardSettings,
+    number: int,
+    keep: float | None,
+) -> tuple[Tensor, Tensor]:
+    """One member's head `[K, D]` and bias `[K]`; `keep` is the share of two heads that review each other, or None."""
+    seen, dims = _seen(learnt, settings, number), _dims(settings, number, fitted.width)
+    if keep is None:
+        return fitted.head(rows, seen, penalty, dims)
+    z = fitted.z[seen] if dims is None else fitted.z[seen] * dims
+    head = collaborative(z, keep, settings.seed * 1009 + number)
+    return (head if dims is None else head * dims)[None], torch.zeros(1, dtype=torch.float64)
+
+
+def _robust(rows: Rows, fitted: Fit, learnt: list[int], penalty: float, settings: RewardSettings) -> dict[str, Any]:
+    """Accuracy of the plain head and of two that review each other, on a fifth of the pairs that neither saw; `keep` is
+    there where the two are to be used.
+    """
+    some, others = split_by_prompt([rows.group[i] for i in learnt], 0.2, settings.seed + 2)
+    judged, seen = torch.tensor([learnt[i] for i in some]), torch.tensor([learnt[i] for i in others])
+    check(len(judged) > 1, "noise_robust", f"{len(judged)} pairs to judge by", "more pairs")
+    head, _ = fitted.head(rows, seen, penalty, None)
+    ours = fitted.z[judged] @ head[0]
+    right = float((ours > 0).double().mean())
+    noise = settings.noise if settings.noise is not None else min(0.45, max(0.05, 1 - right))
+    theirs = fitted.z[judged] @ collaborative(fitted.z[seen], 1 - noise, settings.seed)
+    better = preferred(ours, theirs)
+    found = {
+        "plain": round(right, 4),
+        "collaborative": round(float((theirs > 0).double().mean()), 4),
+        "kept": "collaborative" if better else "plain",
+    }
+    return {**found, "keep": round(1 - noise, 4)} if better else found
+
+
+def _transform(
+    rows: Rows, fitted: Fit, learnt: list[int], heads: Tensor, bias: Tensor, verbosity: str | None
+) -> dict[str, Tensor]:
+    """What frees the attributes of length, by the members' mean scores of the rows that were learnt from."""
+    if verbosity is None:
+        return {}
+    scores = fitted.z[torch.tensor(learnt)] @ heads.mean(0).T + bias.mean(0)
+    at = rows.names.index(verbosity)
+    return {"transform": debiased(penalties(scores, at), at).float()}
+
+
+def _gated(
+    model: Any,
+    pairs: Rows,
+    layer: int,
+    tensors: dict[str, Tensor],
+    settings: RewardSettings,
+    work: Path | None,
+    progress: bool,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of the gate, and its accuracy on pairs of prompts that it has not seen, beside equal weights'."""
+    sha = data_hash([[prompt, text] for prompt, text in pairs.texts])
+    states = _states(model, pairs, [layer], sha, work, progress)[layer].double()
+    z = (states - tensors["mean"].double()) / tensors["std"].double()
+    scores = torch.einsum("nd,mkd->nmk", z, tensors["heads"].double()).mean(1) + tensors["bias"].double().mean(0)
+    if "transform" in tensors:
+        scores = scores @ tensors["transform"].double().T
+    scores = scores.reshape(len(pairs.group), 2, -1)
+    asked = [model.encode(prompt) for prompt, _ in pairs.texts[::2]]
+    before = model.hidden_states(asked, [layer])[layer].double()
+    held, learnt = (torch.tensor(part) for part in split_by_prompt(pairs.group, settings.held_out, settings.seed))
+    mean, std = before[learnt].mean(0), before[learnt].std(0, correction=0)
+    std = torch.where(std < 1e-6, 1.0, std)
+    psi = (before - mean) / std
+    gate = fit_gate(
+        psi[learnt].float(),
+        scores[learnt],
+        hidden=settings.gate_hidden,
+        steps=settings.gate_steps,
+        seed=settings.seed,
+        work=None if work is None else work / "gate",
+        run={**settings.recipe(), "gate": sha},
+    )
+    named = {f"gate.{k}": v.detach().float() for k, v in gate.state_dict().items()}
+    gap = scores[:, 0] - scores[:, 1]
+    figures: dict[str, Any] = {"pairs": len(pairs.group)}
+    if len(held):
+        ours = (gate(psi[held].float()).double() * gap[held]).sum(1) > 0
+        figures["accuracy"] = round(float(ours.double().mean()), 4)
+        figures["accuracy_of_equal_weights"] = round(float((gap[held].sum(1) > 0).double().mean()), 4)
+    figures["mean_weights"] = [round(float(x), 4) for x in gate(psi.float()).mean(0)]
+    return {**named, "gate.mean": mean.float(), "gate.std": std.float()}, figures
 
 
 def _layers(wanted: Any, count: int) -> list[int]:
