@@ -346,6 +346,23 @@ def test_steps_that_begin_beyond_the_last_level_are_refused() -> None:
         load(network(), scheduler=ddim(num_train_timesteps=7, steps_offset=2)).process(steps=6)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sd15", {"clip_skip": 9}),
+        ("sdxl", {"clip_skip": 9}),
+        ("sd15", {"cross_attention_kwargs": 3}),
+        ("sdxl", {"target_size": 16}),
+        ("flux", {"joint_attention_kwargs": 3}),
+    ],
+)
+def test_what_a_pipelines_own_code_fails_at_is_one_line(name: str, options: dict[str, Any]) -> None:
+    pipeline = stock(name)
+    with pytest.raises(SteerError, match=f"{type(pipeline).__name__} refuses these settings: .") as refused:
+        chain(load(pipeline).process(steps=2, **options), PROMPTS)
+    assert "\n" not in str(refused.value)
+
+
 def test_an_adapter_for_images_is_missed_by_name() -> None:
     for name in ("ip_adapter_image", "ip_adapter_image_embeds"):
         for pipeline in ("sd15", "sdxl", "sd3"):

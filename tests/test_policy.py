@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
+import steer
 from steer.core import InputError, RawText, RewardError, Samples, SteerError
 from steer.rewards.algebra import Composable
 
@@ -239,7 +242,6 @@ def _tuning(method: Any, **more: Any) -> Any:
     ],
 )
 def test_weights_that_lora_leaves_out_are_named(kind: str, more: dict[str, Any], left: str) -> None:
-    import transformers
     from peft import LoraConfig, get_peft_model
 
     config = getattr(transformers, f"{kind}Config")(
@@ -256,6 +258,18 @@ def test_weights_that_lora_leaves_out_are_named(kind: str, more: dict[str, Any],
     adapted = get_peft_model(network, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     found = trainers._left_out(adapted, decoder_blocks(adapted))
     assert (left in found and "of the blocks' weights" in found) if left else found == ""
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "Mamba2"])
+def test_a_network_that_lora_cannot_adapt_is_one_line(kind: str, tmp_path: Path) -> None:
+    from architectures import configuration, network, tokenizer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = steer.load(network(configuration(getattr(transformers, f"{kind}Config"))), tokenizer=tokenizer())
+    with pytest.raises(InputError, match="lora_rank: got 2; allowed: 0, or targets that PEFT can adapt") as refused:
+        train_policy(model, DATA["sft"], method="sft", out=tmp_path / "out", lora_rank=2, batch_size=2, seed=0)
+    assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
 
 
 def test_kto_compares_with_completions_of_other_rows() -> None:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import steer
 from steer.adapters.language.prompts import ChatTemplate, PromptReader
 from steer.core import InputError, RawText
+from steer.core.messages import plain_messages
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -123,6 +124,14 @@ def test_what_cannot_be_read_is_refused_by_name(template: Any, prompt: Any, said
     with pytest.raises(InputError) as refused:
         read(template, prompt)
     assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_fields_that_are_null_are_not_there() -> None:
+    """As rows of parquet and clients' messages have them: templates ask whether a field is there."""
+    told = [{"role": "user", "content": "Hi", "tool_calls": None, "name": None, "weight": 1}]
+    assert plain_messages(told) == [{"role": "user", "content": "Hi", "weight": 1}]
+    asks = "{% if 'tool_calls' in messages[0] %}{{ messages[0].tool_calls | length }}{% endif %}"
+    assert read(asks + "{{ messages[0].content }}", told) == "Hi"
 
 
 def test_reasoning_that_a_template_takes_out_of_an_earlier_reply_is_no_loss() -> None:

@@ -126,7 +126,9 @@ NOTHING: list[dict[str, Any]] = [
     {"best_of": 1, "use_beam_search": False, "ignore_eos": False, "min_tokens": 0},
     {"repetition_penalty": 1.0, "length_penalty": 1, "no_repeat_ngram_size": 0},
     {"skip_special_tokens": True, "spaces_between_special_tokens": True, "include_stop_str_in_output": False},
-    {"cache_prompt": True, "keep_alive": "5m"},
+    {"cache_prompt": True, "keep_alive": "5m", "request_id": "a"},
+    {"top_k": -1, "echo": False, "priority": 0, "safe_prompt": False},
+    {"continue_final_message": False, "add_generation_prompt": True},
 ]
 
 
@@ -135,6 +137,33 @@ def test_fields_that_change_nothing_about_the_text_are_taken(client: Any, extra:
     answer = chat(client, **extra)
     assert answer.status_code == 200, answer.text
     assert answer.json()["choices"] == chat(client).json()["choices"]
+
+
+CONTINUED: list[tuple[dict[str, Any], dict[str, Any], int]] = [
+    ({}, {"continue_final_message": True, "add_generation_prompt": False}, 200),
+    ({"prefix": True}, {}, 200),
+    ({}, {"continue_final_message": False}, 400),
+    ({}, {"add_generation_prompt": True}, 400),
+    ({"prefix": False}, {}, 400),
+]
+"""What other servers are told so that they continue a reply: beside it, and in the request."""
+
+
+@pytest.mark.parametrize(("beside", "settings", "status"), CONTINUED, ids=str)
+def test_a_reply_is_continued_however_that_is_asked_for(
+    client: Any, beside: dict[str, Any], settings: dict[str, Any], status: int
+) -> None:
+    answer = chat(client, messages=[*CHAT, {**ANSWER, **beside}], **settings)
+    assert answer.status_code == status, answer.text
+    if status == 200:
+        assert answer.json()["choices"] == chat(client, messages=[*CHAT, ANSWER]).json()["choices"]
+    else:
+        assert "is continued" in answer.json()["error"]["message"]
+
+
+def test_a_prefix_that_is_not_last(client: Any) -> None:
+    early = [{**ANSWER, "prefix": True}, {"role": "user", "content": "why"}]
+    wrong(chat(client, messages=[*CHAT, *early]), 400, "messages")
 
 
 def test_streams_without_obfuscation(client: Any) -> None:
@@ -156,7 +185,11 @@ def test_streams_without_obfuscation(client: Any) -> None:
         ("repetition_penalty", 1.2),
         ("chat_template_kwargs", {"enable_thinking": False}),
         ("temprature", 0),
-        ("top_k", -1),
+        ("top_k", -2),
+        ("continue_final_message", True),
+        ("add_generation_prompt", False),
+        ("echo", True),
+        ("priority", 3),
     ],
 )
 def test_fields_that_would_change_the_text_are_refused_by_name(client: Any, field: str, value: Any) -> None:

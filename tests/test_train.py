@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from torch import Tensor, nn
@@ -164,6 +165,13 @@ def test_states_beyond_the_context_are_not_read(tiny_lm: LanguageModel) -> None:
 def test_vectors_of_zeros_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="zeros alone"):
         save_gguf(tmp_path / "v.gguf", {1: torch.zeros(4), 2: torch.zeros(4)}, "llama")
+    writer = gguf.GGUFWriter(tmp_path / "others.gguf", "controlvector")
+    for layer in (1, 2):
+        writer.add_tensor(f"direction.{layer}", torch.zeros(4).numpy())
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    with pytest.raises(InputError, match="zeros alone"):
+        load_edit(tmp_path / "others.gguf", 3.0)
 
 
 # --------------------------------------------------------------------------------------------------------- controller

@@ -21,7 +21,7 @@ from steer.core.messages import Messages, plain_messages
 __all__ = ["ChatTemplate", "PromptReader", "chats"]
 
 _FORMS = ("text", "parts", "parts but for the system prompt")
-_WRITTEN_OUT = re.compile(r"""['"]text['"]\s*:\s*['"]content000marker""")
+_WRITTEN_OUT = re.compile(r"""['"]text['"]\s*:\s*['"]content\d{3}marker""")
 """Parts that a template for texts turns into the text of a list."""
 _PRIVATE = range(0xF0000, 0xFFFFE)
 """Code points that mean nothing: they stand for control tokens while a template runs."""

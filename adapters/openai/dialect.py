@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,16 @@ _RESERVED = frozenset(
     }
 )
 
+_BROKEN_OFF = (
+    "abort",
+    "aborted",
+    "cancelled",
+    "content_filter",
+    "error",
+    "insufficient_system_resource",
+    "network_error",
+)
+"""What endpoints say of a text that neither its model nor its limit ended."""
 PREFILL = ("continue_final_message", "prefix", "last")
 
 
@@ -198,6 +209,8 @@ class Dialect:
         # An end that was drawn at once may be shown as null, where one token was asked for.
         empty = given is not None or (finish == "stop" and bool(top))
         missing = "" if text or (empty and not instead) else self._missing(instead or "null", finish)
+        if text and finish in _BROKEN_OFF:
+            missing = f"model {self.model}: its text broke off (finish_reason {finish!r})"
         positions = _positions(choice)
         known = all(isinstance(p.log_prob, int | float) for p in positions) and bool(positions)
         return ReplyChoice(
@@ -242,7 +255,8 @@ def _instead(message: dict[str, Any]) -> str:
     """What a message holds in place of a text, in words; empty where it holds nothing."""
     content = message.get("content")
     thoughts = [part for part in content if part.get("type") not in ("text", "output_text")] if content else []
-    reasoning = message.get("reasoning_content") or message.get("reasoning") or thoughts
+    named = [said for name, said in message.items() if said and re.search("reason|think|thought", name)]
+    reasoning = next((said for said in named if isinstance(said, str)), named or thoughts)
     refusal, calls = message.get("refusal"), message.get("tool_calls") or message.get("function_call")
     size = f"{len(reasoning)} characters of" if isinstance(reasoning, str) else "parts of"
     found = [

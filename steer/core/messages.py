@@ -13,15 +13,18 @@ Messages = list[dict[str, Any]]
 
 
 def plain_messages(prompt: Any) -> Messages:
-    """Messages whose content is text; parts of text are joined. Images and what else is no text are refused with
-    `InputError`, which names the message.
+    """Messages whose content is text, without fields that are null; parts of text are joined. Images and what else is
+    no text are refused with `InputError`, which names the message.
     """
     allowed = "text, or messages with role and content"
     check(isinstance(prompt, Sequence) and len(prompt) > 0, "prompt", prompt, allowed)
     for message in prompt:
         fits = isinstance(message, Mapping) and {"role", "content"} <= set(message)
         check(fits and isinstance(message["role"], str), "prompt", message, allowed)
-    return [{**m, "content": _text(m, f"messages[{i}].content")} for i, m in enumerate(prompt)]
+    texts = [_text(m, f"messages[{i}].content") for i, m in enumerate(prompt)]
+    # Templates ask whether a field is there, and tables and clients write out all that they have as null.
+    said = [{k: v for k, v in m.items() if v is not None} for m in prompt]
+    return [{**m, "content": text} for m, text in zip(said, texts, strict=True)]
 
 
 def _text(message: Mapping[str, Any], field: str) -> str:

@@ -99,6 +99,7 @@ class Message(_FromClients):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart] | None
     name: Text | None = None
+    prefix: StrictBool | None = Field(default=None, description="Mistral's and DeepSeek's: this reply is continued.")
     refusal: None = _ignored("Taken where empty.")
     annotations: None = _ignored("Taken where empty.")
     audio: None = _ignored("Taken where empty.")
@@ -134,19 +135,22 @@ class ResponseFormat(_FromClients):
 
 _OFF: dict[str, Any] = {
     "best_of": 1,
+    "echo": False,
     "ignore_eos": False,
     "include_stop_str_in_output": False,
     "length_penalty": 1,
     "min_tokens": 0,
     "no_repeat_ngram_size": 0,
+    "priority": 0,
     "repetition_penalty": 1,
+    "safe_prompt": False,
     "skip_special_tokens": True,
     "spaces_between_special_tokens": True,
     "stop": "",
     "use_beam_search": False,
 }
 """Settings of other servers at the value that changes nothing, as their clients write them out."""
-_OF_NO_MATTER = ("cache_prompt", "keep_alive")
+_OF_NO_MATTER = ("cache_prompt", "keep_alive", "request_id")
 """Fields of other servers that say nothing about the text."""
 
 
@@ -157,7 +161,9 @@ class _Common(_FromClients):
         if not isinstance(given, dict):
             return given
         off = {k for k in given if k in _OF_NO_MATTER or (k in _OFF and _same(given[k], _OFF[k]))}
-        return {k: v for k, v in given.items() if k not in off}
+        kept = {k: v for k, v in given.items() if k not in off}
+        # vLLM's way to say that nothing is cut off.
+        return kept | {"top_k": 0} if _same(kept.get("top_k"), -1) else kept
 
     model: Text
     n: Annotated[Count, Field(ge=1)] | None = None
@@ -187,6 +193,9 @@ class _Common(_FromClients):
     safety_identifier: Text | None = _ignored()
 
 
+_CONTINUED = "a chat that ends with the assistant's own words is continued, every other is answered"
+
+
 class ChatRequest(_Common):
     """A request for `/v1/chat/completions`."""
 
@@ -202,6 +211,26 @@ class ChatRequest(_Common):
     function_call: Literal["none", "auto"] | None = _ignored("Ignored: there are no functions.")
     parallel_tool_calls: StrictBool | None = _ignored("Ignored: there are no tools.")
     prediction: dict[str, Any] | None = _ignored("Ignored: it would change how fast the text comes, not the text.")
+    continue_final_message: StrictBool | None = Field(default=None, description="Not OpenAI's; see `messages`.")
+    add_generation_prompt: StrictBool | None = Field(default=None, description="Not OpenAI's; see `messages`.")
+
+    @field_validator("messages")
+    @classmethod
+    def _prefix_is_last(cls, messages: list[Message]) -> list[Message]:
+        *before, last = messages
+        if any(m.prefix for m in before) or last.prefix not in (None, last.role == "assistant"):
+            raise ValueError(f"allowed: prefix in the last message alone; {_CONTINUED}")
+        return messages
+
+    @field_validator("continue_final_message", "add_generation_prompt")
+    @classmethod
+    def _as_it_ends(cls, given: bool | None, about: ValidationInfo) -> bool | None:
+        ends = about.data.get("messages")
+        if given is not None and ends:
+            continued = ends[-1].role == "assistant"
+            if (given is continued) is not (about.field_name == "continue_final_message"):
+                raise ValueError(f"allowed: the other; {_CONTINUED}")
+        return given
 
 
 class CompletionRequest(_Common):

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,7 +107,7 @@ class PipelineDenoiser:
                 arguments["negative_prompt"] = None
         recorder = self._recorder
         recorder.seen.clear()
-        with self.session(), torch.no_grad():
+        with self.session(), torch.no_grad(), _refusals(self.pipeline):
             return self.pipeline(num_inference_steps=self.steps, **arguments)
 
     def _rehearse(self, n: int, generator: torch.Generator) -> Tensor:
@@ -128,8 +128,6 @@ class PipelineDenoiser:
             raise UnsupportedError(f"{type(self.pipeline).__name__} draws no latents of its own")
         except _Enough:
             pass
-        except (ValueError, TypeError) as error:
-            raise SteerError(f"{type(self.pipeline).__name__} refuses these settings: {first_line(error)}") from error
         finally:
             recorder.rehearsing = False
             recorder.__dict__.pop("settled", None)
@@ -164,7 +162,7 @@ class PipelineDenoiser:
         texts = [str(prompt) for prompt in prompts]
         if self.layout is None:
             return Embedded(texts=texts)
-        with self.session(), torch.no_grad():
+        with self.session(), torch.no_grad(), _refusals(self.pipeline):
             found = Encoding(
                 self.pipeline, self.layout, self.guidance_scale, self.negative_prompt, self.options
             ).encode(texts)
@@ -221,6 +219,17 @@ class PipelineDenoiser:
 
     def show(self, prompt: Prompt) -> Any:
         return prompt
+
+
+@contextmanager
+def _refusals(pipeline: Any) -> Iterator[None]:
+    """Raises `SteerError` where the pipeline's own code, or that of its models, fails at what it was given."""
+    try:
+        yield
+    except SteerError:
+        raise
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise SteerError(f"{type(pipeline).__name__} refuses these settings: {first_line(error)}") from error
 
 
 class _Enough(Exception):
