@@ -132,9 +132,12 @@ for _name in COMMANDS:
 
 @app.command("help")
 def explain_topic(
-    topic: Annotated[str | None, typer.Argument(metavar="TOPIC", help="A sampler, rewards, or recipes.")] = None,
+    topic: Annotated[
+        str | None,
+        typer.Argument(metavar="TOPIC", help="A sampler, train-value and its kin, a method, rewards."),
+    ] = None,
 ) -> None:
-    """What --set takes for a sampler; the rewards; the recipes."""
+    """What --set takes for a sampler or a kind of training; the rewards; the recipes."""
     from steer.cli.help import explain, topics
 
     typer.echo(explain(topic) if topic else "steer help TOPIC, with one of: " + ", ".join(topics()))
