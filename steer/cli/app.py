@@ -233,12 +233,17 @@ def export(
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The name of a shipped recipe, or a YAML file.")],
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="The name of a shipped recipe, or a YAML file.")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="A variable, or STEP.OPTION.")
     ] = None,
 ) -> None:
-    """Run a recipe: everything in it is checked before anything starts."""
+    """Run a recipe: everything in it is checked before anything starts. Without one: list those that there are."""
+    if recipe is None:
+        list_recipes()
+        raise typer.Exit(2)
     results = sys.stdout
     with redirect_stdout(sys.stderr):
         from steer.cli.jobs import run_recipe

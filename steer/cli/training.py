@@ -89,7 +89,7 @@ def train_reward(options: TrainRewardOptions, coming: Coming = frozenset()) -> R
 def _check_training(options: TrainOptions) -> None:
     checks.check_model(options)
     checks.check_causal(options)
-    checks.check_output(options.out, suffix=".safetensors")
+    checks.check_output(options.out, suffixes=(".safetensors",))
 
 
 S = TypeVar("S")
