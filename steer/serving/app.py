@@ -85,7 +85,7 @@ def create_app(
         title="steer",
         summary="OpenAI-compatible generation with steering.",
         lifespan=lifespan,
-        docs_url=None,  # the page that the framework has loads its script from elsewhere: see `reference`
+        docs_url=None,  # the page that the framework has loads its script from elsewhere
         redoc_url=None,
         redirect_slashes=False,
     )

@@ -39,7 +39,7 @@ class _Draining(uvicorn.Server):
         await super().startup(sockets)
         first, *others = _urls(sockets or [])
         also = f", also at {', '.join(others)}" if others else ""
-        _say(f"serving on {first}/v1{also}; health {first}/health, description {first}/docs; {self._named}")
+        _say(f"serving on {first}/v1{also}; health {first}/health, description {first}/openapi.json; {self._named}")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._loop is None or self._told:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from steer.serving.errors import Refused
 from steer.serving.protocol import ErrorAnswer, Health, Model, ModelList
-from steer.serving.reference import HEADERS, reference_page
 from steer.serving.server import Server
 
 _DENIED: dict[int | str, dict[str, Any]] = {
@@ -57,12 +56,6 @@ def router(server: Server) -> APIRouter:
     async def metrics() -> PlainTextResponse:
         """Counters in Prometheus's text format."""
         return _counters(server)
-
-    @routes.get("/docs", include_in_schema=False)
-    async def page(request: Request) -> HTMLResponse:
-        """The description for people."""
-        base = str(request.base_url).rstrip("/")
-        return HTMLResponse(reference_page(request.app.openapi(), base, server.names[0]), headers=HEADERS)
 
     return routes
 
