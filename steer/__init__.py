@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from steer.core.samples import Sample
     from steer.edits import Artifact, load_artifact, load_edit, parse_edit
     from steer.loading import load
+    from steer.logs import logging_to
     from steer.measure.compare import compare
     from steer.measure.frontier import frontier
     from steer.measure.race import race
@@ -63,6 +64,7 @@ _HOMES = {
     "steer.edits": ("Artifact", "load_artifact", "load_edit", "parse_edit"),
     "steer.prompt_files": ("generate_file",),
     "steer.loading": ("load",),
+    "steer.logs": ("logging_to",),
     "steer.measure.compare": ("compare",),
     "steer.measure.frontier": ("frontier",),
     "steer.measure.race": ("race",),
@@ -129,6 +131,7 @@ __all__ = [
     "load",
     "load_artifact",
     "load_edit",
+    "logging_to",
     "parse_edit",
     "parse_reward",
     "race",

@@ -347,7 +347,13 @@ def _value(tensors: dict[str, Tensor], card: Card, strength: float | None, optio
         strength=1.0 if strength is None else strength,
         top_k=parse_number("top_k", settings.get("top_k", 20), int),
         tail=str(settings.get("tail", "mean")),
+        suggested_beta=_suggested(card),
     )
+
+
+def _suggested(card: Card) -> float | None:
+    found = card.metrics.get("suggested_beta")
+    return float(found) if isinstance(found, int | float) and 0 < found < float("inf") else None
 
 
 def _filled(made: Callable[[], torch.nn.Module], weights: dict[str, Tensor]) -> Any:

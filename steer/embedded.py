@@ -237,10 +237,23 @@ def resolve(name: str | Path) -> Path | str:
         return entry.folder
     path = os.path.expanduser(text)
     if text and os.path.exists(path):
+        _check_folder(Path(path), text)
         return Path(path)
     if isinstance(name, str) and (_HUB_ID.fullmatch(text) or text in _BARE_IDS):
         return text
     raise InputError("model", text, allowed + _suggestion(text))
+
+
+_TOLD_BY = ("config.json", "model_index.json", "adapter_config.json", CARD_NAME)
+
+
+def _check_folder(path: Path, text: str) -> None:
+    """Refuse a folder that holds no model, with what lies there that may have been meant."""
+    if not path.is_dir() or any((path / name).is_file() for name in _TOLD_BY):
+        return
+    inside = sorted(p.name for p in path.iterdir() if p.suffix == ".gguf" or (p / "config.json").is_file())
+    meant = f"; did you mean {os.path.join(text, inside[0])}?" if inside else ""
+    raise InputError("model", text, f"a folder with config.json or model_index.json, neither of which is there{meant}")
 
 
 def _names() -> str:

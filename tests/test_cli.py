@@ -126,12 +126,25 @@ def test_an_edit_is_mounted(ask: Any, tmp_path: Path) -> None:
     assert found["prompts"][0]["samples"][0]["kl"] > 0
 
 
+def test_a_folder_without_a_model_is_refused_by_what_it_lacks(ask: Any, tmp_path: Path, tiny_lm_dir: Path) -> None:
+    (tmp_path / "adir").mkdir()
+    refused(ask(model=tmp_path / "adir"), "config.json", "neither of which is there")
+    (tmp_path / "adir" / "inside").symlink_to(tiny_lm_dir)
+    refused(ask(model=tmp_path / "adir"), "did you mean", os.path.join("adir", "inside"))
+
+
 def test_a_value_head_is_checked_without_its_model(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from steer.methods.value import QHead
 
     tensors = {name: torch.rand(x.shape) for name, x in QHead(32, 16).state_dict().items()}
-    artifacts.save("value.safetensors", tensors, Card("value", {"name": "tiny"}, recipe={"head": "q"}))
-    assert ask("--edit", "value.safetensors:2:top_k=5:model=any", "--beta", "0.5").code == 0
+    told = Card("value", {"name": "tiny"}, recipe={"head": "q"}, metrics={"suggested_beta": 0.05})
+    artifacts.save("value.safetensors", tensors, told)
+    strong = ask("--edit", "value.safetensors:2:top_k=5:model=any", "--beta", "0.05")
+    assert strong.code == 0 and "hardly" not in strong.err
+    assert (
+        "beta 0.5 hardly guides by this value head: try --beta 0.05"
+        in ask("--edit", "value.safetensors:2:model=any", "--beta", "0.5").err
+    )
     monkeypatch.setattr("steer.cli.session.load", lambda *a, **k: pytest.fail("the model was loaded"))
     refused(ask("--edit", "value.safetensors:scope=reply"), "scope", "top_k")
 

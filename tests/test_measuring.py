@@ -79,8 +79,8 @@ def shoes() -> Any:
 def test_comparison_measures_keeps_and_goes_on(shoes: Any, tmp_path: Path) -> None:
     tasks = [Problem.parse("bright=brightness@0.125")]
     sizes: dict[str, Any] = {"outputs": 12, "particles": 2, "steps": 5, "pool": 96}
-    first = compare(shoes, tasks, tmp_path, methods=["best of K", "FK, one population"], seeds=1, **sizes)
-    assert [x.method for x in first.lines] == ["best of K", "FK, one population"]
+    first = compare(shoes, tasks, tmp_path, methods=["best-of-n", "fk"], seeds=1, **sizes)
+    assert [x.method for x in first.lines] == ["best-of-n", "fk"]
     again = compare(shoes, tasks, tmp_path, methods=list(METHODS), seeds=2, budgets=[16, 32], **sizes)
     assert again.lines[:2] == first.lines  # kept, not measured again
     table = again.tables()
@@ -90,7 +90,7 @@ def test_comparison_measures_keeps_and_goes_on(shoes: Any, tmp_path: Path) -> No
         assert 0 < line.unique <= 1 and 0 <= line.variation <= 1 and line.frechet > 0
     # FK tilts: brighter than the base by a good part of the way to the target.
     facts = again.targets["bright"]
-    fk = [x.reward for x in again.lines if x.method == "FK, one population" and not x.rollouts]
+    fk = [x.reward for x in again.lines if x.method == "fk" and not x.rollouts]
     assert sum(fk) / len(fk) > facts["base"] + 0.3 * (facts["reward"] - facts["base"])
     other = Comparison.read(tmp_path / "results.json", {"steps": 6})
     assert not other.lines
@@ -206,7 +206,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 def test_commands_print_tables_and_draw(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_lm_dir: Path) -> None:
     code, out, err = run(
         capsys,
-        "compare",
+        "eval",
+        "distance",
         "--model",
         "fashion-ddpm",
         "--task",
@@ -220,9 +221,9 @@ def test_commands_print_tables_and_draw(capsys: pytest.CaptureFixture[str], tmp_
         "--seeds",
         "2",
         "--method",
-        "plain",
+        "ancestral",
         "--method",
-        "FK, one population",
+        "fk",
         "--budgets",
         "8,16",
         "--out",
@@ -230,11 +231,12 @@ def test_commands_print_tables_and_draw(capsys: pytest.CaptureFixture[str], tmp_
     )
     assert code == 0, err
     assert "Frechet" in out and (tmp_path / "c/curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "c/methods.png").read_bytes()[:4] == b"\x89PNG" and "methods.png" in out
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps(["the sun", "hello world"]), encoding="utf-8")
     code, out, err = run(
         capsys,
-        "race",
+        "race",  # an old name, taken with a note
         "--model",
         str(tiny_lm_dir),
         "--prompts",
@@ -255,22 +257,23 @@ def test_commands_print_tables_and_draw(capsys: pytest.CaptureFixture[str], tmp_
         str(tmp_path / "r"),
     )
     assert code == 0, err
+    assert "race is `steer eval search` now" in err and (tmp_path / "r/page.html").is_file()
     assert "dts-star" in out and (tmp_path / "r/race.png").read_bytes()[:4] == b"\x89PNG"
 
 
 BAD = [
-    (["compare", "--task", "x"], "task"),
-    (["compare", "--task", "a=brightness", "--method", "magic"], "method"),
-    (["compare", "--task", "a=sentiment"], "reward"),
-    (["compare", "--task", "a=brightness", "--seeds", "0"], "seeds"),
-    (["compare", "--task", "a=brightness", "--budgets", "1.5"], "budgets"),
-    (["compare", "--task", "a=brightness", "--curve", "b"], "curve"),
-    (["race", "--reward", "brightness", "--budgets", "x"], "budgets"),
-    (["race", "--reward", "brightness", "--budgets", "100", "--method", "vas"], "method"),
-    (["race", "--reward", "brightness", "--budgets", "100", "--set", "bonus=1"], "set"),
-    (["race", "--reward", "brightness", "--budgets", "100", "--set", "dts-star.bonus=x"], "bonus"),
-    (["guide", "--tuned", "nowhere", "--reward", "brightness"], "tuned"),
-    (["guide", "--tuned", ".", "--reward", "brightness", "--w", "1,x"], "w:"),
+    (["eval", "distance", "--task", "x"], "task"),
+    (["eval", "distance", "--task", "a=brightness", "--method", "magic"], "method"),
+    (["eval", "distance", "--task", "a=sentiment"], "reward"),
+    (["eval", "distance", "--task", "a=brightness", "--seeds", "0"], "seeds"),
+    (["eval", "distance", "--task", "a=brightness", "--budgets", "1.5"], "budgets"),
+    (["eval", "distance", "--task", "a=brightness", "--curve", "b"], "curve"),
+    (["eval", "search", "--reward", "brightness", "--budgets", "x"], "budgets"),
+    (["eval", "search", "--reward", "brightness", "--budgets", "100", "--method", "vas"], "method"),
+    (["eval", "search", "--reward", "brightness", "--budgets", "100", "--set", "bonus=1"], "set"),
+    (["eval", "search", "--reward", "brightness", "--budgets", "100", "--set", "dts-star.bonus=x"], "bonus"),
+    (["eval", "guidance", "--tuned", "nowhere", "--reward", "brightness"], "tuned"),
+    (["eval", "guidance", "--tuned", ".", "--reward", "brightness", "--w", "1,x"], "w:"),
 ]
 
 
@@ -278,8 +281,8 @@ BAD = [
 def test_bad_requests_end_with_one_line(
     arguments: list[str], field: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    command, *rest = arguments
-    code, out, err = run(capsys, command, "--model", "fashion-ddpm", "--out", str(tmp_path / "x"), *rest)
+    _, command, *rest = arguments
+    code, out, err = run(capsys, "eval", command, "--model", "fashion-ddpm", "--out", str(tmp_path / "x"), *rest)
     assert code == 2 and out == "" and field in err and len(err.strip().splitlines()) == 1, err
 
 
@@ -292,7 +295,7 @@ def test_methods_by_reward_against_kl_on_the_command_line(
     steer.train_vector(model, pairs).save(tmp_path / "up.safetensors")
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps(["the sun", "hello world", "a dog"]), encoding="utf-8")
-    line = f"frontier --model {tiny_lm_dir} --dtype float32 --prompts {prompts} --reward keywords:dog,sun --n 4"
+    line = f"eval frontier --model {tiny_lm_dir} --dtype float32 --prompts {prompts} --reward keywords:dog,sun --n 4"
     more = f"--edit {tmp_path / 'up.safetensors'} --strengths 0.2,0.4 --max-new-tokens 6 --out {tmp_path / 'f'}"
     code, out, err = run(capsys, *line.split(), *more.split())
     assert code == 0, err

@@ -483,7 +483,6 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(
             {"reward": None, "data": [{"prompt": "a", "completions": ["b", "c"], "scores": [1]}]},
             r"^data\[0\].scores: got \[1\]; allowed: 2 numbers",
         ),
-        ("dapo", {"report_to": ["paper"]}, r"^report_to: got 'paper'; allowed: "),
     ],
 )
 def test_what_does_not_fit_is_one_line(

@@ -28,7 +28,7 @@ steps:
   - name: fit
     command: train vector
     settings: {model: MODEL, pairs: "${recipes}/pairs.jsonl", out: "${out}/v.safetensors", set: {l2: 0.5}}
-  - command: eval
+  - command: eval strength
     settings:
       model: MODEL
       edit: ${out}/v.safetensors:scope=reply
@@ -70,7 +70,7 @@ def test_a_vector_is_trained_and_evaluated_with_one_model(
     assert {p.name for p in Path("out/fit").iterdir()} == {"v.safetensors", "report"}
     assert json.loads(Path("out/fit/report/report.json").read_text())["rows"]
     output = capsys.readouterr()
-    assert "[2/2] 2: eval" in output.err and "steered" in output.out
+    assert "[2/2] 2: eval strength" in output.err and "steered" in output.out
     assert output.err.endswith("next: steer show ./out/fit/v.safetensors\n")
 
 
@@ -99,10 +99,10 @@ def test_a_single_job_takes_its_options_directly(folder: Path, tmp_path: Path) -
     ("change", "words"),
     [
         (("description:", "descripton:"), ["descripton", "did you mean description?"]),
-        (("command: eval", "command: evil"), ["evil", "did you mean eval?"]),
+        (("command: eval strength", "command: eval strenght"), ["eval strenght", "did you mean eval strength?"]),
         (("max_new_tokens", "max_tokens"), ["max_tokens", "did you mean max_new_tokens?"]),
         (("max_new_tokens: 4", "max_new_tokens: four"), ["max_new_tokens", "four", "an integer"]),
-        (("max_new_tokens: 4", "max_new_tokens: 0"), ["step 2 (eval)", "max_new_tokens"]),
+        (("max_new_tokens: 4", "max_new_tokens: 0"), ["step 2 (eval strength)", "max_new_tokens"]),
         (("strengths: [-0.2, 0.2]", "strengths: [-0.2, much]"), ["strengths"]),
         (("${prompts}", "${promts}"), ["promts", "did you mean prompts?"]),
         (("${prompts}", "absent.json"), ["absent.json"]),
@@ -200,5 +200,5 @@ def test_values_that_do_not_fit(given: Any, hint: Any) -> None:
 def test_every_command_has_a_job_and_one_declaration(tmp_path: Path) -> None:
     assert set(jobs.JOBS) == set(COMMANDS)
     with pytest.raises(InputError, match="also needed"):
-        build(COMMANDS["eval"], {}, "here")
+        build(COMMANDS["eval strength"], {}, "here")
     assert Session(io.StringIO()).models == {}

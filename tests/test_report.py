@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from steer.core import InputError
-from steer.measure.report import Report, ReportRow, _breaks, _interval, _ratio_interval, default_strengths, evaluate
+from steer.measure.report import (
+    Report,
+    ReportRow,
+    _breaks,
+    _interval,
+    _jackknife,
+    _ratio_interval,
+    default_strengths,
+    evaluate,
+)
 from steer.measure.tables import ranged
 from steer.methods.prompt import SystemPrompt
 from steer.methods.vector import SteeringVector
@@ -70,6 +79,11 @@ def test_a_row_is_what_a_direct_computation_gives(tiny_lm: Any, edit: SteeringVe
     assert row.kl_per_token == pytest.approx(float(made.kl.sum() / tokens.sum()), rel=1e-6)
     assert row.perplexity == pytest.approx(math.exp(-float(total.sum() / tokens.sum())), rel=1e-6)
     assert row.distinct_2 == distinct_n(made.texts, 2) and row.tokens == float(tokens.mean())
+    per_prompt = torch.stack([made.kl.view(4, 2).sum(1), tokens.view(4, 2).sum(1).double()])
+    draws = torch.randint(4, (20_000, 4), generator=torch.Generator().manual_seed(5))
+    ratio = per_prompt[0, draws].sum(1) / per_prompt[1, draws].sum(1)
+    ends = torch.quantile(ratio.double(), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    assert (row.kl_low, row.kl_high) == pytest.approx(ends, rel=0.05)
 
 
 def test_the_system_prompt_is_measured_against_the_plain_prompt(tiny_lm: Any, report: Report) -> None:
@@ -107,6 +121,34 @@ def test_bootstrap_interval() -> None:
     half = 1.96 * float(values.std(correction=0)) / 20
     assert low == pytest.approx(float(values.mean()) - half, abs=0.02)
     assert high == pytest.approx(float(values.mean()) + half, abs=0.02)
+
+
+def test_the_jackknife_of_distinct_2() -> None:
+    """Of two prompts by hand: all bigrams differ, and leaving one out leaves shares of 1 and 1/2."""
+    one, two = ["a b a b a"], ["x y z"]
+    shares = [distinct_n(two, 2), distinct_n(one, 2)]
+    half = 1.96 * abs(shares[0] - shares[1]) / 2
+    whole = distinct_n(one + two, 2)
+    assert _jackknife([one, two]) == pytest.approx((max(0.0, whole - half), min(1.0, whole + half)))
+    assert _jackknife([one]) == (None, None)
+
+
+def test_pictures_on_ones_own_axes(report: Report, tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots(2, 2)
+    draw_report(report, ax=axes)
+    assert [axis.get_title(loc="left") or axis.get_title() for axis in axes.flat] == [
+        "Reward",
+        "Drift",
+        "Fluency",
+        "Diversity",
+    ]
+    assert all(axis.collections for axis in axes.flat), "an interval on every panel"
+    with pytest.raises(InputError, match="ax: got '1 axes'; allowed: 4 of matplotlib's axes"):
+        draw_report(report, ax=axes[0][0])
+    with pytest.raises(InputError, match="path: "):
+        draw_report(report)
 
 
 def test_the_interval_of_a_ratio_is_that_of_its_prompts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -30,6 +31,7 @@ from steer.serving.engine import TooLargeError
 from steer.serving.limits import Limits
 from steer.serving.protocol import ChatRequest
 from steer.serving.reward_store import Rewards
+from steer.serving.routes.docs import rendered
 from steer.serving.tasks import Tasks
 from steer.serving.wire import SteerRequest
 
@@ -254,6 +256,21 @@ def test_web_pages_of_others_and_other_names_are_refused(engine: TransformersEng
     keyed = TestClient(create_app(Idle(engine), keys=["k", "other"]))  # type: ignore[arg-type]
     for header, status in (("Bearer k", 200), ("bearer other", 200), ("Basic k", 401), ("Bearer ", 401), ("", 401)):
         assert keyed.get("/v1/models", headers={"Authorization": header}).status_code == status
+
+
+def test_the_page_of_routes_shows_every_route_and_field_and_loads_nothing(engine: TransformersEngine) -> None:
+    app = create_app(Idle(engine), local=False)  # type: ignore[arg-type]
+    answer = TestClient(app).get("/docs")
+    page, described = answer.text, app.openapi()
+    assert answer.headers["content-type"].startswith("text/html") and "default-src 'none'" in str(answer.headers)
+    assert "<script" not in page and not re.findall(r"(?:src|href)=\"(?!#|/openapi.json)", page)
+    for path, methods in described["paths"].items():
+        assert all(f"<code>{method.upper()} {path}</code>" in page for method in methods)
+    for name, schema in described["components"]["schemas"].items():
+        assert f'id="{name}"' in page
+        assert all(f"<code>{field}</code>" in page for field in schema.get("properties", {}))
+    assert set(re.findall(r'href="#([^"]+)"', page)) <= described["components"]["schemas"].keys()
+    assert "<evil>" not in rendered({"info": {"title": "<evil>"}, "paths": {}})
 
 
 def test_edits_of_the_engines_own_need_no_artifact(tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ from steer.adapters.language.generation import decoding_settings, fit_lengths, m
 from steer.adapters.language.prompts import PromptReader
 from steer.core import InputError, ModelInfo, Prompt, PromptEdit, Reward, Sampler, Samples, check
 from steer.core.edit import Prompts
+from steer.core.scores import Scores
 from steer.edits import as_edits
 from steer.methods.samplers import SamplerSettings
-from steer.model import Model
+from steer.model import Model, as_prompts
 
 __all__ = ["TextModel", "TextSettings", "shown"]
 
@@ -279,6 +280,37 @@ class TextModel(Model):
         own = self.own_settings if config == "checkpoint" else {}
         count = getattr(config, "num_return_sequences", None) or own.get("num_return_sequences")
         return None if count == 1 else count
+
+    def score(self, prompts: Prompts, texts: Sequence[str], *, edits: Any = ()) -> Scores:
+        """How likely the model finds each text after its prompt, under edits, at temperature 1.
+
+        Args:
+            prompts: one prompt for all texts, or one for each; read as `generate` reads them.
+            texts: what follows, as it stands: no token that ends a text is added.
+            edits: as of `generate`; a list for each prompt has one for each text. Hidden and prompt edits take one pass
+                over each text, edits of the next token one step a token.
+
+        Raises:
+            InputError: texts and prompts that do not go together, or a text without tokens.
+            UnsupportedError: the engine cannot score under one of the edits.
+        """
+        several, texts = as_prompts(prompts), list(texts)
+        check(bool(texts), "texts", texts, "at least one text")
+        several = several * len(texts) if len(several) == 1 else several
+        check(len(several) == len(texts), "texts", f"{len(texts)} texts", f"one for each of {len(several)} prompts")
+        tokens = [list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        for i, row in enumerate(tokens):
+            check(bool(row), f"texts[{i}]", texts[i], "a text with at least one token")
+        process = self.scorer(max(map(len, tokens)), edits, len(texts))
+        total, greedy = process.score_tokens(process.encode(several), tokens)
+        return Scores(total, torch.tensor([len(row) for row in tokens], dtype=torch.float64), greedy)
+
+    def scorer(self, longest: int, edits: Any, count: int) -> Any:
+        """The process that scores `count` rows of up to `longest` tokens under edits."""
+        process: Any = self.process(max_new_tokens=longest, temperature=1.0)
+        for edit, wanted in as_edits(edits, count, self):
+            process = process.edited(edit.with_beta(1.0), None if wanted is None else sorted(wanted))
+        return process
 
     def log_likelihood(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Summed log-probability `[N]` of each output after its prompt under the unedited model at temperature 1, and

@@ -16,7 +16,13 @@ from steer.adapters.language.texts import pieces_of
 from steer.adapters.transformers import tracking
 from steer.adapters.transformers.body import Body
 from steer.adapters.transformers.processing import Processing
-from steer.adapters.transformers.scoring import divergence, log_likelihood, steps_are_exact, token_divergences
+from steer.adapters.transformers.scoring import (
+    divergence,
+    likelihoods,
+    log_likelihood,
+    steps_are_exact,
+    token_divergences,
+)
 from steer.adapters.transformers.state import TextContext, TextState, begin, reread, tokens_of, without_rows
 from steer.adapters.transformers.tracking import AnyTrack
 from steer.core import (
@@ -183,7 +189,9 @@ class TextProcess(Process):
     def init(self, prompts: Sequence[Prompt], n: int, generator: torch.Generator) -> TextState:
         check_whole("n", n)
         check(len(prompts) >= 1, "prompts", prompts, "at least one")
-        ids = self.encode(prompts)
+        return self._begin(prompts, self.encode(prompts), n)
+
+    def _begin(self, prompts: Sequence[Prompt], ids: list[list[int]], n: int) -> TextState:
         tracks, cost = self._tracks(ids, n)
         exact = not (self.mounted(HiddenEdit) or self.mounted(PromptEdit))
         state = begin(prompts, n, self.columns, tracks, cost, exact)
@@ -244,6 +252,10 @@ class TextProcess(Process):
         token = self.decoding.draw(account.law, generator)
         alive = ~state.finished if state.waiting is None else ~(state.finished | state.waiting)
         token = torch.where(alive, token, self.body.pad_token_id)
+        return self._taken(state, token, alive, account)
+
+    def _taken(self, state: TextState, token: Tensor, alive: Tensor, account: _Account) -> TextState:
+        """The state after the rows `alive` `[N]` have taken these tokens `[N]`."""
         state = self._counted(state, token, alive, account)
         state.prefix[:, state.filled] = token
         state.real[:, state.filled] = alive
@@ -426,6 +438,28 @@ class TextProcess(Process):
         and temperature, under its hidden and prompt edits (transition edits and truncation are left out).
         """
         return log_likelihood(self, prompts, group, tokens)
+
+    @torch.inference_mode()
+    def score_tokens(self, ids: list[list[int]], tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Summed log-probability `[N]` of each row's `tokens` after its prompt `ids`, and whether every token is the
+        likeliest at its place `[N]` bool, under all edits (numbered by row) but those of prompts, after processors and
+        temperature. Exact: in one pass, or token by token where transition edits act.
+        """
+        if not self.mounted(TransitionEdit):
+            return likelihoods(self, ids, tokens)
+        width = max(1, max(map(len, tokens)))
+        own = replace(self, decoding=replace(self.decoding, max_new_tokens=width, eos_token_id=(), stop=()), until=())
+        state = own._begin([""] * len(ids), ids, 1)
+        greedy = torch.ones(len(ids), dtype=torch.bool)
+        with own.session():
+            for t in range(width):
+                state = own.read(state)
+                account = own._account(state)
+                alive = torch.tensor([t < len(row) for row in tokens], device=account.law.device)
+                token = torch.tensor([row[t] if t < len(row) else 0 for row in tokens], device=account.law.device)
+                greedy &= ((account.law.argmax(-1) == token) | ~alive).cpu()
+                state = own._taken(state, torch.where(alive, token, own.body.pad_token_id), alive, account)
+        return state.log_prob.double().cpu(), greedy
 
     def preview(self, state: TextState) -> Samples:
         """The partial texts."""

@@ -86,7 +86,6 @@ def _batches(ids: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], budg
         yield rows
 
 
-@torch.inference_mode()
 def log_likelihood(
     process: Scored, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]]
 ) -> Tensor:
@@ -95,11 +94,23 @@ def log_likelihood(
     """
     owner, ids = group.tolist(), process.encode(prompts)
     mine = process.copy(_by_row(process.edits, owner))
-    total = torch.zeros(len(owner), dtype=torch.float64)
-    for rows, logits, target, real in sequence_logits(mine, [ids[b] for b in owner], tokens):
+    return likelihoods(mine, [ids[b] for b in owner], tokens)[0]
+
+
+@torch.inference_mode()
+def likelihoods(
+    process: Scored, ids: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor]:
+    """Summed log-probability `[N]` of each row's `tokens` after its prompt `ids`, and whether every token is the
+    likeliest at its place `[N]` bool, under the process's hidden edits, numbered by row.
+    """
+    total = torch.zeros(len(tokens), dtype=torch.float64)
+    greedy = torch.ones(len(tokens), dtype=torch.bool)
+    for rows, logits, target, real in sequence_logits(process, ids, tokens):
         taken = process.decoding.tempered(logits).gather(2, target.unsqueeze(2)).squeeze(2)
         total[rows] = torch.where(real, taken, 0.0).sum(1).double().cpu()
-    return total
+        greedy[rows] = ((logits.argmax(2) == target) | ~real).all(1).cpu()
+    return total, greedy
 
 
 def divergence(

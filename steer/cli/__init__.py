@@ -18,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     from steer.cli.app import app
 
+    given = _renamed(given)
     try:
         status = int(app(given or ["--help"], prog_name="steer", standalone_mode=False) or 0)
         return _interrupted() if status == 130 else status  # typer answers Ctrl-C itself
@@ -36,6 +37,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if message:  # empty where the help was printed in place of a command
             print(f"steer: error: {' '.join(message.split())}", file=sys.stderr)
         return 2
+
+
+def _renamed(given: list[str]) -> list[str]:
+    """The arguments with an old name of a command in its new form, which a note says."""
+    from steer.cli.options import RENAMED
+
+    # `steer eval` is a group now: only options after it mean the measurement that had its name.
+    options = len(given) > 1 and given[1].startswith("-") and given[1] not in ("-h", "--help")
+    if not given or given[0] not in RENAMED or (given[0] == "eval" and not options):
+        return given
+    new = RENAMED[given[0]]
+    if not {"-q", "--quiet"} & {*given}:
+        print(f"steer: note: {given[0]} is `steer {new}` now; the old name goes in version 0.2", file=sys.stderr)
+    return [*new.split(), *given[1:]]
 
 
 def _interrupted() -> int:

@@ -31,7 +31,11 @@ app = typer.Typer(
 )
 models = typer.Typer(help="Models that come with steer.", no_args_is_help=True)
 train = typer.Typer(help="Train a vector, a controller, a value head, a reward or a policy.", no_args_is_help=True)
+evaluation = typer.Typer(
+    help="Measure edits, samplers, rewards and policies: each a page, a table and a recipe.", no_args_is_help=True
+)
 app.add_typer(models, name="models")
+app.add_typer(evaluation, name="eval")
 app.add_typer(train, name="train")
 
 Edits = Annotated[Path, typer.Argument(metavar="FILE", help="An artifact.")]
@@ -80,7 +84,10 @@ def _command(name: str) -> Callable[..., None]:
 
             run = JOBS[name](options(**given))
             if dry:
-                print(f"steer {name}: everything checks; nothing was run", file=sys.stderr)
+                from steer.cli.estimates import estimated
+
+                cost = estimated(options(**given), Session(results, progress=False))
+                print(f"steer {name}: everything checks; nothing was run; {cost}", file=sys.stderr)
                 return
             session = Session(results, progress=not quiet, verbose=verbose)
             began = time.monotonic()
@@ -101,7 +108,7 @@ def _switch(name: str, *spelling: str, help: str) -> inspect.Parameter:
 
 
 _RUN = (
-    _switch("dry_run", "--dry-run", help="Check everything, then stop."),
+    _switch("dry_run", "--dry-run", help="Check everything, say about what it costs and how long it takes, then stop."),
     _switch("quiet", "--quiet", "-q", help="No progress and no notes: results and errors alone."),
     _switch(
         "verbose", "--verbose", "-v", help="Say what is loaded, how long things take, and where an error comes from."
@@ -124,10 +131,11 @@ def _in_panel(option: Any, title: str) -> Any:
     return shown
 
 
+_GROUPS = {"": app, "train": train, "eval": evaluation}
 for _name in COMMANDS:
     _group, _, _last = _name.rpartition(" ")
     _epilog = "\n\n".join(f"$ {line}" for line in EXAMPLES.get(_name, ()))
-    (train if _group else app).command(_last, epilog=_epilog or None)(_command(_name))
+    _GROUPS[_group].command(_last, epilog=_epilog or None)(_command(_name))
 
 
 @app.command("help")
@@ -195,12 +203,20 @@ def fetch_model(name: Annotated[str, typer.Argument(metavar="NAME", help="See `s
 
 @app.command()
 def show(
-    file: Annotated[Path, typer.Argument(metavar="FILE or DIR", help="An artifact, a policy or a model.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE or DIR", help="An artifact, a policy or a model; or a log of training.")
+    ],
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the curves of its training; .svg and .pdf, too.")
+    ] = None,
 ) -> None:
-    """Print the card of an artifact, a policy or a model."""
-    from steer.cli.cards import describe, folder_of
+    """Print the card of an artifact, a policy or a model, and draw how its training went."""
+    from steer.cli.cards import describe, draw_training, folder_of
 
     folder = folder_of(file)
+    if plot is not None:
+        typer.echo(draw_training(folder, plot))
+        return
     if folder.is_dir():
         typer.echo(describe(folder))
         return

@@ -7,11 +7,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from steer.artifacts import Card
+from steer.artifacts import Card, read_card
 from steer.core import InputError, check
+from steer.data import read_table
 from steer.embedded import CARD_NAME, EMBEDDED
 
-__all__ = ["describe", "folder_of"]
+__all__ = ["describe", "draw_training", "folder_of"]
 
 
 _POLICY, _PIPELINE = "steer.json", "model_index.json"
@@ -37,6 +38,46 @@ def describe(folder: Path) -> str:
     index = _read(folder / _PIPELINE)
     parts = [name for name in index if not name.startswith("_")]
     return f"{index.get('_class_name', 'a pipeline')} of diffusers\nparts: {', '.join(parts)}"
+
+
+def draw_training(path: Path, plot: Path) -> str:
+    """Draw the curves of a card's metrics, or of a log that `--log` wrote; says which. Raises `InputError`."""
+    from steer.pictures.rounds import draw_history
+    from steer.pictures.style import image_format
+
+    image_format(plot)
+    check(plot.absolute().parent.is_dir(), "plot", str(plot), "a file in a folder that exists")
+    curves, unit = (_logged(path), "step") if path.suffix == ".jsonl" else (_kept(path), "entry of the card")
+    if not curves:
+        raise InputError("plot", str(path), "a card or a log with at least two figures of one kind")
+    draw_history(curves, plot, f"Training of {path.stem}", unit)
+    return f"wrote {plot}: {', '.join(curves)}"
+
+
+Curves = dict[str, list[tuple[float, float]]]
+
+
+def _kept(path: Path) -> Curves:
+    """Lists of numbers among a card's metrics."""
+    metrics = _read(path / _POLICY).get("metrics", {}) if path.is_dir() else read_card(path).metrics
+    found = {name: value for name, value in metrics.items() if isinstance(value, list) and len(value) > 1}
+    return {
+        name: [(float(i), float(y)) for i, y in enumerate(value, 1)]
+        for name, value in found.items()
+        if all(isinstance(y, int | float) for y in value)
+    }
+
+
+def _logged(path: Path) -> Curves:
+    found: Curves = {}
+    rows = [row for _, row in read_table("log", path, "lines of JSON, as --log writes them")]
+    phases = {str(row.get("phase")) for row in rows}
+    for row in rows:
+        for name in row.keys() - {"phase", "step", "seconds"}:
+            if isinstance(row[name], int | float) and isinstance(row.get("step"), int):
+                label = name if len(phases) == 1 else f"{row['phase']}: {name}"
+                found.setdefault(label, []).append((float(row["step"]), float(row[name])))
+    return {name: points for name, points in sorted(found.items()) if len(points) > 1}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import math
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -22,13 +23,15 @@ from steer.loading import is_endpoint
 from steer.methods.gradient import GradientGuidance
 from steer.methods.rlg import RLGuidance
 from steer.methods.samplers import SAMPLERS, make_sampler
+from steer.methods.value import ValueGuidance
 from steer.model import Plan, execute, prepare
+from steer.progress import note
 from steer.prompt_files import write_samples
 from steer.rewards import parse_reward
 from steer.rewards.algebra import check_reward
 from steer.sampling.lookahead import Lookahead, Preview, Rollouts
 
-__all__ = ["Drawing", "generate", "process_settings", "request"]
+__all__ = ["Drawing", "generate", "process_settings", "request", "sampler_of"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def request(options: SampleOptions, images: bool, coming: Coming, *, keep_previe
     """Check what does not depend on the model's prompts and settings."""
     checks.check_beta(options.beta)
     check(options.max_rows >= 1, "max_rows", options.max_rows, "an integer of 1 or more")
-    sampler = _sampler(options, keep_previews)
+    sampler = sampler_of(options, keep_previews)
     reward = None if options.reward is None else parse_reward(options.reward)
     if reward is not None:
         check_reward(reward, images)
@@ -74,7 +77,7 @@ def by_line(options: SampleOptions) -> bool:
 # ---------------------------------------------------------------------------------------------------------- samplers
 
 
-def _sampler(options: SampleOptions, keep_previews: bool) -> Sampler:
+def sampler_of(options: SampleOptions, keep_previews: bool = False) -> Sampler:
     check(options.sampler in SAMPLERS, "sampler", options.sampler, str(SAMPLERS))
     check(options.n is None or options.n >= 1, "n", options.n, "an integer of 1 or more")
     kind = SAMPLERS[options.sampler]
@@ -178,23 +181,45 @@ def _texts(options: GenerateOptions, coming: Coming) -> Run:
     for name in ("stream", "json") if by_line(options) else ():
         check(not getattr(options, name), name, True, "unset: --out FILE.jsonl is written line by line")
 
-    mounted: list[Edit] = []
+    return _TextJob(options, prompts, asked, edits, masked).run
 
-    def plan_for(session: Session, some: list[Any], seed: int, progress: bool) -> tuple[Any, Plan]:
-        model = session.load(options)
-        settings = process_settings(options, False, masked)
-        if not mounted:
-            mounted.extend([make(model) for make in edits] + asked.guidance(model, settings))
-            if options.system is not None:
-                from steer.methods.prompt import SystemPrompt
 
-                mounted.append(SystemPrompt(options.system))
-        return model, prepare(
+@dataclass
+class _TextJob:
+    """Texts to be drawn, checked. `mounted` are the edits, once there is a model for them."""
+
+    options: GenerateOptions
+    prompts: list[Any]
+    asked: Drawing
+    edits: list[Callable[[Any], Edit]]
+    masked: bool
+    mounted: list[Edit] = field(default_factory=list)
+
+    def run(self, session: Session) -> None:
+        options = self.options
+        if by_line(options):
+            _write_lines(options, self.asked, self.prompts, session, partial(self._lines, session))
+            return
+        with _reading(session.load(options), options.split_special_tokens):
+            plan = self._plan(session, self.prompts, self.asked.seed, session.progress and not options.stream)
+            samples = _streamed(session.load(options), plan, session) if options.stream else execute(plan)
+        showing.show_samples(samples, options, self.asked.seed, session, streamed=options.stream)
+
+    def _lines(self, session: Session, some: list[Any], seed: int) -> Samples:
+        with _reading(session.load(self.options), self.options.split_special_tokens):
+            return execute(self._plan(session, some, seed, False))
+
+    def _plan(self, session: Session, some: list[Any], seed: int, progress: bool) -> Plan:
+        options, model = self.options, session.load(self.options)
+        settings = process_settings(options, False, self.masked)
+        if not self.mounted:
+            self._mount(model, settings)
+        return prepare(
             model.process(**settings),
             [RawText(p) for p in some] if options.raw else some,
-            edits=[mounted] * len(some),
-            sampler=asked.sampler,
-            reward=asked.reward,
+            edits=[self.mounted] * len(some),
+            sampler=self.asked.sampler,
+            reward=self.asked.reward,
             beta=options.beta,
             seed=seed,
             max_rows=options.max_rows,
@@ -202,20 +227,16 @@ def _texts(options: GenerateOptions, coming: Coming) -> Run:
             progress=progress,
         )
 
-    def lines(some: list[Any], seed: int, session: Session) -> Samples:
-        with _reading(session.load(options), options.split_special_tokens):
-            return execute(plan_for(session, some, seed, False)[1])
+    def _mount(self, model: Any, settings: dict[str, Any]) -> None:
+        self.mounted = [make(model) for make in self.edits] + self.asked.guidance(model, settings)
+        if self.options.system is not None:
+            from steer.methods.prompt import SystemPrompt
 
-    def run(session: Session) -> None:
-        if by_line(options):
-            _write_lines(options, asked, prompts, session, lambda some, seed: lines(some, seed, session))
-            return
-        with _reading(session.load(options), options.split_special_tokens):
-            model, plan = plan_for(session, prompts, asked.seed, session.progress and not options.stream)
-            samples = _streamed(model, plan, session) if options.stream else execute(plan)
-        showing.show_samples(samples, options, asked.seed, session, streamed=options.stream)
-
-    return run
+            self.mounted.append(SystemPrompt(self.options.system))
+        for edit in self.mounted:
+            if isinstance(edit, ValueGuidance) and edit.is_weak(self.options.beta):
+                better = f"try --beta {edit.suggested_beta:g}"
+                note(True, f"note: beta {self.options.beta:g} hardly guides by this value head: {better}")
 
 
 def process_settings(options: GenerateOptions, images: bool, masked: bool = False) -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from steer.cli import bulk, demo, generating, measuring, serving, tabulating, training
+from steer.cli import bulk, demo, generating, judging, measuring, serving, tabulating, training
 from steer.cli.recipe import Recipe
 from steer.cli.session import Run, Session
 from steer.core import SteerError
+from steer.serving.idle import give_back_memory
 
 __all__ = ["JOBS", "run_recipe"]
 
@@ -23,11 +25,15 @@ JOBS: dict[str, Callable[..., Run]] = {
     "train reward": training.train_reward,
     "train policy": training.train_policy,
     "train images": training.train_images,
-    "eval": measuring.evaluation,
-    "compare": measuring.compare,
-    "race": measuring.race,
-    "frontier": measuring.frontier,
-    "guide": measuring.guide,
+    "eval strength": measuring.strength,
+    "eval frontier": measuring.frontier,
+    "eval search": measuring.search,
+    "eval distance": measuring.distance,
+    "eval guidance": measuring.guidance,
+    "eval goals": judging.goals,
+    "eval concept": judging.concept,
+    "eval reliability": judging.reliability,
+    "eval pairs": judging.pairs,
     "table": tabulating.tabulate,
     "serve": serving.serve,
     "demo": demo.demo,
@@ -49,5 +55,8 @@ def run_recipe(recipe: Recipe, session: Session) -> None:
     for number, (step, job) in enumerate(zip(recipe.steps, jobs, strict=True), 1):
         print(f"[{number}/{len(jobs)}] {step.name}: {step.command}", file=sys.stderr)
         job(session)
+        # Trainers leave cycles behind, and the C library keeps what is freed: hours later that is gigabytes.
+        gc.collect()
+        give_back_memory()
     if recipe.next:
         print(f"next: {recipe.next}", file=sys.stderr)

@@ -1,25 +1,38 @@
-"""`steer eval`, `steer compare`, `steer race` and `steer guide`: measurements that print a table and draw a picture."""
+"""Jobs of `steer eval`: measurements of one kind of report, a page with pictures, JSON, CSV and a recipe."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
+
 from steer.cli import checks
 from steer.cli.checks import Coming
 from steer.cli.generating import tuned_model
-from steer.cli.options import CompareOptions, EvalOptions, FrontierOptions, GuideOptions, ModelOptions, RaceOptions
+from steer.cli.options import (
+    COMMANDS,
+    DistanceOptions,
+    EvalOptions,
+    FrontierOptions,
+    GuidanceOptions,
+    ModelOptions,
+    SearchOptions,
+    StrengthOptions,
+)
 from steer.cli.session import Run, Session
-from steer.cli.values import pairs, typed
+from steer.cli.values import pairs, settings_of, typed
 from steer.core import Sampler, check
 from steer.measure.report import Report, evaluate
+from steer.pictures.report_page import Page
 from steer.pictures.style import FORMATS
 from steer.rewards import parse_reward
 from steer.rewards.algebra import check_reward
 
-__all__ = ["compare", "evaluation", "frontier", "guide", "race"]
+__all__ = ["distance", "frontier", "guidance", "numbers", "picture_files", "publish", "search", "strength"]
 
 
 def _positive(options: Any, *names: str) -> None:
@@ -27,36 +40,54 @@ def _positive(options: Any, *names: str) -> None:
         check(getattr(options, name) >= 1, name, getattr(options, name), "an integer of 1 or more")
 
 
-def _pictures(options: Any, name: str) -> list[Path]:
+def picture_files(options: Any, name: str) -> list[Path]:
     """The files of a picture, one for each format. Raises `InputError`."""
     wanted = [part.strip() for part in options.format.split(",")]
     check(set(wanted) <= set(FORMATS), "format", options.format, f"{', '.join(FORMATS)}, with commas between them")
     return [options.out / f"{name}.{kind}" for kind in dict.fromkeys(wanted)]
 
 
-def _draw(draw: Callable[[Any, Path], None], found: Any, options: Any, name: str) -> str:
-    """Draw in every format that was asked for; the files, for people."""
-    paths = _pictures(options, name)
-    for path in paths:
-        draw(found, path)
-    return ", ".join(map(str, paths))
+def publish(session: Session, options: EvalOptions, slug: str, found: Any, summary: str, **more: Any) -> None:
+    """Draw what was found in every format that was asked for, write the page beside its JSON, and say where."""
+    draw, texts = more.get("draw"), more.get("texts", ())
+    drawn: dict[str, Callable[[Any, Path], None]] = more.get("pictures", {} if draw is None else {slug: draw})
+    pictures = []
+    for name, draw in drawn.items():
+        for path in picture_files(options, name):
+            draw(found, path)
+            pictures.append(path)
+    name = next(name for name, kind in COMMANDS.items() if type(options) is kind)
+    settings = settings_of(options)
+    page = Page(
+        title=more.get("title") or f"{name.removeprefix('eval ').capitalize()}: {options.model}",
+        about=inspect.cleandoc(type(options).__doc__ or ""),
+        summary=summary,
+        records=found.records(),
+        pictures=[path for path in pictures if path.suffix == f".{options.format.split(',')[0].strip()}"],
+        texts=texts,
+        recipe=yaml.safe_dump({"name": slug, "command": name, "settings": settings}, sort_keys=False, width=110),
+        files=[f"{slug}.json", f"{slug}.csv", "recipe.yaml", *(path.name for path in pictures)],
+    )
+    page.write(options.out, slug)
+    beside = ", ".join(["page.html", *page.files])
+    session.say(f"{summary}\nwrote {options.out}: {beside}")
 
 
-def _numbers(field: str, text: str) -> list[float]:
+def numbers(field: str, text: str) -> list[float]:
     found = checks.read_strengths(text, field)
     assert found is not None
     return found
 
 
 def _sizes(field: str, text: str) -> list[int]:
-    found = _numbers(field, text)
+    found = numbers(field, text)
     check(
         all(x >= 1 and x == int(x) for x in found), field, text, "whole numbers of 1 or more with commas between them"
     )
     return [int(x) for x in found]
 
 
-def evaluation(options: EvalOptions, coming: Coming = frozenset()) -> Run:
+def strength(options: StrengthOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to evaluate an edit."""
     from steer.pictures.charts import draw_report
 
@@ -71,7 +102,7 @@ def evaluation(options: EvalOptions, coming: Coming = frozenset()) -> Run:
     checks.check_beta(options.beta)
     check(options.system is None or bool(options.system.strip()), "system", options.system, "text that is not empty")
     checks.check_folder(options.out)
-    _pictures(options, "check")
+    picture_files(options, "check")
     make = checks.edit_maker(options.edit, coming)
 
     def run(session: Session) -> None:
@@ -93,17 +124,16 @@ def evaluation(options: EvalOptions, coming: Coming = frozenset()) -> Run:
         )
         report = replace(report, artifact=Path(options.edit).name)
         report.write(options.out)
-        drawn = _draw(draw_report, report, options, "report")
-        session.say(f"{report.table()}\nwrote {options.out / 'report.json'} and {drawn}")
+        publish(session, options, "report", report, report.table(), draw=draw_report, texts=report.texts())
 
     return run
 
 
-def compare(options: CompareOptions, coming: Coming = frozenset()) -> Run:
+def distance(options: DistanceOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to compare samplers."""
     from steer.measure.compare import Problem, methods_by_name
     from steer.measure.compare import compare as measure
-    from steer.pictures.charts import draw_curves
+    from steer.pictures.charts import draw_curves, draw_methods
 
     checks.check_model(options)
     check(checks.draws_images(options), "model", options.model, "a diffusion model with a judge")
@@ -119,7 +149,7 @@ def compare(options: CompareOptions, coming: Coming = frozenset()) -> Run:
     for name in options.curve:
         check(name in names, "curve", name, ", ".join(names))
     checks.check_folder(options.out)
-    _pictures(options, "check")
+    picture_files(options, "check")
 
     def run(session: Session) -> None:
         found = measure(
@@ -137,14 +167,13 @@ def compare(options: CompareOptions, coming: Coming = frozenset()) -> Run:
             curves=options.curve or None,
             progress=session.progress,
         )
-        drawn = _draw(draw_curves, found, options, "curves")
-        more = f" and {drawn}" if budgets else ""
-        session.say(f"{found.tables()}\nwrote {options.out / 'results.json'}{more}")
+        pictures = {"methods": draw_methods} | ({"curves": draw_curves} if budgets else {})
+        publish(session, options, "results", found, found.tables(), pictures=pictures)
 
     return run
 
 
-def race(options: RaceOptions, coming: Coming = frozenset()) -> Run:
+def search(options: SearchOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to race searches."""
     from steer.measure.race import methods_by_name
     from steer.measure.race import race as measure
@@ -164,7 +193,7 @@ def race(options: RaceOptions, coming: Coming = frozenset()) -> Run:
     settings = _by_method(options)
     edits = [checks.edit_maker(text, coming) for text in options.edit]
     checks.check_folder(options.out)
-    _pictures(options, "check")
+    picture_files(options, "check")
 
     def run(session: Session) -> None:
         model = session.load(options)
@@ -185,13 +214,12 @@ def race(options: RaceOptions, coming: Coming = frozenset()) -> Run:
             about=about,
             progress=session.progress,
         )
-        drawn = _draw(draw_race, found, options, "race")
-        session.say(f"{found.table()}\nwrote {options.out / 'race.json'} and {drawn}")
+        publish(session, options, "race", found, found.table(), draw=draw_race)
 
     return run
 
 
-def _by_method(options: RaceOptions) -> dict[str, dict[str, Any]]:
+def _by_method(options: SearchOptions) -> dict[str, dict[str, Any]]:
     """`METHOD.KEY=VALUE`, against the settings of each method's sampler."""
     from steer.measure.race import methods_by_name
 
@@ -234,15 +262,20 @@ def frontier(options: FrontierOptions, coming: Coming = frozenset()) -> Run:
     for name in options.method:
         check(name in SWEEPS, "method", name, ", ".join(SWEEPS))
     _positive(options, "n")
-    strengths = _numbers("strengths", options.strengths)
+    for text in options.also:
+        check_reward(parse_reward(text), images=False)
+    check(options.candidates is None or options.candidates >= 1, "candidates", options.candidates, "1 or more")
+    kls = numbers("at_kl", options.at_kl)
+    check(min(kls) >= 0, "at_kl", options.at_kl, "numbers of 0 or more")
+    strengths = numbers("strengths", options.strengths)
     edits = {text: checks.edit_maker(text, coming) for text in options.edit}
-    ws = _numbers("w", options.w)
+    ws = numbers("w", options.w)
     for folder in options.tuned:
         check(folder in coming or (folder / "steer.json").is_file(), "tuned", str(folder), "the folder of a policy")
     names = [folder.name for folder in options.tuned]
     check(len({*names}) == len(names), "tuned", names, "folders of different names")
     checks.check_folder(options.out)
-    _pictures(options, "check")
+    picture_files(options, "check")
 
     def run(session: Session) -> None:
         from steer.cli.generating import tuned_model
@@ -264,18 +297,20 @@ def frontier(options: FrontierOptions, coming: Coming = frozenset()) -> Run:
             reward,
             methods,
             n=options.n,
+            candidates=options.candidates,
+            also=options.also,
             seed=options.seed,
             progress=session.progress,
             **drawn,
         )
+        found = replace(found, kls=tuple(kls))
         found.write(options.out)
-        pictures = _draw(draw_frontier, found, options, "frontier")
-        session.say(f"{found.table()}\nwrote {options.out / 'frontier.json'} and {pictures}")
+        publish(session, options, "frontier", found, found.table(), draw=draw_frontier)
 
     return run
 
 
-def guide(options: GuideOptions, coming: Coming = frozenset()) -> Run:
+def guidance(options: GuidanceOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to sweep RL guidance."""
     from steer.measure.guide import Sweep, sweep
     from steer.pictures.charts import draw_guide
@@ -286,9 +321,9 @@ def guide(options: GuideOptions, coming: Coming = frozenset()) -> Run:
     if options.tuned.absolute() not in coming:
         check(options.tuned.is_dir(), "tuned", str(options.tuned), "the folder of a policy")
     _positive(options, "outputs", "particles", "seeds", "steps", "max_new_tokens")
-    ws = _numbers("w", options.w)
+    ws = numbers("w", options.w)
     checks.check_folder(options.out)
-    _pictures(options, "check")
+    picture_files(options, "check")
 
     def run(session: Session) -> None:
         model = session.load(options)
@@ -297,7 +332,8 @@ def guide(options: GuideOptions, coming: Coming = frozenset()) -> Run:
 
         def keep(found: Sweep) -> None:
             found.write(options.out)
-            _draw(draw_guide, found, options, "guide")
+            for path in picture_files(options, "guide"):
+                draw_guide(found, path)
 
         found = sweep(
             _process(model, options, images),
@@ -312,8 +348,7 @@ def guide(options: GuideOptions, coming: Coming = frozenset()) -> Run:
             about={"model": options.model, "tuned": options.tuned.name, "reward": options.reward},
             on_point=keep,
         )
-        drawn = _pictures(options, "guide")
-        session.say(f"{found.table()}\nwrote {options.out / 'guide.json'} and {', '.join(map(str, drawn))}")
+        publish(session, options, "guide", found, found.table(), draw=draw_guide)
 
     return run
 

@@ -14,21 +14,27 @@ import typer
 from steer.methods.samplers import SAMPLERS
 
 __all__ = [
-    "COMMANDS",
+    "PairsOptions",
+    "ReliabilityOptions",
+    "ConceptOptions",
+    "GoalsOptions",
     "BatchOptions",
-    "CompareOptions",
+    "COMMANDS",
     "DemoOptions",
+    "DistanceOptions",
     "EvalOptions",
     "FrontierOptions",
-    "GuideOptions",
-    "RaceOptions",
     "GenerateOptions",
+    "GuidanceOptions",
     "ImageOptions",
     "ListenOptions",
     "ModelOptions",
     "Options",
+    "RENAMED",
     "SampleOptions",
+    "SearchOptions",
     "ServeOptions",
+    "StrengthOptions",
     "TableOptions",
     "TextOptions",
     "TrainControllerOptions",
@@ -48,6 +54,12 @@ _Prompts = typer.Option(
     help="Prompts, each a text or a list of messages: JSON lines, a JSON list, CSV, parquet; - is stdin.",
 )
 _Format = Annotated[str, typer.Option("--format", metavar="png,svg,pdf", help="Formats of the picture.")]
+_Log = typer.Option(
+    "--log",
+    "--report-to",
+    metavar="FILE.jsonl or TRACKER",
+    help="Where the figures of every step go: a file, tensorboard, wandb, trackio or mlflow; repeatable.",
+)
 _Overwrite = typer.Option("--overwrite", help="Begin anew in place of what is there.")
 
 
@@ -129,7 +141,7 @@ class TextOptions(Options):
             metavar="checkpoint", help="Draw as the model's generation_config.json says, where no option here does."
         ),
     ] = None
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: 1.")] = None
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: 1 (0.7 reads better).")] = None
     top_k: Annotated[int | None, typer.Option(help="Keep the K likeliest tokens; default: 0, off.")] = None
     top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of this mass; default: 1, off.")] = None
     repetition_penalty: Annotated[
@@ -193,6 +205,7 @@ class TrainOptions(ModelOptions):
     out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Where the result goes.")]
     overwrite: Annotated[bool, _Overwrite] = False
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0
+    log: Annotated[list[str], _Log] = field(default_factory=list)
     set: _Settings = field(default_factory=list)
 
 
@@ -266,9 +279,6 @@ class TrainPolicyOptions(TrainOptions):
     lora_rank: Annotated[int | None, typer.Option(help="0 tunes all weights; default: 16 for text, 0 for images.")] = (
         None
     )
-    report_to: Annotated[
-        list[str], typer.Option(metavar="NAME", help="A tracker, such as tensorboard or wandb; repeatable.")
-    ] = field(default_factory=list)
     keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep OUT.work, from which training resumes.")] = False
 
 
@@ -282,18 +292,25 @@ class TrainImagesOptions(Options):
     )
     steps: Annotated[int, typer.Option(help="Training steps of the denoiser.")] = 3900
     seed: Annotated[int, typer.Option(help="Same seed, same weights.")] = 0
+    log: Annotated[list[str], _Log] = field(default_factory=list)
     set: _Settings = field(default_factory=list)
     keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep OUT.work, from which training resumes.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(ModelOptions):
+    """What all measurements share: a folder for the page, the numbers as JSON and CSV, the pictures and the recipe."""
+
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for page.html, JSON, CSV, pictures, recipe.yaml.")]
+    format: _Format = "png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrengthOptions(EvalOptions):
     """Sweep an edit's strength: reward, drift, fluency and diversity, and where it breaks."""
 
     edit: Annotated[str, typer.Option(metavar="FILE[:KEY=VALUE]", help="The artifact to evaluate.")]
     prompts: Annotated[Path, _Prompts]
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for report.json and report.png.")]
-    format: _Format = "png"
     strengths: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="Default: by kind of edit; 0 is always in.")
     ] = None
@@ -308,12 +325,10 @@ class EvalOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions(ModelOptions):
+class DistanceOptions(EvalOptions):
     """Compare samplers at equal cost: how close each comes to p exp(reward / beta), by a judge that none sees."""
 
     task: Annotated[list[str], typer.Option(metavar="NAME=REWARD[@BETA]", help="What is wanted; repeatable.")]
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for results.json and pictures; resumes from there.")]
-    format: _Format = "png"
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the base law is asked for.")] = ""
     method: Annotated[list[str], typer.Option(metavar="NAME", help="Default: all; repeatable.")] = field(
         default_factory=list
@@ -332,13 +347,11 @@ class CompareOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RaceOptions(ModelOptions):
+class SearchOptions(EvalOptions):
     """Race searches: the reward of the best output for a budget of network evaluations."""
 
     reward: Annotated[str, _Reward]
     budgets: Annotated[str, typer.Option(metavar="A,B,...", help="Network evaluations (tokens) for each prompt.")]
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for race.json and race.png; resumes from there.")]
-    format: _Format = "png"
     prompts: Annotated[Path | None, _Prompts] = None
     method: Annotated[
         list[str], typer.Option(metavar="NAME", help="best-of-n, fk, dts-star, svdd, vas, vas+fk; repeatable.")
@@ -360,15 +373,13 @@ class RaceOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrontierOptions(ModelOptions):
+class FrontierOptions(EvalOptions):
     """Compare methods by reward against KL to the base model, each at several strengths, on the same prompts."""
 
     prompts: Annotated[Path, _Prompts]
     reward: Annotated[str, _Reward]
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for frontier.json and frontier.png.")]
-    format: _Format = "png"
-    method: Annotated[list[str], typer.Option(metavar="NAME", help="best-of-n, fk or svdd; repeatable.")] = field(
-        default_factory=lambda: ["best-of-n", "fk"]
+    method: Annotated[list[str], typer.Option(metavar="NAME", help="best-of-n, fk, svdd or dts-star; repeatable.")] = (
+        field(default_factory=lambda: ["best-of-n", "fk"])
     )
     edit: Annotated[
         list[str], typer.Option(metavar="FILE[:KEY=VALUE]", help="An edit, swept over --strengths; repeatable.")
@@ -384,19 +395,24 @@ class FrontierOptions(ModelOptions):
         "1"
     )
     n: Annotated[int, typer.Option("--n", "-n", help="Texts of the base model and of edits, for each prompt.")] = 8
+    candidates: Annotated[
+        int | None, typer.Option(metavar="N", help="Every setting draws N texts for each prompt: equal compute.")
+    ] = None
+    also: Annotated[
+        list[str], typer.Option(metavar="REWARD", help="A reward to measure that no method aims at; repeatable.")
+    ] = field(default_factory=list)
+    at_kl: Annotated[str, typer.Option(metavar="A,B,...", help="Compare methods at these drifts, in nats.")] = "0.5,2"
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0
     max_new_tokens: Annotated[int, typer.Option(help="The longest output.")] = 48
     temperature: Annotated[float, typer.Option(help="Above 0.")] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuideOptions(ModelOptions):
+class GuidanceOptions(EvalOptions):
     """Sweep RL guidance from the base (w = 0) to its tuned policy (1) and beyond, plain and corrected."""
 
     tuned: Annotated[Path, typer.Option(metavar="DIR", help="A policy from `steer train policy`.")]
     reward: Annotated[str, _Reward]
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for guide.json and guide.png.")]
-    format: _Format = "png"
     prompts: Annotated[Path | None, _Prompts] = None
     w: Annotated[str, typer.Option("--w", metavar="A,B,...", help="Numbers.")] = "0,0.5,1,1.5,2,3"
     outputs: Annotated[int, typer.Option(help="For each prompt and seed.")] = 64
@@ -404,6 +420,86 @@ class GuideOptions(ModelOptions):
     seeds: Annotated[int, typer.Option(help="Repetitions, from which intervals come.")] = 3
     steps: Annotated[int, typer.Option(help="Denoising steps (diffusion models, masked language models).")] = 25
     max_new_tokens: Annotated[int, typer.Option(help="The longest output (language models).")] = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoalsOptions(EvalOptions):
+    """Ask for texts at goals in a space of measures: error, miscalibration, side effects, and what the texts cover."""
+
+    texts: Annotated[Path, typer.Option(metavar="FILE", help="At least 20 seed texts: the scale, and the sources.")]
+    dimension: Annotated[
+        list[str],
+        typer.Option(metavar="NAME[=REWARD]", help="A measure of a text; default: four that are shipped; repeatable."),
+    ] = field(default_factory=list)
+    edit: Annotated[list[str], typer.Option(metavar="NAME=FILE", help="A vector for a dimension; repeatable.")] = field(
+        default_factory=list
+    )
+    sources: Annotated[int, typer.Option(help="Texts to be moved.")] = 16
+    goals: Annotated[int, typer.Option(help="Goals of each; slopes of edits take the place of the first half.")] = 8
+    active: Annotated[int, typer.Option(help="Dimensions that a goal moves.")] = 3
+    best_of: Annotated[int, typer.Option(help="Rewrites among which the nearest to the goal is taken.")] = 8
+    binned: Annotated[bool, typer.Option("--binned", help="Measure in the seven bins of the published evaluator.")] = (
+        False
+    )
+    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0
+    max_new_tokens: Annotated[int, typer.Option(help="The longest output.")] = 96
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptOptions(EvalOptions):
+    """Judge concept steering as AxBench does: concept, instruction and fluency, factors chosen on another half."""
+
+    concepts: Annotated[
+        Path, typer.Option(metavar="FILE", help='Rows {"concept": text, "words": [...], "edit": FILE, "system"?}.')
+    ]
+    prompts: Annotated[Path, _Prompts]
+    judge: Annotated[
+        str, typer.Option(metavar="JUDGE", help="rules; model:MODEL (openai:... too); or a reward for the concept.")
+    ] = "rules"
+    factors: Annotated[str, typer.Option(metavar="A,B,...", help="Times --scale: the strengths of every vector.")] = (
+        "0.2,0.4,0.6,0.8,1,1.2,1.4,1.6,1.8,2,2.5,3,4,5"
+    )
+    scale: Annotated[float, typer.Option(help="Strength at factor 1.")] = 0.1
+    split: Annotated[bool, typer.Option("--split/--no-split", help="Choose factors on one half of the prompts.")] = True
+    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0
+    max_new_tokens: Annotated[int, typer.Option(help="The longest output.")] = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReliabilityOptions(EvalOptions):
+    """Score answers under an edit: slope by prompt, prompts steered the wrong way, effectiveness, entanglement."""
+
+    edit: Annotated[str, typer.Option(metavar="FILE[:KEY=VALUE]", help="The artifact to evaluate.")]
+    choices: Annotated[
+        list[str],
+        typer.Option(metavar="[NAME=]FILE", help='Target: rows {"prompt", "wanted", "other"}; repeatable.'),
+    ]
+    side: Annotated[
+        list[str],
+        typer.Option(metavar="[NAME=]FILE", help="The same, of what should stay as it is; repeatable."),
+    ] = field(default_factory=list)
+    strengths: Annotated[str, typer.Option(metavar="A,B,...", help="0 is always in.")] = "-0.1,-0.05,0.05,0.1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsOptions(EvalOptions):
+    """Rank preference pairs by rewards, the model, edits and policies, and by what a perfect DPO could reach."""
+
+    pairs: Annotated[
+        Path, typer.Option(metavar="FILE.jsonl", help='Rows {"prompt", "chosen", "rejected"}, "agreement" if known.')
+    ]
+    reward: Annotated[list[str], typer.Option(metavar="REWARD", help="A reward that ranks; repeatable.")] = field(
+        default_factory=list
+    )
+    edit: Annotated[
+        list[str], typer.Option(metavar="FILE[:STRENGTH][:KEY=VALUE]", help="The model under it ranks; repeatable.")
+    ] = field(default_factory=list)
+    tuned: Annotated[
+        list[Path], typer.Option(metavar="DIR", help="A policy from `steer train policy`; repeatable.")
+    ] = field(default_factory=list)
+    beta: Annotated[float, typer.Option(help="Of DPO, for the idealised accuracy.")] = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -517,7 +613,7 @@ class BatchOptions(ModelOptions):
     beta: Annotated[float, typer.Option(help="KL coefficient of the target p exp(reward / beta).")] = 1.0
     n: Annotated[int | None, typer.Option("--n", "-n", help="Outputs of a row, or candidates.")] = None
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message, for rows with a prompt.")] = None
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: 1.")] = None
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: 1 (0.7 reads better).")] = None
     top_k: Annotated[int | None, typer.Option(help="Keep the K likeliest tokens; default: 0, off.")] = None
     top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of this mass; default: 1, off.")] = None
     max_new_tokens: Annotated[int, typer.Option(help="The longest output.")] = 64
@@ -560,16 +656,29 @@ COMMANDS: dict[str, type[Options]] = {
     "train reward": TrainRewardOptions,
     "train policy": TrainPolicyOptions,
     "train images": TrainImagesOptions,
-    "eval": EvalOptions,
-    "compare": CompareOptions,
-    "race": RaceOptions,
-    "frontier": FrontierOptions,
-    "guide": GuideOptions,
+    "eval strength": StrengthOptions,
+    "eval frontier": FrontierOptions,
+    "eval search": SearchOptions,
+    "eval distance": DistanceOptions,
+    "eval guidance": GuidanceOptions,
+    "eval goals": GoalsOptions,
+    "eval concept": ConceptOptions,
+    "eval reliability": ReliabilityOptions,
+    "eval pairs": PairsOptions,
     "table": TableOptions,
     "serve": ServeOptions,
     "demo": DemoOptions,
 }
 """Commands that a recipe can hold."""
+
+RENAMED = {
+    "eval": "eval strength",
+    "compare": "eval distance",
+    "race": "eval search",
+    "frontier": "eval frontier",
+    "guide": "eval guidance",
+}
+"""Old names of commands, which are taken for one release."""
 
 PANELS = {
     "ModelOptions": "Model",
@@ -577,6 +686,7 @@ PANELS = {
     "TextOptions": "Language models",
     "ImageOptions": "Diffusion models",
     "ListenOptions": "Address and keys",
+    "EvalOptions": "Report",
     "TrainOptions": "Training",
 }
 """Titles in the help, by the class that declares an option."""
@@ -600,10 +710,29 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "steer generate --model smollm2-135m --prompt Hi --sampler fk -n 8 --reward helpful.safetensors:how=worst",
     ),
     "train policy": ("steer train policy --model smollm2-135m --method dpo --data pairs.jsonl --out bright",),
-    "eval": ("steer eval --model smollm2-135m --edit calm.safetensors --prompts prompts.json --out report",),
-    "race": ("steer race --model smollm2-135m --prompts prompts.json --reward sentiment --budgets 100,400 --out race",),
-    "frontier": (
-        "steer frontier --model smollm2-135m --prompts prompts.json --reward sentiment --edit calm.safetensors --out f",
+    "eval strength": (
+        "steer eval strength --model smollm2-135m --edit calm.safetensors --prompts prompts.json --out report",
+    ),
+    "eval frontier": (
+        "steer eval frontier --model smollm2-135m --prompts prompts.json --reward sentiment --edit calm.safetensors "
+        "--out f",
+    ),
+    "eval search": (
+        "steer eval search --model smollm2-135m --prompts prompts.json --reward sentiment --budgets 100,400 --out race",
+    ),
+    "eval distance": ("steer eval distance --model fashion-ddpm --task bright=brightness@0.125 --out distance",),
+    "eval goals": (
+        "steer eval goals --model smollm2-135m --texts texts.jsonl --edit sentiment=calm.safetensors --out g",
+    ),
+    "eval concept": (
+        "steer eval concept --model smollm2-135m --concepts c.jsonl --prompts prompts.json --out concept",
+    ),
+    "eval reliability": (
+        "steer eval reliability --model smollm2-135m --edit calm.safetensors --choices rows.jsonl --out reliability",
+    ),
+    "eval pairs": ("steer eval pairs --model smollm2-135m --pairs pairs.jsonl --reward sentiment --out pairs",),
+    "eval guidance": (
+        "steer eval guidance --model smollm2-135m --tuned bright --prompts prompts.json --reward sentiment --out w",
     ),
     "table": ("steer table plain.json calm.json best-of-8.json --texts",),
     "serve": ("steer serve --model smollm2-135m --artifacts vectors --port 8000",),

@@ -6,7 +6,7 @@
       - name: fit
         command: train vector
         settings: {model: smollm2-135m, pairs: "${recipes}/pairs.jsonl", out: "${out}/calm.safetensors"}
-      - command: eval
+      - command: eval strength
         settings: {model: smollm2-135m, edit: "${out}/calm.safetensors", prompts: "${prompts}", out: "${out}/report"}
 
 A recipe with one job may have `command` and `settings` at the top in place of `steps`. Settings are the options of the
@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from steer.cli.options import COMMANDS, Options, TrainOptions
+from steer.cli.options import COMMANDS, RENAMED, Options, TrainOptions
 from steer.cli.values import build, check_known, pairs, spelled
 from steer.core import InputError, check
 
@@ -128,10 +128,11 @@ def _steps(name: str, content: dict[str, Any]) -> list[dict[str, Any]]:
         where = f"recipe {name}, step {number}"
         check(isinstance(step, dict), where, step, f"a mapping with {', '.join(_STEP)}")
         check_known(where, step, _STEP)
-        check_known(f"{where}: command", [step.get("command")], list(COMMANDS))
+        command = RENAMED.get(step.get("command"), step.get("command"))
+        check_known(f"{where}: command", [command], list(COMMANDS))
         settings = step.get("settings", {})
         check(isinstance(settings, dict), f"{where}: settings", settings, "a mapping")
-        steps.append({"name": str(step.get("name", number)), "command": step["command"], "settings": dict(settings)})
+        steps.append({"name": str(step.get("name", number)), "command": command, "settings": dict(settings)})
     names = [step["name"] for step in steps]
     check(len(set(names)) == len(names), f"recipe {name}: steps", names, "names that differ")
     return steps

@@ -6,7 +6,6 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +27,7 @@ from steer.cli.values import pairs
 from steer.core import InputError, Reward, check
 from steer.core.names import meant
 from steer.data import FORMATS, read_table
+from steer.logs import check_targets, logging_to
 from steer.progress import note
 from steer.rewards import parse_reward
 from steer.rewards.algebra import check_reward
@@ -90,6 +90,7 @@ def _check_training(options: TrainOptions) -> None:
     checks.check_model(options)
     checks.check_causal(options)
     checks.check_output(options.out, suffixes=(".safetensors",))
+    check_targets(options.log)
 
 
 S = TypeVar("S")
@@ -126,7 +127,8 @@ def _trainer(options: TrainOptions, train: Callable[[Any, dict[str, Any]], Any],
         more: dict[str, Any] = {"progress": session.progress}
         if keep_work is not None:
             more["work"] = work
-        tensors, card = train(session.load(options), more)
+        with logging_to(*options.log, folder=work, settings=vars(options)):
+            tensors, card = train(session.load(options), more)
         card = replace(card, recipe={**card.recipe, "job": job})
         artifacts.save(options.out, tensors, card)
         if keep_work is False:
@@ -140,9 +142,9 @@ def _trainer(options: TrainOptions, train: Callable[[Any, dict[str, Any]], Any],
 
 def _job(options: TrainOptions) -> str:
     """What the result depends on: the options, the files that they name, and the version."""
-    told = replace(options, overwrite=False, out=Path())
+    told = replace(options, overwrite=False, out=Path(), log=[])
     told = replace(told, keep_work=False) if hasattr(told, "keep_work") else told  # type: ignore[call-arg]
-    given = [getattr(options, f.name) for f in fields(options) if f.name != "out"]
+    given = [getattr(options, f.name) for f in fields(options) if f.name not in ("out", "log")]
     read = [hashlib.sha256(path.read_bytes()).hexdigest() for path in given if isinstance(path, Path)]
     version = Card("", {}).version
     return hashlib.sha256(repr([version, told, read]).encode()).hexdigest()[:12]
@@ -187,6 +189,7 @@ def train_policy(options: TrainPolicyOptions, coming: Coming = frozenset()) -> R
     checks.check_model(options)
     images, masked = checks.draws_images(options), checks.denoises_text(options)
     checks.check_folder(options.out)
+    check_targets(options.log)
     free = not options.out.exists() or (options.out / "steer.json").is_file() or not any(options.out.iterdir())
     check(free, "out", f"{options.out} (a folder with other things in it)", "a new folder, or a policy's")
     reward = None if options.reward is None else parse_reward(options.reward)
@@ -198,15 +201,9 @@ def train_policy(options: TrainPolicyOptions, coming: Coming = frozenset()) -> R
     check(options.overwrite or not done, "out", f"{options.out} (already there)", "a new folder, or --overwrite")
 
     def run(session: Session) -> None:
-        folder = train(
-            session.load(options),
-            data,
-            settings,
-            out=options.out,
-            reward=reward,
-            work=_work(options.out),
-            progress=session.progress,
-        )
+        given = {"out": options.out, "reward": reward, "work": _work(options.out), "progress": session.progress}
+        with logging_to(*options.log, folder=_work(options.out), settings=vars(options)):
+            folder = train(session.load(options), data, settings, **given)
         _finish(folder, session, options.keep_work)
 
     return run
@@ -248,7 +245,7 @@ def _tune_text(options: TrainPolicyOptions, reward: Reward | None) -> Tuner:
         columns = ("prompt", *settings.preset.beside) if drawn else settings.preset.columns
         data = checks.read_dataset(options.data, columns if settings.driver == "native" or drawn else ("prompt",))
     require_libraries()
-    return partial(train_policy, report_to=options.report_to), data, settings
+    return train_policy, data, settings
 
 
 def _tune_masked(options: TrainPolicyOptions, reward: Reward | None) -> Tuner:
@@ -263,7 +260,7 @@ def _tune_masked(options: TrainPolicyOptions, reward: Reward | None) -> Tuner:
         data: list[Any] = checks.read_prompts(options.prompts)  # type: ignore[arg-type]
     else:
         data = checks.read_dataset(options.data, ("prompt", *settings.preset.beside))
-    return partial(train_masked_policy, report_to=options.report_to), data, settings
+    return train_masked_policy, data, settings
 
 
 def _tune_images(options: TrainPolicyOptions, reward: Reward | None) -> Tuner:
@@ -271,7 +268,6 @@ def _tune_images(options: TrainPolicyOptions, reward: Reward | None) -> Tuner:
     from steer.train.diffusion_policy.inputs import OBJECTIVES, DiffusionPolicySettings
 
     check(options.method in OBJECTIVES, "method", options.method, f"{', '.join(OBJECTIVES)} (a diffusion model)")
-    check(not options.report_to, "report_to", options.report_to, "unset for a diffusion model")
     settings = _settings(DiffusionPolicySettings, options, "train policy")
     asked = bool(options.class_) or options.prompts is not None
     if options.data is not None:
@@ -300,13 +296,15 @@ def train_images(options: TrainImagesOptions, coming: Coming = frozenset()) -> R
 
     settings = _settings(FashionSettings, options, "train images")
     checks.check_folder(options.out)
+    check_targets(options.log)
     free = not options.out.exists() or not any(options.out.iterdir())
     check(free, "out", str(options.out), "a new or an empty folder")
     for split in ("train", "test"):
         read_idx(options.data, split)
 
     def run(session: Session) -> None:
-        train(options.data, options.out, settings, work=_work(options.out), progress=session.progress)
+        with logging_to(*options.log, folder=_work(options.out), settings=vars(options)):
+            train(options.data, options.out, settings, work=_work(options.out), progress=session.progress)
         _finish(options.out, session, options.keep_work)
 
     return run

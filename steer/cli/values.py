@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from steer.core import InputError, check
 from steer.train.settings import check_known
 
-__all__ = ["build", "check_known", "coerce", "pairs", "spelled", "typed"]
+__all__ = ["build", "check_known", "coerce", "pairs", "settings_of", "spelled", "typed"]
 
 
 T = TypeVar("T")
@@ -50,6 +50,23 @@ def build(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
             raise InputError(where, sorted(settings), f"also needed: {name}")
     given = {declared[key].name: (key, value) for key, value in settings.items()}
     return kind(**{name: coerce(key, value, hints[name]) for name, (key, value) in given.items()})
+
+
+def settings_of(options: Any) -> dict[str, Any]:
+    """What `build` makes the options from again: the settings that differ from their defaults, as plain data."""
+    found = {}
+    for option in fields(options):
+        value = getattr(options, option.name)
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        if value != default:
+            found[spelled(option.name)] = _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def coerce(name: str, value: Any, hint: Any) -> Any:

@@ -90,26 +90,43 @@ def _tree(s: Setting, **settings: Any) -> DTS:
 
 
 METHODS: dict[str, Make] = {
-    "plain": lambda s: (Ancestral(s.outputs), False),
-    "best of K": lambda s: (BestOfN(s.particles), True),
-    "importance resampling": lambda s: (
+    "ancestral": lambda s: (Ancestral(s.outputs), False),
+    "best-of-n": lambda s: (BestOfN(s.particles), True),
+    "importance": lambda s: (
         FKSteering(s.particles, n=s.outputs, start=s.steps),
         False,
     ),
-    "SVDD, soft": lambda s: (SVDD(s.outputs, s.particles), False),
-    "SVDD, argmax": lambda s: (SVDD(s.outputs, s.particles, "argmax"), False),
-    "FK, per output": lambda s: (FKSteering(s.particles, n=s.outputs, per_output=True), False),
-    "FK, one population": lambda s: (FKSteering(s.particles, n=s.outputs), False),
-    "FK, tempered": lambda s: (FKSteering(s.particles, n=s.outputs, tempering=2.1 ** (1 / s.steps) - 1), False),
-    "DTS, published": lambda s: (_tree(s, estimator="published"), False),
-    "DTS": lambda s: (_tree(s), False),
-    "DTS, x0-hat": lambda s: (_tree(s, **_LOOKING), False),
+    "svdd": lambda s: (SVDD(s.outputs, s.particles), False),
+    "svdd-argmax": lambda s: (SVDD(s.outputs, s.particles, "argmax"), False),
+    "fk-per-output": lambda s: (FKSteering(s.particles, n=s.outputs, per_output=True), False),
+    "fk": lambda s: (FKSteering(s.particles, n=s.outputs), False),
+    "fk-tempered": lambda s: (FKSteering(s.particles, n=s.outputs, tempering=2.1 ** (1 / s.steps) - 1), False),
+    "dts-published": lambda s: (_tree(s, estimator="published"), False),
+    "dts": lambda s: (_tree(s), False),
+    "dts-x0-hat": lambda s: (_tree(s, **_LOOKING), False),
 }
 
 
+OLD_NAMES = {
+    "plain": "ancestral",
+    "best of K": "best-of-n",
+    "importance resampling": "importance",
+    "SVDD, soft": "svdd",
+    "SVDD, argmax": "svdd-argmax",
+    "FK, per output": "fk-per-output",
+    "FK, one population": "fk",
+    "FK, tempered": "fk-tempered",
+    "DTS, published": "dts-published",
+    "DTS": "dts",
+    "DTS, x0-hat": "dts-x0-hat",
+    "DTS, x0-hat, exponent 0.3": "dts-x0-hat-narrow",
+}
+"""What methods were called once: in files that runs go on from and, for one release, in requests."""
+
+
 def methods_by_name() -> dict[str, Make]:
-    """`METHODS`, and every registered sampler by its own name with its own settings."""
-    return METHODS | {name: partial(_registered, kind) for name, kind in SAMPLERS.items()}
+    """`METHODS`, and every other registered sampler by its own name with its own settings."""
+    return {name: partial(_registered, kind) for name, kind in SAMPLERS.items()} | METHODS
 
 
 def _registered(kind: type[Sampler], s: Setting) -> tuple[Sampler, bool]:
@@ -172,8 +189,13 @@ class Comparison:
         if path.is_file():
             found = json.loads(path.read_text(encoding="utf-8"))
             if found.get("settings") == settings:
-                return cls(settings, [Line(**x) for x in found["lines"]], found["targets"])
+                lines = [Line(**{**x, "method": OLD_NAMES.get(x["method"], x["method"])}) for x in found["lines"]]
+                return cls(settings, lines, found["targets"])
         return cls(settings)
+
+    def records(self) -> list[dict[str, Any]]:
+        """A flat row for each method and seed."""
+        return [asdict(x) for x in self.lines]
 
     def rows(self, task: str, rollouts: int = 0) -> Iterator[tuple[str, dict[str, tuple[float, float]]]]:
         """Methods with mean and half width of the 95% interval of every column, over seeds."""
@@ -190,8 +212,17 @@ class Comparison:
                 about = f", {size} rollouts in all" if size else ""
                 facts = self.targets[task]
                 head = f"{task}{about} (target: reward {facts['reward']:.3f}, effective points {facts['ess']:.0f})"
-                parts.append(_table(head, list(self.rows(task, size))))
+                rows = list(self.rows(task, size))
+                parts.append("\n".join([_table(head, rows), *([] if size else _unequal(rows))]))
         return "\n\n".join(parts)
+
+
+def _unequal(rows: list[tuple[str, dict[str, tuple[float, float]]]]) -> list[str]:
+    """Which methods did not cost what most did, as a line below a table."""
+    calls = {method: columns["calls"][0] for method, columns in rows}
+    usual = sorted(calls.values())[len(calls) // 2]
+    others = [f"{method} {count:.0f}" for method, count in calls.items() if abs(count - usual) > 0.05 * usual]
+    return [f"not at the cost of the others, {usual:.0f} calls an output: {', '.join(others)}"] if others else []
 
 
 def _table(head: str, rows: list[tuple[str, dict[str, tuple[float, float]]]]) -> str:
@@ -277,7 +308,7 @@ def compare(
 
     Raises `InputError` for a method that is not known and `UnsupportedError` for a model without a judge.
     """
-    chosen = list(METHODS) if methods is None else methods
+    chosen = list(METHODS) if methods is None else [OLD_NAMES.get(name, name) for name in methods]
     makers = methods_by_name()
     for name in chosen:
         check(name in makers, "methods", name, ", ".join(makers))
@@ -313,7 +344,8 @@ def compare(
         base = _pool(model, process, prompt, max(budgets), seed + 1, out / f"base-{seed}.safetensors", progress)
         for task in (t for t in tasks if curves is None or t.name in curves):
             reward, target = _target(model, task, points, found)
-            for line in _curve(model, process, prompt, task, reward, target, seed, outputs, budgets, found, base):
+            curve = _Curve(model, process, prompt, task, reward, target, seed, outputs, budgets, found)
+            for line in curve.lines(base):
                 found.lines.append(line)
                 found.write(out / "results.json")
     return found
@@ -363,63 +395,73 @@ def _line(
     )
 
 
-def _curve(
-    model: Any,
-    process: Process,
-    prompt: str,
-    task: Problem,
-    reward: Reward,
-    target: Target,
-    seed: int,
-    outputs: int,
-    budgets: list[int],
-    found: Comparison,
-    base: _Judged,
-) -> Iterator[Line]:
+@dataclass(frozen=True)
+class _Curve:
     """Distance against budget: one tree that grows, read by both estimators; populations of the same size."""
 
-    def line(method: str, samples: Samples, size: int, seconds: float) -> Line:
-        samples = replace(samples, cost=replace(samples.cost, seconds=seconds))
-        return _line(model, task, method, seed, samples, target, size)
+    model: Any
+    process: Process
+    prompt: str
+    task: Problem
+    reward: Reward
+    target: Target
+    seed: int
+    outputs: int
+    budgets: list[int]
+    found: Comparison
 
-    trees: list[tuple[tuple[str, ...], dict[str, Any]]] = [
-        (("DTS", "DTS, published"), {}),
-        (("DTS, x0-hat",), _LOOKING),
-        (("DTS, x0-hat, exponent 0.3",), _NARROW),
-    ]
-    for names, looking in trees:
-        if all(found.has(task.name, name, seed, size) for name in names for size in budgets):
-            continue
-        began = time.process_time()
-        generator = torch.Generator().manual_seed(50_000 + seed)
-        sampler = DTS(rollouts=max(budgets), batch=32, **looking)
-        forest = sampler.plant(process, [prompt], generator=generator, reward=reward, beta=task.beta)
-        for size in sorted(budgets):
-            forest.grow(rollouts=size)
-            spent = time.process_time() - began
-            for name in names:
-                forest.sampler = replace(sampler, estimator="published" if "published" in name else "weighted")
-                if not found.has(task.name, name, seed, size):
-                    yield line(name, forest.samples(outputs), size, spent)
-    for size in (b for b in sorted(budgets) if b <= LARGEST_POPULATION):
-        if not found.has(task.name, "FK, one population", seed, size):
+    def lines(self, base: _Judged) -> Iterator[Line]:
+        """What was not measured before; `base` are base samples."""
+        yield from self._trees()
+        yield from self._populations()
+        yield from self._resampled(base)
+
+    def _trees(self) -> Iterator[Line]:
+        trees: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+            (("dts", "dts-published"), {}),
+            (("dts-x0-hat",), _LOOKING),
+            (("dts-x0-hat-narrow",), _NARROW),
+        ]
+        for names, looking in trees:
+            if all(self._has(name, size) for name in names for size in self.budgets):
+                continue
             began = time.process_time()
-            generator = torch.Generator().manual_seed(70_000 + seed)
-            particles = FKSteering(size).run(process, [prompt], generator=generator, reward=reward, beta=task.beta)
-            drawn = particles.select(resample(particles.log_weight, generator, "ssp", outputs))
-            yield line("FK, one population", drawn, size, time.process_time() - began)
-    scores = reward(_as_samples(base))
-    for size in sorted(budgets):
-        generator = torch.Generator().manual_seed(80_000 + seed)
-        index = resample(scores[:size] / task.beta, generator, "ssp", outputs)
-        zero = torch.zeros(outputs)
-        drawn = Samples(
-            [prompt],
-            base.outputs[index],
-            zero.long(),
-            zero,
-            scores[index],
-            cost=Cost(nfe=size * process.num_steps, model_calls=process.num_steps),
-        )
-        if not found.has(task.name, "importance resampling", seed, size):
-            yield line("importance resampling", drawn, size, 0.0)
+            sampler = DTS(rollouts=max(self.budgets), batch=32, **looking)
+            forest = sampler.plant(self.process, [self.prompt], generator=self._generator(50_000), **self._aim)
+            for size in sorted(self.budgets):
+                forest.grow(rollouts=size)
+                spent = time.process_time() - began
+                for name in names:
+                    forest.sampler = replace(sampler, estimator="published" if "published" in name else "weighted")
+                    if not self._has(name, size):
+                        yield self._line(name, forest.samples(self.outputs), size, spent)
+
+    def _populations(self) -> Iterator[Line]:
+        for size in (b for b in sorted(self.budgets) if b <= LARGEST_POPULATION and not self._has("fk", b)):
+            began = time.process_time()
+            generator = self._generator(70_000)
+            particles = FKSteering(size).run(self.process, [self.prompt], generator=generator, **self._aim)
+            drawn = particles.select(resample(particles.log_weight, generator, "ssp", self.outputs))
+            yield self._line("fk", drawn, size, time.process_time() - began)
+
+    def _resampled(self, base: _Judged) -> Iterator[Line]:
+        scores, zero = self.reward(_as_samples(base)), torch.zeros(self.outputs)
+        for size in (b for b in sorted(self.budgets) if not self._has("importance", b)):
+            index = resample(scores[:size] / self.task.beta, self._generator(80_000), "ssp", self.outputs)
+            cost = Cost(nfe=size * self.process.num_steps, model_calls=self.process.num_steps)
+            drawn = Samples([self.prompt], base.outputs[index], zero.long(), zero, scores[index], cost=cost)
+            yield self._line("importance", drawn, size, 0.0)
+
+    @property
+    def _aim(self) -> dict[str, Any]:
+        return {"reward": self.reward, "beta": self.task.beta}
+
+    def _generator(self, first: int) -> torch.Generator:
+        return torch.Generator().manual_seed(first + self.seed)
+
+    def _has(self, name: str, size: int) -> bool:
+        return self.found.has(self.task.name, name, self.seed, size)
+
+    def _line(self, method: str, samples: Samples, size: int, seconds: float) -> Line:
+        samples = replace(samples, cost=replace(samples.cost, seconds=seconds))
+        return _line(self.model, self.task, method, self.seed, samples, self.target, size)

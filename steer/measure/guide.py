@@ -62,6 +62,10 @@ class Sweep:
             rows.append([p.kind, f"{p.w:.2f}", reward, kl, f"{p.ess:.0%}" if p.kind == "corrected" else ""])
         return aligned(rows)
 
+    def records(self) -> list[dict[str, Any]]:
+        """A flat row for each w."""
+        return [asdict(p) for p in self.points]
+
     def write(self, folder: Path) -> None:
         """Write guide.json in one step; `steer.pictures.charts.draw_guide` makes the picture beside it."""
         with replacing(folder / "guide.json") as temporary:

@@ -159,6 +159,13 @@ class Race:
     def _curve(self, method: str) -> list[Measured]:
         return sorted((h for h in self.heats if h.method == method), key=lambda h: h.nfe)
 
+    def records(self) -> list[dict[str, Any]]:
+        """A flat row for each method and budget."""
+        return [
+            {"method": h.method, "budget": h.budget, "reward": h.mean, "reward_half": h.half, "evaluations": h.nfe}
+            for h in self.heats
+        ]
+
     def write(self, path: Path) -> None:
         """As JSON, in one step."""
         with replacing(path) as temporary:

@@ -58,6 +58,12 @@ class ReportRow:
     distinct_3: float
     tokens: float
     """Mean length."""
+    kl_low: float | None = None
+    kl_high: float | None = None
+    """95% interval of `kl_per_token`, by bootstrap over prompts."""
+    distinct_low: float | None = None
+    distinct_high: float | None = None
+    """95% interval of `distinct_2`: a jackknife that leaves out one prompt at a time."""
     examples: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -132,6 +138,18 @@ class Report:
 
     def _repr_html_(self) -> str:
         return text_html(self.table())
+
+    def records(self) -> list[dict[str, Any]]:
+        """A flat row for each setting."""
+        return [{k: v for k, v in asdict(row).items() if k != "examples"} for row in self.rows]
+
+    def texts(self) -> list[dict[str, Any]]:
+        """The examples of every setting."""
+        return [
+            {"setting": row.kind if row.strength is None else f"{row.kind} {row.strength:+g}", **example}
+            for row in self.rows
+            for example in row.examples
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -269,6 +287,8 @@ class _Sweep:
             self.unsteered.append(fluency)
         ratio_low, ratio_high = _ratio_interval(fluency, self.unsteered[0])
         texts, kl = samples.texts, None if kind == "unsteered" else samples.kl
+        drift = None if kl is None else _per_token(kl, tokens, samples)
+        least, most = _jackknife([[texts[i] for i in rows] for rows in _rows_by_prompt(samples)])
         return ReportRow(
             kind=kind,
             strength=strength,
@@ -285,6 +305,10 @@ class _Sweep:
             distinct_2=distinct_n(texts, 2),
             distinct_3=distinct_n(texts, 3),
             tokens=float(tokens.mean()),
+            kl_low=None if drift is None else drift[0],
+            kl_high=None if drift is None else drift[1],
+            distinct_low=least,
+            distinct_high=most,
             examples=_examples(samples),
         )
 
@@ -293,6 +317,33 @@ def _by_prompt(samples: Samples) -> Tensor:
     """Mean reward of every prompt `[B]`."""
     assert samples.reward is not None
     return torch.stack([samples.reward[samples.group == b].mean() for b in range(len(samples.prompts))])
+
+
+def _rows_by_prompt(samples: Samples) -> list[list[int]]:
+    return [(samples.group == b).nonzero().flatten().tolist() for b in range(len(samples.prompts))]
+
+
+def _per_token(kl: Tensor, tokens: Tensor, samples: Samples, draws: int = 2000) -> tuple[float, float]:
+    """95% bootstrap interval of KL a token, over prompts."""
+    rows = _rows_by_prompt(samples)
+    sums = torch.stack([torch.tensor([float(x[r].sum()) for r in rows], dtype=torch.float64) for x in (kl, tokens)])
+    index = torch.randint(len(rows), (draws, len(rows)), generator=torch.Generator().manual_seed(0))
+    total, count = sums[:, index].sum(-1)
+    low, high = torch.quantile(total / count.clamp_min(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _jackknife(texts: Sequence[Sequence[str]]) -> tuple[float | None, float | None]:
+    """95% interval of distinct-2 of all texts, from leaving out those of one prompt at a time; None for one prompt. A
+    bootstrap would draw prompts twice, and find its own repetitions.
+    """
+    if len(texts) < 2:
+        return None, None
+    whole = distinct_n([text for some in texts for text in some], 2)
+    left = [distinct_n([t for j, some in enumerate(texts) if j != i for t in some], 2) for i in range(len(texts))]
+    mean = sum(left) / len(left)
+    half = 1.96 * math.sqrt((len(left) - 1) / len(left) * sum((x - mean) ** 2 for x in left))
+    return max(0.0, whole - half), min(1.0, whole + half)
 
 
 def _interval(values: Tensor, draws: int = 2000) -> tuple[float, float]:

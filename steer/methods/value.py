@@ -137,6 +137,7 @@ class ValueGuidance(TransitionEdit):
         top_k: candidates, chosen by the base law (ties by lowest id); 0 or more than V takes all.
         tail: what becomes of the other tokens: "mean" leaves them their base law, as if each had the average value;
             "mask" excludes them.
+        suggested_beta: where its training says to begin, in the units of its reward.
     """
 
     value: Value
@@ -144,6 +145,7 @@ class ValueGuidance(TransitionEdit):
     strength: float = 1.0
     top_k: int = 20
     tail: str = "mean"
+    suggested_beta: float | None = None
 
     def __post_init__(self) -> None:
         check(self.beta is None or 0 < self.beta < float("inf"), "beta", self.beta, "a number above 0")
@@ -153,6 +155,11 @@ class ValueGuidance(TransitionEdit):
 
     def with_beta(self, beta: float) -> ValueGuidance:
         return self if self.beta is not None else replace(self, beta=beta)
+
+    def is_weak(self, beta: float) -> bool:
+        """Whether a run at this KL coefficient would hardly be guided: the suggested one is less than a quarter."""
+        used = beta if self.beta is None else self.beta
+        return self.suggested_beta is not None and used > 4 * self.suggested_beta / max(abs(self.strength), 1e-9)
 
     @property
     def companions(self) -> tuple[Process, ...]:

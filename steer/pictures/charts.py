@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steer.core import check
 from steer.files import replacing
+from steer.measure.distances import interval
 from steer.pictures.style import FAINT, GRID, STYLE, image_format
 
 if TYPE_CHECKING:
@@ -17,21 +19,33 @@ if TYPE_CHECKING:
     from steer.measure.race import Race
     from steer.measure.report import Report, ReportRow
 
-__all__ = ["canvas", "draw_curves", "draw_frontier", "draw_guide", "draw_race", "draw_report"]
+__all__ = ["canvas", "draw_curves", "draw_frontier", "draw_guide", "draw_methods", "draw_race", "draw_report"]
 
 
 _COLOURS = {"steered": "#0f62a8", "random": "#9aa4ae", "system": "#c2571a"}
 _LABELS = {"steered": "steered", "random": "random direction, same norm", "system": "system prompt"}
-_PANELS: tuple[tuple[str, str, Callable[[ReportRow], float | None]], ...] = (
-    ("Reward", "mean, 95% interval", lambda row: row.reward),
-    ("Drift", "KL to the unsteered model, nats a token", lambda row: row.kl_per_token),
-    ("Fluency", "perplexity, times unsteered", lambda row: row.perplexity_ratio),
-    ("Diversity", "distinct-2", lambda row: row.distinct_2),
+_PANELS: tuple[tuple[str, str, str, tuple[str, str]], ...] = (
+    ("Reward", "mean", "reward", ("reward_low", "reward_high")),
+    ("Drift", "KL to the unsteered model, nats a token", "kl_per_token", ("kl_low", "kl_high")),
+    ("Fluency", "perplexity, times unsteered", "perplexity_ratio", ("ratio_low", "ratio_high")),
+    ("Diversity", "distinct-2", "distinct_2", ("distinct_low", "distinct_high")),
 )
+"""Title, unit, value and the ends of its interval of each panel."""
 
 
-def draw_report(report: Report, path: Path) -> None:
-    """Write the figure to `path` in one step, in the format of its suffix."""
+def draw_report(report: Report, path: Path | str | None = None, *, ax: Any = None) -> None:
+    """Reward, drift, fluency and diversity against strength, with 95% intervals where there are enough prompts for any.
+
+    Args:
+        path: a file, written in one step in the format of its suffix.
+        ax: four axes of matplotlib's to draw on instead.
+    """
+    if ax is not None:
+        for axis, panel in zip(own_axes(ax, len(_PANELS)), _PANELS, strict=True):
+            _panel(axis, report, *panel)
+            axis.set_xlabel(_unit(report))
+        return
+    check(path is not None, "path", None, "a file, or axes to draw on (ax)")
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -41,20 +55,29 @@ def draw_report(report: Report, path: Path) -> None:
         FigureCanvasAgg(figure)
         axes = figure.subplots(2, 2, sharex=True, gridspec_kw={"hspace": 0.3, "wspace": 0.22})
         figure.subplots_adjust(left=0.075, right=0.975, top=0.795, bottom=0.115)
-        for axis, (title, unit, value) in zip(axes.flat, _PANELS, strict=True):
-            _panel(axis, report, title, unit, value)
+        for axis, panel in zip(axes.flat, _PANELS, strict=True):
+            _panel(axis, report, *panel)
         for axis in axes[1]:
             axis.set_xlabel(_unit(report))
         _head(figure, report)
         _legend(figure, axes[0][0])
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format=image_format(path))
+        with replacing(path) as temporary:  # type: ignore[arg-type]
+            figure.savefig(temporary, format=image_format(path))  # type: ignore[arg-type]
 
 
-def _panel(axis: Any, report: Report, title: str, unit: str, value: Callable[[ReportRow], float | None]) -> None:
+def _panel(axis: Any, report: Report, title: str, unit: str, name: str, ends: tuple[str, str]) -> None:
+    def value(row: ReportRow) -> float | None:
+        found: float | None = getattr(row, name)
+        return found
+
+    def ranged(row: ReportRow) -> tuple[float, float] | None:
+        low, high = (getattr(row, end) for end in ends)
+        return None if low is None or high is None or low == high else (low, high)
+
+    banded = any(ranged(row) for row in report.rows)
     axis.set_title(title, pad=8)
     axis.annotate(
-        unit,
+        f"{unit}, 95% interval" if banded else unit,
         (1, 1),
         xycoords="axes fraction",
         xytext=(0, 8),
@@ -69,13 +92,15 @@ def _panel(axis: Any, report: Report, title: str, unit: str, value: Callable[[Re
         front = (
             {"zorder": 4, "linewidth": 2.2} if kind == "steered" else {"zorder": 3, "linewidth": 1.5, "linestyle": "--"}
         )
-        if title == "Reward" and rows:
-            low, high = [row.reward_low for row in rows], [row.reward_high for row in rows]
-            axis.fill_between(
-                x, low, high, color=_COLOURS[kind], alpha=0.16 if kind == "steered" else 0.13, linewidth=0
-            )
+        band = [ranged(row) or (value(row), value(row)) for row in rows]
+        if banded and rows:
+            low, high = zip(*band, strict=True)
+            alpha = 0.16 if kind == "steered" else 0.13
+            axis.fill_between(x, low, high, color=_COLOURS[kind], alpha=alpha, linewidth=0)
         axis.plot(x, y, color=_COLOURS[kind], marker="o", markersize=5, clip_on=False, label=_LABELS[kind], **front)
     for row in report.of("system"):
+        if found := ranged(row):
+            axis.axhspan(*found, color=_COLOURS["system"], alpha=0.09, linewidth=0)
         axis.axhline(
             value(row), color=_COLOURS["system"], linewidth=1.6, linestyle=(0, (5, 2)), label=_LABELS["system"]
         )
@@ -139,15 +164,17 @@ def _legend(figure: Any, axis: Any) -> None:
 
 # ------------------------------------------------------------------------------------------- races, sweeps, comparisons
 
-_LINES = ("#0f62a8", "#c2571a", "#2e7d4f", "#7a4fa3", "#8c6d1f", "#9aa4ae")
-_MARKS = "os^DvX"
+_LINES = (
+    *("#0f62a8", "#c2571a", "#2e7d4f", "#7a4fa3", "#8c6d1f"),
+    *("#c2185b", "#00838f", "#5d4037", "#689f38", "#9aa4ae"),
+)
+_MARKS = "os^DvX<>Pp"
 
 
-def draw_guide(found: Sweep, path: Path) -> None:
-    """Reward and KL against w, plain and corrected."""
-    with canvas(path, (10, 4.6), "RL guidance between a base model and its tuned policy") as figure:
-        axes = figure.subplots(1, 2, gridspec_kw={"wspace": 0.22})
-        figure.subplots_adjust(left=0.075, right=0.975, top=0.82, bottom=0.135)
+def draw_guide(found: Sweep, path: Path | str | None = None, *, ax: Any = None) -> None:
+    """Reward and KL against w, plain and corrected; `ax` are two axes to draw on in place of a file."""
+    title = "RL guidance between a base model and its tuned policy"
+    with _plate(path, ax, 2, (10, 4.6), title, left=0.075, right=0.975, top=0.82, bottom=0.135) as axes:
         for axis, name, title in zip(axes, ("reward", "kl"), ("Reward", "KL to the base, nats an output"), strict=True):
             for i, kind in enumerate(("plain", "corrected")):
                 points = [p for p in found.points if p.kind == kind]
@@ -157,51 +184,81 @@ def draw_guide(found: Sweep, path: Path) -> None:
             axis.set_xlabel("w: 0 is the base, 1 the policy")
             for w in (0, 1):
                 axis.axvline(w, color=GRID, linewidth=1.5, zorder=0)
-        _key(figure, axes[0])
 
 
-def draw_race(found: Race, path: Path) -> None:
-    """Best reward against what the network evaluated."""
-    with canvas(path, (8, 5), "Reward of the best output against the budget") as figure:
-        axis = figure.subplots()
-        figure.subplots_adjust(left=0.09, right=0.97, top=0.86, bottom=0.13)
+def draw_race(found: Race, path: Path | str | None = None, *, ax: Any = None) -> None:
+    """Best reward against what the network evaluated; `ax` is an axis to draw on in place of a file."""
+    title = "Reward of the best output against the budget"
+    with _plate(path, ax, 1, (8, 5), title, left=0.09, right=0.97, top=0.86, bottom=0.13) as (axis,):
         for i, method in enumerate(dict.fromkeys(h.method for h in found.heats)):
             mine = sorted((h for h in found.heats if h.method == method), key=lambda h: h.nfe)
             _line(axis, i, [h.nfe for h in mine], [h.mean for h in mine], [h.half for h in mine], method, bars=True)
         _budgets(axis, {h.budget for h in found.heats})
         axis.set_xlabel("network evaluations for each prompt")
-        axis.set_ylabel("mean reward of the best output, 95% interval")
-        _key(figure, axis)
+        axis.set_ylabel(
+            "mean reward of the best output" + ", 95% interval" * any(h.half == h.half for h in found.heats)
+        )
 
 
-def draw_frontier(found: Frontier, path: Path) -> None:
-    """Reward against KL, a line for each method; methods whose KL is not known are named below."""
-    with canvas(path, (8, 5), "Reward against drift from the base model") as figure:
-        axis = figure.subplots()
-        figure.subplots_adjust(left=0.09, right=0.97, top=0.86, bottom=0.17)
+def draw_frontier(found: Frontier, path: Path | str | None = None, *, ax: Any = None) -> None:
+    """Reward against KL, a line for each method, and a panel for each reward that was measured beside it; methods whose
+    KL is not known are named below. `ax` are as many axes to draw on in place of a file.
+    """
+    panels: list[tuple[str, Callable[[Any], tuple[float, float]]]] = [("mean reward, 95% interval", lambda p: p.reward)]
+    for name in found.points[0].also:
+        panels.append((f"{name}: nobody aims at it", lambda p, name=name: interval(p.also[name])))  # type: ignore[misc]
+    size, left = (3 + 5.5 * len(panels), 5.4), 0.09 if len(panels) == 1 else 0.06
+    title = "Reward against drift from the base model"
+    with _plate(path, ax, len(panels), size, title, left=left, right=0.97, top=0.8, bottom=0.17) as axes:
         unknown = [m for m in found.methods if all(p.kl is None for p in found.of(m) if p.method == m)]
-        for i, method in enumerate(m for m in found.methods if m not in unknown):
-            mine = [(p.kl, p.reward) for p in found.of(method) if p.kl is not None]
-            xs, ys, halves = [k[0] for k, _ in mine], [r[0] for _, r in mine], [r[1] for _, r in mine]
-            _line(axis, i, xs, ys, halves, method, bars=True)
-            sides = [0.0 if k[1] != k[1] else k[1] for k, _ in mine]
-            axis.errorbar(xs, ys, xerr=sides, fmt="none", ecolor=_LINES[i % len(_LINES)], alpha=0.35, elinewidth=1.2)
-        axis.set_xlabel("KL to the base model, nats, 95% interval")
-        axis.set_ylabel("mean reward, 95% interval")
+        for axis, (label, value) in zip(axes, panels, strict=True):
+            for i, method in enumerate(m for m in found.methods if m not in unknown):
+                mine = [(p.kl, value(p)) for p in found.of(method) if p.kl is not None]
+                xs, ys, halves = [k[0] for k, _ in mine], [r[0] for _, r in mine], [r[1] for _, r in mine]
+                _line(axis, i, xs, ys, halves, method, bars=True)
+                sides = [0.0 if k[1] != k[1] else k[1] for k, _ in mine]
+                axis.errorbar(xs, ys, xerr=sides, fmt="none", ecolor=_LINES[i % len(_LINES)], alpha=0.3, elinewidth=1.2)
+            axis.set_xlabel("KL to the base model, nats, 95% interval")
+            axis.set_ylabel(label)
         if unknown:
-            figure.text(0.09, 0.02, f"KL not known: {', '.join(unknown)}", fontsize=8, color=FAINT)
-        _key(figure, axis)
+            place = {"xycoords": "axes fraction", "xytext": (0, -42), "textcoords": "offset points"}
+            axes[0].annotate(f"KL not known: {', '.join(unknown)}", (0, 0), fontsize=8, color=FAINT, **place)
 
 
-def draw_curves(found: Comparison, path: Path) -> None:
-    """Frechet distance against budget, one panel a task."""
+def draw_methods(found: Comparison, path: Path | str) -> None:
+    """Distance to the target and reward of every method, a line of panels for each task, with intervals over seeds."""
+    tasks = list(dict.fromkeys(x.task for x in found.lines))
+    names = list(dict.fromkeys(x.method for x in found.lines if not x.rollouts))
+    size = (10.0, 1.3 + len(tasks) * (0.9 + 0.27 * len(names)))
+    with canvas(path, size, "Samplers at equal cost, 95% interval over seeds") as figure:
+        axes = figure.subplots(len(tasks), 2, squeeze=False, sharey=True, gridspec_kw={"wspace": 0.06, "hspace": 0.35})
+        figure.subplots_adjust(left=0.17, right=0.98, top=1 - 0.95 / size[1], bottom=0.55 / size[1])
+        for line, task in zip(axes, tasks, strict=True):
+            rows = dict(found.rows(task))
+            for axis, column, title in zip(line, ("frechet", "reward"), ("Frechet distance", "reward"), strict=True):
+                for i, name in enumerate(names):
+                    mean, half = rows[name][column]
+                    bar = None if half != half else half
+                    axis.errorbar(mean, i, xerr=bar, fmt="o", color=_LINES[0], capsize=2.5, elinewidth=1.2)
+                axis.set_title(f"{task}: {title}", fontsize=10)
+                axis.grid(visible=False, axis="y")
+            line[0].set_yticks(range(len(names)), names)
+            line[0].invert_yaxis()
+            line[0].set_xlim(left=0)
+            line[1].axvline(found.targets[task]["reward"], color=FAINT, linewidth=1.2, linestyle="--")
+            place = (found.targets[task]["reward"], 1)
+            line[1].annotate("target", place, xycoords=("data", "axes fraction"), fontsize=8, color=FAINT)
+
+
+def draw_curves(found: Comparison, path: Path | str | None = None, *, ax: Any = None) -> None:
+    """Frechet distance against budget, one panel a task; `ax` are as many axes to draw on in place of a file."""
     lines = [x for x in found.lines if x.rollouts]
     tasks = list(dict.fromkeys(x.task for x in lines))
     if not tasks:
         return
-    with canvas(path, (5.2 * len(tasks) + 1, 4.8), "Distance to the target against budget") as figure:
-        axes = figure.subplots(1, len(tasks), squeeze=False)[0]
-        figure.subplots_adjust(left=0.1 if len(tasks) == 1 else 0.06, right=0.98, top=0.77, bottom=0.13)
+    size, left = (5.2 * len(tasks) + 1, 4.8), 0.1 if len(tasks) == 1 else 0.06
+    title = "Distance to the target against budget"
+    with _plate(path, ax, len(tasks), size, title, left=left, right=0.98, top=0.77, bottom=0.13) as axes:
         for axis, task in zip(axes, tasks, strict=True):
             mine = [x for x in lines if x.task == task]
             for i, method in enumerate(dict.fromkeys(x.method for x in mine)):
@@ -214,6 +271,31 @@ def draw_curves(found: Comparison, path: Path) -> None:
             axis.set_title(task)
             axis.set_xlabel("rollouts, or particles, in all")
         axes[0].set_ylabel("Frechet distance, 95% interval")
+
+
+def own_axes(ax: Any, count: int) -> list[Any]:
+    """The axes in `ax`: one, a list, or the array that matplotlib's `subplots` gives. Raises `InputError`."""
+    found = list(ax.flat) if hasattr(ax, "flat") else list(ax) if isinstance(ax, Sequence) else [ax]
+    check(len(found) == count, "ax", f"{len(found)} axes", f"{count} of matplotlib's axes")
+    return found
+
+
+@contextmanager
+def _plate(
+    path: Path | str | None, ax: Any, count: int, size: tuple[float, float], title: str, **adjust: float
+) -> Iterator[list[Any]]:
+    """That many axes beside each other, with a key: those in `ax`, or of a figure that is written to `path`."""
+    if ax is not None:
+        axes = own_axes(ax, count)
+        yield axes
+        axes[0].legend(fontsize=8, frameon=False)
+        return
+    check(path is not None, "path", None, "a file, or axes to draw on (ax)")
+    assert path is not None
+    with canvas(path, size, title) as figure:
+        axes = list(figure.subplots(1, count, squeeze=False, gridspec_kw={"wspace": 0.22})[0])
+        figure.subplots_adjust(**adjust)
+        yield axes
         _key(figure, axes[0])
 
 
@@ -256,7 +338,7 @@ def _key(figure: Any, axis: Any) -> None:
 
 
 @contextmanager
-def canvas(path: Path, size: tuple[float, float], title: str) -> Iterator[Any]:
+def canvas(path: Path | str, size: tuple[float, float], title: str) -> Iterator[Any]:
     """A figure with the house's style; written in the format of its suffix, in one step when the block ends."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg

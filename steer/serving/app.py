@@ -22,7 +22,7 @@ from steer.serving.limits import Limits
 from steer.serving.metrics import CountedRequests, Metrics
 from steer.serving.protocol import RegisterRequest
 from steer.serving.reward_store import Rewards
-from steer.serving.routes import completions, models, registry
+from steer.serving.routes import completions, docs, models, registry
 from steer.serving.server import Server
 from steer.serving.tasks import Tasks
 from steer.serving.wire import SteerRequest
@@ -85,7 +85,7 @@ def create_app(
         title="steer",
         summary="OpenAI-compatible generation with steering.",
         lifespan=lifespan,
-        docs_url=None,  # the page that the framework has loads its script from elsewhere
+        docs_url=None,  # the framework's page loads its script from elsewhere; `routes/docs.py` has ours
         redoc_url=None,
         redirect_slashes=False,
     )
@@ -93,6 +93,8 @@ def create_app(
     errors.install(app)
     for routes in (completions.router, registry.router, *([models.router] if alone else []), models.own_router):
         app.include_router(routes(server))
+    if alone:
+        app.include_router(docs.router())
     app.add_middleware(
         Guard,
         keys=tuple(keys),

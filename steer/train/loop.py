@@ -72,8 +72,8 @@ def fit(
                 accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
                 prepared.step()
                 schedule.step()
-                total += float(value.detach())
-                tick(1, f"loss {history[-1]:.4g}" if history else "")
+                total += (last := float(value.detach()))
+                tick(1, loss=last)
             history.append(total / max(1, len(share)))
             if path is not None and accelerator.is_main_process:
                 save_state(path, run, {"module": module.state_dict()}, optimizer, epoch=epoch + 1, history=history)

@@ -130,11 +130,16 @@ def train_value(
         metrics={
             "reward_mean": data.mean,
             "reward_std": data.spread,
+            "suggested_beta": float(f"{data.spread / SPREADS:.1g}"),
             "loss": [round(x, 5) for x in history],
             "explained": data.explained(network, torch.arange(_learnt(data, chosen), len(data))),
         },
     )
     return Artifact(_in_plain_units(network, data), card)
+
+
+SPREADS = 10
+"""Standard deviations of the reward that a beta to begin with divides: a token's values differ by a part of one."""
 
 
 def _learnt(data: _Rollouts, settings: ValueSettings) -> int:

@@ -175,7 +175,6 @@ def train_masked_policy(
     steps_of_chain: int = 32,
     work: Path | None = None,
     progress: bool = False,
-    report_to: Sequence[str] = (),
     **given: Any,
 ) -> Path:
     """Tune a masked diffusion language model by a method that samples, and write it to `out`, a folder that
@@ -214,7 +213,7 @@ def train_masked_policy(
     actor = MaskedActor(model, tuning, steps_of_chain)
     with replacing_folder(final) as folder:
         score = Scores(speaking, online)
-        metrics = drive(actor, rows, tuning, score, folder, work, run, progress=progress, report_to=report_to)
+        metrics = drive(actor, rows, tuning, score, folder, work, run, progress=progress)
         actor.policy.network.to(next(model.network.parameters()).dtype).save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
         card = Card(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from steer.adapters.transformers.policy.actor import TextActor, log_probs
 from steer.adapters.transformers.policy.data import stored
 from steer.adapters.transformers.policy.folder import averaged_network, save_network
 from steer.adapters.transformers.policy.trl import Online, Speaking, scores, told_left_out
-from steer.core import Reward, check
+from steer.core import Reward
 from steer.pictures.rounds import draw_rounds
 from steer.progress import ticking
 from steer.rewards.algebra import Combination
@@ -65,7 +64,6 @@ def fit_rows(
     run: dict[str, Any],
     *,
     progress: bool = False,
-    report_to: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the tuned network to `folder`, with `report.json` and `report.png` beside it; returns what was seen."""
     base = None if tuning.soup is None else averaged_network(model, Path(tuning.soup), tuning.soup_share)
@@ -73,7 +71,7 @@ def fit_rows(
     left_out = told_left_out(actor.network, tuning)
     score = None if online is None else Scores(model, online)
     data = [stored(row) for row in rows]
-    seen = drive(actor, data, tuning, score, folder, work, run, progress=progress, report_to=report_to)
+    seen = drive(actor, data, tuning, score, folder, work, run, progress=progress)
     save_network(actor.network, model, folder)
     return {**seen, **({"left_out": left_out} if left_out else {})}
 
@@ -88,13 +86,10 @@ def drive(
     run: dict[str, Any],
     *,
     progress: bool = False,
-    report_to: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Train an actor by rounds, with a bar, trackers and a report in `folder`; returns what the card says."""
-    with tracked(report_to, work or folder, run) as log, ExitStack() as stack:
-        total = _updates(tuning, rows, score is not None)
-        tick = stack.enter_context(ticking(progress, f"tuning by {tuning.method}", total))
-        seen = Driver(actor, rows, tuning, score, work=work, run=run, tell=tick, log=log).run()
+    """Train an actor by rounds, with a bar and a report in `folder`; returns what the card says."""
+    with ticking(progress, f"tuning by {tuning.method}", _updates(tuning, rows, score is not None)) as tick:
+        seen = Driver(actor, rows, tuning, score, work=work, run=run, tell=tick).run()
     write_report(folder, seen.rounds, seen.loss)
     return _metrics(seen)
 
@@ -130,25 +125,3 @@ def write_report(folder: Path, rounds: list[dict[str, float]], loss: list[float]
     text = json.dumps({"rounds": rounds, "loss": loss}, indent=1, allow_nan=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     draw_rounds(rounds, folder / "report.png")
-
-
-@contextmanager
-def tracked(report_to: Sequence[str], folder: Path, run: dict[str, Any]) -> Iterator[Callable[..., None]]:
-    """A function that hands figures to trackers such as tensorboard or wandb, by accelerate; to none by default."""
-    if not report_to:
-        yield lambda figures, step: None
-        return
-    from accelerate import Accelerator
-    from accelerate.utils import LoggerType
-
-    known = [kind.value for kind in LoggerType if kind.value != "all"]
-    for name in report_to:
-        check(name in known, "report_to", name, ", ".join(known))
-    accelerator = Accelerator(log_with=list(report_to), project_dir=str(folder / "logs"))
-    plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in run.items()}
-    accelerator.init_trackers("steer", config=plain)
-    check(bool(accelerator.trackers), "report_to", ", ".join(report_to), "trackers that are installed")
-    try:
-        yield lambda figures, step: accelerator.log(figures, step=step)
-    finally:
-        accelerator.end_training()

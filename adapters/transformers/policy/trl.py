@@ -26,7 +26,7 @@ from transformers.utils import logging as library_logging
 from steer.adapters.language.blocks import decoder_blocks
 from steer.core import InputError, Prompt, Reward, RewardError, Samples, SteerError, check
 from steer.core.errors import first_line
-from steer.progress import note
+from steer.progress import Tick, note
 from steer.train.objectives.settings import PolicySettings
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ def fit(
     *,
     online: Online | None = None,
     work: Path | None = None,
-    tick: Callable[[int], None] = lambda count: None,
-    report_to: Sequence[str] = (),
+    tick: Tick = lambda count, seen="", **figures: None,
 ) -> Fitted:
     """Tune a copy of `model`'s network on `rows` (token ids).
 
@@ -89,7 +88,7 @@ def fit(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run" if work is None else work
         try:
-            trainer = _trainer(model, rows, tuning, online, folder, Path(scratch), work is not None, report_to)
+            trainer = _trainer(model, rows, tuning, online, folder, Path(scratch), work is not None)
         except ValueError as error:
             if not tuning.lora_rank or isinstance(error, SteerError):
                 raise
@@ -124,7 +123,6 @@ def _trainer(
     folder: Path,
     scratch: Path,
     keep: bool,
-    report_to: Sequence[str],
 ) -> Any:
     import trl
     from datasets import Dataset
@@ -135,7 +133,7 @@ def _trainer(
         {
             **_settings(model, len(rows), tuning, folder, keep),
             "loss_type": tuning.loss,
-            "report_to": list(report_to) or "none",
+            "report_to": "none",  # its figures go where `steer.logs.logging_to` says
         },
         {
             "model": network,
@@ -384,7 +382,7 @@ def scores(
 class _Watch(TrainerCallback):
     """Progress, and the end of a run that has diverged."""
 
-    def __init__(self, tick: Callable[[int], None]) -> None:
+    def __init__(self, tick: Tick) -> None:
         self.tick = tick
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
@@ -394,7 +392,9 @@ class _Watch(TrainerCallback):
         self.tick(1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
-        loss = float((logs or {}).get("loss", 0.0))
+        figures = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        loss = figures.get("loss", 0.0)
+        self.tick(0, **figures)
         if not math.isfinite(loss):
             raise SteerError(f"train policy: the loss is {loss} at step {state.global_step}; lower learning_rate")
 

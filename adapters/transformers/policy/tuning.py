@@ -39,7 +39,6 @@ def train_policy(
     reward: Reward | str | Callable[..., Any] | None = None,
     work: Path | None = None,
     progress: bool = False,
-    report_to: Sequence[str] = (),
     **given: Any,
 ) -> Path:
     """Tune a policy and write it to the folder `out`; `model` itself is not changed.
@@ -57,8 +56,6 @@ def train_policy(
         reward: what methods that sample raise; with it losses of pairs learn from own samples, dpo for one from the
         best
             and the worst of `group_size` for each prompt. Rewards that score under a model score under `model`.
-        report_to: trackers that get the figures of every round (every update, for TRL's trainers), such as
-            "tensorboard"; they must be installed.
         work: folder for checkpoints and samples; a run that stopped goes on from there to the same result.
 
     Raises:
@@ -95,11 +92,9 @@ def train_policy(
         if online is not None:
             metrics["reward_before"] = mean_reward(model, model, online, tuning, progress)
         if tuning.driver == "rows":
-            metrics |= fit_rows(
-                model, rows, tuning, online, temporary, work, run, progress=progress, report_to=report_to
-            )
+            metrics |= fit_rows(model, rows, tuning, online, temporary, work, run, progress=progress)
         else:
-            metrics |= _fit(model, rows, tuning, online, temporary, work, progress, report_to)
+            metrics |= _fit(model, rows, tuning, online, temporary, work, progress)
         if online is not None:
             metrics["reward_after"] = mean_reward(open_network(model, temporary), model, online, tuning, progress)
         card = Card(
@@ -143,12 +138,11 @@ def _fit(
     folder: Path,
     work: Path | None,
     progress: bool,
-    report_to: Sequence[str],
 ) -> dict[str, Any]:
     """One run of a trainer of TRL's."""
     with ticking(progress, f"tuning by {tuning.method}", tuning.total_steps(len(rows))) as tick:
         kept = work and work / "checkpoints"
-        fitted = fit(model, rows, tuning, online=online, work=kept, tick=tick, report_to=report_to)
+        fitted = fit(model, rows, tuning, online=online, work=kept, tick=tick)
     save_network(fitted.network, model, folder)
     seen = {k: thinned(v) for k, v in (("loss", fitted.loss), ("reward", fitted.reward)) if v}
     ranked = rank_pairs(model, fitted.network, rows, tuning.beta) if tuning.method == "dpo" else {}

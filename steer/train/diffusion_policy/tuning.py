@@ -95,7 +95,7 @@ def tune(
         while state.step < settings.total:
             seen = _update(tuner, state)
             state.advance(seen)
-            tick(1, ", ".join(f"{name} {seen[name]:.4g}" for name in ("loss", "reward", "kl") if name in seen))
+            tick(1, **seen)
             if state.step % span == 0 or state.step == settings.total:
                 state.save()
     if average := state.average:

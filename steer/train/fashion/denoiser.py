@@ -129,7 +129,7 @@ def train_denoiser(
             schedule.step()
             mean.update_parameters(module)
             seen.append(float(loss.detach()))
-            tick(1, f"loss {seen[-1]:.4g}")
+            tick(1, loss=seen[-1])
             if (step + 1) % every == 0 or step + 1 == settings.steps:
                 history.append(sum(seen) / len(seen))
                 seen.clear()

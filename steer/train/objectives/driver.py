@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from steer.core import SteerError, check
 from steer.files import replacing
+from steer.logs import record
+from steer.progress import Tick
 from steer.train.loop import cosine, load_state, save_state
 from steer.train.objectives import rounds
 from steer.train.objectives.collecting import Collector, Row, Scorer, Source
@@ -62,7 +64,7 @@ class Driver:
         rows: the data.
         score: rewards of completions, where the method samples; None without.
         run: what a state in `work` must have been made with.
-        tell: called with the count of updates and a few words.
+        tell: advances a bar by a count of updates, with their figures.
     """
 
     def __init__(
@@ -74,11 +76,10 @@ class Driver:
         *,
         work: Path | None = None,
         run: dict[str, Any] | None = None,
-        tell: Callable[[int, str], None] = lambda count, words: None,
-        log: Callable[[dict[str, float], int], None] = lambda figures, step: None,
+        tell: Tick = lambda count, seen="", **figures: None,
     ) -> None:
         self.actor, self.rows, self.settings = actor, list(rows), settings
-        self.work, self.run_facts, self.tell, self.log = work, run or settings.recipe(), tell, log
+        self.work, self.run_facts, self.tell = work, run or settings.recipe(), tell
         self.sampling = score is not None or settings.with_ == "gold"
         self.collector = Collector(actor, self.rows, settings, score)
         self.seen = Fit()
@@ -260,7 +261,7 @@ class Driver:
         self.optimizer.step()
         schedule.step()
         self.seen.loss.append(value)
-        self.tell(1, f"loss {value:.4g}")
+        self.tell(1, loss=value)
 
     # ---- reports and states
 
@@ -280,7 +281,7 @@ class Driver:
         if pairs and (not self.fresh or last):
             figures |= self._ranked(pairs, [p for c in trained for p in (c.preference or [1.0] * len(c.pairs))][:64])
         self.seen.rounds.append({k: round(v, 6) for k, v in figures.items()})
-        self.log({k: v for k, v in figures.items() if k != "round"}, number)
+        record("rounds", number, {k: v for k, v in figures.items() if k != "round"})
 
     def _ranked(self, pairs: list[tuple[Any, Any]], preference: list[float]) -> dict[str, float]:
         flat = [c for pair in pairs for c in pair]
@@ -331,7 +332,7 @@ class Driver:
             old = self.work / f"round-{age:04d}.json"
             if old.is_file():
                 self.old_rounds.append(from_json(json.loads(old.read_text(encoding="utf-8"))["clusters"]))
-        self.tell(len(self.seen.loss), "")
+        self.tell(len(self.seen.loss))
         return number, int(saved.facts["step"])
 
 
