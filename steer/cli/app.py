@@ -52,7 +52,7 @@ def _version(shown: bool) -> None:
 @app.callback()
 def common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, metavar="", help="Print the version.")
     ] = False,
 ) -> None:
     """Steer and align open-weight models at inference time."""
@@ -67,7 +67,7 @@ def _command(name: str) -> Callable[..., None]:
 
     def parameter(option: Any) -> inspect.Parameter:
         kind_, shown = get_args(hints[option.name])
-        hints[option.name] = Annotated[kind_, _in_panel(shown, panels[option.name])]
+        hints[option.name] = Annotated[kind_, _as_shown(shown, kind_, panels[option.name])]
         default = option.default if option.default_factory is MISSING else option.default_factory()
         default = inspect.Parameter.empty if default is MISSING else default
         kind = inspect.Parameter.KEYWORD_ONLY
@@ -103,7 +103,7 @@ def _command(name: str) -> Callable[..., None]:
 
 
 def _switch(name: str, *spelling: str, help: str) -> inspect.Parameter:
-    option = typer.Option(*spelling, help=help, rich_help_panel="Run")
+    option = typer.Option(*spelling, help=help, metavar="", rich_help_panel="Run")
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
 
 
@@ -125,9 +125,17 @@ def _panels(options: type) -> dict[str, str]:
     return found
 
 
-def _in_panel(option: Any, title: str) -> Any:
+_VALUES = {bool: "", int: "N", float: "NUMBER", str: "NAME"}
+"""What stands for a value in the help; a switch has none."""
+
+
+def _as_shown(option: Any, kind: Any, title: str) -> Any:
+    """The option under a title, with a word for its value."""
     shown = copy(option)
     shown.rich_help_panel = title
+    if shown.metavar is None:
+        kinds = [one for one in (get_args(kind) or (kind,)) if one is not type(None)]
+        shown.metavar = _VALUES.get(kinds[0])
     return shown
 
 
