@@ -226,6 +226,17 @@ def test_particles_of_text_are_shown_by_weight(ask: Any) -> None:
     assert {"prompt", "samples", "log_z", "ess"} == set(found["prompts"][0])
 
 
+def test_a_dose_that_breaks_texts_is_warned_of(ask: Any, tmp_path: Path) -> None:
+    path = vector(tmp_path / "v.safetensors")
+    assert "strength 1.5 is in residual norms" in ask("--edit", f"{path}:1.5").err
+    assert all("residual norms" not in ask("--edit", f"{path}:{dose}").err for dose in (0.5, -0.9))
+
+
+def test_a_file_of_samples_says_so_by_its_name(ask: Any) -> None:
+    refused(ask("--out", "samples.txt"), "out", ".json or .jsonl")
+    assert "did you mean best-of-n" in ask("--sampler", "bestofn").err
+
+
 def test_stream_prints_what_is_drawn(ask: Any) -> None:
     streamed, plain = ask("--stream", "--seed", 1), ask("--seed", 1)
     assert streamed.code == 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING, fields
 
 import pytest
 
 from steer.cli import main
-from steer.cli.help import explain, topics
+from steer.cli.help import _TRAINERS, explain, topics
+from steer.cli.options import COMMANDS
 from steer.methods.samplers import SAMPLERS
+from steer.train.objectives.registry import METHODS
 
 
 @pytest.mark.parametrize("width", [60, 100])
@@ -29,6 +32,32 @@ def test_what_is_said_of_several_settings_is_said_once() -> None:
     assert text.count("steps after which particles are weighed") == 1
     start, stop, every = (text.index(f"\n{name} ") for name in ("start", "stop", "every"))
     assert start < stop < every < text.index("steps after which")
+
+
+@pytest.mark.parametrize("topic", [name for name in topics() if name.startswith("train-")])
+def test_settings_of_training_are_all_there(topic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting stands in the table, or is an option of the command; nothing is spelt as Python spells it."""
+    monkeypatch.setenv("COLUMNS", "80")
+    command, kind = _TRAINERS[topic][0], _TRAINERS[topic][1]()
+    text = explain(topic)
+    heads = {line.split()[0] for line in text.split("\n") if line and not line.startswith(" ")}
+    options = set(re.findall(r"--([a-z-]+)", text))
+    for f in fields(kind):
+        name = f.name.rstrip("_")
+        assert (name in heads) != (name.replace("_", "-") in options), name
+        assert name in heads or name in {o.name.rstrip("_") for o in fields(COMMANDS[command])}
+    assert not any(word in text for word in ("Annotated", "Literal", "Union", "NoneType", "<class", "typing"))
+    assert all(len(line) <= 80 for line in text.split("\n") if not line.startswith("steer "))
+
+
+def test_a_string_below_a_field_is_about_it() -> None:
+    text = explain("train-value")
+    assert re.search(r"td_lambda +a number from 0 to 1 +0\.95\n    Of the returns", text)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_has_its_entry(name: str) -> None:
+    assert explain(name).startswith(name) and METHODS[name].paper in explain(name)
 
 
 def test_topics_are_listed_and_misspelt_ones_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,7 @@ def _version(shown: bool) -> None:
 @app.callback()
 def common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, metavar="", help="Print the version.")
     ] = False,
 ) -> None:
     """Steer and align open-weight models at inference time."""
@@ -72,7 +72,7 @@ def _command(name: str) -> Callable[..., None]:
 
     def parameter(option: Any) -> inspect.Parameter:
         kind_, shown = get_args(hints[option.name])
-        hints[option.name] = Annotated[kind_, _in_panel(shown, panels[option.name])]
+        hints[option.name] = Annotated[kind_, _as_shown(shown, kind_, panels[option.name])]
         default = option.default if option.default_factory is MISSING else option.default_factory()
         default = inspect.Parameter.empty if default is MISSING else default
         kind = inspect.Parameter.KEYWORD_ONLY
@@ -108,7 +108,7 @@ def _command(name: str) -> Callable[..., None]:
 
 
 def _switch(name: str, *spelling: str, help: str) -> inspect.Parameter:
-    option = typer.Option(*spelling, help=help, rich_help_panel="Run")
+    option = typer.Option(*spelling, help=help, metavar="", rich_help_panel="Run")
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
 
 
@@ -130,9 +130,17 @@ def _panels(options: type) -> dict[str, str]:
     return found
 
 
-def _in_panel(option: Any, title: str) -> Any:
+_VALUES = {bool: "", int: "N", float: "NUMBER", str: "NAME"}
+"""What stands for a value in the help; a switch has none."""
+
+
+def _as_shown(option: Any, kind: Any, title: str) -> Any:
+    """The option under a title, with a word for its value."""
     shown = copy(option)
     shown.rich_help_panel = title
+    if shown.metavar is None:
+        kinds = [one for one in (get_args(kind) or (kind,)) if one is not type(None)]
+        shown.metavar = _VALUES.get(kinds[0])
     return shown
 
 
@@ -145,9 +153,12 @@ for _name in COMMANDS:
 
 @app.command("help")
 def explain_topic(
-    topic: Annotated[str | None, typer.Argument(metavar="TOPIC", help="A sampler, rewards, or recipes.")] = None,
+    topic: Annotated[
+        str | None,
+        typer.Argument(metavar="TOPIC", help="A sampler, train-value and its kin, a method, rewards."),
+    ] = None,
 ) -> None:
-    """What --set takes for a sampler; the rewards; the recipes."""
+    """What --set takes for a sampler or a kind of training; the rewards; the recipes."""
     from steer.cli.help import explain, topics
 
     typer.echo(explain(topic) if topic else "steer help TOPIC, with one of: " + ", ".join(topics()))
@@ -302,12 +313,17 @@ def import_sae(
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The name of a shipped recipe, or a YAML file.")],
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="The name of a shipped recipe, or a YAML file.")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="A variable, or STEP.OPTION.")
     ] = None,
 ) -> None:
-    """Run a recipe: everything in it is checked before anything starts."""
+    """Run a recipe: everything in it is checked before anything starts. Without one: list those that there are."""
+    if recipe is None:
+        list_recipes()
+        raise typer.Exit(2)
     results = sys.stdout
     with redirect_stdout(sys.stderr):
         from steer.cli.jobs import run_recipe

@@ -257,10 +257,11 @@ def read_pairs(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def check_output(path: Path, field: str = "out", suffix: str = "") -> None:
+def check_output(path: Path, field: str = "out", suffixes: Sequence[str] = ()) -> None:
     """A file that can be written, whose name says what will be in it."""
     check(not path.is_dir(), field, str(path), "a file, not a folder")
-    check(path.suffix.lower() == suffix or not suffix, field, str(path), f"a file that ends in {suffix}")
+    fits = path.suffix.lower() in suffixes or not suffixes
+    check(fits, field, str(path), f"a file that ends in {' or '.join(suffixes)}")
     _check_writable(path.parent, field)
 
 

@@ -18,8 +18,10 @@ from steer.cli.options import GenerateOptions, SampleOptions
 from steer.cli.session import Run, Session
 from steer.cli.values import coerce, pairs, spelled, typed
 from steer.core import Ability, Edit, InputError, RawText, Reward, Sampler, Samples, check
+from steer.core.names import check_known
 from steer.edits import split_spec
 from steer.loading import is_endpoint
+from steer.measure.report import strength_unit
 from steer.methods.gradient import GradientGuidance
 from steer.methods.rlg import RLGuidance
 from steer.methods.samplers import SAMPLERS, make_sampler
@@ -63,7 +65,7 @@ def request(options: SampleOptions, images: bool, coming: Coming, *, keep_previe
         check_reward(reward, images)
     check(reward is not None or not sampler.needs_reward, "reward", None, f"a reward: {options.sampler} chooses by it")
     if options.out is not None:
-        checks.check_output(options.out)
+        checks.check_output(options.out, suffixes=(".json", ".jsonl"))
     drawn = 0 if by_line(options) else secrets.randbits(31)  # lines of two runs fit together by the same seed
     seed = drawn if options.seed is None else options.seed
     return Drawing(sampler, reward, seed, _guidance(options, images, coming))
@@ -78,7 +80,7 @@ def by_line(options: SampleOptions) -> bool:
 
 
 def sampler_of(options: SampleOptions, keep_previews: bool = False) -> Sampler:
-    check(options.sampler in SAMPLERS, "sampler", options.sampler, str(SAMPLERS))
+    check_known("sampler", options.sampler, SAMPLERS)
     check(options.n is None or options.n >= 1, "n", options.n, "an integer of 1 or more")
     kind = SAMPLERS[options.sampler]
     hints = get_type_hints(kind)
@@ -234,9 +236,17 @@ class _TextJob:
 
             self.mounted.append(SystemPrompt(self.options.system))
         for edit in self.mounted:
+            _note_strength(edit)
             if isinstance(edit, ValueGuidance) and edit.is_weak(self.options.beta):
                 better = f"try --beta {edit.suggested_beta:g}"
                 note(True, f"note: beta {self.options.beta:g} hardly guides by this value head: {better}")
+
+
+def _note_strength(edit: Edit) -> None:
+    """A dose above 1 in residual norms drowns what the model says."""
+    dose = getattr(edit, "strength", 0.0)
+    if strength_unit(edit) == "residual norms" and abs(dose) > 1:
+        note(True, f"warning: strength {dose:g} is in residual norms: texts usually break above 0.3")
 
 
 def process_settings(options: GenerateOptions, images: bool, masked: bool = False) -> dict[str, Any]:

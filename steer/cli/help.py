@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import textwrap
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, fields, is_dataclass
 from shutil import get_terminal_size
 from textwrap import wrap
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from steer.cli.values import check_known
+from steer.cli.options import COMMANDS, EXAMPLES
+from steer.core import InputError
+from steer.core.names import meant
 from steer.measure.tables import aligned
+from steer.train.settings import describe
 
 __all__ = ["topics", "explain", "list_recipes", "list_rewards"]
 
@@ -21,22 +28,98 @@ def _samplers() -> dict[str, Any]:
     return dict(SAMPLERS)
 
 
+def _vector() -> type:
+    from steer.train.vector import VectorSettings
+
+    return VectorSettings
+
+
+def _controller() -> type:
+    from steer.train.controller import ControllerSettings
+
+    return ControllerSettings
+
+
+def _value() -> type:
+    from steer.train.value import ValueSettings
+
+    return ValueSettings
+
+
+def _reward() -> type:
+    from steer.train.reward import RewardSettings
+
+    return RewardSettings
+
+
+def _policy() -> type:
+    from steer.train.objectives.settings import PolicySettings
+
+    return PolicySettings
+
+
+def _image_policy() -> type:
+    from steer.train.diffusion_policy.inputs import DiffusionPolicySettings
+
+    return DiffusionPolicySettings
+
+
+def _images() -> type:
+    from steer.adapters.diffusers.fashion import FashionSettings
+
+    return FashionSettings
+
+
+_TRAINERS: dict[str, tuple[str, Callable[[], type]]] = {
+    "train-vector": ("train vector", _vector),
+    "train-controller": ("train controller", _controller),
+    "train-value": ("train value", _value),
+    "train-reward": ("train reward", _reward),
+    "train-policy": ("train policy", _policy),
+    "train-policy-images": ("train policy", _image_policy),
+    "train-images": ("train images", _images),
+}
+"""Topics of training: the command, and what gives its settings."""
+
+
 def topics() -> list[str]:
-    """What `explain` knows."""
-    return [*_samplers(), "rewards", "recipes"]
+    """What `explain` knows, beside the methods of `steer train policy --list`."""
+    return [*_samplers(), *_TRAINERS, "rewards", "recipes"]
 
 
 def explain(topic: str) -> str:
-    """Everything that `--set` takes for a sampler, with types, defaults and what it means. Raises `InputError`."""
-    topic = topic.strip().lower().replace("_", "-")
+    """Everything that `--set` takes for a sampler or a kind of training, with types, defaults and what it means.
+    Raises `InputError`.
+    """
+    from steer.train.objectives.registry import METHODS, entry
+
+    topic = topic.strip().lower().replace("_", "-").replace(" ", "-")
     if topic == "rewards":
         return list_rewards()
     if topic == "recipes":
         return list_recipes()
     samplers = _samplers()
-    check_known("help", [topic], topics())
+    name = next((known for known in METHODS if known.replace("_", "-") == topic), None)
+    if topic not in samplers and name is not None:
+        return f"{entry(name)}\n\nEverything that --set takes: steer help train-policy"
+    if topic not in topics():
+        near = meant(topic, topics(), 0.6) or meant(topic, METHODS, 0.6)
+        raise InputError("help", topic, f"{', '.join(topics())}, or a method of train policy --list{near}")
+    if topic in _TRAINERS:
+        return _training(topic)
     about = "\n".join(_wrapped(_first_lines(samplers[topic])))
     return f"{about}\n\n{settings_table(samplers[topic])}\n\n{_example(topic)}"
+
+
+def _training(topic: str) -> str:
+    """The settings of a kind of training that have no option of their own."""
+    command, settings = _TRAINERS[topic]
+    kind, own = settings(), {f.name.rstrip("_") for f in fields(COMMANDS[command])} - {"set"}
+    about = "\n".join(_wrapped(_first_lines(kind)))
+    options = sorted(own & {f.name.rstrip("_") for f in fields(kind)})
+    beside = "\n".join(_wrapped(f"Options of their own: {', '.join('--' + o.replace('_', '-') for o in options)}."))
+    example = EXAMPLES.get(command, (f"steer {command} ...",))[0] + " --set KEY=VALUE"
+    return f"{about}\n\n{settings_table(kind, without=options)}\n\n{beside}\n\n{example}"
 
 
 def _first_lines(kind: type) -> str:
@@ -50,36 +133,88 @@ def _example(topic: str) -> str:
     return f'steer generate --model smollm2-135m --prompt "Tell me of your day" --sampler {topic}{more} --set KEY=VALUE'
 
 
-def settings_table(kind: type) -> str:
-    """The fields of a dataclass, each with its type and default, and below them what its class's docstring says of
-    them, as wide as the terminal.
+def settings_table(kind: type, without: Collection[str] = ()) -> str:
+    """The fields of a dataclass, each with its type and default, and below them what its class says of them, as wide as
+    the terminal. A default that is None where the field's type has no None is filled in by the other settings.
     """
     assert is_dataclass(kind)
-    hints, about = get_type_hints(kind), _documented(kind)
+    hints, about = get_type_hints(kind, include_extras=True), _documented(kind)
+    shown = [f for f in fields(kind) if f.name.rstrip("_") not in without]
     rows = [["key", "type", "default"]]
-    for f in fields(kind):
+    for f in shown:
         made = f.default if f.default_factory is MISSING else f.default_factory()
-        default = "none" if made is None else "needed" if made is MISSING else str(made)
-        rows.append([f.name, _spelled(hints[f.name]), default])
-    heads = aligned(rows, left=True).split("\n")
+        rows.append([f.name.rstrip("_"), _spelled(hints[f.name]), _default(made, hints[f.name])])
+    heads = aligned(_cut(rows), left=True).split("\n")
     lines = [heads[0]]
-    names = [row[0] for row in rows[1:]]
-    for i, (name, head) in enumerate(zip(names, heads[1:], strict=True)):
+    names = [f.name for f in shown]
+    for i, (name, row, head) in enumerate(zip(names, rows[1:], heads[1:], strict=True)):
         lines.append(head)
+        whole = [text for text, cut in zip(row, _cut([row])[0], strict=True) if text != cut]
+        lines += _wrapped(" ".join(whole), "    ") if whole else []
         told = about.get(name, "")
         if told and about.get(names[i + 1] if i + 1 < len(names) else "") != told:  # said once of several
             lines += _wrapped(told, "    ")
     return "\n".join(lines)
 
 
+_WIDE = 34
+"""The widest cell of a table of settings; what is longer stands below its line."""
+
+
+def _cut(rows: list[list[str]]) -> list[list[str]]:
+    return [[cell if len(cell) <= _WIDE else "see below" for cell in row] for row in rows]
+
+
+def _default(value: Any, hint: Any) -> str:
+    if value is MISSING:
+        return "needed"
+    if value is None:
+        inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        return "none" if type(None) in get_args(inner) else "preset"
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return str(value) or "preset"
+
+
 def _spelled(hint: Any) -> str:
-    text = hint.__name__ if isinstance(hint, type) else str(hint)
-    text = re.sub(r"(?:[A-Za-z_]+\.)+([A-Za-z_]+)", r"\1", text).replace("NoneType", "none").replace("None", "none")
-    return text.replace(" | ", " or ")
+    """A type, and what it allows, in words."""
+    inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    if get_origin(inner) in (Union, UnionType):
+        members = sorted(get_args(inner), key=lambda one: one is not type(None))
+        return " or ".join("none" if one is type(None) else _spelled(one) for one in members)
+    if get_origin(inner) is tuple:
+        return f"list, each {_spelled(get_args(inner)[0])}"
+    if get_origin(inner) is dict:
+        return "names and values"
+    told = describe(hint)
+    return told if told is not None else inner.__name__ if isinstance(inner, type) else str(inner)
 
 
 def _documented(kind: type) -> dict[str, str]:
-    """What the `Attributes:` section of a docstring says of each name."""
+    """What a class says of each field: in the `Attributes:` section of its docstring, or in strings below them."""
+    found: dict[str, str] = {}
+    for part in reversed(kind.__mro__[:-1]):
+        found |= _below(part) | _in_section(part)
+    return found
+
+
+def _below(kind: type) -> dict[str, str]:
+    """The string under a field is about it."""
+    try:
+        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    except (OSError, TypeError):  # made without a source
+        return {}
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for field, said in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(said, ast.Expr):
+            text = said.value.value if isinstance(said.value, ast.Constant) else None
+            if isinstance(text, str):
+                found[field.target.id] = " ".join(text.split())
+    return found
+
+
+def _in_section(kind: type) -> dict[str, str]:
     text = inspect.cleandoc(kind.__doc__ or "")
     section = re.search(r"^Attributes:\n(.*?)(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
     found: dict[str, list[str]] = {}

@@ -47,7 +47,10 @@ __all__ = [
 ]
 
 
-_Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="A further setting; repeatable.")]
+_Settings = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="A further setting, as `steer help` explains; repeatable."),
+]
 _Reward = typer.Option(metavar="REWARD", help="For example 'sentiment - 0.3*profanity', module:function or org/name.")
 _Prompts = typer.Option(
     metavar="FILE",
@@ -126,7 +129,9 @@ class TextOptions(Options):
 
     edit: Annotated[
         list[str],
-        typer.Option(metavar="FILE[:STRENGTH][:KEY=VALUE]", help="A vector, controller or value head; repeatable."),
+        typer.Option(
+            metavar="FILE[:...]", help="FILE[:STRENGTH][:KEY=VALUE], a vector, controller or value head; repeatable."
+        ),
     ] = field(default_factory=list)
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without the chat template.")] = (
@@ -183,13 +188,16 @@ class ImageOptions(Options):
         None
     )
     lineage: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Who descends from whom (fk, one prompt).")
+        Path | None,
+        typer.Option(metavar="FILE", help="Who descends from whom, as .png, .svg or .pdf (fk, one prompt)."),
     ] = None
     tree: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="The search tree (dts, dts-star, one prompt).")
+        Path | None,
+        typer.Option(metavar="FILE", help="The search tree, as .png, .svg or .pdf (dts, dts-star, one prompt)."),
     ] = None
     previews: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="What was foreseen, over time (ancestral, svdd).")
+        Path | None,
+        typer.Option(metavar="FILE", help="What was foreseen over time, as .png, .svg or .pdf (ancestral, svdd)."),
     ] = None
 
 
@@ -401,7 +409,8 @@ class SearchOptions(EvalOptions):
         list[str], typer.Option(metavar="NAME", help="best-of-n, fk, dts-star, svdd, vas, vas+fk; repeatable.")
     ] = field(default_factory=lambda: ["best-of-n", "fk", "dts-star"])
     edit: Annotated[
-        list[str], typer.Option(metavar="FILE[:STRENGTH][:KEY=VALUE]", help="What guided methods mount; repeatable.")
+        list[str],
+        typer.Option(metavar="FILE[:...]", help="FILE[:STRENGTH][:KEY=VALUE], what guided methods mount; repeatable."),
     ] = field(default_factory=list)
     set: Annotated[
         list[str], typer.Option("--set", metavar="METHOD.KEY=VALUE", help="A setting of one method; repeatable.")
@@ -542,7 +551,10 @@ class PairsOptions(EvalOptions):
         default_factory=list
     )
     edit: Annotated[
-        list[str], typer.Option(metavar="FILE[:STRENGTH][:KEY=VALUE]", help="The model under it ranks; repeatable.")
+        list[str],
+        typer.Option(
+            metavar="FILE[:...]", help="FILE[:STRENGTH][:KEY=VALUE], under which the model ranks; repeatable."
+        ),
     ] = field(default_factory=list)
     tuned: Annotated[
         list[Path], typer.Option(metavar="DIR", help="A policy from `steer train policy`; repeatable.")
@@ -657,7 +669,8 @@ class BatchOptions(ModelOptions):
         list[str], typer.Option(metavar="[NAME=]REWARD", help="A reward that rows may name; repeatable.")
     ] = field(default_factory=list)
     edit: Annotated[
-        list[str], typer.Option(metavar="FILE[:STRENGTH][:KEY=VALUE]", help="For rows without steer; repeatable.")
+        list[str],
+        typer.Option(metavar="FILE[:...]", help="FILE[:STRENGTH][:KEY=VALUE], for rows without steer; repeatable."),
     ] = field(default_factory=list)
     sampler: Annotated[str, typer.Option(metavar="NAME", help=f"For rows without steer: {SAMPLERS}.")] = "ancestral"
     set: _Settings = field(default_factory=list)

@@ -17,6 +17,7 @@ from steer.cli.options import GenerateOptions, ListenOptions, ServeOptions
 from steer.cli.session import Run, Session
 from steer.cli.values import pairs, typed
 from steer.core import SteerError, check
+from steer.core.names import check_known
 from steer.edits import split_spec
 from steer.hub import PREFIX, download
 from steer.methods.samplers import SAMPLERS
@@ -200,7 +201,7 @@ def default_steering(job: GenerateOptions) -> Default:
     settings: dict[str, Any] = {}
     candidates = job.n
     if job.sampler != "ancestral":
-        check(job.sampler in SAMPLERS, "sampler", job.sampler, str(SAMPLERS))
+        check_known("sampler", job.sampler, SAMPLERS)
         kind = SAMPLERS[job.sampler]
         settings = typed(pairs(job.set), get_type_hints(kind), f"setting of {job.sampler}")
         candidates = settings.pop(kind.population, candidates)

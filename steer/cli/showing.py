@@ -19,6 +19,7 @@ from steer.core import Samples, check
 from steer.files import as_json, write_text
 from steer.methods.samplers import SAMPLERS
 from steer.model import Plan
+from steer.pictures.style import image_format
 
 __all__ = ["Pictures", "by_weight", "is_weighted", "show_samples", "summary"]
 
@@ -147,7 +148,8 @@ class Pictures:
             check(prompts == 1 or name == "previews", name, str(path), f"one prompt ({prompts} are given)")
             files[name] = path
         for name, path in files.items():
-            checks.check_output(path, name, suffix=".png")
+            checks.check_output(path, name, suffixes=(".png",) if name == "png" else ())
+            image_format(path)
         written = [*files.values(), *([options.out] if options.out else [])]
         apart = len({path.absolute() for path in written}) == len(written)
         check(apart, "png", [str(path) for path in written], "files that differ")

@@ -164,7 +164,7 @@ def _stimulus_trainer(options: TrainStimulusOptions, train: Callable[[Any, dict[
 def _check_training(options: TrainOptions) -> None:
     checks.check_model(options)
     checks.check_causal(options)
-    checks.check_output(options.out, suffix=".safetensors")
+    checks.check_output(options.out, suffixes=(".safetensors",))
     check_targets(options.log)
 
 

@@ -26,7 +26,7 @@ from steer.model import as_prompts
 from steer.progress import ticking
 from steer.rewards import as_reward, distinct_n
 
-__all__ = ["Break", "Report", "ReportRow", "default_strengths", "evaluate"]
+__all__ = ["Break", "Report", "ReportRow", "default_strengths", "evaluate", "strength_unit"]
 
 
 PERPLEXITY_LIMIT = 1.5
@@ -242,11 +242,11 @@ def evaluate(
         for kind, strength, edits in settings:
             rows.append(sweep.row(kind, strength, edits, base))
             tick(1)
-    facts = {**sweep.settings, "prompts": len(prompts), "system": system, "unit": _unit(edit)}
+    facts = {**sweep.settings, "prompts": len(prompts), "system": system, "unit": strength_unit(edit)}
     return Report(model.name, type(edit).__name__, str(scored), facts, rows, _breaks(rows))
 
 
-def _unit(edit: Any) -> str:
+def strength_unit(edit: Any) -> str:
     """What strength 1 means, where that is not just one times the artifact."""
     operator = getattr(edit, "operator", "add")
     if operator == "rotate":

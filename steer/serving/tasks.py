@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from steer.core import InputError, Prompt, RawText, Reward, Sampler, check
+from steer.core.names import check_known
 from steer.methods.samplers import SAMPLERS
 from steer.sampling.lookahead import Lookahead, Preview, Rollouts
 from steer.serving.artifact_store import Store, UnknownArtifactError
@@ -121,7 +122,7 @@ class Tasks:
             _check_budget(asked, most)
             return Steering(edits, reward=reward, beta=asked.beta, kl=asked.kl)
         name = str(asked.sampler)
-        check(name in SAMPLERS, "steer.sampler", name, str(SAMPLERS))
+        check_known("steer.sampler", name, SAMPLERS)
         kind = SAMPLERS[name]
         check(reward is not None or not kind.needs_reward, "steer.reward", None, f"a reward: {name} chooses by it")
         sampler, candidates = self._sampler(asked, name, sampling, prompts, n)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from textwrap import wrap
 from typing import Any
 
-__all__ = ["METHODS", "NUMBERED", "STUDIES", "Method", "table"]
+__all__ = ["METHODS", "NUMBERED", "STUDIES", "Method", "entry", "table"]
 
 PAIRS, COMPLETIONS, LABELS = (
     ("prompt", "chosen", "rejected"),
@@ -411,25 +411,21 @@ def needs(method: Method) -> str:
     return fixed if method.native and fixed else f"{fixed} or {drawn}" if fixed else drawn
 
 
+def entry(name: str) -> str:
+    """A method's name, paper, driver, data, pieces and defaults, as lines."""
+    method = METHODS[name]
+    driver = f"native ({method.trainer})" if method.native else "rows"
+    pieces = [f"{key.rstrip('_')}={_shown(value)}" for key, value in method.pieces.items() if value is not None]
+    told = " ".join(pieces if not method.native else [f"loss={'|'.join(method.losses)}"])
+    lines = [f"{driver}; data: {needs(method)}", told, *([method.note] if method.note else [])]
+    wrapped = [f"{'':18}{part}" for line in lines for part in wrap(line, 100, break_on_hyphens=False)]
+    return "\n".join([f"{name:18}{method.paper}", *wrapped])
+
+
 def table() -> str:
-    """What `steer train policy --list` prints: of each method its name, paper, driver, data, pieces and defaults."""
-    found = []
-    for name, method in METHODS.items():
-        driver = f"native ({method.trainer})" if method.native else "rows"
-        pieces = [f"{key.rstrip('_')}={_shown(value)}" for key, value in method.pieces.items() if value is not None]
-        told = " ".join(pieces if not method.native else [f"loss={'|'.join(method.losses)}"])
-        lines = [
-            f"{name:18}{method.paper}",
-            f"{driver}; data: {needs(method)}",
-            told,
-            *([method.note] if method.note else []),
-        ]
-        found += [
-            lines[0],
-            *(f"{'':18}{part}" for line in lines[1:] for part in wrap(line, 100, break_on_hyphens=False)),
-        ]
+    """What `steer train policy --list` prints: every method's entry, and papers that bring no objective."""
     papers = [f"{name:18}{about}" for name, about in STUDIES.items()]
-    return "\n".join([*found, "", "Papers without an objective:", *papers])
+    return "\n".join([*map(entry, METHODS), "", "Papers without an objective:", *papers])
 
 
 def _shown(value: Any) -> str:
