@@ -66,6 +66,8 @@ def prepare(
     )
     if scored is not None and model is not None:
         scored = scored.bind(model)
+    if model is not None:
+        chosen = chosen.bind(model)
     mounted = [(edit.with_beta(float(beta)), wanted) for edit, wanted in as_edits(edits, len(several), model)]
     for edit, wanted in mounted:
         process.edited(edit, None if wanted is None else sorted(wanted))  # refused here, not in the middle of a run
@@ -84,8 +86,14 @@ def prepare(
     )
 
 
-def execute(plan: Plan, on_step: Callable[[int, Any], None] | None = None) -> Samples:
-    """Run a plan in batches of prompts. `on_step(first_prompt, state)` sees every step."""
+def execute(
+    plan: Plan,
+    on_step: Callable[[int, Any], None] | None = None,
+    on_note: Callable[[Any], None] | None = None,
+) -> Samples:
+    """Run a plan in batches of prompts. `on_step(first_prompt, state)` sees every step, `on_note` what a sampler that
+    goes in rounds notes of each.
+    """
     parts = []
     batches = -(-len(plan.prompts) // plan.rows)
     with ticking(plan.progress, "generating", batches * plan.sampler.updates(plan.process)) as tick:
@@ -100,11 +108,16 @@ def execute(plan: Plan, on_step: Callable[[int, Any], None] | None = None) -> Sa
                     on_step(first, state)
 
             with process.session():
-                parts.append(
-                    plan.sampler.run(
-                        process, prompts, generator=generator, reward=plan.reward, beta=plan.beta, on_step=step
-                    )
+                drawn = plan.sampler.run(
+                    process,
+                    prompts,
+                    generator=generator,
+                    reward=plan.reward,
+                    beta=plan.beta,
+                    on_step=step,
+                    on_note=on_note,
                 )
+                parts.append(drawn)
     return _kl_named(plan, Samples.join(parts))
 
 

@@ -35,6 +35,7 @@ PAGES = [
     "adapters/README.md",
     "recipes/README.md",
     "steer/methods/README.md",
+    "steer/critique/README.md",
     "steer/serving/README.md",
 ]
 """Pages with blocks that run."""

@@ -87,6 +87,15 @@ class SampleOptions(ModelOptions):
     sampler: Annotated[str, typer.Option(metavar="NAME", help=f"How to draw: {SAMPLERS}.")] = "ancestral"
     set: _Settings = field(default_factory=list)
     reward: Annotated[str | None, _Reward] = None
+    critic: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CRITIC", help="Of sampler critique: REWARD>=NUMBER, module:function, model:ID or model:self."
+        ),
+    ] = None
+    critic_instruction: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What a critic model is told, with {prompt} and {output} in it.")
+    ] = None
     beta: Annotated[float, typer.Option(help="KL coefficient of the target p exp(reward / beta).")] = 1.0
     n: Annotated[
         int | None,

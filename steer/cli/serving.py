@@ -199,7 +199,9 @@ def default_steering(job: GenerateOptions) -> Default:
     if job.sampler != "ancestral":
         check(job.sampler in SAMPLERS, "sampler", job.sampler, str(SAMPLERS))
         kind = SAMPLERS[job.sampler]
-        settings = typed(pairs(job.set), get_type_hints(kind), f"setting of {job.sampler}")
+        given = pairs(job.set)
+        preset = {"preset": given.pop("preset")} if "preset" in given else {}
+        settings = typed(given, get_type_hints(kind), f"setting of {job.sampler}") | preset
         candidates = settings.pop(kind.population, candidates)
     request = SteerRequest.parse(
         {
@@ -208,6 +210,7 @@ def default_steering(job: GenerateOptions) -> Default:
             "settings": settings,
             "candidates": None if job.sampler == "ancestral" else candidates,
             "reward": job.reward,
+            "critic": job.critic,
             "beta": job.beta,
         }
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -28,6 +28,7 @@ class Run:
     beta: float
     on_step: Callable[[Any], None] | None = None
     spent: Cost = field(default_factory=Cost)
+    on_note: Callable[[Any], None] | None = None
 
     @property
     def reward(self) -> Reward:
@@ -49,6 +50,11 @@ class Run:
         """Give a state to `on_step`, where there is one."""
         if self.on_step is not None:
             self.on_step(state)
+
+    def note(self, entry: Any) -> None:
+        """Give an entry of the trace to `on_note`, where there is one."""
+        if self.on_note is not None:
+            self.on_note(entry)
 
 
 class Sampler(ABC):
@@ -77,12 +83,19 @@ class Sampler(ABC):
     own_settings: ClassVar[frozenset[str]] = frozenset()
     """Settings that whoever runs it decides: a server takes none of them from a request."""
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Settings by the name of the paper that has them; `preset=NAME` beside a sampler's name takes them."""
     kl_kind: ClassVar[str | None] = None
     """What the KL of its samples is (see `Samples.kl_kind`); None: what the process says."""
 
     @property
     def rows(self) -> int:
         """Rows that it keeps going for each prompt."""
+        return 1
+
+    @property
+    def passes(self) -> int:
+        """Times at most that each of its rows is drawn anew, from its prompt to its end."""
         return 1
 
     @property
@@ -108,6 +121,10 @@ class Sampler(ABC):
         own = {"n": n} if cls.population != "n" else {}
         return cls(**{cls.population: candidates, **own, **settings})
 
+    def bind(self, model: Any) -> Sampler:
+        """The sampler for use with `model`, of which what it holds may take hold (see `Reward.bind`)."""
+        return self
+
     def updates(self, process: Process) -> int:
         """About how many times a run calls `on_step`, for progress bars."""
         return process.num_steps
@@ -130,12 +147,15 @@ class Sampler(ABC):
         reward: Reward | None = None,
         beta: float = 1.0,
         on_step: Callable[[Any], None] | None = None,
+        on_note: Callable[[Any], None] | None = None,
     ) -> Run:
         """A run that was checked, before its first step. Raises `InputError` and `UnsupportedError`."""
         check(reward is not None or not self.needs_reward, "reward", None, f"a reward: {self.title} goes by it")
         self.check_process(process)
+        if self.needs_reward:
+            process.check_search(self.title)
         given = _Tilting(reward) if self.tilts and reward is not None else reward
-        return Run(self.prepared(process), list(prompts), generator, given, beta, on_step)
+        return Run(self.prepared(process), list(prompts), generator, given, beta, on_step, on_note=on_note)
 
     def run(
         self,
@@ -146,10 +166,15 @@ class Sampler(ABC):
         reward: Reward | None = None,
         beta: float = 1.0,
         on_step: Callable[[Any], None] | None = None,
+        on_note: Callable[[Any], None] | None = None,
     ) -> Samples:
-        """Draw for every prompt. `on_step` sees each state (progress, streaming); it must not change it."""
+        """Draw for every prompt. `on_step` sees each state (progress, streaming); it must not change it. `on_note` sees
+        what a sampler that goes in rounds notes of each, as it comes.
+        """
         began = time.perf_counter()
-        run = self.begin(process, prompts, generator=generator, reward=reward, beta=beta, on_step=on_step)
+        run = self.begin(
+            process, prompts, generator=generator, reward=reward, beta=beta, on_step=on_step, on_note=on_note
+        )
         samples = self.draw(run)
         cost = replace(samples.cost + run.spent, seconds=time.perf_counter() - began)
         return replace(samples, cost=cost, pool=None if samples.pool is None else replace(samples.pool, cost=cost))

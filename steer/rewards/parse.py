@@ -42,7 +42,7 @@ from steer.rewards.text import Keywords, Length, Profanity, Readability, Refusal
 from steer.rewards.trained import trained
 from steer.rewards.verifiable import Answer, JsonSchema, Overlong, Regex
 
-__all__ = ["as_reward", "parse_reward", "register", "shipped"]
+__all__ = ["as_reward", "named_function", "parse_reward", "register", "shipped"]
 
 
 _FORMS = 'module:function, a folder, or a model id org/name ("quoted" inside arithmetic)'
@@ -263,6 +263,24 @@ def _function(module: str, path: str, given: str, trusted: bool) -> Reward:
     if not callable(found) or isinstance(found, type):
         raise _unknown(module, given, trusted, f"module {module!r} has no function or Reward {path!r}")
     return CallableReward(found, given)
+
+
+def named_function(field: str, given: str) -> Any:
+    """What `MODULE:FUNCTION` names, in a module that can be imported, the current folder included. Raises `InputError`
+    for `field`.
+    """
+    module, colon, path = given.strip().partition(":")
+    allowed = "module:function"
+    check(bool(colon and module and path), field, given, allowed)
+    try:
+        found: Any = _imported(module)
+    except Exception as error:
+        raise InputError(field, f"{given} (importing {module!r} failed: {error})", allowed) from error
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    named = found is not None and (callable(found) or not isinstance(found, type))
+    check(named, field, f"{given} (module {module!r} has no {path!r})", allowed)
+    return found
 
 
 def _imported(module: str) -> Any:

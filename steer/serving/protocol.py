@@ -263,6 +263,8 @@ class CostAnswer(BaseModel):
     model_calls: int
     nfe: int
     reward_calls: int
+    critic_calls: int
+    price: float
     seconds: float
 
 

@@ -195,9 +195,12 @@ def search(model: VLLMModel, client: Asynchronous, prepared: Prepared, emit: Emi
         steps += 1
         tell()
 
+    def note(entry: Any) -> None:
+        emit(Progress(steps, client.drawn, entry.told()))
+
     client.on_drawn = tell
     with scored_early(plan) as early:
-        samples = execute(early, step)
+        samples = execute(early, step, note if prepared.task.stream else None)
     kl = samples.kl if prepared.drift is not None else None
     for event in choice_events(prepared, model, samples, kl):
         emit(event)
