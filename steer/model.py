@@ -7,7 +7,7 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -135,6 +135,8 @@ class Model(ABC):
     name: str
     max_rows = 64
     """Rows generated at once by default."""
+    images: ClassVar[bool] = False
+    """Whether it draws images rather than writing texts."""
 
     @abstractmethod
     def process(self, **settings: Any) -> Process:

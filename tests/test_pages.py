@@ -36,6 +36,7 @@ PAGES = [
     "recipes/README.md",
     "steer/methods/README.md",
     "steer/critique/README.md",
+    "steer/turns/README.md",
     "steer/serving/README.md",
 ]
 """Pages with blocks that run."""

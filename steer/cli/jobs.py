@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from steer.cli import bulk, demo, generating, measuring, serving, tabulating, training
+from steer.cli import bulk, demo, generating, measuring, playing, serving, tabulating, training
 from steer.cli.recipe import Recipe
 from steer.cli.session import Run, Session
 from steer.core import SteerError
@@ -23,11 +23,13 @@ JOBS: dict[str, Callable[..., Run]] = {
     "train reward": training.train_reward,
     "train policy": training.train_policy,
     "train images": training.train_images,
+    "train router": playing.train_router,
     "eval": measuring.evaluation,
     "compare": measuring.compare,
     "race": measuring.race,
     "frontier": measuring.frontier,
     "guide": measuring.guide,
+    "play": playing.play,
     "table": tabulating.tabulate,
     "serve": serving.serve,
     "demo": demo.demo,

@@ -56,6 +56,7 @@ SAMPLERS = Registry(
     dts="steer.methods.dts:DTS",
     dts_star="steer.methods.dts:SearchDTS",
     critique="steer.methods.critique:Critique",
+    turn_search="steer.methods.turn_search:TurnSearch",
 )
 
 
@@ -112,6 +113,16 @@ class SamplerSettings(TypedDict, total=False):
     answer: Callable[[str], Any] | None
     right: float
     preset: str
+    simulations: int
+    depth: int | None
+    how: str
+    leaf: Any
+    episodes: int
+    gamma: float
+    critic_weight: float
+    width: int
+    actions: str
+    simulator: Callable[..., Any] | None
 
 
 def make_sampler(sampler: Sampler | str | None, n: int | None = None, **settings: Any) -> Sampler:

@@ -38,6 +38,7 @@ from steer.rewards.image import (
     Symmetry,
 )
 from steer.rewards.likelihood import Fluency, Perplexity
+from steer.rewards.returns import Return
 from steer.rewards.text import Keywords, Length, Profanity, Readability, Refusal, Rouge, Sentiment
 from steer.rewards.trained import trained
 from steer.rewards.verifiable import Answer, JsonSchema, Overlong, Regex
@@ -326,6 +327,10 @@ def _unit_tests(*, seconds: str = "5", megabytes: str = "512") -> Reward:
     return UnitTests(float(seconds), int(megabytes))
 
 
+def _return(*, gamma: str = "1") -> Reward:
+    return Return(float(gamma))
+
+
 def _boxes(*, low: str = "0.5", high: str = "0.75", over: str = "matched") -> Reward:
     return Boxes(float(low), float(high), over)
 
@@ -373,6 +378,7 @@ register("json_schema", lambda file=None: JsonSchema(file), "json_schema[:FILE] 
 register("tool_call", lambda how="": ToolCall(how != "plain"), "tool_call[:plain] (column calls)")
 register("unit_tests", _unit_tests, "unit_tests[:seconds=S][,megabytes=M] (column tests)", loads=True)
 register("vision_boxes", _boxes, "vision_boxes[:over=all] (column boxes)")
+register("return", _return, "return[:gamma=G] (of episodes)")
 register("overlong", lambda limit, buffer: Overlong(int(limit), int(buffer)), "overlong:LIMIT,BUFFER")
 register("brightness", Brightness)
 register("contrast", Contrast)
