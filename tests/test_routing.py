@@ -112,7 +112,7 @@ def test_a_cascade_is_above_the_large_model() -> None:
     models = pool()
     cascade = Cascade(models["small"], models["large"], critic, PRICE)
     assert measured(cascade, 4000) == pytest.approx((0.92065, 3.75))
-    found = cascade.generate(["easy 0", "hard 19"], reward=TRUTH)
+    found = cascade.generate(["easy 0", "hard 2019"], reward=TRUTH)
     assert found.cost.critic_calls == 2 and [c.model for c in found.trace] == ["small", "large"]
     assert [c.price for c in found.trace] == [1.0, 11.0] and found.cost.price == 12.0
     assert found.texts == ["right", "right"]
@@ -168,11 +168,11 @@ def rows(count: int = 200) -> list[dict[str, Any]]:
 
 
 def test_a_router_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    router, table = train_router(rows(), price=PRICE, grid=(0.0, 0.01, 1.0))
+    router, table = train_router(rows(), price=PRICE, grid=(0.0, 0.05, 1.0))
     by_name = {point.name: point for point in table.points}
     half = by_name["small"].score
     assert 0.3 < half < 0.7 and by_name["large"].score == 1.0 == by_name["hindsight"].score
-    best = by_name["router, lambda 0.01"]
+    best = by_name["router, lambda 0.05"]
     assert best.score == 1.0 and best.price == pytest.approx(half + 10 * (1 - half)) == by_name["hindsight"].price
     assert by_name["router, lambda 1"].price == 1.0
     data, out = tmp_path / "rows.jsonl", tmp_path / "router.safetensors"
@@ -182,7 +182,7 @@ def test_a_router_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     again = Router.load(out)
     asked = ["Write a sum about 7", "Write a poem about 7"]
     assert torch.allclose(again(asked), router(asked))
-    model = RoutedModel(pool(), PRICE, again, 0.01)
+    model = RoutedModel(pool(), PRICE, again, 0.05)
     assert model.worth(asked).argmax(1).tolist() == [1, 0]
     with pytest.raises(InputError, match="router"):
         RoutedModel({"large": pool()["large"], "small": pool()["small"]}, PRICE, again)
@@ -194,7 +194,7 @@ def test_a_file_describes_a_pool(tmp_path: Path, tiny_lm_dir: Path) -> None:
     router.save(tmp_path / "router.safetensors")
     lines = f"models: {{small: {tiny_lm_dir}, large: {tiny_lm_dir}}}\nprice: {{small: 1, large: 10}}\n"
     file = tmp_path / "pool.yaml"
-    file.write_text(lines + "router: router.safetensors\ncost_weight: 0.01\n")
+    file.write_text(lines + "router: router.safetensors\ncost_weight: 0.05\n")
     found = load(file).generate(["Write a sum about 7", "Write a poem about 7"], max_new_tokens=3, seed=0)
     assert [c.model for c in found.trace] == ["large", "small"] and found.cost.price == 11.0 and len(found.texts) == 2
     file.write_text(lines + "critic: length>=100\n")
@@ -261,7 +261,7 @@ def test_a_router_in_rounds() -> None:
     found = generate(
         TurnProcess(world, max_turns=3, actor=asking_once()), ["easy 0"], reward=parse_reward("return"), seed=0
     )
-    assert found.reward.tolist() == [pytest.approx(0.85)]
+    assert found.reward.tolist() == [pytest.approx(0.7)]  # the dearest of its window
 
 
 def asking_once() -> PromptTable:

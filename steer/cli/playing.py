@@ -82,7 +82,9 @@ def play(options: PlayOptions, coming: Coming = frozenset()) -> Run:
         written = played.save(options.out)
         title = f"{options.model} plays {options.env}"
         page = options.out / "episodes.html"
-        draw_episodes(page, played.records[:_SHOWN], [t for t in played.trees if t["row"] < _SHOWN], title, str(played))
+        draw_episodes(
+            page, played.records[:_SHOWN], [t for t in played.trees if t["row"] < _SHOWN], title, played.facts()
+        )
         session.say(str(played))
         session.say(f"wrote {', '.join(str(path) for path in [*written, page])}")
 

@@ -297,7 +297,7 @@ class Samples:
             token_drift=(lambda: TokenDrift.join([p.drift for p in parts])) if by_token else None,
             cost=sum((p.cost for p in parts), Cost()),
             pool=None if any(p is None for p in pools) else Samples.join([p for p in pools if p is not None]),
-            trace=None if any(p.trace is None for p in parts) else [t for p in parts for t in (p.trace or [])],
+            trace=_joined_trace(parts),
         )
 
     @staticmethod
@@ -392,6 +392,15 @@ class Samples:
         from steer.core.notebook import samples_html
 
         return samples_html(self)
+
+
+def _joined_trace(parts: Sequence[Samples]) -> list[Any] | None:
+    """The traces of several batches as one, where every entry says all of itself; entries that number the rows of their
+    batch (generations of particles) are of no use beside others.
+    """
+    entries = [entry for p in parts for entry in p.trace or ()]
+    whole = all(p.trace is not None for p in parts) and all(getattr(e, "stands_alone", False) for e in entries)
+    return entries if whole else None
 
 
 def _pictures(images: Any) -> list[Image]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 __all__ = ["Round", "friction_law", "rounds_of"]
 
@@ -12,6 +13,8 @@ __all__ = ["Round", "friction_law", "rounds_of"]
 @dataclass(frozen=True)
 class Round:
     """What happened in one round, as counts, so that rounds of several batches add up."""
+
+    stands_alone: ClassVar = True
 
     number: int
     outputs: int

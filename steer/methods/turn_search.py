@@ -188,6 +188,8 @@ class Node:
 class Tree:
     """The search of one turn; `row` is its episode among the run's, `turn` the number of the turn."""
 
+    stands_alone = True
+
     def __init__(
         self, how: TurnSearch, process: TurnProcess, run: Run, group: int, row: int, rng: random.Random
     ) -> None:

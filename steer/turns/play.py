@@ -12,6 +12,8 @@ from typing import Any
 from steer.core import Cost, Edit, Prompt, Sampler, Samples, check_whole
 from steer.files import as_json, write_text
 from steer.measure.tables import aligned, number, ranged
+from steer.methods.samplers import make_sampler
+from steer.methods.turn_search import TurnSearch
 from steer.model import execute, prepare
 from steer.rewards.returns import Return
 from steer.turns.process import TurnProcess
@@ -75,6 +77,10 @@ class Played:
         return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in found.items()}
 
     def __str__(self) -> str:
+        return f"{self.facts()}\nseconds {self.cost.seconds:.1f}"
+
+    def facts(self) -> str:
+        """The table, without the time that it took."""
         told = self.to_dict()
         cost = self.cost
         rows = [
@@ -88,7 +94,6 @@ class Played:
             ["model calls", str(cost.model_calls)],
             ["tokens", str(cost.generated_tokens)],
             ["price", number(cost.price)],
-            ["seconds", number(cost.seconds, "{:.1f}")],
         ]
         return aligned(rows) + ("" if self.regret is None else f"\n{self.regret}")
 
@@ -122,11 +127,14 @@ def play(
     """
     check_whole("episodes", episodes)
     asked = [prompt for prompt in prompts for _ in range(episodes)]
+    chosen = make_sampler(sampler)
+    if isinstance(chosen, TurnSearch):  # one episode after the other: all are one batch, whose trees have its numbers
+        max_rows = max(max_rows, len(asked) * chosen.rows)
     plan = prepare(
         process,
         asked,
         edits=[list(edits)] * len(asked) if edits else (),
-        sampler=sampler,
+        sampler=chosen,
         reward=Return(),
         seed=seed,
         max_rows=max_rows,
