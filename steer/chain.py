@@ -15,7 +15,19 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from steer.core import Ability, Context, Cost, Mounted, Process, Prompt, Samples, Site, check, check_whole
+from steer.core import (
+    Ability,
+    Context,
+    Cost,
+    Mounted,
+    Process,
+    Prompt,
+    Samples,
+    Site,
+    TransitionEdit,
+    check,
+    check_whole,
+)
 from steer.core.context import Opaque, aimed, shifted
 from steer.core.rows import Rows, accounted, beginning
 from steer.sampling.laws import check_possible, divergence
@@ -63,6 +75,11 @@ class TokenChain(Process):
     @property
     def num_steps(self) -> int:
         return self.length
+
+    @property
+    def transitions(self) -> Mounted:
+        """Its edits of the next token's law."""
+        return tuple((edit, wanted) for edit, wanted in self.edits if isinstance(edit, TransitionEdit))
 
     @abstractmethod
     def view(self, prefix: Tensor, prompts: Sequence[Any] | None = None) -> ChainContext:
@@ -114,7 +131,7 @@ class TokenChain(Process):
     def propose(self, state: ChainState, generator: torch.Generator) -> ChainState:
         context = self.context(state)
         base = context.base
-        law = check_possible(torch.log_softmax(shifted(self.edits, context, state.group), -1))
+        law = check_possible(torch.log_softmax(shifted(self.transitions, context, state.group), -1))
         token = torch.multinomial(law.exp(), 1, generator=generator)
         drawn = law.gather(1, token).squeeze(1)
         aim = aimed(self.edits, context, state.group, token)

@@ -54,6 +54,8 @@ def load(model: Any, *, engine: str = "transformers", kind: str | None = None, *
     folder, a GGUF file, a network or pipeline in memory, or a model behind an OpenAI-compatible endpoint
     (`openai:http://host/v1#name`).
 
+    A `.yaml` file describes several models behind a router (see `steer.routing.files.read_pool`).
+
     Folders and ids of masked language models (BERT's kin and masked diffusion models) open as denoisers of text; see
     `steer.adapters.transformers.masked`.
 
@@ -65,6 +67,10 @@ def load(model: Any, *, engine: str = "transformers", kind: str | None = None, *
     `InputError`, and `SteerError` where nothing can be loaded.
     """
     check(engine in _ENGINES, "engine", engine, ", ".join(_ENGINES))
+    if isinstance(model, str | Path) and str(model).endswith((".yaml", ".yml")):
+        from steer.routing.files import read_pool
+
+        return read_pool(model, lambda name: load(name, engine=engine, kind=kind, **options))
     check(kind is None or kind in _KINDS, "kind", kind, ", ".join(_KINDS))
     found = _kind(model)
     check(kind in (None, found), "kind", kind, f"{found}, which {model!r:.80} is")

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -67,6 +67,8 @@ def prepare(
     )
     if scored is not None and model is not None:
         scored = scored.bind(model)
+    if model is not None:
+        chosen = chosen.bind(model)
     mounted = [(edit.with_beta(float(beta)), wanted) for edit, wanted in as_edits(edits, len(several), model)]
     for edit, wanted in mounted:
         process.edited(edit, None if wanted is None else sorted(wanted))  # refused here, not in the middle of a run
@@ -107,17 +109,16 @@ def execute(
                     on_step(first, state)
 
             with process.session():
-                parts.append(
-                    plan.sampler.run(
-                        process,
-                        prompts,
-                        generator=generator,
-                        reward=plan.reward,
-                        beta=plan.beta,
-                        on_step=step,
-                        on_trace=None if on_trace is None else partial(on_trace, first),
-                    )
+                drawn = plan.sampler.run(
+                    process,
+                    prompts,
+                    generator=generator,
+                    reward=plan.reward,
+                    beta=plan.beta,
+                    on_step=step,
+                    on_trace=None if on_trace is None else partial(on_trace, first),
                 )
+                parts.append(drawn)
     return _kl_named(plan, Samples.join(parts))
 
 
@@ -135,6 +136,8 @@ class Model(ABC):
     name: str
     max_rows = 64
     """Rows generated at once by default."""
+    images: ClassVar[bool] = False
+    """Whether it draws images rather than writing texts."""
 
     @abstractmethod
     def process(self, **settings: Any) -> Process:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from steer.chain import FunctionProcess
 from steer.core import Context, Process, Prompt, PromptEdit, Reward, Samples, Site, TransitionEdit, UnsupportedError
 from steer.diffusion.process import Diffusion
 from steer.masked import MaskedProcess
@@ -20,6 +21,7 @@ from steer.methods.svdd import SVDD
 from steer.rewards import lift
 from steer.toy import GaussianProcess, markov_lm
 from steer.toy.masked import TableDenoiser
+from steer.turns import TurnProcess
 
 
 def masked(request: Any) -> Process:
@@ -44,6 +46,12 @@ def pipeline(request: Any) -> Process:
     from steer.adapters.diffusers.loading import load
 
     return load(sd15()).process(steps=4)
+
+
+def turns(request: Any) -> Process:
+    """An agent that draws one of the courier's three actions."""
+    actor = FunctionProcess(lambda seen: torch.zeros(len(seen), 3), length=1, words=("walk", "ride", "wait"))
+    return TurnProcess("courier", actor, max_turns=3, simulate=True)
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +83,7 @@ PROCESSES: dict[str, Callable[[Any], Process]] = {
     "masked": masked,
     "diffusion network": diffusion_network,
     "pipeline": pipeline,
+    "turns": turns,
 }
 
 

@@ -35,6 +35,8 @@ PAGES = [
     "adapters/README.md",
     "recipes/README.md",
     "steer/methods/README.md",
+    "steer/critique/README.md",
+    "steer/turns/README.md",
     "steer/serving/README.md",
 ]
 """Pages with blocks that run."""

@@ -97,6 +97,30 @@ def test_steering_is_the_models_own(client: OpenAI, tiny_lm: Any, folder: Path) 
     assert unmeasured.choices[0].steer == {"reward": None, "kl": None}
 
 
+def test_critique_tells_its_rounds(client: OpenAI) -> None:
+    asked = {"sampler": "critique", "critic": "length>=100", "settings": {"rounds": 2, "revise": False}}
+    chunks = list(chat(client, steer=asked, stream=True, seed=1))
+    told = [
+        c.steer["progress"]["round"]
+        for c in chunks
+        if "round" in (c.model_extra.get("steer") or {}).get("progress", {})
+    ]
+    assert [r["number"] for r in told] == [0, 1, 2] and {r["accepted"] for r in told} == {0.0}
+    whole = chat(client, steer={**asked, "critic": "length>=1", "settings": {"rounds": 1}}, seed=1)
+    assert whole.steer["cost"]["critic_calls"] == 1
+    for wrong, field in (
+        ({"critic": "os:getcwd"}, "steer.critic"),
+        ({"critic": "model:org/name"}, "steer.critic"),
+        ({"critic": None}, "steer.critic"),
+        ({"sampler": "best-of-n", "reward": "length", "settings": {}}, "steer.critic"),
+        ({"settings": {"votes": 3}}, "steer.settings.votes"),
+        ({"settings": {"preset": "refcritc"}}, "steer.settings.preset"),
+    ):
+        refused(400, field, lambda wrong=wrong: chat(client, steer={**asked, **wrong}))
+    many = {**asked, "settings": {"rounds": 10**6, "revise": False}}
+    refused(413, "steer.candidates", lambda: chat(client, steer=many))
+
+
 def test_a_mixed_crowd_writes_what_each_writes_alone(client: OpenAI) -> None:
     kinds: list[dict[str, Any]] = [
         {},

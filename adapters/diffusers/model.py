@@ -67,6 +67,8 @@ class DiffusionModel(Model):
         judge: another one that no reward uses, by whose features populations are compared.
     """
 
+    images = True
+
     source: Source
     name: str
     classes: list[str] | None = None

@@ -83,6 +83,10 @@ class Decoding:
     logits_processor: tuple[LogitsProcessor, ...] = field(default=(), repr=False)
     stopping_criteria: tuple[StoppingCriteria, ...] = field(default=(), repr=False)
 
+    def heated(self, by: float, most: float = 1.5) -> Decoding:
+        """At a temperature that is `by` higher, at most `most` or its own."""
+        return replace(self, temperature=max(self.temperature, min(self.temperature + by, most)))
+
     def __post_init__(self) -> None:
         for name, (holds, allowed) in _BOUNDS.items():
             value = getattr(self, name)

@@ -138,6 +138,9 @@ class EndpointProcess(Process):
     def copy(self, edits: Mounted) -> EndpointProcess:
         return replace(self, edits=edits)
 
+    def heated(self, by: float) -> EndpointProcess:
+        return replace(self, decoding=self.decoding.heated(by))
+
     def as_proposal(self) -> EndpointProcess:
         return replace(self, proposal=True)
 

@@ -145,6 +145,9 @@ class TextProcess(Process):
     def copy(self, edits: Mounted) -> TextProcess:
         return replace(self, edits=edits)
 
+    def heated(self, by: float) -> TextProcess:
+        return replace(self, decoding=self.decoding.heated(by))
+
     def as_proposal(self) -> TextProcess:
         """The process with its edits as a proposal for `base`. Under truncation edited laws are cut to the tokens that
         truncation keeps of the unedited one, since weights cannot bring back what is never drawn.

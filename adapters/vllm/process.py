@@ -147,6 +147,9 @@ class VLLMProcess(Process):
     def copy(self, edits: Mounted) -> VLLMProcess:
         return replace(self, edits=edits)
 
+    def heated(self, by: float) -> VLLMProcess:
+        return replace(self, decoding=self.decoding.heated(by))
+
     def as_proposal(self) -> VLLMProcess:
         """The process for samplers that weigh. Without edits it draws from its base law, truncated or not."""
         return replace(self, proposal=True)

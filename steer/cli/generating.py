@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -19,12 +19,13 @@ from steer.cli.session import Run, Session
 from steer.cli.values import coerce, pairs, spelled, typed
 from steer.core import Ability, Edit, InputError, RawText, Reward, Sampler, Samples, check
 from steer.core.names import check_known
+from steer.critique.reading import parse_critic
 from steer.edits import split_spec
 from steer.loading import is_endpoint
 from steer.measure.report import strength_unit
 from steer.methods.gradient import GradientGuidance
 from steer.methods.rlg import RLGuidance
-from steer.methods.samplers import SAMPLERS, make_sampler
+from steer.methods.samplers import SAMPLERS, make_sampler, with_preset
 from steer.methods.value import ValueGuidance
 from steer.model import Plan, execute, prepare
 from steer.progress import note
@@ -86,7 +87,8 @@ def sampler_of(options: SampleOptions, keep_previews: bool = False) -> Sampler:
     hints = get_type_hints(kind)
     settable = {f.name: hints[f.name] for f in fields(kind)}  # type: ignore[arg-type]
     given = pairs(options.set)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = with_preset(options.sampler, {"preset": given.pop("preset", None)})
+    found = {name: value for name, value in found.items() if name not in given} | _critic(options, settable)
     if {"lookahead"} <= settable.keys() & given.keys():
         found["lookahead"] = _lookahead(given.pop("lookahead"), type(None) in get_args(settable["lookahead"]))
     settings = typed(given, settable, f"setting of {options.sampler}") | found
@@ -95,6 +97,17 @@ def sampler_of(options: SampleOptions, keep_previews: bool = False) -> Sampler:
         settings["keep_previews"] = True
     # n=none is a choice of its own, and not that of the default.
     return kind(**settings) if "n" in settings else make_sampler(options.sampler, options.n, **settings)
+
+
+def _critic(options: SampleOptions, settable: Mapping[str, Any]) -> dict[str, Any]:
+    """The critic that was named, as a setting."""
+    path = options.critic_instruction
+    if options.critic is None:
+        check(path is None, "critic_instruction", str(path), "unset: without --critic model:ID nobody reads it")
+        return {}
+    check("critic" in settable, "critic", options.critic, "unset, or --sampler critique")
+    check(path is None or path.is_file(), "critic_instruction", str(path), "a file that is there")
+    return {"critic": parse_critic(options.critic, None if path is None else path.read_text(encoding="utf-8"))}
 
 
 def _lookahead(text: str, optional: bool) -> Lookahead | None:

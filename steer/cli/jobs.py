@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from steer.cli import bulk, demo, generating, judging, measuring, serving, tabulating, training
+from steer.cli import bulk, demo, generating, judging, measuring, playing, serving, tabulating, training
 from steer.cli.recipe import Recipe
 from steer.cli.session import Run, Session
 from steer.core import SteerError
@@ -26,6 +26,7 @@ JOBS: dict[str, Callable[..., Run]] = {
     "train stimulus": training.train_stimulus,
     "train policy": training.train_policy,
     "train images": training.train_images,
+    "train router": playing.train_router,
     "eval strength": measuring.strength,
     "eval frontier": measuring.frontier,
     "eval search": measuring.search,
@@ -35,6 +36,7 @@ JOBS: dict[str, Callable[..., Run]] = {
     "eval concept": judging.concept,
     "eval reliability": judging.reliability,
     "eval pairs": judging.pairs,
+    "play": playing.play,
     "table": tabulating.tabulate,
     "serve": serving.serve,
     "demo": demo.demo,

@@ -24,6 +24,7 @@ __all__ = [
     "DistanceOptions",
     "EvalOptions",
     "FrontierOptions",
+    "PlayOptions",
     "GenerateOptions",
     "GuidanceOptions",
     "ImageOptions",
@@ -42,6 +43,7 @@ __all__ = [
     "TrainOptions",
     "TrainPolicyOptions",
     "TrainRewardOptions",
+    "TrainRouterOptions",
     "TrainValueOptions",
     "TrainVectorOptions",
 ]
@@ -102,6 +104,15 @@ class SampleOptions(ModelOptions):
     sampler: Annotated[str, typer.Option(metavar="NAME", help=f"How to draw: {SAMPLERS}.")] = "ancestral"
     set: _Settings = field(default_factory=list)
     reward: Annotated[str | None, _Reward] = None
+    critic: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CRITIC", help="Of sampler critique: REWARD>=NUMBER, module:function, model:ID or model:self."
+        ),
+    ] = None
+    critic_instruction: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What a critic model is told, with {prompt} and {output} in it.")
+    ] = None
     beta: Annotated[float, typer.Option(help="KL coefficient of the target p exp(reward / beta).")] = 1.0
     n: Annotated[
         int | None,
@@ -563,6 +574,67 @@ class PairsOptions(EvalOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlayOptions(ModelOptions):
+    """Play an agent in an environment: its return, success and cost, every episode, and a page of them."""
+
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="As everywhere, or uniform: any legal action, each as likely.")
+    ] = "uniform"
+    env: Annotated[
+        str, typer.Option(metavar="NAME", help="courier, bandit:arms=.6,.4, ledger, gymnasium:ID, or module:factory.")
+    ]
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for episodes.jsonl, play.json and episodes.html.")]
+    sampler: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="ancestral, turn-search; critique, in every turn; or one that picks episodes."
+        ),
+    ] = "ancestral"
+    set: _Settings = field(default_factory=list)
+    critic: Annotated[
+        str | None,
+        typer.Option(metavar="CRITIC", help="legal, REWARD>=NUMBER, module:function, model:ID or model:self."),
+    ] = None
+    edit: Annotated[
+        list[str],
+        typer.Option(metavar="FILE[:STRENGTH][:KEY=VALUE]", help="A vector, controller or value head; repeatable."),
+    ] = field(default_factory=list)
+    prompts: Annotated[Path | None, _Prompts] = None
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What comes before the environment's words.")] = (
+        None
+    )
+    episodes: Annotated[int, typer.Option(help="Of each prompt.")] = 100
+    max_turns: Annotated[int, typer.Option(help="After which an episode is cut off.")] = 8
+    history: Annotated[str, typer.Option(metavar="full|last:K", help="What of the conversation the model sees.")] = (
+        "full"
+    )
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0
+    max_new_tokens: Annotated[int, typer.Option(help="Of one action.")] = 32
+    seconds: Annotated[float, typer.Option(help="For a call into the environment; longer ends its episode.")] = 10.0
+    max_rows: Annotated[int, typer.Option(help="Episodes played at once.")] = 64
+    margin: Annotated[float, typer.Option(help="Of value, from which turn-search writes a pair for DPO.")] = 0.1
+    seed: Annotated[int, typer.Option(help="Same seed, same episodes.")] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRouterOptions(Options):
+    """Train a router: which model is worth its price for a prompt."""
+
+    data: Annotated[
+        Path, typer.Option(metavar="FILE.jsonl", help='Rows {"prompt", "model", "score"}; missing ones are skipped.')
+    ]
+    out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Where the router goes.")]
+    price: Annotated[list[str], typer.Option(metavar="MODEL=PRICE", help="Of an answer; repeatable.")] = field(
+        default_factory=list
+    )
+    grid: Annotated[str, typer.Option(metavar="A,B,...", help="Lambdas, the worth of a unit of price.")] = (
+        "0,0.003,0.01,0.03,0.1"
+    )
+    seed: Annotated[int, typer.Option(help="Which prompts are held out.")] = 0
+    overwrite: Annotated[bool, _Overwrite] = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class ListenOptions(ModelOptions):
     """Where to listen, and who is let in."""
 
@@ -722,6 +794,7 @@ COMMANDS: dict[str, type[Options]] = {
     "train stimulus": TrainStimulusOptions,
     "train policy": TrainPolicyOptions,
     "train images": TrainImagesOptions,
+    "train router": TrainRouterOptions,
     "eval strength": StrengthOptions,
     "eval frontier": FrontierOptions,
     "eval search": SearchOptions,
@@ -731,6 +804,7 @@ COMMANDS: dict[str, type[Options]] = {
     "eval concept": ConceptOptions,
     "eval reliability": ReliabilityOptions,
     "eval pairs": PairsOptions,
+    "play": PlayOptions,
     "table": TableOptions,
     "serve": ServeOptions,
     "demo": DemoOptions,
@@ -803,6 +877,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "eval pairs": ("steer eval pairs --model smollm2-135m --pairs pairs.jsonl --reward sentiment --out pairs",),
     "eval guidance": (
         "steer eval guidance --model smollm2-135m --tuned bright --prompts prompts.json --reward sentiment --out w",
+    ),
+    "play": (
+        "steer play --env courier --sampler turn-search --episodes 20 --out played",
+        "steer play --env bandit:show=guided --model smollm2-135m --sampler critique --critic legal --out played",
     ),
     "table": ("steer table plain.json calm.json best-of-8.json --texts",),
     "serve": ("steer serve --model smollm2-135m --artifacts vectors --port 8000",),

@@ -203,7 +203,9 @@ def default_steering(job: GenerateOptions) -> Default:
     if job.sampler != "ancestral":
         check_known("sampler", job.sampler, SAMPLERS)
         kind = SAMPLERS[job.sampler]
-        settings = typed(pairs(job.set), get_type_hints(kind), f"setting of {job.sampler}")
+        given = pairs(job.set)
+        preset = {"preset": given.pop("preset")} if "preset" in given else {}
+        settings = typed(given, get_type_hints(kind), f"setting of {job.sampler}") | preset
         candidates = settings.pop(kind.population, candidates)
     request = SteerRequest.parse(
         {
@@ -212,6 +214,7 @@ def default_steering(job: GenerateOptions) -> Default:
             "settings": settings,
             "candidates": None if job.sampler == "ancestral" else candidates,
             "reward": job.reward,
+            "critic": job.critic,
             "beta": job.beta,
         }
     )

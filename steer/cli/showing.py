@@ -16,7 +16,9 @@ from steer.cli import checks
 from steer.cli.options import GenerateOptions, SampleOptions
 from steer.cli.session import Session
 from steer.core import Samples, check
+from steer.critique.rounds import Round, rounds_of
 from steer.files import as_json, write_text
+from steer.measure.friction import friction_table
 from steer.methods.samplers import SAMPLERS
 from steer.model import Plan
 from steer.pictures.style import image_format
@@ -39,6 +41,9 @@ def show_samples(
     """Print samples and write the files that were asked for."""
     samples = by_weight(samples)
     found = {"model": options.model, **samples.to_dict(), "seed": seed}
+    rounds = [entry for entry in samples.trace or () if isinstance(entry, Round)]
+    if rounds:
+        found["rounds"] = [r.told() for r in rounds_of(rounds)]
     if pictures is not None:
         found["files"] = pictures.write(samples)
     if options.out is not None:
@@ -55,12 +60,16 @@ def show_samples(
         for number, sample in enumerate(entry["samples"], 1):
             facts = [] if weights is None else [f"weight {weights[i]:.3f}"]
             facts += [f"{k} {sample[k]:.3f}" for k in ("reward", "kl") if sample[k] is not None and k not in hidden]
+            if rounds and samples.lineage is not None and int(samples.lineage[i]) < 0:
+                facts.append("nothing was accepted: abstained")
             shown = f"[{', '.join(facts)}]" if facts else ""
             text = "" if streamed else sample["text"]
             session.say(f"{text}\n  {shown}\n" if pictures is None else f"  {number} {shown}".rstrip())
             i += 1
     if len(samples) > 1 or pictures is not None:
         session.say(summary(samples))
+    if rounds:
+        session.say(friction_table(rounds))
     for what, path in (found["files"] if pictures is not None else {}).items():
         session.say(f"wrote {path} ({what})" if what != "png" else f"wrote {path}")
 

@@ -233,6 +233,20 @@ class Process(ABC):
     def copy(self: P, edits: Mounted) -> P:
         """The same process under exactly these edits."""
 
+    def renumbered(self: P, origin: Sequence[int]) -> P:
+        """The process for prompts of which number i was number `origin[i]`: edits follow the prompts that asked."""
+        if all(wanted is None for _, wanted in self.edits):
+            return self
+
+        def moved(wanted: frozenset[int] | None) -> frozenset[int] | None:
+            return None if wanted is None else frozenset(i for i, b in enumerate(origin) if b in wanted)
+
+        return self.copy(tuple((edit, moved(wanted)) for edit, wanted in self.edits))
+
+    def heated(self: P, by: float) -> P:
+        """The process at a temperature that is `by` higher, at most 1.5 (or its own, where that is more)."""
+        raise UnsupportedError(f"{type(self).__name__} has no temperature")
+
     def session(self) -> AbstractContextManager[None]:
         """Held open around a run: what an engine sets up once rather than at every step. Steps also work without."""
         return nullcontext()
@@ -264,6 +278,9 @@ class Process(ABC):
     def unedited(self: P) -> P:
         """The base process."""
         return self.copy(()) if self.edits else self
+
+    def check_search(self, who: str) -> None:  # noqa: B027
+        """Warn where a sampler that chooses, called `who`, would not do what a person expects of it here."""
 
     def require(self, ability: Ability, who: str) -> None:
         """Raise `UnsupportedError` unless the process has `ability`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -83,12 +83,19 @@ class Sampler(ABC):
     own_settings: ClassVar[frozenset[str]] = frozenset()
     """Settings that whoever runs it decides: a server takes none of them from a request."""
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Settings by the name of the paper that has them; `preset=NAME` beside a sampler's name takes them."""
     kl_kind: ClassVar[str | None] = None
     """What the KL of its samples is (see `Samples.kl_kind`); None: what the process says."""
 
     @property
     def rows(self) -> int:
         """Rows that it keeps going for each prompt."""
+        return 1
+
+    @property
+    def passes(self) -> int:
+        """Times at most that each of its rows is drawn anew, from its prompt to its end."""
         return 1
 
     @property
@@ -113,6 +120,10 @@ class Sampler(ABC):
         """
         own = {"n": n} if cls.population != "n" else {}
         return cls(**{cls.population: candidates, **own, **settings})
+
+    def bind(self, model: Any) -> Sampler:
+        """The sampler for use with `model`, of which what it holds may take hold (see `Reward.bind`)."""
+        return self
 
     def updates(self, process: Process) -> int:
         """About how many times a run calls `on_step`, for progress bars."""
@@ -141,6 +152,8 @@ class Sampler(ABC):
         """A run that was checked, before its first step. Raises `InputError` and `UnsupportedError`."""
         check(reward is not None or not self.needs_reward, "reward", None, f"a reward: {self.title} goes by it")
         self.check_process(process)
+        if self.needs_reward:
+            process.check_search(self.title)
         given = _Tilting(reward) if self.tilts and reward is not None else reward
         return Run(self.prepared(process), list(prompts), generator, given, beta, on_step, on_trace)
 

@@ -31,6 +31,10 @@ class Cost:
     nfe: int = 0
     """Network evaluations, one for each row: a particle at one noise level, a token that was read."""
     reward_calls: int = 0
+    critic_calls: int = 0
+    """Drafts that a critic judged."""
+    price: float = 0.0
+    """What models with a price took, in its unit."""
     seconds: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
@@ -265,7 +269,11 @@ class Samples:
 
         # A lineage counts rows of the pool; those of later batches come after.
         before = [sum(len(p.pool or p) for p in parts[:i]) for i in range(len(parts))]
-        numbered = [p.lineage + o for p, o in zip(parts, before, strict=True) if p.lineage is not None]
+        numbered = [
+            torch.where(p.lineage < 0, p.lineage, p.lineage + o)  # -1 is nobody
+            for p, o in zip(parts, before, strict=True)
+            if p.lineage is not None
+        ]
         lineage = torch.cat(numbered) if len(numbered) == len(parts) else None
         lazy = all(p.kl_estimate is not None for p in parts)
         by_token = all(p.token_drift is not None for p in parts)
@@ -289,7 +297,14 @@ class Samples:
             token_drift=(lambda: TokenDrift.join([p.drift for p in parts])) if by_token else None,
             cost=sum((p.cost for p in parts), Cost()),
             pool=None if any(p is None for p in pools) else Samples.join([p for p in pools if p is not None]),
+            trace=_joined_trace(parts),
         )
+
+    @staticmethod
+    def stack(parts: Sequence[Samples]) -> Samples:
+        """Rows of several samples of the same prompts as one, in order, without their pools and lineages."""
+        joined = Samples.join([replace(p, pool=None, lineage=None, trace=None) for p in parts])
+        return replace(joined, prompts=parts[0].prompts, group=torch.cat([p.group for p in parts]), log_z=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: `{"prompts": [{"prompt", "samples": [{"text", "reward", "log_weight", "kl"}], ...}], "cost"}`.
@@ -377,6 +392,15 @@ class Samples:
         from steer.core.notebook import samples_html
 
         return samples_html(self)
+
+
+def _joined_trace(parts: Sequence[Samples]) -> list[Any] | None:
+    """The traces of several batches as one, where every entry says all of itself; entries that number the rows of their
+    batch (generations of particles) are of no use beside others.
+    """
+    entries = [entry for p in parts for entry in p.trace or ()]
+    whole = all(p.trace is not None for p in parts) and all(getattr(e, "stands_alone", False) for e in entries)
+    return entries if whole else None
 
 
 def _pictures(images: Any) -> list[Image]:

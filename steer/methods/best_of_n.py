@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,24 +13,12 @@ import torch
 from torch import Tensor
 
 from steer.core import Ability, InputError, Process, Run, Sampler, Samples, check, check_whole
+from steer.sampling.rollouts import rollouts
 
 __all__ = ["Ancestral", "BestOfN", "best_of_n_kl", "best_of_n_law", "reward_curve"]
 
 
 _CHOICES = ("max", "soft", "majority", "weighted")
-
-
-def _rollouts(run: Run, n: int, narrow: Callable[[Any], Any] | None = None) -> Samples:
-    """`n` outputs for each prompt with their rewards. `narrow` gives rows up between steps."""
-    process = run.process
-    state = process.init(run.prompts, n, run.generator)
-    while not process.done(state):
-        state = process.propose(state, run.generator)
-        if narrow is not None and not process.done(state):
-            state = narrow(state)
-        run.step(state)
-    samples = process.decode(state)
-    return samples if run.given is None else replace(samples, reward=run.score(samples))
 
 
 @dataclass(frozen=True)
@@ -51,7 +39,7 @@ class Ancestral(Sampler):
         check_whole("n", self.n)
 
     def draw(self, run: Run) -> Samples:
-        return _rollouts(run, self.n)
+        return rollouts(run, self.n)
 
 
 @dataclass(frozen=True)
@@ -119,7 +107,7 @@ class BestOfN(Sampler):
             check(steps > 1, "reject", self.reject, "0 here: the output is one step; draw it in several (block)")
 
     def draw(self, run: Run) -> Samples:
-        pool = _rollouts(run, self.n, partial(self._narrowed, run) if self.reject else None)
+        pool = rollouts(run, self.n, partial(self._narrowed, run) if self.reject else None)
         scores = pool.reward
         assert scores is not None
         chosen = []

@@ -5,7 +5,7 @@ Nothing is imported here before a sampler is asked for, so that help can list th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -55,6 +55,8 @@ SAMPLERS = Registry(
     svdd="steer.methods.svdd:SVDD",
     dts="steer.methods.dts:DTS",
     dts_star="steer.methods.dts:SearchDTS",
+    critique="steer.methods.critique:Critique",
+    turn_search="steer.methods.turn_search:TurnSearch",
 )
 
 
@@ -64,7 +66,7 @@ class SamplerSettings(TypedDict, total=False):
     """
 
     reject: float
-    answer: str
+    answer: str | Callable[[str], Any] | None
     num_particles: int
     per_output: bool
     potential: str
@@ -95,6 +97,32 @@ class SamplerSettings(TypedDict, total=False):
     max_bytes: int
     bonus: float
     backup: str
+    critic: Any
+    drafts: int
+    rounds: int
+    revise: bool
+    ends: str
+    keep: str
+    history: str
+    feedback: str
+    heat: float
+    repeats: str
+    votes: int
+    inner: Sampler | None
+    template: str
+    otherwise: str | None
+    right: float
+    preset: str
+    simulations: int
+    depth: int | None
+    how: str
+    leaf: Any
+    episodes: int
+    gamma: float
+    critic_weight: float
+    width: int
+    actions: str
+    simulator: Callable[..., Any] | None
 
 
 def make_sampler(sampler: Sampler | str | None, n: int | None = None, **settings: Any) -> Sampler:
@@ -110,12 +138,26 @@ def make_sampler(sampler: Sampler | str | None, n: int | None = None, **settings
     name = sampler or "ancestral"
     check_known("sampler", name, SAMPLERS)
     kind, known = SAMPLERS[name], sampler_fields(name)
+    settings = with_preset(name, settings)
     for key in settings:
         check_known(f"sampler {name}", key, known)
     if n is not None:
         check("n" in known, "n", n, f"unset: {name} has no such setting")
         settings["n"] = n
     return kind(**settings)
+
+
+def with_preset(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a sampler with those of its `preset`, where one is named, beneath them. Raises `InputError`."""
+    from steer.core import check
+
+    given = dict(settings)
+    preset = given.pop("preset", None)
+    if preset is None:
+        return given
+    presets = SAMPLERS[name].presets
+    check(preset in presets, "preset", preset, ", ".join(presets) or f"unset: {name} has none")
+    return {**presets[preset], **given}
 
 
 def sampler_fields(name: str | None) -> list[str]:

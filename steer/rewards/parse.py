@@ -39,11 +39,12 @@ from steer.rewards.image import (
 )
 from steer.rewards.judged import JudgeReward
 from steer.rewards.likelihood import Fluency, Perplexity
+from steer.rewards.returns import Return
 from steer.rewards.text import Keywords, Length, Profanity, Readability, Refusal, Rouge, Sentiment
 from steer.rewards.trained import trained
 from steer.rewards.verifiable import Answer, JsonSchema, Overlong, ReferenceRouge, Regex
 
-__all__ = ["as_reward", "parse_reward", "register", "shipped"]
+__all__ = ["as_reward", "named_function", "parse_reward", "register", "shipped"]
 
 
 _FORMS = 'module:function, a folder, or a model id org/name ("quoted" inside arithmetic)'
@@ -266,6 +267,24 @@ def _function(module: str, path: str, given: str, trusted: bool) -> Reward:
     return CallableReward(found, given)
 
 
+def named_function(field: str, given: str) -> Any:
+    """What `MODULE:FUNCTION` names, in a module that can be imported, the current folder included. Raises `InputError`
+    for `field`.
+    """
+    module, colon, path = given.strip().partition(":")
+    allowed = "module:function"
+    check(bool(colon and module and path), field, given, allowed)
+    try:
+        found: Any = _imported(module)
+    except Exception as error:
+        raise InputError(field, f"{given} (importing {module!r} failed: {error})", allowed) from error
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    named = found is not None and (callable(found) or not isinstance(found, type))
+    check(named, field, f"{given} (module {module!r} has no {path!r})", allowed)
+    return found
+
+
 def _imported(module: str) -> Any:
     here = os.getcwd()
     sys.path.insert(0, here)
@@ -308,6 +327,10 @@ def _rouge(reference: str | None = None, *, kinds: str = "1/2/L") -> Reward:
 
 def _unit_tests(*, seconds: str = "5", megabytes: str = "512") -> Reward:
     return UnitTests(float(seconds), int(megabytes))
+
+
+def _return(*, gamma: str = "1") -> Reward:
+    return Return(float(gamma))
 
 
 def _boxes(*, low: str = "0.5", high: str = "0.75", over: str = "matched") -> Reward:
@@ -360,6 +383,7 @@ register("json_schema", lambda file=None: JsonSchema(file), "json_schema[:FILE] 
 register("tool_call", lambda how="": ToolCall(how != "plain"), "tool_call[:plain] (column calls)")
 register("unit_tests", _unit_tests, "unit_tests[:seconds=S][,megabytes=M] (column tests)", loads=True)
 register("vision_boxes", _boxes, "vision_boxes[:over=all] (column boxes)")
+register("return", _return, "return[:gamma=G] (of episodes)")
 register("overlong", lambda limit, buffer: Overlong(int(limit), int(buffer)), "overlong:LIMIT,BUFFER")
 register("brightness", Brightness)
 register("contrast", Contrast)

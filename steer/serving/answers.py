@@ -109,7 +109,7 @@ class Answer(ABC):
         if isinstance(event, Started):
             yield from self._openings()
         elif isinstance(event, Progress):
-            yield self._chunk(self._nothing(0), {"progress": asdict(event)})
+            yield self._chunk(self._nothing(0), {"progress": {k: v for k, v in asdict(event).items() if v is not None}})
         elif isinstance(event, Delta):
             yield from self._release()
             if event.text or event.logprobs:

@@ -144,6 +144,8 @@ class Progress:
 
     step: int
     tokens: int
+    round: dict[str, float] | None = None
+    """What a sampler that goes in rounds noted of the one that just ended."""
 
 
 @dataclass(frozen=True)

@@ -297,6 +297,8 @@ class CostAnswer(BaseModel):
     model_calls: int
     nfe: int
     reward_calls: int
+    critic_calls: int
+    price: float
     seconds: float
 
 

@@ -10,7 +10,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from steer.core import InputError, Prompt, RawText, Reward, Sampler, check
 from steer.core.names import check_known
-from steer.methods.samplers import SAMPLERS
+from steer.critique.critics import Critic
+from steer.critique.reading import parse_critic
+from steer.methods.samplers import SAMPLERS, with_preset
 from steer.sampling.lookahead import Lookahead, Preview, Rollouts
 from steer.serving.artifact_store import Store, UnknownArtifactError
 from steer.serving.engine import NamedEdit, Sampling, Steering, Task, TokenPrompt, TooLargeError
@@ -112,6 +114,8 @@ class Tasks:
     def _steering(self, asked: SteerRequest, sampling: Sampling, prompts: int, n: int) -> Steering:
         edits = tuple(self._edit(asked, i) for i in range(len(asked.edits)))
         reward = None if asked.reward is None else self._reward(asked.reward)
+        takes_critic = asked.sampler in SAMPLERS and "critic" in SAMPLERS[asked.sampler].__dataclass_fields__
+        check(asked.critic is None or takes_critic, "steer.critic", asked.critic, "unset, or with sampler=critique")
         if asked.token_level:
             check(
                 asked.candidates is None, "steer.candidates", asked.candidates, "unset without a sampler that chooses"
@@ -140,6 +144,12 @@ class Tasks:
             raise InputError(f"steer.edits.{i}.name", request.name, f"a registered artifact: {known}") from None
         return NamedEdit(entry.path, entry.digest, request)
 
+    def _critic(self, text: str) -> Critic:
+        try:
+            return parse_critic(text, rewards=self.rewards.parse)
+        except InputError as error:
+            raise InputError("steer.critic", text, error.allowed) from error
+
     def _reward(self, text: str) -> Reward:
         return self.rewards.parse(text)
 
@@ -148,28 +158,38 @@ class Tasks:
         kind: Any = SAMPLERS[name]
         population = kind.population
         allowed = [f for f in kind.__dataclass_fields__ if f not in {"n", population, *kind.own_settings}]
-        settings: dict[str, Any] = {}
-        for key, value in asked.settings.items():
+        wanted = dict(asked.settings)
+        try:
+            settings: dict[str, Any] = with_preset(name, {"preset": wanted.pop("preset", None)})
+        except InputError as error:
+            raise InputError("steer.settings.preset", error.given, error.allowed) from None
+        if asked.critic is not None:
+            settings["critic"] = self._critic(asked.critic)
+        preset_size = settings.pop(population, None)
+        for key, value in wanted.items():
             check(key in allowed, f"steer.settings.{key}", value, f"settings of {name}: {', '.join(allowed) or 'none'}")
             settings[key] = _lookahead(value) if key == "lookahead" else _typed(kind, key, value)
         texts = prompts * (1 if kind.shares else n)
         each = sampling.max_tokens * texts
-        candidates = asked.candidates
+        candidates = preset_size if asked.candidates is None else asked.candidates
         if asked.budget is not None and candidates is None:
             check(asked.budget >= each, "steer.budget", asked.budget, f"at least {each} tokens, one candidate each")
             candidates = asked.budget // each
         if candidates is None:
             default = kind.__dataclass_fields__[population].default
             candidates = min(default, max(1, self.limits.candidates // texts))
-        _check_budget(asked, candidates * each)
-        self._check_size(candidates * texts, candidates * each * getattr(settings.get("lookahead"), "m", 1))
         check(n <= candidates or not kind.shares, "n", n, f"at most {candidates}, the {population} of {name}")
         try:
-            return kind.sized(candidates, n, **settings), candidates * texts
+            made: Sampler = kind.sized(candidates, n, **settings)
         except InputError as error:
-            raise InputError(f"steer.settings.{error.field}", error.given, error.allowed) from error
+            field = "steer.critic" if error.field == "critic" else f"steer.settings.{error.field}"
+            raise InputError(field, error.given, error.allowed) from error
         except (TypeError, ValueError) as error:
             raise InputError("steer.settings", asked.settings, f"settings of {name} ({error})") from error
+        drawn = candidates * made.passes
+        _check_budget(asked, drawn * each)
+        self._check_size(drawn * texts, drawn * each * getattr(settings.get("lookahead"), "m", 1))
+        return made, candidates * texts
 
     def _check_size(self, candidates: int, tokens: int) -> None:
         if candidates > self.limits.candidates:

@@ -161,6 +161,8 @@ class SteerRequest(_Strict):
     """Of the sampler."""
     reward: Annotated[str, Field(max_length=4096), AfterValidator(encodable)] | None = None
     """An expression of named rewards; it never names a file, a module or a hub's model unless the server allows it."""
+    critic: Annotated[str, Field(max_length=4096), AfterValidator(encodable)] | None = None
+    """Of the sampler critique: REWARD>=NUMBER, of the rewards that `reward` may name."""
     beta: Beta = 1.0
     budget: Count | None = None
     """Tokens that may be generated in all, of every candidate."""

@@ -16,6 +16,7 @@ from steer.adapters.transformers.scoring import divergence
 from steer.adapters.transformers.serving.batch import BatchRow, Taken
 from steer.adapters.transformers.serving.preparing import Prepared
 from steer.core import Cost, Samples, SteerError
+from steer.critique.rounds import Round
 from steer.model import execute
 from steer.serving.engine import Delta, Ended, Finished, Progress, Started, TokenLogprob
 from steer.serving.requests import Emit, choice_events, scored
@@ -171,18 +172,22 @@ def _search(ticket: Ticket, pause: Callable[[], None]) -> None:
     process: Any = prepared.plan.process
     plan = replace(prepared.plan, process=replace(process, turn=pause))
     ticket.emit(Started(sum(map(len, prepared.ids))))
-    steps, told = 0, time.perf_counter()
+    steps, told, last = 0, time.perf_counter(), None
 
     def step(first: int, state: Any) -> None:
-        nonlocal steps, told
-        steps += 1
+        nonlocal steps, told, last
+        steps, last = steps + 1, state
         now = time.perf_counter()
         if prepared.task.stream and (steps == 1 or now - told > 0.25):
             told = now
             ticket.emit(Progress(steps, int(state.drawn)))
 
+    def note(first: int, entry: Any) -> None:
+        if prepared.task.stream and isinstance(entry, Round):
+            ticket.emit(Progress(steps, 0 if last is None else int(last.drawn), entry.told()))
+
     try:
-        samples = execute(plan, step)
+        samples = execute(plan, step, note)
         _emit_samples(ticket, samples)
     except Exception as error:
         report(ticket, error)

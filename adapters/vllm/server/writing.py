@@ -17,6 +17,7 @@ from steer.adapters.vllm.model import VLLMModel
 from steer.adapters.vllm.process import scored_early
 from steer.adapters.vllm.server.preparing import Prepared, extra_args
 from steer.core import Cost, InputError, SteerError
+from steer.critique.rounds import Round
 from steer.model import execute
 from steer.serving.engine import Delta, Ended, Finished, Progress, Sampling, Started, TokenLogprob
 from steer.serving.requests import Emit, choice_events, scored
@@ -213,9 +214,13 @@ def search(model: VLLMModel, client: Asynchronous, prepared: Prepared, emit: Emi
         steps += 1
         tell()
 
+    def note(first: int, entry: Any) -> None:
+        if isinstance(entry, Round):
+            emit(Progress(steps, client.drawn, entry.told()))
+
     client.on_drawn = tell
     with scored_early(plan) as early:
-        samples = execute(early, step)
+        samples = execute(early, step, note if prepared.task.stream else None)
     kl = samples.kl if prepared.drift is not None else None
     for event in choice_events(prepared, model, samples, kl):
         emit(event)
