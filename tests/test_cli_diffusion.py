@@ -240,7 +240,10 @@ def test_mistakes_that_the_model_tells(draw: Any) -> None:
 
 
 def test_other_commands_want_a_language_model(steer: Steer, no_model: None) -> None:
-    refused(steer("eval", "--model", "fashion-ddpm", "--edit", "x", "--prompts", "y", "--out", "z"), "language model")
+    refused(
+        steer("eval", "strength", "--model", "fashion-ddpm", "--edit", "x", "--prompts", "y", "--out", "z"),
+        "language model",
+    )
     refused(steer("train", "vector", "--model", "fashion-ddpm", "--pairs", "x", "--out", "z"), "language model")
 
 

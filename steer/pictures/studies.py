@@ -36,8 +36,9 @@ def draw_goals(found: Goals, path: Path) -> None:
         ):
             axis.barh(names, values, color=_BLUE, alpha=0.85, height=0.6)
             axis.set_title(title, fontsize=10)
-            axis.set_xlim(left=0)
         error.errorbar([r.error for r in found.rows], names, xerr=spans, fmt="none", ecolor=INK, capsize=3)
+        for axis in axes:
+            axis.set_xlim(left=0)
         error.invert_yaxis()
 
 
@@ -64,7 +65,7 @@ def draw_concept(found: ConceptReport, path: Path) -> None:
         bars.invert_yaxis()
         bars.set_xlim(0, 2)
         bars.set_title("On the half that is reported", fontsize=10)
-        _legend(bars)
+        bars.legend(fontsize=8, ncols=4, loc="lower right", bbox_to_anchor=(1.0, 1.06), columnspacing=1.0)
 
 
 def draw_reliability(found: Reliability, path: Path) -> None:
@@ -86,7 +87,7 @@ def draw_reliability(found: Reliability, path: Path) -> None:
             axis.set_xlabel("strength")
         spread.hist(found.slopes, bins=min(20, max(5, len(found.slopes) // 2)), color=_BLUE, alpha=0.85)
         spread.axvline(0, color=_ORANGE, linewidth=1.6)
-        spread.set_title(f"Slopes: {found.wrong_way:.0%} are steered the wrong way", fontsize=10)
+        spread.set_title(f"Slopes: {found.wrong_way:.0%} the wrong way", fontsize=10)
         spread.set_xlabel("nats a unit of strength")
 
 
