@@ -57,7 +57,7 @@ async def run(recipe: ImagesRecipe, shared: Shared) -> AsyncGenerator[dict[str, 
             yield {"say": text}
         async with aclosing(shared.aside(_Drawing(recipe, shared, reward).work)) as steps:
             async for event in steps:
-                if not isinstance(event, Done):
+                if not isinstance(event, Done) and event.value is not None:
                     yield event.value
 
 
@@ -77,7 +77,7 @@ class _Drawing:
     def __init__(self, recipe: ImagesRecipe, shared: Shared, reward: Any) -> None:
         self.recipe, self.shared, self.reward = recipe, shared, reward
         self.methods: list[dict[str, Any]] = []
-        self._told = 0.0
+        self._told = self._said = 0.0
 
     def work(self, tell: Callable[[Any], None]) -> None:
         """Draw, and tell of it after every step."""
@@ -114,7 +114,9 @@ class _Drawing:
     # ---- on the way
 
     def _step(self, plan: Plan, name: str, state: Any) -> None:
-        self._tell({"say": f"{METHODS[name]}: step {state.step} of {self.recipe.steps}"})
+        due = time.monotonic() - self._said >= _PACE
+        self._said = time.monotonic() if due else self._said
+        self._tell({"say": f"{METHODS[name]}: step {state.step} of {self.recipe.steps}"} if due else None)
         if name == "dts-star" or plan.process.done(state):  # type: ignore[attr-defined]
             return
         every = -(-self.recipe.steps // _FRAMES)

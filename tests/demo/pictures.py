@@ -13,7 +13,7 @@ from playwright.sync_api import sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import CHROMIUM
-from helpers import Visit, open_tab
+from helpers import Visit, number, open_tab
 
 from steer.demo.actions.shared import Shared
 from steer.demo.app import launch
@@ -58,6 +58,8 @@ def images(tab: Any) -> None:
 
 def frontier(tab: Any) -> None:
     open_tab(tab, "Frontier")
+    tab.click("#frontier-more button")
+    number(tab, "Tokens at most", 16)
     tab.click("#frontier-go")
     tab.wait_for_function("document.querySelector('#frontier-note').innerText.startsWith('Done')", timeout=LONG)
     tab.locator("#frontier circle.node[data-id='2']").focus()

@@ -162,3 +162,27 @@ def test_who_is_away_for_too_long_is_forgotten() -> None:
     visitors.sweep(time.monotonic() + LIMIT_SECONDS + 5)
     assert not folder.exists() and len(visitors) == 0
     visitors.close()
+
+
+def test_a_run_that_lasts_too_long_ends_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gradio", reason="THE DEMO IS NOT TESTED: pip install steer-engine[demo]")
+    from steer.demo import tabs
+
+    monkeypatch.setattr(tabs, "LIMIT_RUN", 0.2)
+    closed = []
+
+    @tabs.told("line")
+    async def endless() -> Any:
+        try:
+            while True:
+                yield {"line": "on it"}
+                await asyncio.sleep(0.02)
+        finally:
+            closed.append(True)
+
+    async def gathered() -> list[Any]:
+        return [update async for update in endless()]
+
+    found = run(gathered())
+    assert 2 < len(found) < 15 and closed == [True]
+    assert found[-1]["line"]["wrong"] and "Stopped after" in found[-1]["line"]["text"]
