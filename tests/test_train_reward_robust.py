@@ -11,6 +11,7 @@ from torch import Tensor
 
 from steer.core import InputError, Samples
 from steer.measure.agreement import kendall, mismatch
+from steer.methods.prompt import direction_prompt
 from steer.rewards import Hindsight, parse_reward
 from steer.rewards.heads import HeadReward
 from steer.train.reward import train_reward
@@ -46,16 +47,16 @@ def test_penalties_are_the_first_that_is_enough() -> None:
 
 
 def test_a_gate_learns_which_attribute_counts() -> None:
-    """Prompts of two kinds, each of which is judged by another attribute; equal weights are right half of the time."""
+    """Prompts of two kinds, each of which is judged by another attribute; the one that does not count is the louder."""
     drawn = torch.Generator().manual_seed(1)
     kind = torch.randint(0, 2, (600,), generator=drawn)
     psi = torch.nn.functional.one_hot(kind, 2).float() * 2 - 1
-    gap = torch.randn(600, 2, generator=drawn).double()
-    gap[torch.arange(600), kind] = gap[torch.arange(600), kind].abs()
+    gap = torch.randn(600, 2, generator=drawn).double() * 2
+    gap[torch.arange(600), kind] = gap[torch.arange(600), kind].abs() / 2
     scores = torch.stack([gap, torch.zeros_like(gap)], 1)
-    gate = fit_gate(psi[:400], scores[:400] * 3, hidden=16, steps=600)
+    gate = fit_gate(psi[:400], scores[:400] * 3, hidden=16, steps=1500)
     right = (gate(psi[400:]).double() * gap[400:]).sum(1) > 0
-    assert float(right.double().mean()) > 0.9 > float((gap[400:].sum(1) > 0).double().mean())
+    assert float(right.double().mean()) > 0.8 > 0.7 > float((gap[400:].sum(1) > 0).double().mean())
     assert torch.allclose(Gating(2, 3)(psi).sum(1), torch.ones(600))
 
 
@@ -123,6 +124,14 @@ def test_directions_by_hand(angle: float, expected: tuple[float, ...], best: str
     scores = reward(Samples([""], texts, torch.zeros(4).long(), torch.zeros(4)))
     assert scores.tolist() == pytest.approx(expected, abs=1e-4)
     assert list(CANDIDATES)[int(scores.argmax())] == best
+
+
+@pytest.mark.parametrize(("angle", "weights"), [(-20, (94, -34)), (-10, (98, -17)), (45, (71, 71))])
+def test_directions_are_stated_in_whole_weights(angle: float, weights: tuple[int, int]) -> None:
+    text = direction_prompt(("helpfulness", "verbosity"), angle).text
+    assert f"helpfulness (weight {weights[0]})" in text and f"verbosity (weight {weights[1]})" in text
+    with pytest.raises(InputError, match="names"):
+        direction_prompt(("one",), 0)  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------------------------------------- wrong labels
