@@ -147,15 +147,23 @@ def _pairs(noise: float, seed: int, width: int = 20, count: int = 2000) -> tuple
     return torch.where(flipped.unsqueeze(1), -z[:count], z[:count]), z[count:], truth
 
 
-def test_reviewers_withstand_wrong_labels() -> None:
-    """40% of 2000 labels in 20 dimensions are flipped: plain about .76, two that review each other about .85."""
+def _accuracies(step: float) -> list[float]:
+    """Mean accuracy of a plain head and of reviewers on right labels, two seeds, 40% of 2000 labels flipped."""
     found = []
-    for seed in range(4):
+    for seed in range(2):
         z, test, _ = _pairs(0.4, seed)
-        heads_ = (plain(z, seed), collaborative(z, 0.6, seed))
-        found.append([float((test @ head > 0).double().mean()) for head in heads_])
-    mean = torch.tensor(found).mean(0).tolist()
-    assert 0.70 < mean[0] < 0.82 and 0.80 < mean[1] < 0.92 and mean[1] > mean[0] + 0.04
+        both = (plain(z, seed, step=step), collaborative(z, 0.6, seed, step=step))
+        found.append([float((test @ head > 0).double().mean()) for head in both])
+    mean: list[float] = torch.tensor(found).mean(0).tolist()
+    return mean
+
+
+def test_reviewers_withstand_wrong_labels() -> None:
+    """Steps at which a plain head follows the noise (about .75): reviewers are better; small steps average it out."""
+    alone, reviewed = _accuracies(1.6)
+    assert alone < 0.79 and reviewed > alone + 0.03
+    alone, reviewed = _accuracies(0.05)
+    assert alone > 0.79 and abs(reviewed - alone) < 0.04
     z, test, _ = _pairs(0.0, 9)
     assert not preferred(test[:400] @ plain(z), test[:400] @ collaborative(z, 0.95))
 
