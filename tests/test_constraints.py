@@ -29,7 +29,7 @@ def test_the_closest_law_with_two_means() -> None:
     log_prob, scores = chain()
     mu = solve_multipliers(torch.zeros(27), scores, [("=", 1.5), ("=", 0.6)], log_weight=log_prob)
     assert mu == pytest.approx([0.53782851, 0.85365983], abs=1e-7)
-    law = (log_prob + torch.tensor(mu).double() @ scores).softmax(0)
+    law = (log_prob + torch.tensor(mu, dtype=torch.float64) @ scores).softmax(0)
     assert (scores @ law).tolist() == pytest.approx([1.5, 0.6], abs=1e-9)
     kl = float((law * (law.log() - log_prob.log_softmax(0))).sum())
     assert kl == pytest.approx(0.28291805, abs=1e-7)

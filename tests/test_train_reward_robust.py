@@ -11,6 +11,7 @@ from torch import Tensor
 
 from steer.core import InputError, Samples
 from steer.measure.agreement import kendall, mismatch
+from steer.methods.prompt import direction_prompt
 from steer.rewards import Hindsight, parse_reward
 from steer.rewards.heads import HeadReward
 from steer.train.reward import train_reward
@@ -46,16 +47,16 @@ def test_penalties_are_the_first_that_is_enough() -> None:
 
 
 def test_a_gate_learns_which_attribute_counts() -> None:
-    """Prompts of two kinds, each of which is judged by another attribute; equal weights are right half of the time."""
+    """Prompts of two kinds, each of which is judged by another attribute; the one that does not count is the louder."""
     drawn = torch.Generator().manual_seed(1)
     kind = torch.randint(0, 2, (600,), generator=drawn)
     psi = torch.nn.functional.one_hot(kind, 2).float() * 2 - 1
-    gap = torch.randn(600, 2, generator=drawn).double()
-    gap[torch.arange(600), kind] = gap[torch.arange(600), kind].abs()
+    gap = torch.randn(600, 2, generator=drawn).double() * 2
+    gap[torch.arange(600), kind] = gap[torch.arange(600), kind].abs() / 2
     scores = torch.stack([gap, torch.zeros_like(gap)], 1)
-    gate = fit_gate(psi[:400], scores[:400] * 3, hidden=16, steps=600)
+    gate = fit_gate(psi[:400], scores[:400] * 3, hidden=16, steps=1500)
     right = (gate(psi[400:]).double() * gap[400:]).sum(1) > 0
-    assert float(right.double().mean()) > 0.9 > float((gap[400:].sum(1) > 0).double().mean())
+    assert float(right.double().mean()) > 0.8 > 0.7 > float((gap[400:].sum(1) > 0).double().mean())
     assert torch.allclose(Gating(2, 3)(psi).sum(1), torch.ones(600))
 
 
@@ -125,6 +126,14 @@ def test_directions_by_hand(angle: float, expected: tuple[float, ...], best: str
     assert list(CANDIDATES)[int(scores.argmax())] == best
 
 
+@pytest.mark.parametrize(("angle", "weights"), [(-20, (94, -34)), (-10, (98, -17)), (45, (71, 71))])
+def test_directions_are_stated_in_whole_weights(angle: float, weights: tuple[int, int]) -> None:
+    text = direction_prompt(("helpfulness", "verbosity"), angle).text
+    assert f"helpfulness (weight {weights[0]})" in text and f"verbosity (weight {weights[1]})" in text
+    with pytest.raises(InputError, match="names"):
+        direction_prompt(("one",), 0)  # type: ignore[arg-type]
+
+
 # --------------------------------------------------------------------------------------------------------- wrong labels
 
 
@@ -138,15 +147,23 @@ def _pairs(noise: float, seed: int, width: int = 20, count: int = 2000) -> tuple
     return torch.where(flipped.unsqueeze(1), -z[:count], z[:count]), z[count:], truth
 
 
-def test_reviewers_withstand_wrong_labels() -> None:
-    """40% of 2000 labels in 20 dimensions are flipped: plain about .76, two that review each other about .85."""
+def _accuracies(step: float) -> list[float]:
+    """Mean accuracy of a plain head and of reviewers on right labels, two seeds, 40% of 2000 labels flipped."""
     found = []
-    for seed in range(4):
+    for seed in range(2):
         z, test, _ = _pairs(0.4, seed)
-        heads_ = (plain(z, seed), collaborative(z, 0.6, seed))
-        found.append([float((test @ head > 0).double().mean()) for head in heads_])
-    mean = torch.tensor(found).mean(0).tolist()
-    assert 0.70 < mean[0] < 0.82 and 0.80 < mean[1] < 0.92 and mean[1] > mean[0] + 0.04
+        both = (plain(z, seed, step=step), collaborative(z, 0.6, seed, step=step))
+        found.append([float((test @ head > 0).double().mean()) for head in both])
+    mean: list[float] = torch.tensor(found).mean(0).tolist()
+    return mean
+
+
+def test_reviewers_withstand_wrong_labels() -> None:
+    """Steps at which a plain head follows the noise (about .75): reviewers are better; small steps average it out."""
+    alone, reviewed = _accuracies(1.6)
+    assert alone < 0.79 and reviewed > alone + 0.03
+    alone, reviewed = _accuracies(0.05)
+    assert alone > 0.79 and abs(reviewed - alone) < 0.04
     z, test, _ = _pairs(0.0, 9)
     assert not preferred(test[:400] @ plain(z), test[:400] @ collaborative(z, 0.95))
 

@@ -6,6 +6,7 @@ a hint `z` for each input `x`, such as keywords of the wanted answer, and the mo
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ __all__ = [
     "HintPolicy",
     "SystemPrompt",
     "Template",
+    "direction_prompt",
     "policies_from",
 ]
 
@@ -43,6 +45,21 @@ class SystemPrompt(PromptEdit):
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         rest = messages[1:] if messages and messages[0]["role"] == "system" else messages
         return [{"role": "system", "content": self.text}, *rest]
+
+
+def direction_prompt(names: tuple[str, str], angle: float) -> SystemPrompt:
+    """The system prompt that states a direction over two attributes of a reward, as integer weights `100 cos` and
+    `100 sin` of an angle in degrees (directional preference alignment, Wang et al. 2024, 2402.18571). A model that was
+    not tuned on such prompts need not follow it: best-of-n and FK under `FILE:angle=` are the exact way.
+    """
+    check(len(names) == 2 and all(names), "names", names, "two attributes")
+    check(math.isfinite(angle), "angle", angle, "degrees")
+    turn = math.radians(angle)
+    first, second = round(100 * math.cos(turn)), round(100 * math.sin(turn))
+    return SystemPrompt(
+        f"You are rated by a weighted sum of {names[0]} (weight {first}) and {names[1]} (weight {second}). "
+        "Maximise your rating."
+    )
 
 
 _loaders: list[Callable[[str], Callable[[list[str]], Sequence[str]]]] = []

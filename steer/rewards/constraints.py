@@ -78,7 +78,7 @@ class Constraints(Composable):
             group=samples.group,
             names=[repr(reward) for reward, _, _ in self.constraints],
         )
-        logs = samples.log_weight.double() + (base + torch.tensor(found).double() @ scores) / beta
+        logs = samples.log_weight.double() + (base + torch.tensor(found, dtype=torch.float64) @ scores) / beta
         share = min(_effective(logs[samples.group == b]) for b in samples.group.unique())
         note(share < _FEW, f"warning: the fitted constraints leave {share:.1%} effective samples: take more")
         return replace(self, multipliers=tuple(found))

@@ -5,9 +5,10 @@ kappa falls from 1 to `keep` over the first third of the epochs. The result is t
 peer review and a curriculum, are those of collaborative reward modelling (Zhang et al. 2025, 2505.10597); schedule and
 defaults are ours.
 
-It helps against labels that are wrong independently of the pair where there are many pairs a dimension. Where a head
-can fit the noise it does nothing, and where the noise is systematic it hurts, since both reviewers share the bias: so
-both forms are trained, and the plain one is kept unless the other is better on pairs that neither saw.
+It helps against labels that are wrong independently of the pair where a head would follow them: with large steps. Under
+small ones a plain head averages such labels out as well, where a head can fit the noise reviewers do nothing, and where
+the noise is systematic they hurt, since both share the bias. So both forms are trained, and the plain one is kept
+unless the other is better on pairs that neither saw.
 
 Letters: `B` pairs, `D` dimensions.
 """
@@ -24,17 +25,17 @@ __all__ = ["collaborative", "corrected", "plain", "preferred"]
 _EPOCHS, _BATCH, _STEP = 15, 32, 0.05
 
 
-def plain(z: Tensor, seed: int = 0, epochs: int = _EPOCHS) -> Tensor:
+def plain(z: Tensor, seed: int = 0, epochs: int = _EPOCHS, step: float = _STEP) -> Tensor:
     """A head `[D]` by stochastic gradient descent on the Bradley-Terry loss of differences `z` `[B, D]`."""
-    return _descended(z, 1, 1.0, seed, epochs)[0]
+    return _descended(z, 1, 1.0, seed, epochs, step)[0]
 
 
-def collaborative(z: Tensor, keep: float, seed: int = 0, epochs: int = _EPOCHS) -> Tensor:
+def collaborative(z: Tensor, keep: float, seed: int = 0, epochs: int = _EPOCHS, step: float = _STEP) -> Tensor:
     """The mean `[D]` of two heads that review each other; in the end they learn from a share `keep` of the pairs."""
-    return _descended(z, 2, keep, seed, epochs).mean(0)
+    return _descended(z, 2, keep, seed, epochs, step).mean(0)
 
 
-def _descended(z: Tensor, count: int, keep: float, seed: int, epochs: int) -> Tensor:
+def _descended(z: Tensor, count: int, keep: float, seed: int, epochs: int, step: float) -> Tensor:
     """Heads `[count, D]`; of one, kappa stays 1."""
     width = z.shape[1]
     x = z.double() / math.sqrt(width)
@@ -50,7 +51,7 @@ def _descended(z: Tensor, count: int, keep: float, seed: int, epochs: int) -> Te
                     most = max(1, round(kappa * len(batch)))
                     batch = batch[(batch @ heads[1 - k]).topk(most).indices]
                 pull = torch.sigmoid(-(batch @ heads[k]))
-                heads[k] += _STEP * math.sqrt(width) * (pull.unsqueeze(1) * batch).mean(0)
+                heads[k] += step * math.sqrt(width) * (pull.unsqueeze(1) * batch).mean(0)
     return heads / math.sqrt(width)
 
 
