@@ -120,6 +120,52 @@ def test_size_does_not_choose_the_stack() -> None:
     assert weights[0] < weights[1]
 
 
+@pytest.mark.parametrize("make", [llava, qwen2_audio])
+def test_folders_of_models_that_see_and_hear(make: Any, tmp_path: Path) -> None:
+    """What no mapping of the library has as a causal language model is read as one all the same."""
+    torch.manual_seed(0)
+    net = make().eval()
+    lm = steer.load(saved(net, tmp_path))
+    assert lm.blocks is lm.network.get_decoder().layers
+    got = lm.generate(list(PROMPTS), temperature=0, max_new_tokens=NEW)
+    assert [list(t) for t in got.tokens] == Library(net, lm.tokenizer).texts(PROMPTS)
+
+
+def test_a_chat_template_in_a_file_of_its_own(tmp_path: Path) -> None:
+    """As processors of 2024 saved it, and no tokenizer reads it."""
+    folder = saved(llava().eval(), tmp_path)
+    assert not steer.load(folder, check=False).tokenizer.chat_template
+    template = "{% for m in messages %}USER: {% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    lm = steer.load(folder, check=False)
+    assert lm.tokenizer.decode(lm.encode("Hi")) == "USER: Hi"
+
+
+def llama4() -> Any:
+    """Of which the library loads the text model alone, and leaves the tower's weights over."""
+    text = {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 64}
+    tower = {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}
+    config = transformers.Llama4Config(
+        text_config=TINY | text | {"attention_chunk_size": 8}, vision_config=TOWER | tower
+    )
+    return transformers.Llama4ForConditionalGeneration(config)
+
+
+def test_a_tower_that_is_left_out_is_not_left_over(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = llama4().eval()
+    folder = saved(net, tmp_path)
+    lm = steer.load(folder)
+    ids = torch.tensor([lm.encode(PROMPTS[0])])
+    with torch.inference_mode():
+        torch.testing.assert_close(lm.network(ids).logits, net.language_model(ids).logits)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"num_hidden_layers": 3, "layer_types": None, "no_rope_layers": None, "moe_layers": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SteerError, match=r"no place for: \S*layers.3 "):
+        steer.load(folder)
+
+
 # ------------------------------------------------------------------------------------------------------- weights
 
 
@@ -297,12 +343,54 @@ peft = pytest.importorskip("peft")
         peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
         peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
         peft.PromptEncoderConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+        peft.CPTConfig(cpt_token_ids=[5, 6], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2], task_type="CAUSAL_LM"),
+        peft.LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM"),
     ],
 )
-def test_prompt_learning_is_refused(config: Any) -> None:
+def test_adapters_of_some_tokens_alone_are_refused(config: Any) -> None:
     net = peft.get_peft_model(llama(), config).eval()
-    with pytest.raises(UnsupportedError, match="virtual tokens"):
+    with pytest.raises(UnsupportedError, match=r"virtual tokens|some tokens were read"):
         steer.load(net, tokenizer=tokenizer())
+
+
+@pytest.mark.parametrize("more", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
+@pytest.mark.parametrize("tokens", [True, False], ids=["own tokenizer", "the base's"])
+def test_an_adapters_folder_opens_with_its_base(more: dict[str, Any], tokens: bool, tmp_path: Path) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(saved(llama(), tmp_path / "base"))
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM", **more
+    )
+    tuned = peft.get_peft_model(base, config).eval()
+    tuned.save_pretrained(tmp_path / "tuned")
+    if tokens:
+        tokenizer().save_pretrained(tmp_path / "tuned")
+    lm = steer.load(tmp_path / "tuned")
+    got = lm.generate(list(PROMPTS), temperature=0, max_new_tokens=NEW)
+    assert [list(t) for t in got.tokens] == Library(tuned, lm.tokenizer).texts(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"base_model_name_or_path": None}, "names no base"),
+        ({"base_model_name_or_path": "there/is-none"}, "there/is-none"),
+        ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}, "PROMPT_TUNING"),
+        ({"alora_invocation_tokens": [5]}, "where some tokens were read"),
+        ({"r": 2}, "size mismatch"),
+        ({"target_modules": ["q_proj", "v_proj"]}, "missing adapter keys"),
+        ({"target_modules": ["c_attn"]}, "c_attn"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_one_line(changed: dict[str, Any], said: str, tmp_path: Path) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(saved(llama(), tmp_path / "base"))
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "tuned")
+    file = tmp_path / "tuned" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(SteerError, match=said) as refused:
+        steer.load(tmp_path / "tuned")
+    assert "\n" not in str(refused.value)
 
 
 def test_lora_is_taken_with_its_trunk_and_its_blocks() -> None:

@@ -57,6 +57,8 @@ def _theirs(model: Any, prompt: str, config: GenerationConfig | None = None, **m
         {"max_new_tokens": 9, "repetition_penalty": 1.7, "no_repeat_ngram_size": 2},
         {"max_new_tokens": 9, "suppress_tokens": [7, 9, 11], "bad_words_ids": [[8], [10, 12]]},
         {"max_new_tokens": 9, "eos_token_id": [3, 7]},
+        {"max_new_tokens": 9, "eos_token_id": -1, "begin_suppress_tokens": [], "suppress_tokens": []},
+        {"max_new_tokens": 9, "typical_p": 1.0, "epsilon_cutoff": 0.0, "encoder_no_repeat_ngram_size": 0},
         {"max_new_tokens": 9, "early_stopping": True, "length_penalty": 2.0, "use_cache": False, "num_beams": 1},
     ],
 )

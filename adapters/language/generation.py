@@ -138,7 +138,7 @@ def _neutral() -> dict[str, Any]:
 
 def _check_honoured(name: str, value: Any) -> None:
     honoured = (*_SAMPLING, *_HONOURED, *_ELSEWHERE, *_WITHOUT_EFFECT)
-    neutral = value is None or value is False or value == _neutral().get(name, [])
+    neutral = value is None or value is False or value in ([], {}) or value == _neutral().get(name)
     if name in honoured or neutral or (name in ("num_beam_groups", "guidance_scale") and value == 1):
         return
     raise InputError(

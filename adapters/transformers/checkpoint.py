@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from steer.core import SteerError, UnsupportedError
 from steer.files import is_pointer
 
-__all__ = ["check_causal", "check_files", "check_weights"]
+__all__ = ["check_adapter", "check_causal", "check_files", "check_weights"]
 
 _BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|inv_freq$|causal_mask$|position_ids$")
 """Tables that old checkpoints hold and networks compute for themselves: masks, rotary frequencies, positions."""
@@ -38,20 +38,34 @@ def check_causal(config: Any, name: str, network: Any = None, blocks: Any = None
             "language model"
         )
     learned: Any = getattr(network, "active_peft_config", None)
-    if getattr(learned, "is_prompt_learning", False):
-        raise UnsupportedError(
-            f"model {name}: PEFT's {learned.peft_type.value} puts virtual tokens before every pass, of which steer's "
-            "passes know nothing; LoRA and its kin are taken"
-        )
+    if learned is not None:
+        check_adapter(learned.to_dict() | {"peft_type": learned.peft_type.value}, name)
 
 
-def check_weights(found: Any, name: str) -> None:
+def check_adapter(config: Mapping[str, Any], name: str) -> None:
+    """Raise `UnsupportedError` for PEFT's adapters that act on some tokens of a text alone, by their configuration."""
+    acts = (
+        ("num_virtual_tokens", "puts virtual tokens before every pass"),
+        ("cpt_token_ids", "puts virtual tokens before every pass"),
+        ("alora_invocation_tokens", "begins where some tokens were read"),
+    )
+    for field, does in acts:
+        if config.get(field):
+            raise UnsupportedError(
+                f"model {name}: PEFT's {config.get('peft_type')} with {field} {does}, of which steer's passes know "
+                "nothing; LoRA and its kin are taken"
+            )
+
+
+def check_weights(found: Any, name: str, text_model: Any = None) -> None:
     """Raise `SteerError` where a checkpoint lacks weights of the network, or has some that it has no place for, by what
-    the library found while it loaded. Tied weights are not missing.
+    the library found while it loaded. Tied weights are not missing, and towers are not left over where the network,
+    `text_model`, was taken out of a model that sees and hears.
     """
+    towers = (lambda key: False) if text_model is None else _towers(text_model)
     for kind, what in _FAULTS.items():
         keys = sorted(key if isinstance(key, str) else str(key[0]) for key in found.get(kind) or ())
-        keys = [key for key in keys if kind != "unexpected_keys" or not _BUFFERS.search(key)]
+        keys = [key for key in keys if kind != "unexpected_keys" or not (_BUFFERS.search(key) or towers(key))]
         if keys:
             raise SteerError(
                 f"model {name}: the checkpoint {what}: {_named(keys)} ({len(keys)} in all); partial_weights=True loads "
@@ -64,6 +78,16 @@ _FAULTS = {
     "mismatched_keys": "has weights of another shape than the network",
     "unexpected_keys": "has weights that the network has no place for",
 }
+
+
+def _towers(network: Any) -> Callable[[str], bool]:
+    """Whether a weight of this name has no kin in the network: it is none of a further block, whatever its number."""
+    own = {_unnumbered(key) for key in network.state_dict()}
+    return lambda key: _unnumbered(key.removeprefix(f"{network.base_model_prefix}.")) not in own
+
+
+def _unnumbered(key: str) -> str:
+    return re.sub(r"\.\d+(?=\.)", ".N", key)
 
 
 def _named(keys: Sequence[str], most: int = 6) -> str:

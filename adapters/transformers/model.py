@@ -1,7 +1,8 @@
-"""Language models through transformers: anything that `AutoModelForCausalLM` loads."""
+"""Language models through transformers: anything that `AutoModelForCausalLM` loads, and text models inside others."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,15 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE, cached_file
 
 from steer.adapters.language.blocks import decoder_blocks, trunk_of
 from steer.adapters.language.decoding import Decoding
@@ -18,6 +27,7 @@ from steer.adapters.language.facts import CALIBRATION, fingerprint
 from steer.adapters.language.generation import own_settings
 from steer.adapters.language.model import TextModel, check_lengths
 from steer.adapters.transformers import learning, tracking
+from steer.adapters.transformers.adapter import find_adapter
 from steer.adapters.transformers.body import Body, Layout, bare, structure, taken
 from steer.adapters.transformers.cache import cache_argument
 from steer.adapters.transformers.checkpoint import check_causal, check_files, check_weights
@@ -30,6 +40,7 @@ from steer.core import check as require
 from steer.core.edit import Prompts
 from steer.core.errors import first_line
 from steer.edits import Artifact, load_artifact
+from steer.embedded import resolve
 from steer.methods.vector import check_model
 from steer.model import Plan, as_prompts
 
@@ -51,6 +62,7 @@ def load(
     **options: Any,
 ) -> LanguageModel:
     """A language model from a Hugging Face id, a local folder, a GGUF file, or a loaded module with its tokenizer.
+    Models that see and hear are read as text models, and a PEFT adapter opens with the model that it names as its base.
 
     Args:
         check: try a few tokens of two rows against single passes of the library, and refuse the model, or lay
@@ -74,11 +86,17 @@ def load(
         require(Path(where).is_file(), "model", where, "a GGUF file that exists")
         where, extra = str(Path(where).parent), {"gguf_file": Path(where).name}
     check_files(Path(model))
+    adapter = None if extra else find_adapter(model)
+    if adapter is not None:
+        given = {"dtype": dtype, "device": device, "device_map": device_map, "trust_remote_code": trust_remote_code}
+        base = load(resolve(adapter.base), check=False, partial_weights=partial_weights, **given, **options)
+        network, tokenizer = adapter.open(base.network), tokenizer or adapter.tokenizer() or base.tokenizer
+        return _checked(LanguageModel(network, tokenizer, name or str(model), **made))
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
         check_causal(config, name or str(model))
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
-        network, found = AutoModelForCausalLM.from_pretrained(
+        tokenizer = tokenizer or _tokenizer(where, config, trust_remote_code=trust_remote_code, **extra)
+        network, found = _library(config).from_pretrained(
             where,
             dtype=dtype,
             device_map=device_map,
@@ -94,10 +112,29 @@ def load(
         raise SteerError(f"model: could not load {str(model)!r}: {first_line(error)}") from error
     check_causal(config, name or str(model), network, decoder_blocks(network))
     if not partial_weights:
-        check_weights(found, name or str(model))
+        check_weights(found, name or str(model), None if isinstance(network.config, type(config)) else network)
     if device is not None and device_map is None:
         network = network.to(device)
     return _checked(LanguageModel(network, tokenizer, name or str(model), **made))
+
+
+def _tokenizer(where: str, config: Any, **options: Any) -> Any:
+    """The tokenizer, with the chat template that older checkpoints of models that see and hear hold in a file of their
+    own.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    if not getattr(tokenizer, "chat_template", None) and config.get_text_config(decoder=True) is not config:
+        file = cached_file(where, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            tokenizer.chat_template = json.loads(Path(file).read_text(encoding="utf-8"))["chat_template"]
+    return tokenizer
+
+
+def _library(config: Any) -> Any:
+    """The class of the library that loads a configuration: as a text model, or as one that sees and hears too."""
+    kind = type(config)
+    known = kind in AutoModelForCausalLM._model_mapping or kind not in AutoModelForMultimodalLM._model_mapping
+    return AutoModelForCausalLM if known else AutoModelForMultimodalLM
 
 
 def _checked(model: LanguageModel) -> LanguageModel:
