@@ -190,7 +190,7 @@ def _default(value: Any, hint: Any) -> str:
         return "none" if type(None) in get_args(inner) else "preset"
     if isinstance(value, tuple):
         return ", ".join(map(str, value))
-    return str(value) or "preset"
+    return str(value).lower() if isinstance(value, bool) else str(value) or "preset"
 
 
 def _spelled(hint: Any) -> str:
