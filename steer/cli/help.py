@@ -248,9 +248,8 @@ def _in_section(kind: type) -> dict[str, str]:
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
-    return wrap(
-        text.replace("`", ""), _width(), initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-    )
+    plain = re.sub(r"\*(\w+)\*", r"\1", text.replace("`", ""))
+    return wrap(plain, _width(), initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def list_rewards() -> str:
