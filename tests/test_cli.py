@@ -461,6 +461,18 @@ def test_figures_from_almost_nothing_come_with_a_warning() -> None:
     assert doubts({"rows": 200}, held_out_balanced_accuracy=0.9) == []
 
 
+def test_a_change_within_chance_is_named(tmp_path: Path) -> None:
+    def doubts(**metrics: float) -> list[str]:
+        (tmp_path / "steer.json").write_text(json.dumps({"metrics": metrics}))
+        return training_jobs._doubts_of_policy(tmp_path)
+
+    near = doubts(reward_before=0.25, reward_after=0.35, reward_before_se=0.03, reward_after_se=0.05)
+    assert len(near) == 1 and "+0.1" in near[0] and "0.114" in near[0]  # 1.96 sqrt(0.03^2 + 0.05^2)
+    assert doubts(reward_before=0.25, reward_after=0.45, reward_before_se=0.03, reward_after_se=0.05) == []
+    assert "anecdote" in doubts(reward_before=0.2, reward_after=0.4)[0]
+    assert doubts() == []
+
+
 def test_train_with_work(steer: Steer, training: list[dict[str, Any]], tiny_lm_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text('["a", "b"]')
     controller = ("--positive", "p.json", "--negative", "p.json", "--set", "epochs=3", "--keep-work")

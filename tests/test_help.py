@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import MISSING, fields
 
 import pytest
@@ -22,8 +23,11 @@ def test_every_setting_is_there_with_its_default(name: str, width: int, monkeypa
     heads = {line.split()[0]: line for line in lines if line and not line.startswith((" ", "steer "))}
     for f in fields(SAMPLERS[name]):
         made = f.default if f.default_factory is MISSING else f.default_factory()
-        assert heads[f.name].endswith(" none" if made is None else f" {made}"), f.name
+        shown = "none" if made is None else str(made).lower() if isinstance(made, bool) else str(made)
+        assert heads[f.name].endswith(f" {shown}"), f.name
     assert all(len(line) <= width for line in lines if line.startswith("    "))
+    command = "\n".join(lines).split("\n\n")[-1].replace("\\\n", "")
+    assert shlex.split(command)[:2] == ["steer", "generate"] and "KEY=VALUE" in shlex.split(command)
     assert all("`" not in line for line in lines)
 
 
@@ -47,7 +51,7 @@ def test_settings_of_training_are_all_there(topic: str, monkeypatch: pytest.Monk
         assert (name in heads) != (name.replace("_", "-") in options), name
         assert name in heads or name in {o.name.rstrip("_") for o in fields(COMMANDS[command])}
     assert not any(word in text for word in ("Annotated", "Literal", "Union", "NoneType", "<class", "typing"))
-    assert all(len(line) <= 80 for line in text.split("\n") if not line.startswith("steer "))
+    assert all(len(line) <= 80 for line in text.split("\n"))
 
 
 def test_a_string_below_a_field_is_about_it() -> None:

@@ -190,7 +190,8 @@ def test_dpo_reaches_its_closed_form(tiny_lm: Any, tmp_path: Path) -> None:
 def test_grpo_raises_the_reward(tiny_lm: Any, tmp_path: Path, loss: str) -> None:
     out = tune(tiny_lm, "grpo", tmp_path / "p", loss=loss, beta=0.0 if loss == "grpo" else 0.02, learning_rate=2e-2)
     metrics = read_policy_card(out).metrics
-    assert metrics["reward_after"] > metrics["reward_before"] + 0.5
+    errors = [metrics[f"reward_{when}_se"] for when in ("before", "after")]
+    assert metrics["reward_after"] > metrics["reward_before"] + max(0.5, 2 * max(errors)) and min(errors) > 0
     assert len(metrics["reward"]) == 10
 
 

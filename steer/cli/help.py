@@ -118,7 +118,7 @@ def _training(topic: str) -> str:
     about = "\n".join(_wrapped(_first_lines(kind)))
     options = sorted(own & {f.name.rstrip("_") for f in fields(kind)})
     beside = "\n".join(_wrapped(f"Options of their own: {', '.join('--' + o.replace('_', '-') for o in options)}."))
-    example = EXAMPLES.get(command, (f"steer {command} ...",))[0] + " --set KEY=VALUE"
+    example = _continued(EXAMPLES.get(command, (f"steer {command} ...",))[0] + " --set KEY=VALUE")
     return f"{about}\n\n{settings_table(kind, without=options)}\n\n{beside}\n\n{example}"
 
 
@@ -130,7 +130,24 @@ def _first_lines(kind: type) -> str:
 
 def _example(topic: str) -> str:
     more = "" if topic == "ancestral" else " --reward sentiment --beta 0.1"
-    return f'steer generate --model smollm2-135m --prompt "Tell me of your day" --sampler {topic}{more} --set KEY=VALUE'
+    line = f'steer generate --model smollm2-135m --prompt "Tell me of your day" --sampler {topic}{more} --set KEY=VALUE'
+    return _continued(line)
+
+
+def _continued(command: str) -> str:
+    """A command over as many lines as the terminal needs, broken before its options."""
+    lines = [""]
+    for part in re.split(r" (?=--)", command):
+        if lines[-1] and len(lines[-1]) + len(part) + 3 > _width():
+            lines[-1] += " \\"
+            lines.append(f"    {part}")
+        else:
+            lines[-1] += f" {part}" if lines[-1] else part
+    return "\n".join(lines)
+
+
+def _width() -> int:
+    return max(40, min(get_terminal_size((90, 0)).columns, 110))
 
 
 def settings_table(kind: type, without: Collection[str] = ()) -> str:
@@ -173,7 +190,7 @@ def _default(value: Any, hint: Any) -> str:
         return "none" if type(None) in get_args(inner) else "preset"
     if isinstance(value, tuple):
         return ", ".join(map(str, value))
-    return str(value) or "preset"
+    return str(value).lower() if isinstance(value, bool) else str(value) or "preset"
 
 
 def _spelled(hint: Any) -> str:
@@ -231,8 +248,8 @@ def _in_section(kind: type) -> dict[str, str]:
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
-    width = max(40, min(get_terminal_size((90, 0)).columns, 110))
-    return wrap(text.replace("`", ""), width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    plain = re.sub(r"\*(\w+)\*", r"\1", text.replace("`", ""))
+    return wrap(plain, _width(), initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def list_rewards() -> str:

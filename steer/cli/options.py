@@ -51,7 +51,7 @@ __all__ = [
 
 _Settings = Annotated[
     list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="A further setting, as `steer help` explains; repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="A further setting, see steer help; repeatable."),
 ]
 _Reward = typer.Option(metavar="REWARD", help="For example 'sentiment - 0.3*profanity', module:function or org/name.")
 _Prompts = typer.Option(
@@ -141,7 +141,7 @@ class TextOptions(Options):
     edit: Annotated[
         list[str],
         typer.Option(
-            metavar="FILE[:...]", help="FILE[:STRENGTH][:KEY=VALUE], a vector, controller or value head; repeatable."
+            metavar="EDIT", help="FILE[:STRENGTH][:KEY=VALUE], a vector, controller or value head; repeatable."
         ),
     ] = field(default_factory=list)
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None
@@ -421,7 +421,7 @@ class SearchOptions(EvalOptions):
     ] = field(default_factory=lambda: ["best-of-n", "fk", "dts-star"])
     edit: Annotated[
         list[str],
-        typer.Option(metavar="FILE[:...]", help="FILE[:STRENGTH][:KEY=VALUE], what guided methods mount; repeatable."),
+        typer.Option(metavar="EDIT", help="FILE[:STRENGTH][:KEY=VALUE], what guided methods mount; repeatable."),
     ] = field(default_factory=list)
     set: Annotated[
         list[str], typer.Option("--set", metavar="METHOD.KEY=VALUE", help="A setting of one method; repeatable.")
@@ -563,9 +563,7 @@ class PairsOptions(EvalOptions):
     )
     edit: Annotated[
         list[str],
-        typer.Option(
-            metavar="FILE[:...]", help="FILE[:STRENGTH][:KEY=VALUE], under which the model ranks; repeatable."
-        ),
+        typer.Option(metavar="EDIT", help="FILE[:STRENGTH][:KEY=VALUE], under which the model ranks; repeatable."),
     ] = field(default_factory=list)
     tuned: Annotated[
         list[Path], typer.Option(metavar="DIR", help="A policy from `steer train policy`; repeatable.")
@@ -742,7 +740,7 @@ class BatchOptions(ModelOptions):
     ] = field(default_factory=list)
     edit: Annotated[
         list[str],
-        typer.Option(metavar="FILE[:...]", help="FILE[:STRENGTH][:KEY=VALUE], for rows without steer; repeatable."),
+        typer.Option(metavar="EDIT", help="FILE[:STRENGTH][:KEY=VALUE], for rows without steer; repeatable."),
     ] = field(default_factory=list)
     sampler: Annotated[str, typer.Option(metavar="NAME", help=f"For rows without steer: {SAMPLERS}.")] = "ancestral"
     set: _Settings = field(default_factory=list)

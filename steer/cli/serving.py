@@ -21,6 +21,7 @@ from steer.core.names import check_known
 from steer.edits import split_spec
 from steer.hub import PREFIX, download
 from steer.methods.samplers import SAMPLERS
+from steer.progress import note
 from steer.serving.limits import Limits
 from steer.serving.reward_store import Rewards
 from steer.serving.wire import NAME, EditRequest, SteerRequest, is_loopback
@@ -88,6 +89,8 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
             default=None if default is None else default.request,
             unsaid=None if options.generation_config is None else engine.own_sampling(),
         )
+        if options.artifacts is not None and not options.artifacts.exists():
+            note(True, f"artifacts: {options.artifacts} is not there; the first that a client registers makes it")
         for name, why in {**app.state.server.store.refused, **rewards.refused}.items():
             print(f"steer: not registered: {name}: {why}", file=sys.stderr)
         serve_until_told(app, sockets, options.drain, options.log_requests)

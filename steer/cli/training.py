@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -389,3 +391,24 @@ def _finish(folder: Path, session: Session, keep_work: bool) -> None:
     if not keep_work:
         shutil.rmtree(_work(folder), ignore_errors=True)
     session.say(f"{cards.describe(folder)}\nwrote {folder}")
+    for doubt in _doubts_of_policy(folder):
+        note(True, f"warning: {doubt}")
+
+
+def _doubts_of_policy(folder: Path) -> list[str]:
+    """Where a policy's reward, before and after on the prompts that it learnt from, differs by no more than chance."""
+    file = folder / "steer.json"
+    metrics = json.loads(file.read_text(encoding="utf-8")).get("metrics", {}) if file.is_file() else {}
+    names = [f"reward_{when}" for when in ("before", "after")]
+    if not all(name in metrics for name in names):
+        return []
+    before, after = (metrics[name] for name in names)
+    errors = [metrics.get(f"{name}_se") for name in names]
+    if None in errors:
+        return ["the reward before and after was measured on one sample: no more than an anecdote"]
+    wide = 1.96 * math.hypot(*errors)
+    if abs(after - before) > wide:
+        return []
+    return [
+        f"the reward changed by {after - before:+.3g}, and chance alone moves it by {wide:.3g}: more prompts or steps"
+    ]

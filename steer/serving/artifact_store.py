@@ -90,7 +90,6 @@ class Store:
             self._entries[path.stem] = self._checked(path.stem, path, fixed=True)
         if folder is not None:
             check(folder.is_dir() or not folder.exists(), "artifacts", str(folder), "a folder")
-            self._own.mkdir(parents=True, exist_ok=True)
             self._found()
 
     @property

@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from steer.adapters.transformers.model import LanguageModel
 from steer.adapters.transformers.policy.data import check_targets, read_rows
 from steer.adapters.transformers.policy.folder import open_network, save_network
@@ -90,13 +92,13 @@ def train_policy(
     with quiet(), replacing_folder(final) as temporary:
         metrics: dict[str, Any] = {}
         if online is not None:
-            metrics["reward_before"] = mean_reward(model, model, online, tuning, progress)
+            metrics |= measured("before", model, model, online, tuning, progress)
         if tuning.driver == "rows":
             metrics |= fit_rows(model, rows, tuning, online, temporary, work, run, progress=progress)
         else:
             metrics |= _fit(model, rows, tuning, online, temporary, work, progress)
         if online is not None:
-            metrics["reward_after"] = mean_reward(open_network(model, temporary), model, online, tuning, progress)
+            metrics |= measured("after", open_network(model, temporary), model, online, tuning, progress)
         card = Card(
             kind="policy",
             model=model.info.entry(),
@@ -114,10 +116,17 @@ def samples(tuning: PolicySettings, rewarded: bool) -> bool:
     return tuning.online or (rewarded and tuning.preset.native is False) or (rewarded and tuning.method == "dpo")
 
 
-def mean_reward(
-    policy: LanguageModel, base: LanguageModel, online: Online, tuning: PolicySettings, progress: bool = False
-) -> float:
-    """Mean reward of samples for the first 64 prompts, with one seed for all policies."""
+def measured(
+    when: str,
+    policy: LanguageModel,
+    base: LanguageModel,
+    online: Online,
+    tuning: PolicySettings,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Mean reward of samples for the first 64 prompts it is tuned on, with one seed for all policies, and its standard
+    error: over prompts, or over the samples of a single one.
+    """
     prompts = list(online.prompts[:64])
     drawn = policy.generate(
         prompts,
@@ -127,7 +136,13 @@ def mean_reward(
         seed=tuning.seed * 100_003 + 99_991,
         progress=progress,
     )
-    return round(float(scores(base, online, range(len(prompts)), drawn.group.tolist(), drawn.tokens or []).mean()), 5)
+    found = scores(base, online, range(len(prompts)), drawn.group.tolist(), drawn.tokens or []).double()
+    means = torch.stack([found[drawn.group == b].mean() for b in range(len(prompts))])
+    apart = means if len(means) > 1 else found
+    made = {f"reward_{when}": round(float(found.mean()), 5)}
+    if len(apart) > 1:
+        made[f"reward_{when}_se"] = round(float(apart.std()) / len(apart) ** 0.5, 5)
+    return made
 
 
 def _fit(
