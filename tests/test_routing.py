@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import torch
 from steer.cli import main
 from steer.core import Cost, InputError, Samples, SteerError
 from steer.loading import load
+from steer.methods.best_of_n import BestOfN
 from steer.model import generate
 from steer.rewards import lift, parse_reward
 from steer.routing import Cascade, RoutedModel, Router, RouterEnvironment, route_reward, train_router
 from steer.routing.environment import cost_share, exact_match, format_fault
+from steer.serving.engine import Delta, Sampling, Steering, Task, TokenPrompt
+from steer.serving.pool import PoolEngine
 from steer.toy.prompted import PromptTable
 from steer.turns import TurnProcess
 
@@ -208,6 +212,28 @@ def test_a_file_describes_a_pool(tmp_path: Path, tiny_lm_dir: Path) -> None:
         file.write_text(lines + wrong if wrong != "[" else wrong)
         with pytest.raises(InputError, match=said):
             load(file)
+
+
+def test_a_pool_is_served_as_one_model() -> None:
+    engine = PoolEngine(RoutedModel(pool(), PRICE, rates, 0.01), "both")
+    reward = Steering(reward=TRUTH)
+
+    async def answers() -> list[Any]:
+        task = Task(("easy 0", "hard 0"), sampling=Sampling(max_tokens=5), steering=reward)
+        return [event async for event in engine.run(engine.prepare(task))]
+
+    events = asyncio.run(answers())
+    assert [type(e).__name__ for e in events] == ["Started", "Delta", "Ended", "Delta", "Ended", "Finished"]
+    assert [e.text for e in events if isinstance(e, Delta)] == ["right", "right"]
+    assert events[2].reward == 1.0 and events[2].reason == "stop" and events[-1].cost.price == 11.0
+    for wrong, field in (
+        (Task(("a",), n=2), "n"),
+        (Task((TokenPrompt((1,)),)), "prompt"),
+        (Task(("a",), sampling=Sampling(logprobs=1)), "logprobs"),
+        (Task(("a",), steering=Steering(sampler=BestOfN(2))), "steer.sampler"),
+    ):
+        with pytest.raises(InputError, match=f"^{field}"):
+            engine.prepare(wrong)
 
 
 # -------------------------------------------------------------------------------------------------- several rounds

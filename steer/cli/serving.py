@@ -58,8 +58,11 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
     named = options.model or ("" if default is None else default.model)
     check(bool(named), "model", "", "a model, or a --recipe that names one")
     options = replace(options, model=named)
-    checks.check_model(options)
-    checks.check_causal(options)
+    if _is_pool(options.model):
+        _check_pool(options)
+    else:
+        checks.check_model(options)
+        checks.check_causal(options)
     checks.check_generation_config(options.generation_config)
     presets, files = _presets(options.preset)
     rewards = Rewards(options.allow_reward, options.artifacts)
@@ -129,12 +132,30 @@ def check_engine(options: ServeOptions) -> None:
         check_version()
 
 
+def _is_pool(model: str) -> bool:
+    """Whether a file describes several models behind a router."""
+    return model.endswith((".yaml", ".yml"))
+
+
+def _check_pool(options: ServeOptions) -> None:
+    check(Path(options.model).is_file(), "model", options.model, "a file that is there")
+    check(options.engine == "transformers", "engine", options.engine, "transformers, for models behind a router")
+    for name in ("recipe", "generation_config"):
+        check(
+            getattr(options, name) is None, name, getattr(options, name), "unset: several models are behind the router"
+        )
+
+
 def _limits(options: ServeOptions) -> Limits:
     return Limits(**{entry.name: getattr(options, f"max_{entry.name}") for entry in fields(Limits)})
 
 
 def start_engine(options: ServeOptions, session: Session) -> Engine:
     """The engine that `options` ask for, with its model."""
+    if _is_pool(options.model):
+        from steer.serving.pool import PoolEngine
+
+        return PoolEngine(session.load(options), _served_name(options))
     if options.engine == "vllm":
         from steer.adapters.vllm.server.own_engine import serving_engine
 

@@ -113,6 +113,7 @@ class SamplerSettings(TypedDict, total=False):
     otherwise: str | None
     right: float
     preset: str
+    candidates: int
     simulations: int
     depth: int | None
     how: str

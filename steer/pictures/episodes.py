@@ -54,8 +54,9 @@ def draw_episodes(path: Path | str, records: Any, trees: Any = (), title: str = 
 def _episode(number: int, record: Mapping[str, Any], trees: Mapping[tuple[int, int], Mapping[str, Any]]) -> str:
     end = record["failure"] or ("ended" if record["done"] else "cut off")
     turns = len(record["actions"])
+    count = f"{turns} turn{'s' * (turns != 1)}"
     opening = record["messages"][: len(record["messages"]) - 2 * turns]
-    parts = [f"<h2>Episode {number + 1}: return {record['return']:g}, {turns} turns, {escape(str(end))}</h2>"]
+    parts = [f"<h2>Episode {number + 1}: return {record['return']:g}, {count}, {escape(str(end))}</h2>"]
     parts += [_said(message) for message in opening]
     for t in range(turns):
         action, seen = record["messages"][len(opening) + 2 * t : len(opening) + 2 * t + 2]
@@ -81,7 +82,7 @@ def _tree(tree: Mapping[str, Any]) -> str:
         return ""
     most = max(edge["visits"] for edge in edges)
     rows = "".join(_edge(edge, most, tree["chosen"]) for edge in edges)
-    below = "".join(_below(edge) for edge in edges)
+    below = "".join(_below(edge) for edge in edges if edge["outcomes"])
     return (
         f"<details><summary>Search: {sum(e['visits'] for e in edges)} simulations</summary><table>"
         f"<tr><th>action<th>value<th>visits<th></tr>{rows}</table><ul>{below}</ul></details>"

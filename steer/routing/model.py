@@ -60,6 +60,13 @@ class Pool(Model):
     def settings(self) -> frozenset[str]:
         return frozenset.intersection(*(model.settings for model in self.models.values()))
 
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Raise `InputError` for prompts that one of the models cannot read, whichever is asked in the end."""
+        for model in self.models.values():
+            encode = getattr(model, "encode", None)
+            for prompt in prompts if encode is not None else ():
+                encode(prompt)
+
     def ask(self, which: int, prompts: list[Prompt], settings: dict[str, Any]) -> tuple[Samples, list[float]]:
         """The answers of one model, and the price of each prompt's."""
         drawn: Samples = self.models[self.names[which]].generate(prompts, **settings)

@@ -27,8 +27,8 @@ class TurnTaken:
     action: str
     observation: str
     reward: float = 0.0
-    seed: int | None = None
-    """The randomness that a copy of the environment was given for it; None where it went on with its own."""
+    seed: int = 0
+    """The randomness that the environment was given for it."""
     info: dict[str, Any] = field(default_factory=dict)
     """What the environment tells people of it."""
 
@@ -64,7 +64,7 @@ def _transcript(text: str, parts: dict[str, Any]) -> Transcript:
 @dataclass(frozen=True)
 class Episode:
     """An episode in mid-play. It is a value: a step makes a new one; the environment of a `real` one is stepped in
-    place, that of a copy is copied again, with fresh randomness, before each step.
+    place, that of a copy is copied again before each step. Every step begins with randomness of its own.
     """
 
     environment: Environment | None
@@ -130,13 +130,15 @@ class Episode:
                 source = environment
                 environment = guarded("fork", lambda: source.fork(seed), watch)
             played = environment
+            if self.real:
+                guarded("reseed", lambda: played.reseed(seed), watch)
             outcome: Outcome = checked(guarded("step", lambda: played.step(action), watch))
         except EnvironmentFailure as error:
-            entry = TurnTaken(action, "", 0.0, None if self.real else seed)
+            entry = TurnTaken(action, "", 0.0, seed)
             return replace(
                 self, environment=None, taken=(*self.taken, entry), truncated=True, failure=str(error), real=False
             )
-        entry = TurnTaken(action, outcome.text, float(outcome.reward), None if self.real else seed, dict(outcome.info))
+        entry = TurnTaken(action, outcome.text, float(outcome.reward), seed, dict(outcome.info))
         taken = (*self.taken, entry)
         cut = outcome.truncated or (not outcome.done and len(taken) >= most)
         return replace(self, environment=environment, taken=taken, done=outcome.done, truncated=cut)

@@ -59,8 +59,8 @@ class TurnProcess(Process):
     """Episodes of an agent. A step is a turn of every row: the actor answers the conversation, all rows in one call,
     and the environment answers the action. Outputs are `Transcript`s; the reward `return` reads their returns.
 
-    Rows that were drawn from their prompts play in the environments themselves; copies of rows (`gather`) play in
-    copies, each step with randomness from the run's generator.
+    Rows that were drawn from their prompts play in the environments themselves, copies of rows (`gather`) in copies.
+    Every step is given randomness from the run's generator, so that copies part ways.
 
     Attributes:
         environment: what makes one for each row: a name for `steer.turns.make`, or a function; or one to be copied.
@@ -289,14 +289,14 @@ class TurnProcess(Process):
             episodes.append(replace(episode, real=False))
         return TurnRows.unpack(packed, step, prompts, episodes=episodes)
 
-    def _again(self, episode: Episode, action: str, seed: int | None) -> Episode:
-        if episode.ended:
+    def _again(self, episode: Episode, action: str, seed: int) -> Episode:
+        environment = episode.environment
+        if episode.ended or environment is None:
             return episode
-        if episode.real and seed is None and episode.environment is not None:
-            name = episode.environment.known_as(action)
-            if name in episode.environment.irreversible:
-                return replace(episode, truncated=True, failure=f"{name} is irreversible and was not run again")
-        return replace(episode, real=seed is None).after(action, seed or 0, self.max_turns, self.seconds)
+        name = environment.known_as(action)
+        if name in environment.irreversible:
+            return replace(episode, truncated=True, failure=f"{name} is irreversible and was not run again")
+        return episode.after(action, seed, self.max_turns, self.seconds)
 
     # ---- showing
 
