@@ -108,7 +108,8 @@ def explain(topic: str) -> str:
     if topic in _TRAINERS:
         return _training(topic)
     about = "\n".join(_wrapped(_first_lines(samplers[topic])))
-    return f"{about}\n\n{settings_table(samplers[topic])}\n\n{_example(topic)}"
+    method = f"{entry(name)}\n\nThe sampler of this name:\n\n" if name is not None else ""
+    return f"{method}{about}\n\n{settings_table(samplers[topic])}\n\n{_example(topic)}"
 
 
 def _training(topic: str) -> str:
@@ -187,10 +188,10 @@ def _default(value: Any, hint: Any) -> str:
         return "needed"
     if value is None:
         inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-        return "none" if type(None) in get_args(inner) else "preset"
+        return "none" if inner is Any or type(None) in get_args(inner) else "preset"
     if isinstance(value, tuple):
         return ", ".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value) or "preset"
+    return str(value).lower() if isinstance(value, bool) else str(value) or '""'
 
 
 def _spelled(hint: Any) -> str:
