@@ -55,7 +55,7 @@ def goals(options: GoalsOptions, coming: Coming = frozenset()) -> Run:
         name, equals, expression = text.partition("=")
         if not equals:
             check_known("dimension", [name], [*DIMENSIONS, "NAME=REWARD"])
-        reward = parse_reward(expression) if equals else DIMENSIONS[name]
+        reward: Any = parse_reward(expression) if equals else DIMENSIONS[name]
         reward = parse_reward(reward) if isinstance(reward, str) else reward
         check_reward(reward, images=False)
         wanted[name] = reward
