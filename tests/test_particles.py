@@ -591,3 +591,34 @@ def test_bad_input_is_refused_before_any_work() -> None:
     flat = lift(lambda outputs: outputs.detach()[:, 0])
     with pytest.raises(UnsupportedError, match="differentiable"):
         Ancestral(2).run(GaussianProcess(steps=5).edited(GradientGuidance(flat)), [""], generator=torch.Generator())
+
+
+def test_a_trace_is_told_as_it_comes() -> None:
+    """FK's weighted steps and a tree's batches arrive one by one, and are those that the samples hold at the end."""
+    from steer.methods.dts import SearchDTS
+
+    drawn: dict[str, Any] = {"reward": TWOS, "beta": 1.0}
+    order: list[Any] = []
+    samples = FKSteering(num_particles=4).run(
+        markov_lm(),
+        ["a"],
+        generator=torch.Generator().manual_seed(0),
+        on_step=lambda state: order.append(state.step),
+        on_trace=order.append,
+        **drawn,
+    )
+    assert samples.trace is not None and len(samples.trace) == 3
+    assert [x if isinstance(x, int) else x.step for x in order] == [1, 1, 2, 2, 3, 3]
+    assert all(told is kept for told, kept in zip(order[::2], samples.trace, strict=True))
+
+    grown: list[tuple[int, int]] = []
+    forest = SearchDTS(rollouts=12, batch=4).run(
+        markov_lm(),
+        ["a"],
+        generator=torch.Generator().manual_seed(0),
+        on_trace=lambda found: grown.append((found.rollouts, len(found.trees[0]))),
+        **drawn,
+    )
+    assert forest.trace is not None
+    assert [rollouts for rollouts, _ in grown] == [4, 8, 12]
+    assert grown[-1] == (12, len(forest.trace[0].trees[0])) and grown == sorted(grown)

@@ -114,15 +114,16 @@ class _Drawing:
     # ---- on the way
 
     def _step(self, plan: Plan, name: str, state: Any) -> None:
+        process: Any = plan.process
         due = time.monotonic() - self._said >= _PACE
         self._said = time.monotonic() if due else self._said
         self._tell({"say": f"{METHODS[name]}: step {state.step} of {self.recipe.steps}"} if due else None)
-        if name == "dts-star" or plan.process.done(state):  # type: ignore[attr-defined]
+        if name == "dts-star" or process.done(state):
             return
         every = -(-self.recipe.steps // _FRAMES)
         if state.step % every == 0 and state.parent is not None:
             # What was foreseen before the step costs no further call of the network.
-            seen = replace(plan.process, shown="previous").preview(state)  # type: ignore[type-var,attr-defined]
+            seen = replace(process, shown="previous").preview(state)
             self._frame(f"step {state.step} of {self.recipe.steps}", seen.outputs)
 
     def _trace(self, first: int, entry: Any) -> None:

@@ -92,7 +92,8 @@ class _Search:
         tell({**self.shown, "ghost": ghost["curve"], "facts": self._facts(samples, ghost)})
 
     def _turning(self, plan: Plan) -> Plan:
-        return replace(plan, process=replace(plan.process, turn=self._turn))  # type: ignore[type-var]
+        process: Any = plan.process
+        return replace(plan, process=replace(process, turn=self._turn))
 
     def _turn(self) -> None:
         """Before every token: others compute, and whoever waits sees that it goes on."""
