@@ -48,6 +48,10 @@ class Heeded:
     """Of the hint's words in the text."""
     share_without: float
 
+    def rounded(self) -> dict[str, Any]:
+        """For the card; what is not known is None."""
+        return _rounded(asdict(self))
+
     @property
     def known(self) -> bool:
         """Whether the gain is above 0, as far as can be told."""
@@ -60,6 +64,15 @@ class Heeded:
             f"the black box {verdict}: {self.what} {ranged(self.gain, self.half)} on {self.inputs} inputs; it writes "
             f"{self.share:.0%} of the hint's words with it and {self.share_without:.0%} without"
         )
+
+
+def _rounded(given: dict[str, Any]) -> dict[str, Any]:
+    shown = {k: round(v, 5) if isinstance(v, float) else v for k, v in given.items()}
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in shown.items()}
+
+
+def _known(given: dict[str, Any]) -> dict[str, Any]:
+    return {k: math.nan if v is None else v for k, v in given.items()}
 
 
 def random_hints(control: ExtractPolicy, rows: Sequence[Row], seed: int) -> list[str]:
@@ -106,7 +119,7 @@ class Line:
 
     def rounded(self) -> dict[str, Any]:
         """For the card; what is not known is None."""
-        return {k: v if isinstance(v, str) else None if math.isnan(v) else round(v, 5) for k, v in asdict(self).items()}
+        return _rounded(asdict(self))
 
 
 def compared(bench: Bench, rows: Sequence[Row], kinds: dict[str, list[list[str | None]]]) -> list[Line]:
@@ -137,7 +150,7 @@ def table(lines: Sequence[dict[str, Any]], inputs: int) -> str:
     """As text, with what the card has of each line."""
     cells = [["hint", "reward", "above random", "its words in the text"]]
     for line in lines:
-        known = {name: math.nan if value is None else value for name, value in line.items()}
+        known = _known(line)
         share = "-" if math.isnan(known["share"]) else f"{known['share']:.0%}"
         over = "-" if math.isnan(known["over_random"]) else ranged(known["over_random"], known["over_half"])
         cells.append([line["name"], ranged(known["reward"], known["half"]), over, share])
@@ -165,5 +178,5 @@ def told(metrics: dict[str, Any]) -> str:
                 f"on held-out inputs the rounds {'gain' if more else 'show no gain:'} {shown} over {before['name']}"
             )
     if metrics.get("heeded"):
-        parts.append(Heeded(**metrics["heeded"]).text)
+        parts.append(Heeded(**_known(metrics["heeded"])).text)
     return "\n".join(parts)

@@ -204,7 +204,7 @@ class _Trained:
         self.policy.begin()
         found = self._probed()
         if found is not None:
-            metrics["heeded"] = {k: round(v, 5) if isinstance(v, float) else v for k, v in asdict(found).items()}
+            metrics["heeded"] = found.rounded()
         kinds = self._before()
         if job.learns:
             metrics |= self._rounds()
