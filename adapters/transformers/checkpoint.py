@@ -62,7 +62,7 @@ def check_weights(found: Any, name: str, text_model: Any = None) -> None:
     the library found while it loaded. Tied weights are not missing, and towers are not left over where the network,
     `text_model`, was taken out of a model that sees and hears.
     """
-    towers = (lambda key: False) if text_model is None else _towers(text_model)
+    towers: Callable[[str], bool] = (lambda key: False) if text_model is None else _towers(text_model)
     for kind, what in _FAULTS.items():
         keys = sorted(key if isinstance(key, str) else str(key[0]) for key in found.get(kind) or ())
         keys = [key for key in keys if kind != "unexpected_keys" or not (_BUFFERS.search(key) or towers(key))]
