@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from steer.core import InputError, Prompt, RawText, Reward, Samples, check
+from steer.core import InputError, Prompt, RawText, Reward, Samples, SteerError, check
 from steer.rewards.algebra import Composable
 from steer.rewards.text import texts_of
 
-__all__ = ["HeadReward", "models_from", "reply_ids"]
+__all__ = ["HeadReward", "load_model", "models_from", "reply_ids"]
 
 
 def reply_ids(model: Any, prompt: Prompt, reply: str) -> list[int]:
@@ -115,7 +115,7 @@ class HeadReward(Composable):
             raise InputError(
                 "reward", self.text, f"the model that it was trained on, {name}, as the one that generates"
             )
-        return _loaded(name)
+        return load_model(name)
 
 
 _loaders: list[Callable[[str], Any]] = []
@@ -129,5 +129,8 @@ def models_from(load: Callable[[str], Any]) -> None:
 
 
 @cache
-def _loaded(name: str) -> Any:
+def load_model(name: str) -> Any:
+    """A model by its name, loaded once; see `models_from`. Raises `SteerError`."""
+    if not _loaders:
+        raise SteerError(f"model {name}: nothing loads models here; import steer.loading")
     return _loaders[0](name)

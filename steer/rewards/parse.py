@@ -37,6 +37,7 @@ from steer.rewards.image import (
     Sharpness,
     Symmetry,
 )
+from steer.rewards.judged import JudgeReward
 from steer.rewards.likelihood import Fluency, Perplexity
 from steer.rewards.text import Keywords, Length, Profanity, Readability, Refusal, Rouge, Sentiment
 from steer.rewards.trained import trained
@@ -347,6 +348,9 @@ register("keywords", _keywords, "keywords:WORD,WORD")
 register("profanity", lambda how="any": Profanity(how), "profanity[:share]")
 register("rouge", _rouge, 'rouge:"REFERENCE"')
 register("refusal", Refusal)
+register(
+    "judge", JudgeReward.read, 'judge[:RUBRIC.txt][,model="MODEL or openai:URL#NAME"][,low=1][,high=10]', loads=True
+)
 register("fluency", lambda: Fluency())
 register("perplexity", lambda: Perplexity())
 register("answer", lambda how="final": Answer(how), "answer[:whole or number] (column answer)")
