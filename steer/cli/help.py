@@ -108,7 +108,7 @@ def explain(topic: str) -> str:
     if topic in _TRAINERS:
         return _training(topic)
     about = "\n".join(_wrapped(_first_lines(samplers[topic])))
-    method = f"{entry(name)}\n\nThe sampler of this name:\n\n" if name is not None else ""
+    method = f"{_indented(entry(name))}\n\nThe sampler of this name:\n\n" if name is not None else ""
     return f"{method}{about}\n\n{settings_table(samplers[topic])}\n\n{_example(topic)}"
 
 
@@ -127,6 +127,15 @@ def _first_lines(kind: type) -> str:
     """The docstring up to its list of attributes."""
     text = inspect.cleandoc(kind.__doc__ or "")
     return re.split(r"\n\s*(?:Attributes|Args|Returns)\b", text)[0].strip()
+
+
+def _indented(text: str) -> str:
+    """Lines no wider than the terminal, which go on below their own beginnings."""
+    found = []
+    for line in text.split("\n"):
+        gap = " " * (len(line) - len(line.lstrip()))
+        found += wrap(line, _width(), subsequent_indent=gap, break_on_hyphens=False) or [""]
+    return "\n".join(found)
 
 
 def _example(topic: str) -> str:
