@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ranks_job import train, value_head
+from ranks_tools import torchrun
 from safetensors.torch import load_file
 
 from steer.adapters.transformers.model import LanguageModel
@@ -24,15 +20,6 @@ from steer.train import loop
 from steer.train.value import ValueSettings, train_value
 
 JOB = Path(__file__).with_name("ranks_job.py")
-
-
-def torchrun(words: Sequence[str], **more: str) -> subprocess.CompletedProcess[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    about = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **more}
-    return subprocess.run([*command, *words], env=os.environ | about, capture_output=True, text=True, timeout=500)
 
 
 def test_two_ranks_are_one_process_with_twice_the_batch(
