@@ -38,7 +38,13 @@ PAGES = [
     "steer/serving/README.md",
 ]
 """Pages with blocks that run."""
-OTHERS = ["steer/GLOSSARY.md", "steer/serving/CLIENTS.md", "adapters/ARCHITECTURES.md", "recipes/notebooks/README.md"]
+OTHERS = [
+    "steer/GLOSSARY.md",
+    "steer/serving/CLIENTS.md",
+    "adapters/ARCHITECTURES.md",
+    "recipes/fleet/README.md",
+    "recipes/notebooks/README.md",
+]
 LANGUAGE_MODEL = "smollm2-135m"
 
 _BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]*?) -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)```", re.DOTALL)

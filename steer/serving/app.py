@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from steer.serving import errors
-from steer.serving.artifact_store import Store
+from steer.serving.artifact_store import Store, check_name
 from steer.serving.engine import Engine, Sampling
 from steer.serving.gate import Gate
 from steer.serving.guard import Guard
@@ -44,6 +44,7 @@ def create_app(
     unsaid: Sampling | None = None,
     names: Sequence[str] = (),
     alone: bool = True,
+    require: Sequence[str] = (),
 ) -> FastAPI:
     """An OpenAI-compatible application.
 
@@ -59,6 +60,7 @@ def create_app(
         default: steering of requests that ask for none.
         unsaid: how tokens are drawn where a request does not say; default: by the whole law at temperature 1.
         names: further names of the model.
+        require: artifacts that must be registered before `/health` says that the server is ready.
         alone: False leaves the models, health and metrics to a server that this application is part of; its own metrics
             are at `/v1/steer/metrics`.
     """
@@ -70,9 +72,10 @@ def create_app(
     metrics = Metrics(engine, gate, store)
     tasks = Tasks(store, rewards or Rewards(folder=artifacts), limits, default, engine.own_edits, unsaid or Sampling())
     reading = ThreadPoolExecutor(1, "steer-files")
-    server = Server(
-        engine, store, tasks, gate, metrics, reading, int(time.time()), tuple(dict.fromkeys((engine.name, *names)))
-    )
+    called = tuple(dict.fromkeys((engine.name, *names)))
+    for name in require:
+        check_name(name)
+    server = Server(engine, store, tasks, gate, metrics, reading, int(time.time()), called, tuple(require))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -130,7 +133,7 @@ def _describe(app: FastAPI, names: Sequence[str], keys: bool) -> None:
             for path, methods in schema["paths"].items():
                 for operation in methods.values():
                     operation["responses"].pop("422", None)
-                    if keys and path != "/health":
+                    if keys and not path.endswith("/health"):
                         operation["security"] = [{"key": []}]
             if keys:
                 schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

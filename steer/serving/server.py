@@ -30,3 +30,9 @@ class Server:
     created: int
     names: tuple[str, ...]
     """What requests may call the model; the first is its own."""
+    require: tuple[str, ...] = ()
+    """Artifacts that must be registered before the server says that it is ready."""
+
+    def waiting(self) -> list[str]:
+        """Those that are not yet."""
+        return [name for name in self.require if not self.store.has(name)]
