@@ -18,6 +18,7 @@ from typing import Any
 from steer.core.errors import InputError, check
 from steer.core.names import meant
 from steer.files import replacing
+from steer.ranks import ranks
 
 __all__ = ["check_targets", "logging_to", "record"]
 
@@ -37,7 +38,7 @@ def record(phase: str, step: int, figures: Mapping[str, float]) -> None:
 def logging_to(
     *targets: Path | str, folder: Path | str | None = None, settings: Mapping[str, Any] | None = None
 ) -> Iterator[None]:
-    """Log all training within the block.
+    """Log all training within the block; of several ranks the first alone does.
 
     A line of a file is `{"phase", "step", "seconds", figure: number, ...}`; a training that goes on from a checkpoint
     writes the steps after it anew. Trackers get the figures as `phase/figure`.
@@ -51,6 +52,7 @@ def logging_to(
         InputError: a target that is neither, or a tracker that is not installed.
     """
     check_targets(targets)
+    targets = targets if ranks().first else ()
     names = [str(t) for t in targets if not _is_file(t)]
     with ExitStack() as stack:
         sinks: list[Sink] = [_Lines(Path(t)) for t in targets if _is_file(t)]

@@ -236,3 +236,52 @@ def wrong(answer: Any, status: int, field: str | None, *words: str) -> None:
     assert error["param"] == field, error
     for word in words:
         assert word in error["message"]
+
+
+# ---------------------------------------------------------------------------------------------------------- fleets
+
+
+def fleet(servers: tuple[Running, Running], source: Path, other: Path) -> None:
+    """Must hold of any two servers of one model on one folder."""
+    a, b = servers
+    wrong(steered(b, "calm"), 400, "steer.edits.0.name")
+    sent = a.post(
+        "/v1/steer/artifacts?name=calm",
+        content=source.read_bytes(),
+        headers={"Content-Type": "application/octet-stream"},
+    )
+    assert sent.status_code == 201, sent.text
+    answers = [steered(server, "calm", strength=4.0).json() for server in servers]
+    assert answers[0]["choices"] == answers[1]["choices"]
+    assert b.get("/v1/steer/artifacts/calm").json()["sha256"] == sent.json()["sha256"]
+    b.post(
+        "/v1/steer/artifacts?name=calm",
+        content=other.read_bytes(),
+        headers={"Content-Type": "application/octet-stream"},
+    )
+    changed = [steered(server, "calm", strength=4.0).json() for server in servers]
+    assert changed[0]["choices"] == changed[1]["choices"] != answers[0]["choices"]
+    assert a.delete("/v1/steer/artifacts/calm").status_code == 200
+    assert b.get("/v1/steer/artifacts/calm").status_code == 404
+    wrong(steered(b, "calm"), 400, "steer.edits.0.name")
+
+    statuses: list[int] = []
+
+    def send(i: int) -> None:
+        path = f"/v1/steer/artifacts?name=own-{i}"
+        statuses.append(
+            servers[i % 2]
+            .post(path, content=source.read_bytes(), headers={"Content-Type": "application/octet-stream"})
+            .status_code
+        )
+
+    threads = [threading.Thread(target=send, args=(i,)) for i in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert statuses == [201] * 20
+    for server in servers:
+        listed = server.get("/v1/steer/artifacts").json()["data"]
+        assert {entry["id"] for entry in listed} == {f"own-{i}" for i in range(20)}
+        assert server.get("/v1/steer/capabilities").json()["shared"]

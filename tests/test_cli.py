@@ -418,8 +418,11 @@ def training(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append({"positive": positive, "negative": negative, "settings": settings})
         return made
 
-    def train_value(model: Any, prompts: Any, reward: Any, settings: Any, *, work: Path, progress: bool) -> Any:
+    def train_value(
+        model: Any, prompts: Any, reward: Any, settings: Any, *, rollouts: Any, system: Any, work: Path, progress: bool
+    ) -> Any:
         work.mkdir()
+        assert rollouts is system is None
         calls.append({"prompts": prompts, "reward": str(reward), "settings": settings})
         return made
 

@@ -45,6 +45,7 @@ OTHERS = [
     "steer/GLOSSARY.md",
     "steer/serving/CLIENTS.md",
     "adapters/ARCHITECTURES.md",
+    "recipes/fleet/README.md",
     "recipes/notebooks/README.md",
 ]
 LANGUAGE_MODEL = "smollm2-135m"

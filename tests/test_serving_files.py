@@ -299,7 +299,7 @@ def test_a_folder_that_vanishes(engine: TransformersEngine, tmp_path: Path, tiny
     assert send(client, "sent", content).status_code == 201
     assert steered(client, "sent", strength=0.31).status_code == 200
     shutil.rmtree(store)
-    assert client.delete("/v1/steer/artifacts/sent").status_code == 200
+    assert client.delete("/v1/steer/artifacts/sent").status_code == 404
     shutil.rmtree(store, ignore_errors=True)
     store.write_text("a file in its place")
     answer = send(client, "sent", content)

@@ -163,6 +163,7 @@ class ServedModel(Generic[P]):
     """
 
     name: str
+    kind: str
     preparer: Preparer[P]
 
     def serve(self, preparer: Preparer[P], name: str, split_special_tokens: bool) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, contextmanager
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
+from filelock import FileLock
 
 from steer.adapters.language.facts import CALIBRATION, fingerprint
 from steer.adapters.vllm.artifacts import PackedArtifact
@@ -60,17 +64,18 @@ class Client(ABC):
     def introduce(self, norms: bool) -> None:
         """Find the model's fingerprint and, with `norms`, the residual stream's norms; then `front.info` has them."""
         front = self.front
-        if not front.info.fingerprint:
-            front.info = model_info(self.config, _fingerprint(front.info, self.rpc("steer_facts")), None)
-            self.rpc("steer_introduce", front.info.fingerprint, None)
-        if norms and not front.measured:
-            front.measured = True
-            self.rpc("steer_measure", True)
-            self.draw(*_calibration(self.tokenizer))
-            values = _norms(self.rpc("steer_measure", False), front.info.num_layers)
-            known = None if values is None else torch.tensor(values)
-            front.info = model_info(self.config, front.info.fingerprint, known)
-            self.rpc("steer_introduce", front.info.fingerprint, values)
+        if front.info.fingerprint and (front.measured or not norms):
+            return
+        with _one_of_the_servers():
+            facts = self.rpc("steer_facts")
+            mark, values = _fingerprint(front.info, facts), facts[0]["norms"]
+            if norms and any(part["norms"] is None for part in facts):
+                self.rpc("steer_measure", True)
+                self.draw(*_calibration(self.tokenizer))
+                values = _norms(self.rpc("steer_measure", False), front.info.num_layers)
+            front.measured = front.measured or norms
+            front.info = model_info(self.config, mark, None if values is None else torch.tensor(values))
+            self.rpc("steer_introduce", mark, values)
 
     def register(self, name: str, data: bytes, any_model: bool, used: set[str]) -> str:
         """Register `data` (see `Artifact.parse`) under `name`; returns its digest. Digests in `used` make no room for
@@ -79,9 +84,9 @@ class Client(ABC):
         self.introduce(norms=PackedArtifact.parse(data).card.kind != "value")
         artifact, gone = self.front.admit(name, data, any_model, used)
         if artifact.digest not in self.front.artifacts:
-            self.rpc("steer_register", artifact.digest, data, any_model)
+            self.rpc("steer_register", artifact.digest, data, any_model, self.front.mark)
         if gone:
-            self.rpc("steer_evict", gone)
+            self.rpc("steer_evict", gone, self.front.mark)
         self.front.add(name, artifact, gone)
         return artifact.digest
 
@@ -89,7 +94,7 @@ class Client(ABC):
         """Forget a name. Raises `InputError`."""
         gone = self.front.remove(name, used)
         if gone:
-            self.rpc("steer_evict", gone)
+            self.rpc("steer_evict", gone, self.front.mark)
 
     @abstractmethod
     def draw(self, prompts: Sequence[Any], params: Sequence[Any], took: Took | None = None) -> list[Any]:
@@ -99,7 +104,7 @@ class Client(ABC):
 
     @abstractmethod
     def rpc(self, method: str, *args: Any) -> list[Any]:
-        """Call a method on every worker; returns what each of them answers."""
+        """Call a method on every worker of every engine; returns what each of them answers."""
 
     @abstractmethod
     def close(self) -> None:
@@ -198,8 +203,16 @@ class Asynchronous(Client):
             return call.result()
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
-        with self._calling(self.engine.collective_rpc(method, args=args)) as call:
-            return list(call.result())
+        with self._calling(self._everywhere(method, args)) as call:
+            return call.result()
+
+    async def _everywhere(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+        """vLLM's own `collective_rpc` reaches all data-parallel engines, too, but tells what the first one answers."""
+        core = self.engine.engine_core
+        if len(getattr(core, "core_engines", ())) < 2:
+            return list(await self.engine.collective_rpc(method, args=args))
+        parts = await core.call_utility_all_async("collective_rpc", method, None, args, None)
+        return [answer for part in parts for answer in part]
 
     @contextmanager
     def _calling(self, work: Coroutine[Any, Any, T]) -> Iterator[Future[T]]:
@@ -223,6 +236,13 @@ class Asynchronous(Client):
 
     def close(self) -> None:
         self.engine.shutdown(timeout=PATIENCE)
+
+
+@contextmanager
+def _one_of_the_servers() -> Iterator[None]:
+    """Hold what only one of the processes may do at a time that serve the same engines: they have one parent."""
+    with FileLock(Path(tempfile.gettempdir()) / f"steer-{os.getuid()}-{os.getppid()}.lock"):
+        yield
 
 
 async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -251,7 +271,8 @@ def _norms(parts: Sequence[dict[Any, list[float]]], depth: int) -> list[float] |
     """The median norm of each block `[L]`, or None where a rank saw nothing."""
     seen: dict[int, list[float]] = {}
     for part in parts:
-        seen |= {int(layer): values for layer, values in part.items()}
+        for layer, values in part.items():  # of several engines, each has read some of the sentences
+            seen.setdefault(int(layer), []).extend(values)
     if any(not seen.get(layer) for layer in range(depth)):
         return None
     return [float(torch.tensor(seen[layer]).median()) for layer in range(depth)]

@@ -295,7 +295,8 @@ class VLLMProcess(Process):
         if not reading:
             return state
         tags = [f"{state.run}-{i}" for i in reading]
-        found = self._client.rpc("steer_weights", tags)[0]
+        parts = self._client.rpc("steer_weights", tags)  # of several engines, one has had the request
+        found = [next(w for w in told if w is not None) for told in zip(*parts, strict=True)]
         weights = list(state.weights)
         for i, mine in zip(reading, found, strict=True):
             weights[i] = tuple(None if w is None else tuple(w) for w in mine)

@@ -96,12 +96,6 @@ def settings_of(config: Any) -> Settings | None:
     )
 
 
-def check_processes(config: Any) -> None:
-    """Raise `InputError` where a server would have several API processes."""
-    servers = config.parallel_config._api_process_count
-    check(servers == 1, "api_server_count", servers, f"1 with {SERVER_PLUGIN}: registered names live in one process")
-
-
 def _tuned(given: Any) -> tuple[tuple[str, str], ...]:
     check(isinstance(given, dict), "additional_config steer.tuned", given, "a dictionary of folders by name")
     for name, folder in given.items():
@@ -169,6 +163,8 @@ class ServerSettings:
 
     artifacts: Path | None = None
     """Folder of registered artifacts; without one none can be registered over HTTP."""
+    require: tuple[str, ...] = ()
+    """Artifacts that have to be there before `/v1/steer/health` says that the server is ready."""
     allow_reward: tuple[str, ...] = ()
     """Rewards that requests may name besides the shipped ones, as `steer serve --allow-reward` takes them."""
     limits: Limits = field(default_factory=Limits)
@@ -191,7 +187,11 @@ class ServerSettings:
         limits = _limits(given.get("limits", {}), room)
         split = given.get("split_special_tokens", True)
         check(isinstance(split, bool), f"{_WHERE}.split_special_tokens", split, "true, false")
-        return cls(None if folder is None else Path(folder), tuple(rewards), limits, split)
+        require = given.get("require", [])
+        named = isinstance(require, list) and all(isinstance(name, str) and NAME.fullmatch(name) for name in require)
+        check(named, f"{_WHERE}.require", require, "a list of artifacts' names")
+        check(not require or folder is not None, f"{_WHERE}.require", require, f"unset without {_WHERE}.artifacts")
+        return cls(None if folder is None else Path(folder), tuple(require), tuple(rewards), limits, split)
 
 
 def _limits(given: Any, room: dict[str, int]) -> Limits:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from steer.core import InputError, SteerError, UnsupportedError, check_whole
 from steer.core.errors import RewardError, first_line
 from steer.progress import note, ticking
 
-__all__ = ["Summary", "Worker", "run_job"]
+__all__ = ["Elsewhere", "Summary", "Worker", "answer_all", "run_job"]
 
 _FAULTS = 10
 """Rows in a row that fail through no fault of their own, after which the job ends."""
@@ -37,6 +37,14 @@ class Worker(Protocol):
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """What answers rows in other processes, such as a cluster's: rows in, records out as they are done."""
+
+    check_fields: Callable[[frozenset[str]], None]
+    records: Callable[[Iterator[Row]], Iterator[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
 class Summary:
     """What a job came to: rows that were done now, that had been done before, and that have failed in all."""
 
@@ -47,7 +55,7 @@ class Summary:
 
 
 def run_job(
-    worker: Worker,
+    worker: Worker | Elsewhere,
     source: str,
     out: str,
     job: Mapping[str, Any],
@@ -61,7 +69,7 @@ def run_job(
     """Answer every row of `source` that has no record in `out` yet.
 
     Args:
-        worker: what answers.
+        worker: what answers, here or elsewhere.
         source: rows, as JSON lines, CSV or Parquet; a path or a URL.
         out: records, as JSON lines or Parquet, in the order in which they are done.
         job: settings that change records; `out` of a job with others is refused.
@@ -86,40 +94,60 @@ def run_job(
         began = time.monotonic()
         with ticking(progress, "rows", found.rows) as tick:
             tick(before)
-            asyncio.run(_Loop(worker, results, max_failures, tick).run(source, part))
+            account = _Account(results, max_failures, tick)
+            rows = (row for row in read_rows(source) if part.holds(row) and row.id not in results.done)
+            if isinstance(worker, Elsewhere):
+                for record in worker.records(rows):
+                    if not account.keep(record, fault=False):
+                        break
+            else:
+                asyncio.run(_Loop(worker, account.keep).run(rows))
+            if account.stopped is not None:
+                raise account.stopped
         results.finish()
         return Summary(len(results.done) - before, before, results.failed, time.monotonic() - began)
+
+
+async def answer_all(worker: Worker, rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Records of the rows, in the order in which they are done; a row that fails has one with its error."""
+    found: list[dict[str, Any]] = []
+
+    def keep(record: dict[str, Any], fault: bool) -> bool:
+        found.append(record)
+        return True
+
+    await _Loop(worker, keep).run(rows)
+    return found
+
+
+class Keep(Protocol):
+    """What takes a record, which may tell of a `fault` that is none of its row's; False ends the job."""
+
+    def __call__(self, record: dict[str, Any], fault: bool) -> bool: ...
 
 
 class _Loop:
     """As many rows at work as the worker has room for."""
 
-    def __init__(self, worker: Worker, results: Results, max_failures: int | None, tick: Any) -> None:
-        self._worker, self._results, self._most, self._tick = worker, results, max_failures, tick
+    def __init__(self, worker: Worker, keep: Keep) -> None:
+        self._worker, self._keep = worker, keep
         self._inside = 0
         self._room = asyncio.Condition()
-        self._stopped: SteerError | None = None
-        self._faults = self._rewarded = self._tokens = 0
-        self._reward = 0.0
-        self._began = time.monotonic()
+        self._going = True
 
-    async def run(self, source: str, shard: Shard) -> None:
+    async def run(self, rows: Iterable[Row]) -> None:
         async with asyncio.TaskGroup() as group:
-            for row in read_rows(source):
-                if not shard.holds(row) or row.id in self._results.done:
-                    continue
-                asked, rows = await self._asked(row)
+            for row in rows:
+                asked, size = await self._asked(row)
                 if asked is not None:
-                    await self._enter(rows)
-                    group.create_task(self._answered(row, asked, rows))
-                if self._stopped is not None:
+                    await self._enter(size)
+                    group.create_task(self._answered(row, asked, size))
+                if not self._going:
                     break
-        if self._stopped is not None:
-            raise self._stopped
 
     async def _asked(self, row: Row) -> tuple[Any, int]:
         if row.data is None:
-            self._fail(row, row.error, None)
+            self._write(self._worker.failure(row, row.error, None))
             return None, 0
         try:
             asked = await asyncio.to_thread(self._worker.prepare, row)
@@ -135,9 +163,8 @@ class _Loop:
 
     async def _answered(self, row: Row, asked: Any, rows: int) -> None:
         try:
-            if self._stopped is None:
+            if self._going:
                 self._write(await self._worker.answer(row, asked))
-                self._faults = 0
         except Exception as error:
             self._failed(row, error)
         finally:
@@ -145,33 +172,41 @@ class _Loop:
                 self._inside -= rows
                 self._room.notify_all()
 
-    # ---- records
-
     def _failed(self, row: Row, error: Exception) -> None:
         mine = isinstance(error, InputError | UnsupportedError | RewardError) or hasattr(error, "field")
-        self._faults = 0 if mine else self._faults + 1
         shown = str(error) if isinstance(error, SteerError) else f"{type(error).__name__}: {first_line(error)}"
-        self._fail(row, shown, getattr(error, "field", None))
-        if self._faults >= _FAULTS and self._stopped is None:
-            self._stopped = SteerError(
-                f"{_FAULTS} rows failed one after another, the last with {shown}; see {self._results.out}"
-            )
+        self._write(self._worker.failure(row, shown, getattr(error, "field", None)), not mine)
 
-    def _fail(self, row: Row, message: str, field: str | None) -> None:
-        self._write(self._worker.failure(row, message, field))
-        if self._most is not None and self._results.failed > self._most and self._stopped is None:
-            failed = self._results.failed
-            self._stopped = SteerError(f"max_failures: {failed} rows failed, {self._most} may; see {self._results.out}")
+    def _write(self, record: dict[str, Any], fault: bool = False) -> None:
+        self._going = self._going and self._keep(record, fault)
 
-    def _write(self, record: dict[str, Any]) -> None:
-        if self._stopped is not None:
-            return
+
+class _Account:
+    """The records so far: what they came to, and whether the job is to end."""
+
+    def __init__(self, results: Results, max_failures: int | None, tick: Any) -> None:
+        self._results, self._most, self._tick = results, max_failures, tick
+        self.stopped: SteerError | None = None
+        self._faults = self._rewarded = self._tokens = 0
+        self._reward = 0.0
+        self._began = time.monotonic()
+
+    def keep(self, record: dict[str, Any], fault: bool) -> bool:
+        """Write a record; False where the job ends."""
         try:
             self._results.add(record)
         except SteerError as error:
-            self._stopped = error
-            return
+            self.stopped = error
+            return False
         self._tick(1, self._seen(record))
+        failed, out = self._results.failed, self._results.out
+        self._faults = self._faults + 1 if fault else 0
+        if self._faults >= _FAULTS:
+            last = record["error"]["message"]
+            self.stopped = SteerError(f"{_FAULTS} rows failed one after another, the last with {last}; see {out}")
+        elif self._most is not None and failed > self._most:
+            self.stopped = SteerError(f"max_failures: {failed} rows failed, {self._most} may; see {out}")
+        return self.stopped is None
 
     def _seen(self, record: dict[str, Any]) -> str:
         """Rate, mean reward and failures so far."""

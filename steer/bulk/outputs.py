@@ -60,8 +60,7 @@ class Outputs:
 
     def check_fields(self, names: frozenset[str]) -> None:
         """Raise `InputError` for columns that are neither a row's nor kept."""
-        unknown = sorted(names - _FIELDS - self.keep)
-        check(not unknown, "source", f"a field {', '.join(unknown)}", f"{', '.join(sorted(_FIELDS))}, or --keep NAME")
+        check_fields(names, self.keep)
 
     def rows(self, asked: _Call) -> int:
         """One call."""
@@ -102,3 +101,9 @@ def _file_name(text: str) -> str:
     return (
         "".join(c if c.isascii() and (c.isalnum() or c in ".-") else f"_{ord(c):x}_" for c in text).lstrip(".") or "_"
     )
+
+
+def check_fields(names: frozenset[str], keep: frozenset[str]) -> None:
+    """Raise `InputError` for columns that are neither a row's nor kept."""
+    unknown = sorted(names - _FIELDS - keep)
+    check(not unknown, "source", f"a field {', '.join(unknown)}", f"{', '.join(sorted(_FIELDS))}, or --keep NAME")

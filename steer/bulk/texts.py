@@ -72,11 +72,8 @@ class Requests:
         self._fields = {k: v for k, v in (fields or {}).items() if v is not None}
 
     def check_fields(self, names: frozenset[str]) -> None:
-        """Raise `InputError` for columns that are neither a request's nor kept."""
-        unknown = sorted(names - _ROW_FIELDS - self.keep - _OPENAI)
-        check(
-            not unknown, "source", f"a field {', '.join(unknown)}", f"{', '.join(sorted(_ROW_FIELDS))}, or --keep NAME"
-        )
+        """Raise `InputError` for columns that are neither a row's nor kept."""
+        check_fields(names, self.keep)
 
     def rows(self, asked: _Asked) -> int:
         """Texts that a row has in the engine at one time."""
@@ -175,3 +172,9 @@ def _read(kind: type, given: dict[str, Any]) -> Any:
         if first["type"] == "extra_forbidden":
             raise InputError(field, first.get("input"), "no such field") from None
         raise InputError(field, first.get("input"), wanted(first).removeprefix("allowed: ")) from None
+
+
+def check_fields(names: frozenset[str], keep: frozenset[str]) -> None:
+    """Raise `InputError` for columns that are neither a request's nor kept."""
+    unknown = sorted(names - _ROW_FIELDS - keep - _OPENAI)
+    check(not unknown, "source", f"a field {', '.join(unknown)}", f"{', '.join(sorted(_ROW_FIELDS))}, or --keep NAME")

@@ -83,18 +83,19 @@ def _command(name: str) -> Callable[..., None]:
         quiet, verbose = given.pop("quiet"), given.pop("verbose")
         # Whatever a library or a reward prints belongs beside the results, not among them.
         with redirect_stdout(sys.stderr), talking(verbose):
-            from steer.cli.jobs import JOBS
-            from steer.cli.session import Session, kept_on_interrupt
+            from steer.cli.jobs import JOBS, check_ranks
+            from steer.cli.session import Session, kept_on_interrupt, silent
             from steer.progress import note
 
+            shared = check_ranks(name)
             run = JOBS[name](options(**given))
             if dry:
                 from steer.cli.estimates import estimated
 
-                cost = estimated(options(**given), Session(results, progress=False))
-                print(f"steer {name}: everything checks; nothing was run; {cost}", file=sys.stderr)
+                cost = estimated(options(**given), Session(results, progress=False)) if shared.first else ""
+                note(shared.first, f"{name}: everything checks; nothing was run; {cost}")
                 return
-            session = Session(results, progress=not quiet, verbose=verbose)
+            session = Session(results if shared.first else silent(), not quiet and shared.first, verbose)
             began = time.monotonic()
             with kept_on_interrupt(given.get("out")):
                 run(session)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from steer.bulk import Outputs, Requests, Summary, run_job
-from steer.bulk.job import Worker
+from steer.bulk.job import Elsewhere, Worker
+from steer.bulk.outputs import check_fields as check_output_fields
 from steer.bulk.source import Shard, is_remote
+from steer.bulk.texts import check_fields as check_request_fields
 from steer.cli import checks, generating
 from steer.cli.checks import Coming
 from steer.cli.options import BatchOptions, GenerateOptions, ServeOptions
@@ -17,6 +22,7 @@ from steer.cli.serving import check_engine, default_steering, start_engine
 from steer.cli.session import Run, Session
 from steer.core import SteerError, check, check_whole
 from steer.loading import is_endpoint
+from steer.ranks import ranks
 from steer.serving.artifact_store import Store
 from steer.serving.limits import Limits
 from steer.serving.reward_store import Rewards
@@ -25,7 +31,19 @@ from steer.serving.tasks import Tasks
 __all__ = ["batch"]
 
 _PLACE_OR_PACE = frozenset(
-    {"source", "target", "shard", "max_rows", "max_failures", "retry_failed", "overwrite", "check", "device"}
+    {
+        "source",
+        "target",
+        "shard",
+        "max_rows",
+        "max_failures",
+        "retry_failed",
+        "overwrite",
+        "check",
+        "device",
+        "engine_on",
+        "actors",
+    }
 )
 """Options that change no record."""
 _REWARD = "job_reward"
@@ -36,22 +54,25 @@ _CONNECTIONS = 8
 def batch(options: BatchOptions, coming: Coming = frozenset()) -> Run:
     """Check a bulk job."""
     checks.check_model(options)
-    shard = Shard.parse(options.shard)
+    shard, target = _share(options)
     check_whole("max_rows", options.max_rows)
     check(options.max_failures is None or options.max_failures >= 0, "max_failures", options.max_failures, "0 or more")
-    if not is_remote(options.target):
-        checks.check_output(Path(options.target), "target")
+    if not is_remote(target):
+        checks.check_output(Path(target), "target")
     images = checks.draws_images(options)
     plain = images or is_endpoint(options.model) or checks.denoises_text(options)
+    options = replace(options, target=target)
     make = (_outputs if plain else _requests)(options, images)
+    check(options.actors == 1 or options.engine_on is not None, "actors", options.actors, "1 without --engine-on")
+    cluster = None if options.engine_on is None else _cluster(options, images)
 
     def run(session: Session) -> None:
-        worker = make(session)
+        worker = make(session) if cluster is None else _elsewhere(options, cluster, plain)
         try:
             summary = run_job(
                 worker,
                 options.source,
-                options.target,
+                target,
                 _job(options),
                 shard=shard,
                 max_failures=options.max_failures,
@@ -60,13 +81,25 @@ def batch(options: BatchOptions, coming: Coming = frozenset()) -> Run:
                 progress=session.progress,
             )
         except (KeyboardInterrupt, SteerError):
-            print(f"steer: what was done is kept in {options.target}; the same command goes on", file=sys.stderr)
+            print(f"steer: what was done is kept in {target}; the same command goes on", file=sys.stderr)
             raise
         finally:
-            worker.close()
-        session.say(_told(summary, options.target))
+            if not isinstance(worker, Elsewhere):
+                worker.close()
+        session.say(_told(summary, target))
 
     return run
+
+
+def _share(options: BatchOptions) -> tuple[Shard, str]:
+    """The rows of this process and its file: several ranks share the rows out, each with a file of its own."""
+    shard, shared = Shard.parse(options.shard), ranks()
+    if shared.count == 1:
+        return shard, options.target
+    allowed = f"0/1 on {shared.count} ranks, each of which takes its own share"
+    check(shard == Shard(), "shard", options.shard, allowed)
+    stem, dot, kind = options.target.rpartition(".")
+    return Shard(shared.index, shared.count), f"{stem}-{shared.index}of{shared.count}{dot}{kind}"
 
 
 def _job(options: BatchOptions) -> dict[str, Any]:
@@ -85,6 +118,39 @@ def _generation(options: BatchOptions) -> GenerateOptions:
     """The same as options of `generate`, whose checks and meanings it shares."""
     both = {f.name for f in fields(GenerateOptions)} & {f.name for f in fields(BatchOptions)}
     return GenerateOptions(**{name: getattr(options, name) for name in both})
+
+
+# ------------------------------------------------------------------------------------------------------------ cluster
+
+
+def _cluster(options: BatchOptions, images: bool) -> Any:
+    """Where the job runs. Raises `InputError` for what cannot run there."""
+    from steer.adapters.ray import Cluster
+
+    assert options.engine_on is not None
+    cluster = Cluster.parse(options.engine_on, options.actors, 2 * options.max_rows)
+    check(ranks().count == 1, "engine_on", options.engine_on, "unset under torchrun: Ray starts its own processes")
+    return cluster
+
+
+def _elsewhere(options: BatchOptions, cluster: Any, plain: bool) -> Elsewhere:
+    from steer.adapters.ray import run_on_ray
+
+    known = check_output_fields if plain else check_request_fields
+    return Elsewhere(
+        partial(known, keep=frozenset(options.keep)),
+        partial(run_on_ray, partial(answering, replace(options, engine_on=None, actors=1), os.getcwd()), cluster),
+    )
+
+
+def answering(options: BatchOptions, folder: str) -> Worker:
+    """The worker of a job, in a process of its own, where its paths are those of the job's folder."""
+    with suppress(OSError):  # another machine may not have it
+        os.chdir(folder)
+    images = checks.draws_images(options)
+    plain = images or is_endpoint(options.model) or checks.denoises_text(options)
+    made: Worker = (_outputs if plain else _requests)(options, images)(Session(sys.stderr, progress=False))
+    return made
 
 
 # -------------------------------------------------------------------------------------------------------------- texts

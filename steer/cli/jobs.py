@@ -10,10 +10,11 @@ from pathlib import Path
 from steer.cli import bulk, demo, generating, judging, measuring, playing, serving, tabulating, training
 from steer.cli.recipe import Recipe
 from steer.cli.session import Run, Session
-from steer.core import SteerError
+from steer.core import SteerError, check
+from steer.ranks import Ranks, ranks
 from steer.serving.idle import give_back_memory
 
-__all__ = ["JOBS", "run_recipe"]
+__all__ = ["JOBS", "check_ranks", "run_recipe"]
 
 
 JOBS: dict[str, Callable[..., Run]] = {
@@ -42,6 +43,20 @@ JOBS: dict[str, Callable[..., Run]] = {
     "demo": demo.demo,
 }
 """By the names in `steer.cli.options.COMMANDS`."""
+
+
+SHARED = frozenset({"batch", "train vector", "train controller", "train value", "train reward", "train policy"})
+"""Commands whose work several ranks share."""
+
+
+def check_ranks(command: str) -> Ranks:
+    """The ranks that run a command. Raises `InputError` where there are several and it has no use for them."""
+    shared = ranks()
+    check(shared.count == 1 or command in SHARED, "WORLD_SIZE", shared.count, f"1 for {command}; more share {_SHARING}")
+    return shared
+
+
+_SHARING = ", ".join(sorted(SHARED))
 
 
 def run_recipe(recipe: Recipe, session: Session) -> None:

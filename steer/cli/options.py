@@ -151,6 +151,10 @@ class TextOptions(Options):
     split_special_tokens: Annotated[
         bool, typer.Option("--split-special-tokens", help="Read control tokens that messages spell as text.")
     ] = False
+    require: Annotated[
+        list[str],
+        typer.Option(metavar="NAME", help="An artifact that has to be there before /health says ok; repeatable."),
+    ] = field(default_factory=list)
     generation_config: Annotated[
         str | None,
         typer.Option(
@@ -252,8 +256,15 @@ class TrainControllerOptions(TrainOptions):
 class TrainValueOptions(TrainOptions):
     """Train a value head, which guides generation towards a reward."""
 
-    prompts: Annotated[Path, _Prompts]
-    reward: Annotated[str, _Reward]
+    prompts: Annotated[Path | None, _Prompts] = None
+    reward: Annotated[str | None, _Reward] = None
+    rollouts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Records of `steer batch` to learn from, in place of --prompts; --reward may score them.",
+        ),
+    ] = None
     keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep OUT.work, from which training resumes.")] = False
 
 
@@ -667,6 +678,10 @@ class ServeOptions(ListenOptions):
     artifacts: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of vectors, controllers and value heads; clients' too.")
     ] = None
+    require: Annotated[
+        list[str],
+        typer.Option(metavar="NAME", help="An artifact that has to be there before /health says ok; repeatable."),
+    ] = field(default_factory=list)
     generation_config: Annotated[
         str | None,
         typer.Option(
@@ -759,6 +774,11 @@ class BatchOptions(ModelOptions):
     keep: Annotated[list[str], typer.Option(metavar="NAME", help="A column that the record carries; repeatable.")] = (
         field(default_factory=list)
     )
+    engine_on: Annotated[
+        str | None,
+        typer.Option(metavar="ray[:ADDRESS]", help="Answer on a Ray cluster; without address one is begun here."),
+    ] = None
+    actors: Annotated[int, typer.Option(help="Processes of the cluster that hold the model.")] = 1
     shard: Annotated[str, typer.Option(metavar="I/N", help="Every N-th row, beginning at I from 0.")] = "0/1"
     max_rows: Annotated[int, typer.Option(help="Texts or images drawn at once.")] = 32
     max_failures: Annotated[int | None, typer.Option(help="Rows that may fail; default: any number.")] = None

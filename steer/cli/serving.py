@@ -22,6 +22,7 @@ from steer.edits import split_spec
 from steer.hub import PREFIX, download
 from steer.methods.samplers import SAMPLERS
 from steer.progress import note
+from steer.serving.artifact_store import check_name
 from steer.serving.limits import Limits
 from steer.serving.reward_store import Rewards
 from steer.serving.wire import NAME, EditRequest, SteerRequest, is_loopback
@@ -52,6 +53,9 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
     for origin in options.allow_origin:
         right = origin == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin) is not None
         check(right, "allow_origin", origin, "an origin as browsers send it, such as https://chat.example, or *")
+    check(not options.require or options.artifacts is not None, "require", options.require, "unset without --artifacts")
+    for name in options.require:
+        check_name(name)
     check(0 < options.search_share < 1, "search_share", options.search_share, "a share of the time between 0 and 1")
     keys = keys_of(options)
     default = None if options.recipe is None else _from_recipe(options.recipe)
@@ -91,6 +95,7 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
             rewards=rewards,
             default=None if default is None else default.request,
             unsaid=None if options.generation_config is None else engine.own_sampling(),
+            require=options.require,
         )
         if options.artifacts is not None and not options.artifacts.exists():
             note(True, f"artifacts: {options.artifacts} is not there; the first that a client registers makes it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from steer.cli.options import ModelOptions
 from steer.loading import is_endpoint, load
 from steer.progress import note
 
-__all__ = ["Run", "Session", "kept_on_interrupt"]
+__all__ = ["Run", "Session", "kept_on_interrupt", "silent"]
 
 
 @dataclass
@@ -41,6 +42,11 @@ class Session:
             self.models[key] = load(options.model, **settings)
             note(self.verbose, f"loaded {options.model} in {time.monotonic() - began:.1f} s")
         return self.models[key]
+
+
+def silent() -> TextIO:
+    """Where the results of all ranks but the first go: they are the same."""
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 @contextmanager

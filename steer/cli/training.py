@@ -33,8 +33,10 @@ from steer.data import FORMATS, read_table, read_text
 from steer.loading import is_endpoint
 from steer.logs import check_targets, logging_to
 from steer.progress import note
+from steer.ranks import ranks
 from steer.rewards import parse_reward
 from steer.rewards.algebra import check_reward
+from steer.train.rollouts import Recorded
 from steer.train.settings import settle
 
 __all__ = [
@@ -77,13 +79,28 @@ def train_value(options: TrainValueOptions, coming: Coming = frozenset()) -> Run
     from steer.train.value import train_value as train
 
     _check_training(options)
-    prompts = checks.read_prompts(options.prompts)
-    reward = parse_reward(options.reward)
-    check_reward(reward, images=False)
+    check((options.prompts is None) != (options.rollouts is None), "prompts", None, "either prompts or rollouts")
+    check(options.reward is not None or options.rollouts is not None, "reward", None, "a reward, or rollouts with one")
+    reward = None if options.reward is None else parse_reward(options.reward)
+    if reward is not None:
+        check_reward(reward, images=False)
     settings = _settings(ValueSettings, options, "train value")
-    return _trainer(
-        options, lambda model, more: train(model, prompts, reward.bind(model), settings, **more), options.keep_work
-    )
+    prompts = [] if options.prompts is None else checks.read_prompts(options.prompts)
+    records, system = (None, None) if options.rollouts is None else _records(options.rollouts)
+
+    def fit(model: Any, more: dict[str, Any]) -> Any:
+        bound = None if reward is None else reward.bind(model)
+        return train(model, prompts, bound, settings, rollouts=records, system=system, **more)
+
+    return _trainer(options, fit, options.keep_work)
+
+
+def _records(path: Path) -> tuple[list[Any], str | None]:
+    """What `steer batch` wrote, and the system message of its job."""
+    records = [row for _, row in read_table("rollouts", path, "a file that steer batch wrote")]
+    Recorded.of(records)
+    job = path.with_name(f"{path.name}.job.json")
+    return records, json.loads(job.read_text(encoding="utf-8")).get("system") if job.is_file() else None
 
 
 def train_reward(options: TrainRewardOptions, coming: Coming = frozenset()) -> Run:
@@ -207,12 +224,14 @@ def _trainer(options: TrainOptions, train: Callable[[Any, dict[str, Any]], Any],
         with logging_to(*options.log, folder=work, settings=vars(options)):
             tensors, card = train(session.load(options), more)
         card = replace(card, recipe={**card.recipe, "job": job})
-        artifacts.save(options.out, tensors, card)
-        if keep_work is False:
-            shutil.rmtree(work, ignore_errors=True)
+        if ranks().first:
+            artifacts.save(options.out, tensors, card)
+            if keep_work is False:
+                shutil.rmtree(work, ignore_errors=True)
+        ranks().wait()
         session.say(f"{cards.described(card)}\nwrote {options.out}")
         for doubt in _doubts(card):
-            note(True, f"warning: {doubt}")
+            note(ranks().first, f"warning: {doubt}")
 
     return run
 
@@ -273,6 +292,8 @@ def train_policy(options: TrainPolicyOptions, coming: Coming = frozenset()) -> R
     if reward is not None:
         check_reward(reward, images)
     tune = _tune_images if images else _tune_masked if masked else _tune_text
+    allowed = "1 for a language model, whose policies are tuned in one process"
+    check(images or ranks().count == 1, "WORLD_SIZE", ranks().count, allowed)
     train, data, settings = tune(options, reward)
     done = (options.out / "steer.json").is_file()
     check(options.overwrite or not done, "out", f"{options.out} (already there)", "a new folder, or --overwrite")
@@ -388,7 +409,7 @@ def train_images(options: TrainImagesOptions, coming: Coming = frozenset()) -> R
 
 
 def _finish(folder: Path, session: Session, keep_work: bool) -> None:
-    if not keep_work:
+    if not keep_work and ranks().first:
         shutil.rmtree(_work(folder), ignore_errors=True)
     session.say(f"{cards.describe(folder)}\nwrote {folder}")
     for doubt in _doubts_of_policy(folder):

@@ -174,6 +174,8 @@ class Process(ABC):
 
     random_start: ClassVar[bool] = False
     """Whether `init` draws (noise) rather than starting every row alike (a prompt)."""
+    noise_by_row: ClassVar[bool] = False
+    """Whether all that `propose` draws is noise with a row's own part, so that rows can lie in several processes."""
     consumes: ClassVar[bool] = False
     """Whether `propose` changes the state that it is given, so that a state to be kept must be copied first."""
 

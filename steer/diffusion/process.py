@@ -96,6 +96,7 @@ class Diffusion(Process):
 
     sites = frozenset({Site.TRANSITION})
     random_start = True
+    noise_by_row = True
     edits: Mounted
     proposal: bool
     """Whether edits leave alone the steps without noise."""

@@ -131,10 +131,28 @@ class Schedule:
         return gradient * (variance / self.leverage(step)) if variance > 0 else torch.zeros_like(gradient)
 
 
+class SharedNoise(torch.Generator):
+    """A generator of the noise of a population whose rows lie in several processes: each draws that of all `rows` and
+    takes that of the rows `held` `[n]`, so that a row's noise does not hang on where it lies.
+    """
+
+    held: Tensor
+    rows: int
+
+    @classmethod
+    def of(cls, seed: int, held: Tensor, rows: int) -> SharedNoise:
+        made = cls()
+        made.manual_seed(seed)
+        made.held, made.rows = held, rows
+        return made
+
+
 def gaussian(like: Tensor, generator: torch.Generator) -> Tensor:
     """Standard noise in the shape, type and place of a tensor, whatever device the generator is of."""
-    z = torch.randn(like.shape, dtype=like.dtype, generator=generator, device=generator.device)
-    return z.to(like.device)
+    shared = isinstance(generator, SharedNoise)
+    shape = (generator.rows, *like.shape[1:]) if shared else like.shape
+    z = torch.randn(shape, dtype=like.dtype, generator=generator, device=generator.device)
+    return (z[generator.held] if shared else z).to(like.device)
 
 
 def account(z: Tensor | None, gap: Tensor | None, std: float, rows: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from steer.core import Ability, Process, Run, Sampler, Samples, UnsupportedError, check
 from steer.sampling.lookahead import Lookahead, Preview
+from steer.sampling.spread import Spread
 from steer.sampling.weights import RESAMPLERS, effective_sample_size, gained, log_mean_exp, resample
 
 __all__ = ["FKSteering", "Generation"]
@@ -88,6 +89,10 @@ class FKSteering(Sampler):
         floor: the value that a running max or sum and the difference start from, for the released code's convention 0;
             None is the right one: -infinity for max, 0 for the others.
         keep_previews: keep what the reward saw, for pictures.
+        over_ranks: one population over the ranks of a job (torchrun), each of which runs the network and the reward on
+            its share: at a weighted step values and weights are gathered by one message, and rows move where a copy's
+            ancestor lies elsewhere. Every rank returns the whole population, which is that of one process with this
+            setting, up to rounding; `Rollouts` are drawn by each rank's own numbers, with the same law.
 
     Returns from `run`: the samples with `log_z` (`exp(log_z)` is unbiased, see above), `kl`, the population's estimate
     of the target's KL to the base (infinite where no particle is possible), `pool` (the whole weighted population),
@@ -110,6 +115,7 @@ class FKSteering(Sampler):
     correct: bool = True
     floor: float | None = None
     keep_previews: bool = False
+    over_ranks: bool = False
 
     title = "FK steering"
     needs = frozenset({Ability.BRANCH})
@@ -118,7 +124,7 @@ class FKSteering(Sampler):
     population = "num_particles"
     chooses_whole = False
     shows = frozenset({"lineage"})
-    own_settings = frozenset({"keep_previews"})
+    own_settings = frozenset({"keep_previews", "over_ranks"})
     kl_kind = "population"
 
     @property
@@ -142,10 +148,13 @@ class FKSteering(Sampler):
         check(self.resampler in RESAMPLERS, "resampler", self.resampler, ", ".join(RESAMPLERS))
         check(self.tempering is None or self.tempering > 0, "tempering", self.tempering, "a number above 0, or None")
         check(self.select in (None, "weighted", "draw", "best"), "select", self.select, "weighted, draw, best")
+        check(not (self.over_ranks and self.keep_previews), "keep_previews", True, "False with over_ranks")
         check(not (self.select == "weighted" and self.n), "select", "weighted", "draw or best where n is given")
 
     def check_process(self, process: Process) -> None:
         super().check_process(process)
+        allowed = "False: rows that are drawn token by token stay in one process"
+        check(not self.over_ranks or process.noise_by_row, "over_ranks", True, allowed)
         self.lookahead.check(process)
 
     def prepared(self, process: Process) -> Process:
@@ -155,25 +164,30 @@ class FKSteering(Sampler):
         process, prompts = run.process, len(run.prompts)
         populations = prompts * ((self.n or 1) if self.per_output else 1)
         size = self.num_particles * (1 if self.per_output else (self.n or 1))
-        state = process.init(run.prompts, populations * size // prompts, run.generator)
+        rows = populations * size
+        spread = Spread(rows, run.generator) if self.over_ranks else None
+        state = process.init(run.prompts, rows // prompts, run.generator if spread is None else spread.noise)
+        if spread is not None:
+            state = process.gather(state, spread.held)
         if self.correct and state.base_log_prob is None:
             raise UnsupportedError(
                 "FK steering cannot weigh edits of prompts or hidden states, whose law against the base is not known "
                 "while generating: set correct=False to steer the edited process itself"
             )
-        particles = _Particles(self, run.beta, populations, size, len(state))
+        particles = _Particles(self, run.beta, populations, size, rows)
         trace: list[Generation] = []
         finished: Samples | None = None
         while not process.done(state):
-            state = process.propose(state, run.generator)
+            state = process.propose(state, run.generator if spread is None else spread.noise)
             if process.done(state):
                 finished = process.decode(state)
             if finished is not None or self._weighed(state.step):
-                state, generation = self._generation(run, state, particles, finished)
+                state, generation = self._generation(run, state, particles, finished, spread)
                 trace.append(generation)
                 run.note(generation)
             run.step(state)
         samples = process.decode(state) if finished is None else finished
+        samples = samples if spread is None else spread.join(samples)
         pool = replace(
             samples,
             log_weight=particles.among(prompts),
@@ -182,10 +196,10 @@ class FKSteering(Sampler):
             log_z=particles.evidence(prompts),
         )
         pool = replace(pool, kl_estimate=_drift(pool, run.beta) if self.correct else None)
-        return self._selected(pool, particles, run.generator)
+        return self._selected(pool, particles, run.generator if spread is None else spread.common)
 
     def _generation(
-        self, run: Run, state: Any, particles: _Particles, finished: Samples | None
+        self, run: Run, state: Any, particles: _Particles, finished: Samples | None, spread: Spread | None
     ) -> tuple[Any, Generation]:
         """Weigh rows, `finished` or by the lookahead, and resample where it is due."""
         process = run.process
@@ -193,15 +207,23 @@ class FKSteering(Sampler):
             value = run.score(finished)
         else:
             state = process.read(state) if self.lookahead.reads else state
-            value, cost = self.lookahead(process, state, run.reward, run.beta, run.generator)
+            drawn = run.generator if spread is None else spread.own
+            value, cost = self.lookahead(process, state, run.reward, run.beta, drawn)
             run.pay(cost)
         shown = None
         if self.keep_previews:
             shown = (process.preview(state) if finished is None else finished).outputs
-        particles.weigh(value, state, finished is not None)
-        ancestors, ess, resampled = particles.resample(run.generator, process.diverges(state))
+        ratio = (state.aim_log_prob - state.log_prob).double().cpu() if self.correct else torch.zeros_like(value)
+        generator = run.generator
+        if spread is not None:
+            value, ratio = spread.all(value, ratio)
+            generator = spread.common
+        particles.weigh(value, ratio, state.step, finished is not None)
+        ancestors, ess, resampled = particles.resample(generator, process.diverges(state))
         generation = Generation(state.step, ancestors, value, ess, resampled, shown)
-        return process.gather(state, ancestors) if bool(resampled.any()) else state, generation
+        if bool(resampled.any()):
+            state = process.gather(state, ancestors) if spread is None else spread.gather(process, state, ancestors)
+        return state, generation
 
     def _weighed(self, step: int) -> bool:
         return step >= self.start and (step - self.start) % self.every == 0 and step <= (self.stop or step)
@@ -256,15 +278,14 @@ class _Particles:
         self.ratio = torch.zeros(rows, dtype=torch.float64)
         self.value = torch.zeros(rows, dtype=torch.float64)
 
-    def weigh(self, value: Tensor, state: Any, last: bool) -> None:
-        """Multiply the weights by this step's potential and by the proposal's correction."""
+    def weigh(self, value: Tensor, ratio: Tensor, steps: int, last: bool) -> None:
+        """Multiply the weights, after so many steps, by the potential and by the proposal's correction."""
         self.value = value
         gamma = self.sampler.tempering
-        scale = 1.0 if gamma is None or last else min((1 + gamma) ** state.step - 1, 1.0)
+        scale = 1.0 if gamma is None or last else min((1 + gamma) ** steps - 1, 1.0)
         step = self._factor(value * (scale / self.beta), last)
         self.total = self.total + step
         if self.sampler.correct:
-            ratio = (state.aim_log_prob - state.log_prob).double().cpu()
             step, self.ratio = step + gained(ratio, self.ratio), ratio
         self.log_weight = self.log_weight + step.reshape(self.log_weight.shape)
 

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from steer.serving import errors
-from steer.serving.artifact_store import Store
+from steer.serving.artifact_store import Store, check_name
 from steer.serving.engine import Engine, Sampling
 from steer.serving.gate import Gate
 from steer.serving.guard import Guard
@@ -45,6 +45,7 @@ def create_app(
     names: Sequence[str] = (),
     presets: Mapping[str, SteerRequest] | None = None,
     alone: bool = True,
+    require: Sequence[str] = (),
 ) -> FastAPI:
     """An OpenAI-compatible application.
 
@@ -61,6 +62,7 @@ def create_app(
         unsaid: how tokens are drawn where a request does not say; default: by the whole law at temperature 1.
         names: further names of the model.
         presets: steering by name, each of which is a model `NAME:PRESET` of its own, for clients that send no more.
+        require: artifacts that must be registered before `/health` says that the server is ready.
         alone: False leaves the models, health and metrics to a server that this application is part of; its own metrics
             are at `/v1/steer/metrics`.
     """
@@ -78,7 +80,11 @@ def create_app(
     known = tuple(dict.fromkeys((engine.name, *names, *steered)))
     for name, asked in steered.items():
         tasks.check_edits(asked, f"preset {name}")
-    server = Server(engine, store, tasks, gate, metrics, reading, int(time.time()), known, steered)
+    for name in require:
+        check_name(name)
+    server = Server(
+        engine, store, tasks, gate, metrics, reading, int(time.time()), known, steered, require=tuple(require)
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -138,7 +144,7 @@ def _describe(app: FastAPI, names: Sequence[str], keys: bool) -> None:
             for path, methods in schema["paths"].items():
                 for operation in methods.values():
                     operation["responses"].pop("422", None)
-                    if keys and path != "/health":
+                    if keys and not path.endswith("/health"):
                         operation["security"] = [{"key": []}]
             if keys:
                 schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

@@ -1,10 +1,13 @@
 """Registered vectors, controllers and value heads: files in one folder, known by name.
 
-    FOLDER/calm.safetensors               put there by a person: registered at start, never evicted or deleted
+    FOLDER/calm.safetensors               put there by a person: never evicted, and its file is never deleted
     FOLDER/registered/bright.safetensors  sent by a client: evicted when there is no room, least recently used first
+    FOLDER/registered/calm.deleted        says that calm was deleted as it stands; a new file is there again
 
-A file takes its place all at once, so that a server that is killed in the middle of an upload loses nothing and keeps
-no half of it.
+The folder is the truth, and any number of servers may share it: a name is looked up there each time that it is asked
+for, a file that is new or has changed is checked and its digest taken, and one that is gone is forgotten. A file takes
+its place all at once, so that a server that is killed in the middle of an upload loses nothing and keeps no half of it.
+Servers that register at the same moment can together go over the limits by what they then add.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +27,7 @@ from pathlib import Path
 from steer.artifacts import Card, load
 from steer.core import InputError, SteerError, check
 from steer.edits import KINDS
+from steer.files import write_text
 from steer.serving.engine import TooLargeError
 from steer.serving.wire import NAME
 
@@ -31,6 +37,8 @@ __all__ = ["Entry", "Store", "UnknownArtifactError", "check_name", "digest"]
 _SUFFIX = ".safetensors"
 REWARD = "reward"
 """The kind of artifacts that are no edits: rewards get their names at `/v1/steer/rewards`."""
+_LEFT = 3600.0
+"""Seconds after which a half-written file belongs to nobody any more."""
 _NAMES = "letters, digits, dot, dash and underscore, a letter or digit first, at most 128 of them"
 
 
@@ -53,10 +61,16 @@ class Entry:
     created: int
     card: Card
     fixed: bool
+    stamp: Stamp | None = None
+    """Of the file in the folder; None for one elsewhere, which is never looked at again."""
+
+
+Stamp = tuple[int, int, int]
+"""Time of change, size and number of a file."""
 
 
 class Store:
-    """The artifacts of one server. Safe to call from several threads.
+    """The artifacts of the servers that share a folder. Safe to call from several threads.
 
     Args:
         folder: where they live; None takes no registrations.
@@ -78,11 +92,12 @@ class Store:
         self.folder, self._accept = folder, accept
         self.limit, self.limit_bytes = limit, limit_bytes
         self.refused: dict[str, str] = {}
-        """Files that were found at start and could not be registered, with the reason."""
+        """Files that were found and could not be registered, with the reason."""
         self.changed: Callable[[str], None] = lambda name: None
-        """Told each name that now stands for something else, or for nothing; called in the thread of the change, once
-        it is done and others may change the store again.
+        """Told each name that now stands for something else, or for nothing; called in the thread that changed it or
+        found it changed, once it is done and others may change the store again.
         """
+        self._bad: dict[str, Stamp] = {}
         self._entries: OrderedDict[str, Entry] = OrderedDict()
         self._used: Counter[str] = Counter()
         self._lock = threading.RLock()
@@ -99,18 +114,70 @@ class Store:
 
     def _found(self) -> None:
         """Register what is there; remove what a killed server left half written."""
-        assert self.folder is not None
         for left in self._own.glob(".*.tmp"):
-            left.unlink(missing_ok=True)
-        sent = sorted(self._own.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime)
-        for path, fixed in [*((p, True) for p in sorted(self.folder.glob(f"*{_SUFFIX}"))), *((p, False) for p in sent)]:
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > _LEFT:  # a younger one may be another server's, on its way
+                    left.unlink()
+        self.sync()
+
+    # ---- the folder
+
+    def sync(self) -> None:
+        """Find out what others have changed."""
+        if self.folder is None:
+            return
+        sent = sorted(self._own.glob(f"*{_SUFFIX}"), key=lambda path: (_stamp(path) or (0,))[0])
+        there = [path.stem for path in (*sorted(self.folder.glob(f"*{_SUFFIX}")), *sent)]
+        with self._lock:
+            known = [entry.name for entry in self._entries.values() if entry.stamp is not None]
+        for name in dict.fromkeys((*there, *known)):
+            self._resolve(name)
+
+    def _resolve(self, name: str) -> None:
+        """Have the entry of a name be what lies in the folder."""
+        with self._lock:
+            known = self._entries.get(name)
+            if self.folder is None or not NAME.fullmatch(name) or (known is not None and known.stamp is None):
+                return
+        path, stamp, fixed = self._look(name)
+        if stamp == (None if known is None else known.stamp) or (stamp is not None and self._bad.get(name) == stamp):
+            return
+        entry = None
+        if stamp is not None:
             try:
-                entry = self._checked(path.stem, path, fixed)
+                entry = replace(self._checked(name, path, fixed), stamp=stamp)
             except SteerError as error:
-                self.refused[path.name] = str(error)
-                continue
-            if entry.name not in self._entries:
-                self._entries[entry.name] = entry
+                if _stamp(path) != stamp:  # replaced or deleted meanwhile: the next look tells
+                    return
+                self.refused[path.name], self._bad[name] = str(error), stamp
+        with self._changing() as names:
+            if self._look(name)[1] == stamp:
+                self._put(name, entry)
+                names.append(name)
+
+    def _put(self, name: str, entry: Entry | None) -> None:
+        if entry is None:
+            self._entries.pop(name, None)
+        else:
+            self._entries[name] = entry
+
+    def _look(self, name: str) -> tuple[Path, Stamp | None, bool]:
+        """Where a name's file lies, its stamp where there is one, and whether a person put it there."""
+        assert self.folder is not None
+        fixed, sent = self.folder / f"{name}{_SUFFIX}", self._own / f"{name}{_SUFFIX}"
+        stamp = _stamp(fixed)
+        if stamp is not None and not self._deleted(name, stamp):
+            return fixed, stamp, True
+        return sent, None if sent.is_symlink() else _stamp(sent), False
+
+    def _deleted(self, name: str, stamp: Stamp) -> bool:
+        try:
+            return self._mark(name).read_text(encoding="utf-8") == _text(stamp)
+        except OSError:
+            return False
+
+    def _mark(self, name: str) -> Path:
+        return self._own / f"{name}.deleted"
 
     # ---- reading
 
@@ -125,15 +192,23 @@ class Store:
 
     def entries(self) -> list[Entry]:
         """All of them, the least recently used first."""
+        self.sync()
         with self._lock:
             return list(self._entries.values())
 
     def get(self, name: str) -> Entry:
-        """The artifact of this name. Raises `UnknownArtifactError`."""
+        """The artifact of this name, as it lies in the folder now. Raises `UnknownArtifactError`."""
+        self._resolve(name)
         with self._lock:
             if name not in self._entries:
                 raise UnknownArtifactError(name)
             return self._entries[name]
+
+    def has(self, name: str) -> bool:
+        """Whether there is an artifact of this name."""
+        self._resolve(name)
+        with self._lock:
+            return name in self._entries
 
     @contextmanager
     def using(self, names: Sequence[str]) -> Iterator[None]:
@@ -164,6 +239,7 @@ class Store:
         size = source.stat().st_size
         if size > self.limit_bytes:
             raise TooLargeError("file", f"{size} bytes", f"at most {self.limit_bytes}")
+        self.sync()
         with self._staged(source) as staged:
             _need(wanted)
             entry = self._checked(name, staged, fixed=False)
@@ -175,7 +251,7 @@ class Store:
                 names += self._make_room(size, 0 if before is None else before.size, name)
                 os.replace(staged, final)
                 _sync_folder(self._own)
-                entry = replace(entry, path=final, created=int(final.stat().st_mtime))
+                entry = replace(entry, path=final, created=int(final.stat().st_mtime), stamp=_stamp(final))
                 self._entries[name] = entry
                 self._entries.move_to_end(name)
                 names.append(name)
@@ -211,8 +287,11 @@ class Store:
         check(path.is_file() and not path.is_symlink(), "file", file, "a file in the folder of artifacts")
         if name not in (None, stem):
             return self.add(str(name), path)
-        entry = self._checked(stem, path, fixed=True)
+        entry = replace(self._checked(stem, path, fixed=True), stamp=_stamp(path))
+        self.sync()
         with self._changing() as names:
+            with suppress(OSError):
+                self._mark(stem).unlink()
             before = self._entries.get(stem)
             names += self._make_room(entry.size, 0 if before is None else before.size, stem)
             self._entries[stem] = entry
@@ -220,13 +299,19 @@ class Store:
         return entry
 
     def remove(self, name: str) -> None:
-        """Forget an artifact; the file of a sent one is deleted. Raises `UnknownArtifactError`."""
+        """Forget an artifact, here and in the other servers of the folder; the file of a sent one is deleted. Raises
+        `UnknownArtifactError`, and `SteerError` where the folder cannot be written.
+        """
+        entry = self.get(name)
+        if entry.fixed and entry.stamp is not None:
+            self._own.mkdir(parents=True, exist_ok=True)
+            write_text(self._mark(name), _text(entry.stamp))
         with self._changing() as names:
-            self._forget(self.get(name))
+            self._forget(entry)
             names.append(name)
 
     def _forget(self, entry: Entry) -> None:
-        del self._entries[entry.name]
+        self._entries.pop(entry.name, None)
         if not entry.fixed:
             with suppress(FileNotFoundError):
                 entry.path.unlink()
@@ -294,6 +379,19 @@ def check_name(name: str) -> None:
 def _need(wanted: Callable[[], bool]) -> None:
     if not wanted():
         raise SteerError("nobody waits for this artifact any more")
+
+
+def _stamp(path: Path) -> Stamp | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return (found.st_mtime_ns, found.st_size, found.st_ino) if stat.S_ISREG(found.st_mode) else None
+
+
+def _text(stamp: Stamp) -> str:
+    """What all servers see alike of a file: its number may differ between machines."""
+    return f"{stamp[0]} {stamp[1]}"
 
 
 def digest(path: Path) -> str:

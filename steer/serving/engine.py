@@ -193,6 +193,10 @@ class Engine(Protocol):
     def context_length(self) -> int | None:
         """Tokens of a prompt and its answer at most."""
 
+    @property
+    def kind(self) -> str:
+        """The library that generates."""
+
     def own_sampling(self) -> Sampling:
         """How the checkpoint's own `generation_config.json` draws. Raises `InputError` for what the engine does not."""
 

@@ -19,7 +19,7 @@ from steer.serving.wire import is_loopback
 __all__ = ["Guard", "json_body"]
 
 
-_OPEN = ("/health",)
+_OPEN = ("/health", "/v1/steer/health")
 """Paths that need no key."""
 
 

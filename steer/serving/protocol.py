@@ -457,4 +457,29 @@ class RewardList(BaseModel):
 
 
 class Health(BaseModel):
-    status: Literal["ok", "draining"]
+    status: Literal["ok", "draining", "waiting"]
+    waiting: list[str] = []
+    """Artifacts that the server was told to wait for and that are not registered yet."""
+
+
+class Capabilities(BaseModel):
+    """What a server can do."""
+
+    object: Literal["steer.capabilities"] = "steer.capabilities"
+    version: str
+    """Of steer."""
+    engine: str
+    model: str
+    max_model_len: int | None
+    samplers: dict[str, list[str]]
+    """Samplers that requests may name, and the settings that each takes."""
+    edits: list[str]
+    """Kinds of artifacts that can be registered and named."""
+    own_edits: list[str]
+    """Edits that the engine has by itself."""
+    rewards: list[str]
+    limits: dict[str, int]
+    registering: bool
+    """Whether clients may register artifacts and rewards."""
+    shared: bool
+    """Whether what is registered here is known to every server of the same folder."""

@@ -2,7 +2,8 @@
 registered ones under a name: an expression of the others, a reward model in the folder of artifacts, or a registered
 file of `steer train reward`.
 
-Registered rewards are remembered in `FOLDER/registered/rewards.json`.
+Registered rewards are remembered in `FOLDER/registered/rewards.json`, which any number of servers may share: it is read
+again whenever it has changed.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from filelock import FileLock
 
 from steer.artifacts import read_card
 from steer.core import InputError, Reward, SteerError, check
@@ -33,6 +37,10 @@ class UnknownRewardError(SteerError):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"reward {name!r} is not registered")
+
+
+_FACTS = ("reward", "folder", "label", "file", "options")
+"""What is remembered of a registered reward."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,7 @@ class Rewards:
         self._named: dict[str, Registered] = {}
         self._lock = threading.RLock()
         self._find: Callable[[str], Path] | None = None
+        self._seen: tuple[int, int, int] | None = None
         for text in allowed:
             name, equals, given = text.partition("=")
             if equals and name.isidentifier():
@@ -98,6 +107,7 @@ class Rewards:
         """The reward that a request asks for. Raises `InputError` that names `steer.reward`."""
         if text in self._whole:
             return self._whole[text]
+        self._recall()
         return self._read(text, "steer.reward")
 
     def _read(self, text: str, where: str) -> Reward:
@@ -125,6 +135,7 @@ class Rewards:
 
     def registered(self) -> list[Registered]:
         """Rewards with names of their own."""
+        self._recall()
         with self._lock:
             return list(self._named.values())
 
@@ -155,8 +166,9 @@ class Rewards:
             "letters, digits and _, a letter first, at most 64 of them",
         )
         check(name not in shipped(), "name", name, "a name that no shipped reward has")
+        self._recall()
         made = self._made(name, reward, folder, label, file, options)
-        with self._lock:
+        with self._changing():
             before = self._named.get(name)
             check(before is None or not before.fixed, "name", name, "a name that the server's owner did not give")
             if before is None and len(self._named) >= _LIMIT:
@@ -166,7 +178,7 @@ class Rewards:
 
     def remove(self, name: str) -> None:
         """Forget a reward. Raises `UnknownRewardError`, and `InputError` where the owner gave it or others need it."""
-        with self._lock:
+        with self._changing():
             if name not in self._named:
                 raise UnknownRewardError(name)
             check(not self._named[name].fixed, "name", name, "a reward that was registered here")
@@ -237,30 +249,60 @@ class Rewards:
 
     def _remember(self, named: dict[str, Registered]) -> None:
         facts = {
-            e.name: {k: v for k in ("reward", "folder", "label", "file", "options") if (v := getattr(e, k)) is not None}
-            for e in named.values()
-            if not e.fixed
+            e.name: {k: v for k in _FACTS if (v := getattr(e, k)) is not None} for e in named.values() if not e.fixed
         }
         with replacing(self._file) as temporary:
             temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        self._named = named
+        self._named, self._seen = named, _stamp(self._file)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold what all servers remember, as it is now."""
+        with self._lock, ExitStack() as held:
+            if self.folder is not None:
+                try:
+                    self._file.parent.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(FileLock(self._file.with_name(".rewards.lock")))
+                except OSError as error:
+                    why = error.strerror or error
+                    raise SteerError(f"the folder of artifacts cannot be written ({why})") from error
+            self._recall()
+            yield
 
     def _recall(self) -> None:
-        """Register what was remembered, in its order: what an expression is made of came before it."""
-        if self.folder is None or not self._file.is_file():
+        """Register what is remembered, in its order (what an expression is made of came before it), where it is not
+        what was read before; what is no longer there is forgotten.
+        """
+        if self.folder is None or (stamp := _stamp(self._file)) == self._seen:
             return
+        with self._lock:
+            before, self._seen = dict(self._named), stamp
+            self._named = {name: entry for name, entry in before.items() if entry.fixed}
+            for name, given in self._remembered():
+                if name in self._named:
+                    continue
+                facts = tuple(given.get(k) for k in _FACTS)
+                known = before.get(name)
+                try:
+                    same = known is not None and tuple(getattr(known, k) for k in _FACTS) == facts
+                    self._named[name] = known if same and known is not None else self._made(name, *facts)
+                except Exception as error:  # one that is wrong by now keeps no others away
+                    self.refused[name] = str(error)
+
+    def _remembered(self) -> list[tuple[str, dict[str, str]]]:
+        if not self._file.is_file():
+            return []
         try:
             facts = json.loads(self._file.read_text(encoding="utf-8"))
-            entries = [(str(name), {k: str(v) for k, v in given.items()}) for name, given in facts.items()]
+            return [(str(name), {k: str(v) for k, v in given.items()}) for name, given in facts.items()]
         except (ValueError, AttributeError, OSError, RecursionError) as error:
             self.refused[self._file.name] = str(error)
-            return
-        for name, given in entries:
-            if name in self._named:
-                continue
-            try:
-                made = self._made(name, *(given.get(k) for k in ("reward", "folder", "label", "file", "options")))
-            except Exception as error:  # one that is wrong by now keeps no others away
-                self.refused[name] = str(error)
-                continue
-            self._named[name] = made
+            return []
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino

@@ -34,3 +34,9 @@ class Server:
     """What requests may call the model; the first is its own."""
     presets: Mapping[str, SteerRequest] = field(default_factory=dict)
     """Steering of the names that stand for a steered model."""
+    require: tuple[str, ...] = ()
+    """Artifacts that must be registered before the server says that it is ready."""
+
+    def waiting(self) -> list[str]:
+        """Those that are not yet."""
+        return [name for name in self.require if not self.store.has(name)]

@@ -21,7 +21,7 @@ from steer.serving.protocol import ChatRequest, CompletionRequest
 from steer.serving.reward_store import Rewards
 from steer.serving.wire import SteerRequest
 
-__all__ = ["Tasks"]
+__all__ = ["Tasks", "sampler_settings"]
 
 
 _COMPLETION_TOKENS = 16
@@ -157,7 +157,7 @@ class Tasks:
         """The sampler, with as many candidates as were asked for or as the budget allows; and how many in all."""
         kind: Any = SAMPLERS[name]
         population = kind.population
-        allowed = [f for f in kind.__dataclass_fields__ if f not in {"n", population, *kind.own_settings}]
+        allowed = sampler_settings(name)
         wanted = dict(asked.settings)
         try:
             settings: dict[str, Any] = with_preset(name, {"preset": wanted.pop("preset", None)})
@@ -247,3 +247,9 @@ def _bias(given: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
 
 def _given(value: Any, default: float) -> float:
     return default if value is None else float(value)
+
+
+def sampler_settings(name: str) -> list[str]:
+    """The settings of a sampler that a request may give."""
+    kind: Any = SAMPLERS[name]
+    return [f for f in kind.__dataclass_fields__ if f not in {"n", kind.population, *kind.own_settings}]

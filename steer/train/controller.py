@@ -24,8 +24,10 @@ from steer.core import Prompt, check
 from steer.edits import Artifact, parse_layers
 from steer.methods.controller import ControllerNetwork
 from steer.progress import ticking
+from steer.ranks import ranks
 from steer.train.loop import fit
 from steer.train.settings import Count, Finite, Part, Positive, Seed, Texts, Whole, settings_class, settle
+from steer.train.states import hidden_states
 
 __all__ = ["ANSWERS", "REFUSALS", "ControllerSettings", "train_controller"]
 
@@ -46,9 +48,11 @@ ANSWERS = (
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rows of one training step, as left-padded prompts without their last token, and what follows."""
+    """Rows of one training step; those of this rank as left-padded prompts without their last token."""
 
     rows: list[int]
+    mine: list[int]
+    """Places in `rows` of those that this rank takes."""
     positive: Tensor
     keys: list[tuple[Tensor, Tensor]]
     mask: Tensor
@@ -130,7 +134,7 @@ def train_controller(
     Raises:
         InputError: too few prompts, a bad setting.
     """
-    chosen = settle(ControllerSettings, settings, given, "train_controller")
+    chosen = ranks().whole(settle(ControllerSettings, settings, given, "train_controller"))
     check(len(positive) >= 4, "positive", f"{len(positive)} prompts", "at least 4")
     check(len(negative) >= 4, "negative", f"{len(negative)} prompts", "at least 4")
     depth = model.info.num_layers
@@ -233,11 +237,13 @@ def _mean_weights(network: ControllerNetwork, states: Tensor) -> list[float]:
 def _paper_loss(states: Tensor, label: Tensor) -> Any:
     """MSE of s to 1 on positive and, with weight 1/2, to 0 on negative prompts."""
 
-    def loss(network: nn.Module, batch: _Batch, epoch: int) -> Tensor:
-        at = torch.tensor(batch.rows)
+    def loss(network: nn.Module, batch: _Batch, epoch: int) -> Tensor | None:
+        if not batch.mine:
+            return None
+        at = torch.tensor(batch.rows)[batch.mine]
         scale = torch.sigmoid(network(states[at])[0])
         weight = torch.where(label[at] > 0, 1.0, 0.5)
-        return (weight * (scale - label[at]).square()).mean()
+        return (weight * (scale - label[at]).square()).sum() * (ranks().count / len(batch.rows))
 
     return loss
 
@@ -267,8 +273,8 @@ def _opening_directions(
             reply = model.tokenizer(texts[i % len(texts)], add_special_tokens=False)["input_ids"]
             rows.append([*prompt, *reply])
             since.append(len(prompt) - 1)
-    with ticking(progress, "reading openings", len(rows)) as tick:
-        seen = model.hidden_states(rows, pool="mean", since=since, on_batch=tick)
+    with ticking(progress and ranks().first, "reading openings", len(rows)) as tick:
+        seen = hidden_states(model, rows, pool="mean", since=since, on_batch=tick)
     means = torch.stack([seen[layer] for layer in range(model.info.num_layers)])
     difference = means[:, : len(prompts)].mean(1) - means[:, len(prompts) :].mean(1)
     return difference / difference.norm(dim=-1, keepdim=True)
@@ -285,64 +291,79 @@ class _Lesson:
         self.model, self.ids, self.label, self.settings = model, ids, label, settings
         self.push = directions * model.residual_norms().unsqueeze(1) * settings.strength
         self.openings = [model.tokenizer(t, add_special_tokens=False)["input_ids"] for t in settings.openings]
-        self.states = self.spread = torch.empty(0)
+        self.states = self.spread = self.lengths = torch.empty(0)
         self.replies: dict[int, list[int]] = {}
         self.batches: list[_Batch] = []
 
     def prepare(self, train: list[int], test: list[int], reads: list[int], progress: bool) -> Tensor:
         """Read every prompt once: states of the layers in `reads` `[N, len(reads) * D]` for all, and for the training
-        rows their caches and, on the negative ones, the model's own reply.
+        rows of this rank their caches and, on the negative ones, the model's own reply.
         """
-        size = self.settings.batch_size
-        self.states = torch.empty(len(self.ids), len(reads) * self.model.info.width)
-        with ticking(progress, "reading prompts", len(self.ids)) as tick:
+        size, shared = self.settings.batch_size, ranks()
+        self.states = torch.zeros(len(self.ids), len(reads) * self.model.info.width)
+        self.lengths = torch.zeros(len(self.ids))
+        with ticking(progress and shared.first, "reading prompts", len(self.ids)) as tick:
             for rows, wanted in ((train, self.settings.reply_tokens), (test, 0)):
                 ordered = sorted(rows, key=lambda i: len(self.ids[i]))
                 for chunk in (ordered[i : i + size] for i in range(0, len(ordered), size)):
-                    keys, mask, replies, states = self.model.read_prefix([self.ids[i] for i in chunk], wanted, reads)
-                    self.states[chunk] = torch.cat([states[layer] for layer in reads], -1)
-                    self.replies.update(dict(zip(chunk, replies, strict=True)))
+                    keys, mask = self._read(shared.mine(chunk), wanted, reads)
                     if rows is train:
-                        self.batches.append(_Batch(chunk, self.label[chunk] > 0, keys if wanted else [], mask))
+                        mine = shared.mine(range(len(chunk)))
+                        self.batches.append(_Batch(chunk, mine, self.label[chunk] > 0, keys if wanted else [], mask))
                     tick(len(chunk))
+        shared.add([self.states, self.lengths])
         self.spread = self.states[train].std(0)
         return self.states
 
-    def loss(self, network: nn.Module, batch: _Batch, epoch: int) -> Tensor:
-        at = torch.tensor(batch.rows)
+    def _read(self, rows: list[int], wanted: int, reads: list[int]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Caches of prompts and their mask; keeps states and replies."""
+        if not rows:
+            return [], torch.empty(0)
+        keys, mask, replies, states = self.model.read_prefix([self.ids[i] for i in rows], wanted, reads)
+        self.states[rows] = torch.cat([states[layer] for layer in reads], -1)
+        self.lengths[rows] = torch.tensor([float(len(reply)) for reply in replies])
+        self.replies.update(dict(zip(rows, replies, strict=True)))
+        return keys, mask
+
+    def loss(self, network: nn.Module, batch: _Batch, epoch: int) -> Tensor | None:
+        """What the rows of this rank add to the loss of the batch, whose terms are means over all of its rows."""
         pick = torch.Generator().manual_seed(self.settings.seed * 31 + epoch * 1009 + batch.rows[0])
-        states = self.states[at]
+        noise = torch.randn(len(batch.rows), self.states.shape[1], generator=pick)
+        opening = self.openings[int(torch.randint(len(self.openings), (1,), generator=pick))]
+        if not batch.mine:
+            return None
+        count, at = len(batch.rows), torch.tensor(batch.rows)[batch.mine]
         # Noise in units of each input's spread, so that the scale does not hang on single coordinates.
-        states = states + self.settings.noise * self.spread * torch.randn(states.shape, generator=pick)
+        states = self.states[at] + self.settings.noise * self.spread * noise[batch.mine]
         logit, weights = network(states)
         scale = torch.sigmoid(logit)
         amount = scale.unsqueeze(1) * weights
-        up = batch.positive
         balance = (self.label == 0).sum() / (self.label > 0).sum()
-        total = self.settings.gate * nn.functional.binary_cross_entropy_with_logits(
-            logit, self.label[at], pos_weight=balance
+        gate = nn.functional.binary_cross_entropy_with_logits(
+            logit, self.label[at], pos_weight=balance, reduction="sum"
         )
-        total = total + self.settings.sparsity * amount.mean()
-        opening = self.openings[int(torch.randint(len(self.openings), (1,), generator=pick))]
-        replies = [
-            opening if up else self.replies[i] for i, up in zip(batch.rows, batch.positive.tolist(), strict=True)
-        ]
-        steered, target, real = self._reply(batch, replies, self._program(amount))
+        total = (self.settings.gate * gate + self.settings.sparsity * amount.mean(1).sum()) / count
+        up, ups = batch.positive[batch.mine], int(batch.positive.sum())
+        replies = [opening if u else self.replies[i] for i, u in zip(at.tolist(), up.tolist(), strict=True)]
+        steered, target, real = self._reply(at, replies, batch, self._program(amount))
         log_law = torch.log_softmax(steered.float(), -1)
         if bool(up.any()):
             taken = log_law[up].gather(2, target[up].unsqueeze(2)).squeeze(2)
-            total = total - (taken * real[up]).sum() / real[up].sum() * up.float().mean() * 2
+            total = total - (taken * real[up]).sum() / (len(opening) * ups) * (ups / count) * 2
         if bool((~up).any()):
             down = (~up).nonzero().squeeze(1)
             with torch.no_grad():
-                base, _, _ = self._reply(batch, replies, {})
+                base, _, _ = self._reply(at, replies, batch, {})
             reference = torch.log_softmax(base[down].float(), -1)
-            gap = (reference.exp() * (reference - log_law[down])).sum(-1)
-            total = total + self.settings.kl * (gap * real[down]).sum() / real[down].sum() * (~up).float().mean() * 2
-        return total
+            gap = ((reference.exp() * (reference - log_law[down])).sum(-1) * real[down]).sum()
+            tokens = self.lengths[torch.tensor(batch.rows)[~batch.positive]].sum()
+            total = total + self.settings.kl * gap / tokens * ((count - ups) / count) * 2
+        return total * ranks().count
 
-    def _reply(self, batch: _Batch, replies: list[list[int]], program: dict[int, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        last = [self.ids[i][-1] for i in batch.rows]
+    def _reply(
+        self, rows: Tensor, replies: list[list[int]], batch: _Batch, program: dict[int, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        last = [self.ids[i][-1] for i in rows.tolist()]
         return self.model.reply_logits(last, replies, batch.keys, batch.mask, program)
 
     def _program(self, amount: Tensor) -> dict[int, Any]:

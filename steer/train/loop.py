@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,25 @@ from torch.optim.swa_utils import AveragedModel
 from steer.core import InputError
 from steer.files import replacing
 from steer.progress import note, ticking
+from steer.ranks import ranks
 
-__all__ = ["Saved", "averaged", "check_run", "cosine", "fit", "load_state", "save_state"]
+__all__ = [
+    "Saved",
+    "average_gradients",
+    "averaged",
+    "check_run",
+    "cosine",
+    "descend",
+    "fit",
+    "load_state",
+    "save_state",
+]
 
 
 def fit(
     module: nn.Module,
     batches: Sequence[Any],
-    loss: Callable[[nn.Module, Any, int], Tensor],
+    loss: Callable[[nn.Module, Any, int], Tensor | None],
     *,
     epochs: int,
     learning_rate: float,
@@ -40,44 +51,67 @@ def fit(
 
     The order of `batches` depends on the entry "seed" of `run` and the epoch only, so a run that was stopped and
     started again gives the result of the uninterrupted one. State is written to `work` after every epoch, atomically;
-    `run` identifies it, and state left there by another run is refused. `accelerate launch` splits the batches over
-    processes.
+    `run` identifies it, and state left there by another run is refused.
+
+    On several ranks every step is of one batch, and losses and gradients are averaged over the ranks. A `loss` that
+    takes its own share of the rows alone gives what they add to the loss of the batch, times the number of ranks, and
+    None where it has no row in it. So the result is that of one process with the same batches, up to rounding,
+    whatever the number of ranks; the first alone writes, and state that one number of ranks has left another takes up.
 
     Raises:
-        InputError: `work` holds the state of a run with other settings.
+        InputError: `work` holds the state of a run with other settings, or not all ranks see it.
     """
-    from accelerate import Accelerator
-
-    accelerator = Accelerator()
+    shared = ranks()
     optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
     path = None if work is None else work / "state.safetensors"
     saved = load_state(path, run, optimizer)
     if saved is not None:
         module.load_state_dict(saved.parts["module"])
     first, history = (0, []) if saved is None else (saved.facts["epoch"], saved.facts["history"])
+    shared.check_same("work", first, "a folder that all ranks see")
     note(progress and first > 0, f"{what}: going on from epoch {first + 1} of {epochs}")
-    share = range(accelerator.process_index, len(batches), accelerator.num_processes)
-    steps = max(1, epochs * len(share))
-    schedule = cosine(optimizer, learning_rate, steps, first * len(share))
-    wrapped, prepared = accelerator.prepare(module, optimizer)
-    with ticking(progress and accelerator.is_main_process, what, steps) as tick:
-        tick(first * len(share))
+    steps = max(1, epochs * len(batches))
+    schedule = cosine(optimizer, learning_rate, steps, first * len(batches))
+    with ticking(progress and shared.first, what, steps) as tick:
+        tick(first * len(batches))
         for epoch in range(first, epochs):
             drawn = torch.Generator().manual_seed(run.get("seed", 0) * 7919 + epoch)
-            order, total = torch.randperm(len(batches), generator=drawn).tolist(), 0.0
-            for at in share:
-                prepared.zero_grad()
-                value = loss(wrapped, batches[order[at]], epoch)
-                accelerator.backward(value)
-                accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
-                prepared.step()
+            total = 0.0
+            for at in torch.randperm(len(batches), generator=drawn).tolist():
+                total += (last := descend(module, optimizer, loss(module, batches[at], epoch)))
                 schedule.step()
-                total += (last := float(value.detach()))
                 tick(1, loss=last)
-            history.append(total / max(1, len(share)))
-            if path is not None and accelerator.is_main_process:
+            history.append(shared.total(total)[0] / shared.count / max(1, len(batches)))
+            if path is not None and shared.first:
                 save_state(path, run, {"module": module.state_dict()}, optimizer, epoch=epoch + 1, history=history)
     return history
+
+
+def descend(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor | None, most: float = 1.0) -> float:
+    """A step of the optimizer, whose gradient is the mean over the ranks, cut to the norm `most`; returns the loss of
+    this rank, None counting as 0.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    if loss is not None:
+        loss.backward()  # type: ignore[no-untyped-call]
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    average_gradients(parameters)
+    nn.utils.clip_grad_norm_(parameters, most)
+    optimizer.step()
+    return 0.0 if loss is None else float(loss.detach())
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Give every parameter the mean of its gradients over the ranks; one without a gradient has had no part in the
+    loss.
+    """
+    shared = ranks()
+    if shared.count > 1:
+        for parameter in (held := list(parameters)):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad /= shared.count
+        shared.add([p.grad for p in held if p.grad is not None])
 
 
 def cosine(optimizer: torch.optim.Optimizer, rate: float, steps: int, done: int, warm: int = 1) -> LambdaLR:

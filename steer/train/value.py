@@ -15,8 +15,8 @@ Letters: `N` rollouts, `T` tokens, `D` width.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,13 +27,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from steer.artifacts import Card, data_hash
-from steer.core import InputError, Prompt, Reward, check
+from steer.core import InputError, Prompt, Reward, Samples, check
 from steer.edits import Artifact
 from steer.files import replacing
 from steer.methods.value import QHead, ValueHead
 from steer.progress import ticking
+from steer.ranks import ranks
 from steer.rewards import as_reward
 from steer.train.loop import fit
+from steer.train.rollouts import Recorded
 from steer.train.settings import Count, Part, Positive, Seed, Share, settings_class, settle
 
 __all__ = ["ValueSettings", "td_lambda_returns", "train_value"]
@@ -91,9 +93,11 @@ class ValueSettings:
 def train_value(
     model: Any,
     prompts: Sequence[Prompt],
-    reward: Reward | str,
+    reward: Reward | str | None,
     settings: ValueSettings | None = None,
     *,
+    rollouts: Sequence[Any] | None = None,
+    system: str | None = None,
     work: Path | None = None,
     progress: bool = False,
     **given: Any,
@@ -102,24 +106,36 @@ def train_value(
 
     Args:
         model: a language model from `steer.load`; frozen.
-        prompts: prompts to roll out; a share of them is held out to measure the fit.
-        reward: what the head predicts.
+        prompts: prompts to roll out; a share of them is held out to measure the fit. None with `rollouts`.
+        reward: what the head predicts; None, with `rollouts`, takes the rewards in the records.
+        rollouts: records that `steer batch` wrote, as many samples of each prompt, in place of rollouts drawn here;
+            see `Recorded`. `system` is the system message that the job had.
         settings: how; fields of `ValueSettings` may also be `given` by name.
         work: folder for rollouts (kept batch by batch) and checkpoints; a run that stopped goes on from there.
 
     Raises:
         InputError: a bad setting, too few prompts, or a reward that is constant on the rollouts.
     """
-    chosen = settle(ValueSettings, settings, given, "train_value")
+    chosen = ranks().whole(settle(ValueSettings, settings, given, "train_value"))
+    recorded = None if rollouts is None else Recorded.of(rollouts, system)
+    if recorded is not None:
+        check(len(prompts) == 0, "prompts", f"{len(prompts)}", "none beside rollouts, which have their own")
+        prompts, chosen = recorded.prompts, replace(chosen, samples=recorded.samples)
     check(len(prompts) >= 2, "prompts", f"{len(prompts)}", "at least 2")
     scored = as_reward(reward)
-    assert scored is not None
-    scored = scored.bind(model)
-    recipe = {**chosen.recipe(), "reward": str(scored)}
-    run = {**recipe, "data": data_hash(list(prompts))}
-    rolled = _rollouts(model, prompts, scored, chosen, run, work, progress)
+    if scored is not None:
+        scored = scored.bind(model)
+    else:
+        check(recorded is not None, "reward", None, "a reward, or rollouts that have one")
+        assert recorded is not None
+        recorded.check_rewards()
+    recipe = {**chosen.recipe(), "reward": "recorded" if scored is None else str(scored)}
+    told = list(prompts) if recorded is None else [recorded.prompts, recorded.texts, recorded.rewards]
+    run = {**recipe, "data": data_hash(told)}
+    draw = _drawing(model, prompts, scored, chosen) if recorded is None else _reading(model, recorded, scored, chosen)
+    rolled = _rollouts(model, len(prompts), draw, chosen, run, work, progress)
     data = _Rollouts(rolled, model.info.unembedding() if chosen.head == "q" else None)
-    check(data.spread > 0, "reward", str(scored), "a reward that is not the same on every rollout")
+    check(data.spread > 0, "reward", recipe["reward"], "a reward that is not the same on every rollout")
     network, history = _fit(model.info.width, data, chosen, run, work, progress)
     card = Card(
         kind="value",
@@ -158,10 +174,15 @@ def _fit(
     count = _learnt(data, settings)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed))
 
-    def loss(module: nn.Module, batch: Tensor, epoch: int) -> Tensor:
-        values, real = data.values(module, batch)
-        returns = td_lambda_returns(values.detach(), data.reward[batch], real, settings.gamma, settings.td_lambda)
-        return 0.5 * ((values - returns).square() * real).sum() / real.sum()
+    shared = ranks()
+
+    def loss(module: nn.Module, batch: Tensor, epoch: int) -> Tensor | None:
+        rows = batch[shared.index :: shared.count]
+        if not len(rows):
+            return None
+        values, real = data.values(module, rows)
+        returns = td_lambda_returns(values.detach(), data.reward[rows], real, settings.gamma, settings.td_lambda)
+        return 0.5 * ((values - returns).square() * real).sum() * (shared.count / data.length[batch].sum())
 
     history = fit(
         network,
@@ -263,34 +284,49 @@ class _Rollouts:
         }
 
 
+Draw = Callable[[int, int], Samples]
+"""Samples of some prompts, from a number on."""
+
+
 def _rollouts(
     model: Any,
-    prompts: Sequence[Prompt],
-    reward: Reward,
+    prompts: int,
+    draw: Draw,
     settings: ValueSettings,
     run: dict[str, Any],
     work: Path | None,
     progress: bool,
 ) -> dict[str, Tensor]:
     """Features `[N, T, D]` (half precision), tokens, lengths and rewards of the rollouts of every prompt. Each batch of
-    prompts is written to `work` as it is done.
+    prompts is written to `work` as it is done. Ranks draw one batch each at a time.
     """
     identity = json.dumps({k: run[k] for k in _ROLLOUT_SETTINGS}, sort_keys=True)
     step = max(1, settings.max_rows // settings.samples)
-    parts = []
-    with ticking(progress, "rolling out", len(prompts)) as tick:
-        for first in range(0, len(prompts), step):
-            some = prompts[first : first + step]
-            path = None if work is None else work / f"rollouts-{first:06d}.safetensors"
-            if path is not None and path.is_file():
-                parts.append(_read(path, identity))
-            else:
-                parts.append(_roll(model, some, reward, settings, first))
-                if path is not None:
-                    with replacing(path) as temporary:
-                        save_file(parts[-1], temporary, metadata={"settings": identity})
-            tick(len(some))
-    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+    shared = ranks()
+    parts: dict[int, dict[str, Tensor]] = {}
+    missing = []
+    for first in range(0, prompts, step):
+        if work is not None and _part(work, first).is_file():
+            parts[first] = _read(_part(work, first), identity)
+        else:
+            missing.append(first)
+    shared.check_same("work", len(missing), "a folder that all ranks see")
+    with ticking(progress and shared.first, "rolling out", prompts) as tick:
+        tick(sum(min(step, prompts - first) for first in parts))
+        for at in range(0, len(missing), shared.count):
+            now = missing[at : at + shared.count]
+            drawn = [_features(model, draw(i, step), settings) for i in shared.mine(now)]
+            for first, part in zip(now, shared.gather(drawn[0] if drawn else {}), strict=False):
+                parts[first] = part
+                if work is not None and shared.first:
+                    with replacing(_part(work, first)) as temporary:
+                        save_file(part, temporary, metadata={"settings": identity})
+            tick(sum(min(step, prompts - first) for first in now))
+    return {k: torch.cat([parts[first][k] for first in sorted(parts)]) for k in parts[min(parts)]}
+
+
+def _part(work: Path, first: int) -> Path:
+    return work / f"rollouts-{first:06d}.safetensors"
 
 
 _ROLLOUT_SETTINGS = ("head", "samples", "max_new_tokens", "temperature", "seed", "reward", "data")
@@ -303,21 +339,34 @@ def _read(path: Path, identity: str) -> dict[str, Tensor]:
         return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
 
 
-def _roll(
-    model: Any, prompts: Sequence[Prompt], reward: Reward, settings: ValueSettings, first: int
-) -> dict[str, Tensor]:
-    drawn = model.generate(
-        list(prompts),
-        n=settings.samples,
-        temperature=settings.temperature,
-        reward=reward,
-        max_new_tokens=settings.max_new_tokens,
-        seed=settings.seed * 100_003 + first,
-        max_rows=len(prompts) * settings.samples,
-    )
+def _drawing(model: Any, prompts: Sequence[Prompt], reward: Reward | None, settings: ValueSettings) -> Draw:
+    """Rollouts that the model draws."""
+
+    def draw(first: int, count: int) -> Samples:
+        some = list(prompts[first : first + count])
+        return model.generate(  # type: ignore[no-any-return]
+            some,
+            n=settings.samples,
+            temperature=settings.temperature,
+            reward=reward,
+            max_new_tokens=settings.max_new_tokens,
+            seed=settings.seed * 100_003 + first,
+            max_rows=len(some) * settings.samples,
+        )
+
+    return draw
+
+
+def _reading(model: Any, recorded: Recorded, reward: Reward | None, settings: ValueSettings) -> Draw:
+    """Rollouts that are there."""
+    return lambda first, count: recorded.drawn(model, first, count, reward, settings.max_new_tokens)
+
+
+def _features(model: Any, drawn: Samples, settings: ValueSettings) -> dict[str, Tensor]:
     width = settings.max_new_tokens
-    features = model.rollout_features(list(prompts), drawn, after=settings.head == "v", width=width)
+    features = model.rollout_features(drawn.prompts, drawn, after=settings.head == "v", width=width)
     tokens = torch.zeros(len(drawn), width, dtype=torch.long)
+    assert drawn.tokens is not None and drawn.reward is not None
     for i, row in enumerate(drawn.tokens):
         tokens[i, : len(row)] = torch.tensor(row)
     length = torch.tensor([len(row) for row in drawn.tokens])

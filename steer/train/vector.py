@@ -19,6 +19,7 @@ from steer.data import FORMATS, plain_pair, read_table
 from steer.edits import Artifact, parse_layers
 from steer.progress import Watch, ticking
 from steer.train.settings import Part, Positive, Real, Seed, settings_class, settle
+from steer.train.states import hidden_states
 
 __all__ = ["METHODS", "VectorSettings", "encode_pairs", "train_vector"]
 
@@ -84,7 +85,7 @@ def train_vector(
     rows = _rows(pairs)
     positive, negative = encode_pairs(model, rows)
     with ticking(progress, "reading pairs", len(positive) + len(negative)) as tick:
-        seen = model.hidden_states([*positive, *negative], pool=chosen.pool, on_batch=tick)
+        seen = hidden_states(model, [*positive, *negative], pool=chosen.pool, on_batch=tick)
     states = torch.stack([seen[layer] for layer in range(model.info.num_layers)])
     accuracy = _held_out_accuracy(states, chosen)
     tensors = _fitted(states, chosen)

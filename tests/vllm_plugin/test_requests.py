@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,14 @@ from torch import Tensor
 from vllm_tools import controller
 
 from steer import Gate, SteeringVector
-from steer.adapters.vllm.artifacts import PackedArtifact, pack
+from steer.adapters.vllm.artifacts import PackedArtifact, digest_of, pack
+from steer.adapters.vllm.client import Asynchronous, _norms
 from steer.adapters.vllm.plugin.blocks import BlockSteering, closed_form
 from steer.adapters.vllm.plugin.compiled import Compiled, SteeringRow, form, merged, stages_of
 from steer.adapters.vllm.plugin.registry import Registry
 from steer.adapters.vllm.plugin.requests import Inside
 from steer.adapters.vllm.plugin.slots import RowBank
+from steer.adapters.vllm.plugin.worker import Worker
 from steer.adapters.vllm.settings import Settings
 from steer.core import InputError, ModelInfo, Operator, Scope, SteerError, UnsupportedError
 from steer.methods.controller import Controller
@@ -352,3 +355,36 @@ def test_a_name_that_is_removed_is_unknown(front: Registry) -> None:
     assert front.remove("calm", ()) == [digest] and SimpleNamespace(**front.names) == SimpleNamespace()
     with pytest.raises(InputError, match="none is registered"):
         front.parse({"edits": [{"name": "calm"}]})
+
+
+def test_workers_keep_an_artifact_while_any_server_holds_it() -> None:
+    """Several API processes serve the same engines: what one evicts another may still need."""
+    kept = object.__new__(Worker)
+    kept.artifacts, kept._holders, kept._compiled = {}, {}, {}
+    data = pack(vector())
+    digest = digest_of(data)
+    for holder in ("a", "b"):
+        kept.register(digest, data, False, holder)
+    kept.evict([digest], "a")
+    assert digest in kept.artifacts
+    kept.evict([digest], "a")
+    assert digest in kept.artifacts, "evicting twice takes nothing from others"
+    kept.evict([digest, "unknown"], "b")
+    assert not kept.artifacts and not kept._holders
+    assert Registry(settings(), info()).mark != Registry(settings(), info()).mark
+
+
+def test_every_engine_is_asked() -> None:
+    """vLLM's own call reaches all data-parallel engines, and tells what the first one answers."""
+
+    class Core:
+        core_engines = (b"0", b"1")
+
+        async def call_utility_all_async(self, method: str, *given: Any) -> list[Any]:
+            assert (method, given) == ("collective_rpc", ("steer_weights", None, (["t"],), None))
+            return [[[None]], [[[0.5]]]]
+
+    client = object.__new__(Asynchronous)
+    client.engine = SimpleNamespace(engine_core=Core())
+    assert asyncio.run(client._everywhere("steer_weights", (["t"],))) == [[None], [[0.5]]]
+    assert _norms([{0: [1.0, 3.0]}, {0: [2.0]}], 1) == [2.0] and _norms([{0: [1.0]}], 2) is None

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +17,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 from openai_contract import TOKENS, Contract, Target, refused, texts
-from serving_tools import Running, knowing_its_name, serving, vllm_serving, write_vector
+from serving_tools import Running, serving, vllm_serving, write_vector
 from vllm_tools import DEPTH, MISSING, WIDTH
 
 from steer.core import InputError, UnsupportedError
@@ -195,26 +192,6 @@ def test_steering_with_what_is_vllms_own_is_refused(tiny_lm_dir: Any) -> None:
         install._init_processor(lambda *given: None, None, config(tiny_lm_dir, {}, runner="pooling"))
 
 
-def test_several_api_processes_end_with_one_line(tiny_lm_dir: Any) -> None:
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        "serve",
-        str(tiny_lm_dir),
-        "--api-server-count",
-        "2",
-        "--additional-config",
-        '{"steer": {}}',
-        "--enforce-eager",
-        "--max-model-len",
-        "64",
-    ]
-    with knowing_its_name() as named:
-        environment = {**os.environ, **named, "VLLM_PLUGINS": "steer,steer_http", "VLLM_LOGGING_LEVEL": "ERROR"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
-    assert done.stderr.strip().splitlines()[-1].startswith("steer: api_server_count: got 2"), done.stderr[-3000:]
-
-
 def vllm_app(*arguments: str) -> Any:
     """vLLM's application with every middleware that these arguments lead to; there is no engine behind it."""
     from vllm.entrypoints.launchers.app import build_app
@@ -316,6 +293,7 @@ def test_settings_of_the_server(tiny_lm_dir: Any, tmp_path: Any) -> None:
     server = {"artifacts": str(tmp_path), "allow_reward": ["mine=sentiment"], "limits": {"tokens": 7}}
     vllm_config = config(tiny_lm_dir, {"artifacts": 20, "server": server})
     settings = _settings(vllm_config)
+    assert settings.require == ()
     assert settings.artifacts == tmp_path and settings.allow_reward == ("mine=sentiment",)
     assert settings.limits.tokens == 7 and settings.limits.requests == 256
     assert settings.limits.artifacts == 20, "no more than the engine has room for"
@@ -324,10 +302,6 @@ def test_settings_of_the_server(tiny_lm_dir: Any, tmp_path: Any) -> None:
         with pytest.raises(InputError) as caught:
             _settings(vllm_config)
         assert caught.value.field == f"additional_config {field}"
-    vllm_config.additional_config["steer"].pop("server")
-    vllm_config.parallel_config._api_process_count = 2
-    with pytest.raises(InputError, match="api_server_count"):
-        _settings(vllm_config)
 
 
 # ------------------------------------------------------------------------------------------------------------- names

@@ -10,6 +10,7 @@ a LoRA lies there in PEFT's layout. `DiffusionModel.tuned` takes either. The los
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from steer.artifacts import Card
 from steer.core import Ability, Prompt, Reward, check
 from steer.embedded import resolve
 from steer.files import replacing_folder
+from steer.ranks import ranks
 from steer.rewards import as_reward
 from steer.train.diffusion_policy.inputs import DiffusionPolicySettings, Pair, Tunable
 from steer.train.diffusion_policy.tuning import tune
@@ -64,7 +66,8 @@ def train_diffusion_policy(
         UnsupportedError: pg on a chain without noise; a pipeline.
         SteerError: PEFT is missing, or the loss is no longer finite.
     """
-    chosen = settle(DiffusionPolicySettings, settings, given, "train_diffusion_policy")
+    shared = ranks()
+    chosen = shared.whole(settle(DiffusionPolicySettings, settings, given, "train_diffusion_policy"))
     lora = Lora.of(chosen)
     final, state = Path(out), None if work is None else Path(work)
     check_target(final)
@@ -79,9 +82,12 @@ def train_diffusion_policy(
     mark = fingerprint(network_of(model))
     recipe = {**chosen.recipe(), **({} if scored is None else {"reward": str(scored)})}
     run = {**recipe, "data": hashed, "model": mark, "max_batch": chosen.max_batch}
-    claim(state, run)
+    if shared.first:
+        claim(state, run)
+    shared.wait()
     job = _Job(model, base, chosen, lora, None if scored is None else scored.bind(model), state, run, progress)
-    with replacing_folder(final) as temporary:
+    with replacing_folder(final) if shared.first else nullcontext(Path()) as own:
+        temporary = Path(shared.told(str(own)))
         card = Card(
             kind="policy",
             model={"name": model.name, "fingerprint": mark, "model_type": type(network_of(model)).__name__},
@@ -90,7 +96,9 @@ def train_diffusion_policy(
             data={"sha256": hashed, "rows": rows},
             metrics=job.tune(prompts, pairs, temporary),
         )
-        write_cards(card, model, temporary, final.name)
+        if shared.first:
+            write_cards(card, model, temporary, final.name)
+    shared.wait()
     return final
 
 
@@ -126,7 +134,9 @@ class _Job:
             run=self.run,
             progress=self.progress,
         )
-        save_network(policy.module, self.model, folder)
+        if ranks().first:
+            save_network(policy.module, self.model, folder)
+        ranks().wait()
         if self.reward is not None and settings.measured:
             metrics |= self._measured("after", tunable(self.model.tuned(folder), settings.chain), prompts)
         return {**metrics, **{name: thinned(values) for name, values in history.items()}}

@@ -36,6 +36,8 @@ class TransformersEngine(ServedModel[Prepared]):
         split_special_tokens: control tokens that messages spell are text (see `TextModel.split_special_tokens`).
     """
 
+    kind = "transformers"
+
     def __init__(
         self,
         model: LanguageModel,

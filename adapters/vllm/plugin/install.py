@@ -29,9 +29,7 @@ from steer.adapters.vllm.plugin.requests import Resolved
 from steer.adapters.vllm.plugin.tuned import check_engine
 from steer.adapters.vllm.plugin.wrapping import optional, wrap
 from steer.adapters.vllm.settings import (
-    SERVER_PLUGIN,
     Settings,
-    check_processes,
     check_version,
     model_info,
     settings_of,
@@ -72,28 +70,12 @@ def front_end(input_processor: Any) -> Registry:
 
 
 def _front() -> None:
-    from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import OutputProcessor
 
-    wrap(EngineArgs, "create_engine_config", _create_engine_config)
     wrap(InputProcessor, "__init__", _init_processor)
     wrap(InputProcessor, "process_inputs", _process_inputs)
     wrap(OutputProcessor, "add_request", _add_output)
-
-
-def _create_engine_config(original: Callable[..., Any], arguments: Any, *args: Any, **more: Any) -> Any:
-    """End a server of several API processes with one line, in the process that would start them."""
-    from vllm import envs
-
-    config = original(arguments, *args, **more)
-    named = SERVER_PLUGIN in (envs.VLLM_PLUGINS or ())
-    if named and config.parallel_config._api_process_count > 1 and settings_of(config) is not None:
-        try:
-            check_processes(config)
-        except InputError as error:
-            raise SystemExit(f"steer: {error}") from None
-    return config
 
 
 def _init_processor(original: Callable[..., Any], processor: Any, vllm_config: Any, *args: Any, **more: Any) -> None:

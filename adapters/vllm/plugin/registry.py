@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
+from uuid import uuid4
 
 from steer.adapters.vllm.artifacts import PackedArtifact
 from steer.adapters.vllm.plugin.compiled import Compiled, stages_of
@@ -62,6 +63,8 @@ class Registry:
     artifacts: OrderedDict[str, PackedArtifact] = field(default_factory=OrderedDict)
     measured: bool = False
     """Whether the residual stream's norms are known."""
+    mark: str = field(default_factory=lambda: uuid4().hex)
+    """Whose artifacts these are, where several processes serve the same engines."""
 
     def __post_init__(self) -> None:
         self._mounted = lru_cache(4096)(self._mount)

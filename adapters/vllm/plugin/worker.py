@@ -53,6 +53,8 @@ class Worker:
         self.config, self.settings, self.model, self.mixture = config, settings, model, mixture
         self.info: ModelInfo = model_info(config, "", None)
         self.artifacts: dict[str, PackedArtifact] = {}
+        self._holders: dict[str, set[str]] = {}
+        self._norms: list[float] | None = None
         self.requests: dict[str, SteeredRequest] = {}
         self.live = Live(self.info.num_layers)
         self.hidden: Tensor | None = None
@@ -105,21 +107,31 @@ class Worker:
 
     # ---- what the front end calls, by name, on every worker
 
-    def register(self, digest: str, data: bytes, any_model: bool) -> None:
+    def register(self, digest: str, data: bytes, any_model: bool, holder: str) -> None:
+        """Keep an artifact for a front end until it evicts it."""
         artifact = PackedArtifact.parse(data)
         self.artifacts[digest] = artifact.for_any_model() if any_model else artifact
+        self._holders.setdefault(digest, set()).add(holder)
 
-    def evict(self, gone: Sequence[str]) -> None:
+    def evict(self, gone: Sequence[str], holder: str) -> None:
+        """Drop what no other front end holds."""
         for digest in gone:
-            self.artifacts.pop(digest, None)
+            holders = self._holders.get(digest, set())
+            holders.discard(holder)
+            if not holders:
+                self.artifacts.pop(digest, None)
+                self._holders.pop(digest, None)
         self._compiled.clear()
 
     def facts(self) -> dict[str, Any]:
-        """This rank's part of the sample of the embedding that makes the model's fingerprint."""
-        return embedding_sample(self.model, self.config)
+        """This rank's part of the sample of the embedding that makes the model's fingerprint, and the norms of the
+        residual stream where they are known.
+        """
+        return {**embedding_sample(self.model, self.config), "norms": self._norms}
 
     def introduce(self, fingerprint: str, norms: Sequence[float] | None) -> None:
         """Facts about the whole model that the front end has put together."""
+        self._norms = None if norms is None else list(norms)
         known = None if norms is None else torch.tensor(list(norms))
         self.info = model_info(self.config, fingerprint, known)
         self._compiled.clear()

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.types import ASGIApp
 
 from steer.adapters.vllm.server.dispatch import Dispatch
-from steer.adapters.vllm.settings import SERVER_PLUGIN, ServerSettings, check_processes, settings_of
+from steer.adapters.vllm.settings import SERVER_PLUGIN, ServerSettings, settings_of
 from steer.core import InputError, SteerError, UnsupportedError
 from steer.serving.artifact_store import Store, UnknownArtifactError
 from steer.serving.engine import Sampling
@@ -117,6 +117,7 @@ def _application(client: Any, loop: asyncio.AbstractEventLoop, names: Sequence[s
         unsaid=_unsaid(client.vllm_config.model_config),
         names=names,
         alone=False,
+        require=settings.require,
     )
     store = app.state.server.store
     for name, why in {**store.refused, **rewards.refused}.items():
@@ -124,14 +125,29 @@ def _application(client: Any, loop: asyncio.AbstractEventLoop, names: Sequence[s
     store.changed = _Names(store, engine.model)
     for entry in store.entries():
         store.changed(entry.name)
+    if store.folder is not None:
+        threading.Thread(target=_follow, args=(app.state.server,), name="steer-folder", daemon=True).start()
     return app
+
+
+_EVERY = 0.5
+"""Seconds between looks at the folder of artifacts."""
+
+
+def _follow(server: Server) -> None:
+    """Keep the names that vLLM's own requests use those of the folder, which other processes change, too."""
+    while not server.gate.draining:
+        time.sleep(_EVERY)
+        try:
+            server.store.sync()
+        except Exception as error:
+            log.warning("the folder of artifacts: %s", error)
 
 
 def _settings(config: Any) -> ServerSettings:
     settings = settings_of(config)
     if settings is None:
         raise UnsupportedError("steering is off: start the engine with --additional-config '{\"steer\": {}}'")
-    check_processes(config)
     given = config.additional_config["steer"].get("server", {})
     return ServerSettings.of(given, settings.artifacts, settings.artifact_bytes)
 

@@ -45,6 +45,8 @@ class VLLMEngine(ServedModel[Prepared]):
         split_special_tokens: control tokens that messages spell are text (see `TextModel.split_special_tokens`).
     """
 
+    kind = "vllm"
+
     def __init__(
         self,
         client: Any,

@@ -86,7 +86,8 @@ def router(server: Server) -> APIRouter:
     @routes.get("/artifacts", response_model=ArtifactList, responses=_DENIED)
     async def artifacts() -> ArtifactList:
         """Registered vectors, controllers and value heads."""
-        return ArtifactList(data=[_shown(entry) for entry in sorted(store.entries(), key=lambda e: e.name)])
+        entries = await asyncio.to_thread(store.entries)
+        return ArtifactList(data=[_shown(entry) for entry in sorted(entries, key=lambda e: e.name)])
 
     @routes.post(
         "/artifacts", response_model=Artifact, status_code=201, responses={**_DENIED, **_REFUSED}, openapi_extra=_BODY
@@ -105,13 +106,15 @@ def router(server: Server) -> APIRouter:
     async def artifact(name: str) -> Artifact:
         """One artifact."""
         try:
-            return _shown(store.get(name))
+            return _shown(await asyncio.to_thread(store.get, name))
         except UnknownArtifactError as error:
             raise Refused(404, str(error), "name", "artifact_not_found") from None
 
     @routes.delete("/artifacts/{name}", response_model=Deleted, responses={**_DENIED, **_MISSING})
     async def delete(name: str) -> Deleted:
-        """Forget an artifact; the file of one that was sent is deleted. Requests that use it run to their end."""
+        """Forget an artifact, in all servers of the folder; the file of one that was sent is deleted. Requests that use
+        it run to their end.
+        """
         try:
             await _in_turn(server, store.remove, name)
         except UnknownArtifactError as error:
@@ -128,8 +131,9 @@ def _add_rewards(routes: APIRouter, server: Server) -> None:
     @routes.get("/rewards", response_model=RewardList, responses=_DENIED)
     async def rewards() -> RewardList:
         """Rewards that requests may name; they join by `+ - * / ( )`."""
-        own = {entry.name for entry in known.registered() if not entry.fixed}
-        return RewardList(data=[Reward(id=n, usage=u, fixed=n not in own) for n, u in known.usages().items()])
+        registered, usages = await asyncio.to_thread(lambda: (known.registered(), known.usages()))
+        own = {entry.name for entry in registered if not entry.fixed}
+        return RewardList(data=[Reward(id=n, usage=u, fixed=n not in own) for n, u in usages.items()])
 
     @routes.post(
         "/rewards",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steer.core import Prompt
+from steer.ranks import ranks
 from steer.seeds import mixed, whole_batch
 from steer.train.diffusion_policy.inputs import DiffusionPolicySettings, Pair, Tunable
 from steer.train.diffusion_policy.losses import dpo_loss, errors, seppo_loss
@@ -47,18 +48,21 @@ class Offline:
         if settings.method == "seppo":
             self._refresh(step)
         drawn = torch.Generator().manual_seed(mixed(settings.seed, "step", step))
-        count = len(chosen)
+        count, shared = len(chosen), ranks()
         level = self._levels(count, drawn)
         winner = torch.stack([self.pairs[i].chosen for i in chosen])
         noise = torch.randn(winner.shape, generator=drawn, dtype=winner.dtype)
         loser = torch.stack([self._loser(i, drawn) for i in chosen])
-        total, right = 0.0, 0
-        for part in torch.arange(count).split(max(1, self.settings.max_batch // 2)):
+        total, right = 0.0, 0.0
+        for part in torch.arange(count)[shared.index :: shared.count].split(max(1, self.settings.max_batch // 2)):
+            if not len(part):
+                continue
             loss, better = self._losses(
                 winner[part], loser[part], noise[part], level[part], [self.pairs[chosen[j]].prompt for j in part]
             )
-            (loss.sum() / count).backward()
+            (loss.sum() * (shared.count / count)).backward()
             total, right = total + float(loss.detach().sum()), right + better
+        total, right = shared.total(total, right)
         return {"loss": total / count, "accuracy": right / count}
 
     def _levels(self, count: int, drawn: torch.Generator) -> Tensor:
@@ -114,10 +118,9 @@ class Offline:
         wanted = {_key(p): p for s in coming for p in (self.pairs[i].prompt for i in self.batch(s))}
         prompts, n = list(wanted.values()), settings.group_size
         found: dict[str, Tensor] = {}
-        for some, state in draw_in_parts(
-            self.reference.chain, prompts, n, settings.max_batch, settings.seed, "losers", number
-        ):
-            for prompt, x in zip(some, state.x.cpu().split(n), strict=True):
+        parts = draw_in_parts(self.reference.chain, prompts, n, settings.max_batch, settings.seed, "losers", number)
+        for some, drawn, _ in parts:
+            for prompt, x in zip(some, drawn.cpu().split(n), strict=True):
                 found[_key(prompt)] = x
         return found
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from steer.core import Prompt, Reward
 from steer.diffusion.schedule import DETERMINISTIC
+from steer.ranks import ranks
 from steer.seeds import mixed, whole_batch
 from steer.train.diffusion_policy.inputs import DiffusionPolicySettings, Tunable
 from steer.train.diffusion_policy.losses import advantages, clipped_objective, spreads, step_kl
@@ -66,15 +67,16 @@ class Online:
         found = self.rollout if number == self.round else self._roll_out(number)
         assert found is not None
         chosen, weight = self._chosen(step)
-        total, clipped = 0.0, 0
-        rows = len(found.group)
-        for at in chosen:
-            for part in torch.arange(rows).split(self.settings.max_batch):
+        total, clipped = 0.0, 0.0
+        rows, shared = len(found.group), ranks()
+        for at in chosen if len(found.held) else ():
+            for part in torch.arange(len(found.held)).split(self.settings.max_batch):
                 losses, beyond = self._losses(found, at, part)
                 loss = losses.sum() * (weight / rows)
-                loss.backward()
+                (loss * shared.count).backward()
                 total += float(loss.detach())
                 clipped += beyond
+        total, clipped = shared.total(total, clipped)
         return {
             "loss": total,
             "reward": float(found.reward.mean()),
@@ -95,7 +97,8 @@ class Online:
         """Losses of a step `[N]`, and how many ratios lie beyond the clipping range."""
         settings = self.settings
         log_ratio, kl = self._step(found, at, part)
-        advantage, scale = (t.to(log_ratio.device) for t in (self.advantage[at, part], self.scale[part]))
+        rows = found.held[part]
+        advantage, scale = (t.to(log_ratio.device) for t in (self.advantage[at, rows], self.scale[rows]))
         objective = clipped_objective(log_ratio, advantage, settings.clip_range)
         beyond = (log_ratio.detach().exp() - 1).abs().gt(settings.clip_range).sum()
         return settings.beta * kl / scale - objective, int(beyond)
@@ -103,7 +106,7 @@ class Online:
     def _step(self, found: Rollout, at: int, part: Tensor) -> tuple[Tensor, Tensor]:
         """Log of the ratio of the step's density to what it was when it was drawn, and the KL to the base, `[N]`."""
         chain = self.policy.chain
-        x, group = found.x[at][part], found.group[part]
+        x, group = found.x[at][part], found.group[found.held[part]]
         std = chain.schedule.std[at]
         mean = chain.schedule.mean(x, chain.predict(x, at, group, found.encoded), at)
         log_ratio = -step_kl(found.x[at + 1][part], mean, std) - found.log_prob[at, part].to(mean.device)

@@ -29,10 +29,12 @@ from torch import nn
 
 from steer.core import Ability, Prompt, Reward, SteerError, check
 from steer.progress import note, ticking
+from steer.ranks import ranks
 from steer.train.diffusion_policy.inputs import DiffusionPolicySettings, Pair, Tunable
 from steer.train.diffusion_policy.offline import Offline
 from steer.train.diffusion_policy.online import Online
 from steer.train.diffusion_policy.state import State
+from steer.train.loop import average_gradients
 
 __all__ = ["tune"]
 
@@ -58,7 +60,8 @@ def tune(
 
     All randomness depends on the seed and the number of the update. The state is written to `work` every `EVERY`
     updates, for pg after every round, atomically: a run that was stopped and started again ends at the same weights,
-    bit for bit.
+    bit for bit. On several ranks the rows of an update are shared out, and so are the samples; the weights are those of
+    one process with the batches of all ranks, up to rounding.
 
     Args:
         policy: the module, with the weights of the base.
@@ -80,6 +83,7 @@ def tune(
     optimizer = torch.optim.AdamW(weights.values(), lr=settings.learning_rate, weight_decay=0.0)
     state = State(weights, optimizer, settings, run or settings.recipe(), work)
     state.resume()
+    ranks().check_same("work", state.step, "a folder that all ranks see")
     tuner: Online | Offline
     if settings.method == "pg":
         assert reward is not None
@@ -90,13 +94,13 @@ def tune(
     policy.module.eval()
     span = settings.steps if settings.method == "pg" else EVERY
     note(progress and state.step > 0, f"going on from update {state.step + 1} of {settings.total}")
-    with ticking(progress, f"tuning by {settings.method}", settings.total) as tick:
+    with ticking(progress and ranks().first, f"tuning by {settings.method}", settings.total) as tick:
         tick(state.step)
         while state.step < settings.total:
             seen = _update(tuner, state)
             state.advance(seen)
             tick(1, **seen)
-            if state.step % span == 0 or state.step == settings.total:
+            if ranks().first and (state.step % span == 0 or state.step == settings.total):
                 state.save()
     if average := state.average:
         policy.put(average)
@@ -107,6 +111,7 @@ def _update(tuner: Online | Offline, state: State) -> dict[str, float]:
     """One step of the optimizer. Raises `SteerError` for a loss that is not finite, before any weight changes."""
     state.optimizer.zero_grad(set_to_none=True)
     seen = tuner.backward(state.step)
+    average_gradients(state.weights.values())
     norm = nn.utils.clip_grad_norm_(state.weights.values(), _limit(state))
     if not (math.isfinite(seen["loss"]) and bool(norm.isfinite())):
         raise SteerError(f"train policy: the loss at update {state.step} is not finite; lower learning_rate")

@@ -18,6 +18,7 @@ from steer.core import InputError, UnsupportedError, check
 from steer.edits import Artifact
 from steer.files import replacing
 from steer.progress import ticking
+from steer.ranks import ranks
 from steer.rewards.heads import reply_ids
 from steer.train.reward.gating import debiased, fit_gate, penalties
 from steer.train.reward.heads import Fit, prior_correction
@@ -25,6 +26,7 @@ from steer.train.reward.measures import measured
 from steer.train.reward.robust import collaborative, corrected, preferred
 from steer.train.reward.rows import Rows, read_rows
 from steer.train.settings import Count, Part, Positive, Seed, Share, settings_class, settle
+from steer.train.states import hidden_states
 
 __all__ = ["RewardSettings", "train_reward"]
 
@@ -107,8 +109,7 @@ def train_reward(
     layer, penalty = _choose(rows, states, learnt, chosen)
     fitted = Fit.of(rows, states[layer], learnt)
     robust = _robust(rows, fitted, learnt, penalty, chosen) if chosen.noise_robust else {}
-    members = [_member(rows, fitted, learnt, penalty, chosen, m, robust.get("keep")) for m in range(chosen.members)]
-    heads, bias = (torch.stack(list(part)) for part in zip(*members, strict=True))
+    heads, bias = _members(rows, fitted, learnt, penalty, chosen, robust.get("keep"))
     if rows.objective == "binary":
         bias = bias + prior_correction(chosen.keep_negatives)
     metrics = measured(rows, states[layer], held, fitted, heads, bias)
@@ -240,6 +241,19 @@ def _gated(
     return {**named, "gate.mean": mean.float(), "gate.std": std.float()}, figures
 
 
+def _members(
+    rows: Rows, fitted: Fit, learnt: list[int], penalty: float, settings: RewardSettings, keep: float | None
+) -> tuple[Tensor, Tensor]:
+    """Heads `[M, K, D]` and their biases `[M, K]`; each rank fits some members."""
+    outputs = rows.targets.shape[1] if rows.objective == "ratings" else 1
+    heads = torch.zeros(settings.members, outputs, fitted.width, dtype=torch.float64)
+    bias = torch.zeros(settings.members, outputs, dtype=torch.float64)
+    for m in ranks().mine(range(settings.members)):
+        heads[m], bias[m] = _member(rows, fitted, learnt, penalty, settings, m, keep)
+    ranks().add([heads, bias])
+    return heads, bias
+
+
 def _layers(wanted: Any, count: int) -> list[int]:
     if wanted == "auto":
         return sorted({count // 2 - 1, 4 * count // 5 - 1, count - 1} & set(range(count)))
@@ -253,13 +267,15 @@ def _states(
     """States `[texts, D]` at the end of every text, by layer; read from `work` where a run has left them there."""
     name = f"states-{sha[:16]}-{model.info.entry()['fingerprint'][:16]}-{'-'.join(map(str, layers))}.safetensors"
     path = None if work is None else work / name
-    if path is not None and path.is_file():
+    there = path is not None and path.is_file()
+    ranks().check_same("work", int(there), "a folder that all ranks see")
+    if there:
         with safe_open(path, "pt") as file:
             return {layer: file.get_tensor(str(layer)) for layer in layers}
     ids = [reply_ids(model, prompt, text) for prompt, text in rows.texts]
-    with ticking(progress, "reading texts", len(ids)) as tick:
-        states = model.hidden_states(ids, layers, on_batch=tick)
-    if path is not None:
+    with ticking(progress and ranks().first, "reading texts", len(ids)) as tick:
+        states = hidden_states(model, ids, layers, on_batch=tick)
+    if path is not None and ranks().first:
         with replacing(path) as temporary:
             save_file({str(layer): x.contiguous() for layer, x in states.items()}, temporary)
     return states
@@ -282,16 +298,18 @@ def _choose(rows: Rows, states: dict[int, Tensor], learnt: list[int], settings: 
         return next(iter(states)), penalties[0]
     some, others = split_by_prompt([rows.group[i] for i in learnt], 0.2, settings.seed + 1)
     judged, fitted_on = [learnt[i] for i in some], [learnt[i] for i in others]
-    best: tuple[float, int, float] | None = None
-    for layer, x in states.items():
-        fitted = Fit.of(rows, x, fitted_on)
-        for penalty in penalties:
-            head, bias = fitted.head(rows, torch.tensor(fitted_on), penalty, None)
-            loss = fitted.loss(rows, torch.tensor(judged), head, bias)
-            if best is None or loss < best[0] - 1e-12:
-                best = (loss, layer, penalty)
-    assert best is not None
-    return best[1], best[2]
+    features = {layer: Fit.of(rows, x, fitted_on) for layer, x in states.items()}
+    tried = [(layer, penalty) for layer in states for penalty in penalties]
+    losses = torch.zeros(len(tried), dtype=torch.float64)
+    for i in ranks().mine(range(len(tried))):
+        layer, penalty = tried[i]
+        head, bias = features[layer].head(rows, torch.tensor(fitted_on), penalty, None)
+        losses[i] = features[layer].loss(rows, torch.tensor(judged), head, bias)
+    ranks().add([losses])
+    best = 0
+    for i, loss in enumerate(losses.tolist()):
+        best = i if loss < float(losses[best]) - 1e-12 else best
+    return tried[best]
 
 
 def _seen(learnt: list[int], settings: RewardSettings, member: int) -> Tensor:
