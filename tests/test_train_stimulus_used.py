@@ -207,7 +207,7 @@ def test_the_command(
     capsys.readouterr()
     for more, why in (
         (["--policy-model", "x"], "policy_model"),
-        (["--policy", "seq2seq"], "folder"),
+        (["--policy", "seq2seq"], "policy_model"),
         (["--stage", "rf"], "stage"),
         (["--set", "moste=3"], "most"),
         (["--template", "Say it"], "template"),
