@@ -48,7 +48,7 @@ def picture_files(options: Any, name: str) -> list[Path]:
 
 def publish(session: Session, options: EvalOptions, slug: str, found: Any, summary: str, **more: Any) -> None:
     """Draw what was found in every format that was asked for, write the page beside its JSON, and say where."""
-    draw, texts = more.get("draw"), more.get("texts", ())
+    draw: Any = more.get("draw")
     pictures = picture_files(options, more.get("picture", slug)) if draw is not None else []
     for path in pictures:
         draw(found, path)
@@ -60,7 +60,7 @@ def publish(session: Session, options: EvalOptions, slug: str, found: Any, summa
         summary=summary,
         records=found.records(),
         pictures=[path for path in pictures if path.suffix == f".{options.format.split(',')[0].strip()}"],
-        texts=texts,
+        texts=more.get("texts", ()),
         recipe=yaml.safe_dump({"name": slug, "command": name, "settings": settings}, sort_keys=False, width=110),
         files=[f"{slug}.json", f"{slug}.csv", "recipe.yaml", *(path.name for path in pictures)],
     )
