@@ -135,7 +135,9 @@ def test_three_methods_at_equal_kl(tiny_lm: Any, calm: Any, tmp_path: Path) -> N
         "svdd": "none",
     }
     steer.draw_frontier(found, tmp_path / "frontier.png")
-    assert len(found.table().splitlines()) == 7 and len(repr(found)) < 120
+    *rows, weak, strong, few = found.table().splitlines()
+    assert len(rows) == 7 and weak.startswith("at KL 0.5: ") and strong.startswith("at KL 2: ") and "few" in few
+    assert len(repr(found)) < 120
     for wrong in (["dts"], {"x": []}, {"base": [{}]}):
         with pytest.raises(InputError, match="methods"):
             steer.frontier(tiny_lm, PROMPTS, "length", wrong)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -50,23 +49,22 @@ def picture_files(options: Any, name: str) -> list[Path]:
 
 def publish(session: Session, options: EvalOptions, slug: str, found: Any, summary: str, **more: Any) -> None:
     """Draw what was found in every format that was asked for, write the page beside its JSON, and say where."""
-    draw, texts = more.get("draw"), more.get("texts", ())
-    drawn: dict[str, Callable[[Any, Path], None]] = more.get("pictures", {} if draw is None else {slug: draw})
+    drawn: dict[str, Any] = more.get("pictures", {slug: more["draw"]} if "draw" in more else {})
     pictures = []
     for name, draw in drawn.items():
         for path in picture_files(options, name):
             draw(found, path)
             pictures.append(path)
-    name = next(name for name, kind in COMMANDS.items() if type(options) is kind)
+    command = next(name for name, kind in COMMANDS.items() if type(options) is kind)
     settings = settings_of(options)
     page = Page(
-        title=more.get("title") or f"{name.removeprefix('eval ').capitalize()}: {options.model}",
+        title=more.get("title") or f"{command.removeprefix('eval ').capitalize()}: {options.model}",
         about=inspect.cleandoc(type(options).__doc__ or ""),
         summary=summary,
         records=found.records(),
         pictures=[path for path in pictures if path.suffix == f".{options.format.split(',')[0].strip()}"],
-        texts=texts,
-        recipe=yaml.safe_dump({"name": slug, "command": name, "settings": settings}, sort_keys=False, width=110),
+        texts=more.get("texts", ()),
+        recipe=yaml.safe_dump({"name": slug, "command": command, "settings": settings}, sort_keys=False, width=110),
         files=[f"{slug}.json", f"{slug}.csv", "recipe.yaml", *(path.name for path in pictures)],
     )
     page.write(options.out, slug)

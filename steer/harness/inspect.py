@@ -60,7 +60,8 @@ class SteerAPI(ModelAPI):
         check(base_url is None, "base_url", base_url, "unset: the model runs in this process")
         self.edits = [edit] if isinstance(edit, str) else list(edit)
         self.search = {"sampler": sampler, "reward": reward, "beta": float(beta), "n": n}
-        self.model: Any = load(model_name, engine=engine, dtype=dtype)
+        opened: Any = load  # its overloads are for engines that are written out
+        self.model: Any = opened(model_name, engine=engine, dtype=dtype)
         self._lock = asyncio.Lock()
 
     def max_connections(self) -> int:

@@ -57,7 +57,8 @@ class SteerLM(TemplateLM):
         settings: dict[str, Any] = {"dtype": dtype}
         if engine == "transformers" and device not in (None, "", "cuda", "cpu"):
             settings["device"] = device
-        self.model: Any = load(model, engine=engine, **settings) if named else model
+        opened: Any = load  # its overloads are for engines that are written out
+        self.model: Any = opened(model, engine=engine, **settings) if named else model
         check(hasattr(self.model, "scorer"), "model", type(self.model).__name__, "a language model of this machine")
         self.tokenizer = self.model.tokenizer
         given = [edit] if isinstance(edit, str) else list(edit)

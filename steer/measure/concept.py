@@ -304,12 +304,12 @@ def evaluate_concepts(
                     curves.setdefault(name, []).append(scores[:, chosen].mean(1))
             found.examples += study.examples
     for name, parts in ratings.items():
-        means = torch.cat(parts).double().mean(0).tolist()
+        there, answered, fluent = torch.cat(parts).double().mean(0).tolist()
         scores = torch.stack([harmonic(part).mean() for part in parts]) if len(parts) > 1 else harmonic(parts[0])
         mine = factors.get(name)
         low, high = _bootstrap(scores)
         factor = sum(mine) / len(mine) if mine else None
-        found.rows.append(ConceptRow(name, factor, *means, float(scores.mean()), low, high))
+        found.rows.append(ConceptRow(name, factor, there, answered, fluent, float(scores.mean()), low, high))
     for name, tables in curves.items():
         found.curves[name] = dict(zip(settings.factors, torch.stack(tables).mean(0).tolist(), strict=True))
     return found
