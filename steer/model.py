@@ -204,6 +204,7 @@ class Model(ABC):
         """Settings of `process` and the sampler, which takes what of `given` are its own where only its name is."""
         named = isinstance(sampler, str) and sampler in SAMPLERS
         fields = sampler_fields(str(sampler)) if named else []
+        fields += ["preset"] if named and SAMPLERS[str(sampler)].presets else []
         own = {k: given.pop(k) for k in list(given) if k in fields and k not in self.settings}
         for name in given:
             close = meant(name, fields, 0.85) if name not in self.settings else ""

@@ -561,6 +561,10 @@ def test_a_language_model_revises_and_redraws(tiny_lm: Any) -> None:
         for text, row in zip(samples.texts, samples.lineage.tolist(), strict=True):
             assert samples.pool.texts[row] == text
         assert samples.cost.generated_tokens == sum(len(t) for t in samples.pool.tokens)
+    gate = tiny_lm.generate(
+        "the sun", sampler="critique", critic="length>=99", preset="gui-critic-r1", max_new_tokens=4
+    )
+    assert gate.texts == [""] and len(gate.pool) == 2
     own = ModelCritic(None, instruction="{prompt} : {output} ?", max_new_tokens=4)
     own = tiny_lm.generate("the sun", sampler="critique", critic=own, rounds=1, max_new_tokens=6, seed=0)
     assert own.trace[0].unparsed == 1  # the little model says neither word
