@@ -235,8 +235,11 @@ def test_the_readme_names_every_command() -> None:
     assert {name.split()[-1] for name in COMMANDS if name != "train images"} <= named
 
 
+FOLDERS = ("steer", "adapters", "demo", "recipes")
+
+
 def test_every_page_is_tested() -> None:
-    there = {str(path.relative_to(ROOT)) for d in ("steer", "adapters", "recipes") for path in (ROOT / d).rglob("*.md")}
+    there = {str(path.relative_to(ROOT)) for d in FOLDERS for path in (ROOT / d).rglob("*.md")}
     assert there | {"README.md"} == {*PAGES, *OTHERS}
 
 

@@ -43,7 +43,7 @@ async def estimate(recipe: FrontierRecipe, shared: Shared) -> AsyncGenerator[dic
     yield {"say": "Trying how fast this machine is"}
 
     def trial(tell: Callable[[Any], None]) -> float:
-        model = shared.engine().model
+        model: Any = shared.engine().model
         began = time.perf_counter()
         settings = {"n": _TRIAL_ROWS, "max_new_tokens": _TRIAL_TOKENS, "temperature": 1.0, "seed": 0}
         drawn = model.generate(list(recipe.prompts[:1]), progress=lambda *_: tell(None), **settings)

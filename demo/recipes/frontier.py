@@ -65,7 +65,11 @@ class FrontierRecipe(Recipe):
     def jobs(self) -> list[Job]:
         made = []
         for edit in self._fits():
-            given = {"model": self.model, "pairs": f"recipes/{edit.pairs}.jsonl", "out": f"{edit.name}.safetensors"}
+            given: dict[str, Any] = {
+                "model": self.model,
+                "pairs": f"recipes/{edit.pairs}.jsonl",
+                "out": f"{edit.name}.safetensors",
+            }
             made.append(Job(f"fit-{edit.name}", "train vector", given))
         given = {"model": self.model, "prompts": _PROMPTS, "reward": self.reward, "method": list(self.methods)}
         if self.edits:

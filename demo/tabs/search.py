@@ -105,7 +105,7 @@ def build(page: Page) -> Opening:
     async def search(*values: Any) -> AsyncGenerator[dict[Any, Any]]:
         given = dict(zip(names, values, strict=True))
         recipe = SearchRecipe.parse({"model": page.shared.text_model, **given})
-        empty = {best: "", curve: None, lineage: None, tree: None, table: {"rows": [], "facts": []}}
+        empty: dict[Any, Any] = {best: "", curve: None, lineage: None, tree: None, table: {"rows": [], "facts": []}}
         yield {**reproduced(code, recipe), **empty, line: said("")}
         async with aclosing(action.run(recipe, page.shared)) as updates:
             async for update in updates:

@@ -293,7 +293,7 @@ def frontier(options: FrontierOptions, coming: Coming = frozenset()) -> Run:
         methods: dict[str, Any] = {
             name: [dict(s) for s in sweep_of(name, options.candidates)] for name in options.method
         }
-        drawn = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
+        drawn: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
         for folder in options.tuned:
             policy: Any = tuned_model(model, folder, False)
             methods[folder.name] = [{"edits": RLGuidance(policy.process(**drawn), w)} for w in ws]

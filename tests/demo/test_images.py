@@ -121,7 +121,7 @@ def test_stop_stands_still(page: Any, visit: Any, monkeypatch: pytest.MonkeyPatc
     tab = visit()
     _filled(tab, steps=100, particles=2)
     tab.click("#images-go")
-    tab.wait_for_selector("#images img")
+    tab.wait_for_function("document.querySelector('#images img')")
     tab.click("#images-stop")
     began, counted = time.monotonic(), -1
     while counted != len(steps):

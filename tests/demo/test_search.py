@@ -98,7 +98,7 @@ def test_stop_keeps_the_best_so_far(page: Any, visit: Any, monkeypatch: pytest.M
     number(tab, "Tokens at most, of one text", 100)
     tab.fill("#search-budget input", "800")
     _started(tab, "fk")
-    tab.wait_for_selector("#search-table td")
+    tab.wait_for_function("document.querySelector('#search-table td')")
     tab.click("#search-stop")
     began, counted = time.monotonic(), -1
     while counted != len(tokens):
