@@ -381,7 +381,10 @@ def _stimulus(
     fits = {"weights", "mean", "std", "idf"} <= tensors.keys()
     check(fits, "artifact", f"tensors {list(tensors)[:5]}", "a stimulus with weights, mean, std and idf")
     policy = Extractor(
-        *(tensors[name] for name in ("weights", "mean", "std", "idf")),
+        tensors["weights"],
+        tensors["mean"],
+        tensors["std"],
+        tensors["idf"],
         most=parse_number("most", card.settings.get("most", 8), int),
         words=_count(card, "words"),
     )

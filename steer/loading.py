@@ -70,7 +70,8 @@ def load(model: Any, *, engine: str = "transformers", kind: str | None = None, *
     if isinstance(model, str | Path) and str(model).endswith((".yaml", ".yml")):
         from steer.routing.files import read_pool
 
-        return read_pool(model, lambda name: load(name) if is_endpoint(name) else load(name, engine=engine, **options))
+        given: dict[str, Any] = {"engine": engine, **options}
+        return read_pool(model, lambda name: load(name) if is_endpoint(name) else load(name, **given))
     check(kind is None or kind in _KINDS, "kind", kind, ", ".join(_KINDS))
     found = _kind(model)
     check(kind in (None, found), "kind", kind, f"{found}, which {model!r:.80} is")

@@ -46,7 +46,7 @@ SHOWN = ("loss", "reward", "kl", "accuracy", "tokens/s")
 class Tick(Protocol):
     """Advances a bar by a count of units, with a text or with figures beside it, which go to the log too."""
 
-    def __call__(self, count: int, seen: str = "", **figures: float) -> None: ...
+    def __call__(self, count: int, seen: str = "", /, **figures: float) -> None: ...
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def ticking(shown: bool | Watch, what: str, total: int) -> Iterator[Tick]:
     done = 0
     with _shown(shown, what, total) as advance:
 
-        def tick(count: int, seen: str = "", **figures: float) -> None:
+        def tick(count: int, seen: str = "", /, **figures: float) -> None:
             nonlocal done
             done += count
             if figures:

@@ -112,7 +112,7 @@ class Ranks:
             return settings
         made: Any = object.__new__(type(settings))
         made.__dict__.update(vars(settings), **{name: getattr(settings, name) * self.count})
-        return made  # type: ignore[no-any-return]
+        return made
 
 
 ALONE = Ranks()

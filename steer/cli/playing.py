@@ -119,7 +119,7 @@ def train_router(options: TrainRouterOptions, coming: Coming = frozenset()) -> R
     from steer.routing.router import train_router as train
 
     check(options.data.is_file(), "data", str(options.data), "a file that is there")
-    checks.check_output(options.out, suffix=".safetensors")
+    checks.check_output(options.out, suffixes=(".safetensors",))
     check(options.overwrite or not options.out.exists(), "out", str(options.out), "a new file, or --overwrite")
     price = {name: coerce(f"price.{name}", value, float) for name, value in pairs(options.price, "price").items()}
     grid = [coerce("grid", part, float) for part in options.grid.split(",")]

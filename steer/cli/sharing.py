@@ -45,7 +45,7 @@ def import_feature(source: Path, model: str, feature: int, out: Path, layer: int
 
     checks.check_model(ModelOptions(model=model))
     checks.check_causal(ModelOptions(model=model))
-    checks.check_output(out, suffix=".safetensors")
+    checks.check_output(out, suffixes=(".safetensors",))
     check(overwrite or not out.exists(), "out", str(out), "a new file, or --overwrite")
     read_feature(source, feature, layer)
     made = import_sae(source, feature, load(model).info, layer=layer)

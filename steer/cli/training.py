@@ -130,7 +130,7 @@ def train_stimulus(options: TrainStimulusOptions, coming: Coming = frozenset()) 
     if network:
         checks.check_folder(options.out)
     else:
-        checks.check_output(options.out, suffix=".safetensors")
+        checks.check_output(options.out, suffixes=(".safetensors",))
     given = _told(StimulusSettings, options)
     named = Path(given["template"])
     if len(given["template"]) < 256 and named.is_file():
@@ -424,8 +424,8 @@ def _doubts_of_policy(folder: Path) -> list[str]:
     if not all(name in metrics for name in names):
         return []
     before, after = (metrics[name] for name in names)
-    errors = [metrics.get(f"{name}_se") for name in names]
-    if None in errors:
+    errors = [metrics[f"{name}_se"] for name in names if metrics.get(f"{name}_se") is not None]
+    if len(errors) < len(names):
         return ["the reward before and after was measured on one sample: no more than an anecdote"]
     wide = 1.96 * math.hypot(*errors)
     if abs(after - before) > wide:

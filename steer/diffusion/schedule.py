@@ -149,10 +149,10 @@ class SharedNoise(torch.Generator):
 
 def gaussian(like: Tensor, generator: torch.Generator) -> Tensor:
     """Standard noise in the shape, type and place of a tensor, whatever device the generator is of."""
-    shared = isinstance(generator, SharedNoise)
-    shape = (generator.rows, *like.shape[1:]) if shared else like.shape
+    shared = generator if isinstance(generator, SharedNoise) else None
+    shape = like.shape if shared is None else (shared.rows, *like.shape[1:])
     z = torch.randn(shape, dtype=like.dtype, generator=generator, device=generator.device)
-    return (z[generator.held] if shared else z).to(like.device)
+    return (z if shared is None else z[shared.held]).to(like.device)
 
 
 def account(z: Tensor | None, gap: Tensor | None, std: float, rows: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -251,7 +251,8 @@ class Extractor:
     def best(self, text: str) -> str:
         """The hint of the modes."""
         found = self.phrases(text)
-        scores, open_, chosen = self.standardised(found) @ self.weights.double(), [True] * len(found), []
+        scores, open_ = self.standardised(found) @ self.weights.double(), [True] * len(found)
+        chosen: list[int] = []
         for i in scores.argsort(descending=True, stable=True).tolist():
             if open_[i] and len(chosen) < self.most:
                 chosen.append(i)

@@ -75,7 +75,8 @@ class JudgeReward(Composable):
                 ends.append(float(value))
             except ValueError:
                 check(False, f"judge {name}", value, "a number")
-        return cls(rubric, model, *ends, text=f"judge:{file or 'plain'}" + (f",model={model!r}" if model else ""))
+        text = f"judge:{file or 'plain'}" + (f",model={model!r}" if model else "")
+        return cls(rubric, model, ends[0], ends[1], text=text)
 
     def bind(self, model: Any) -> JudgeReward:
         return replace(self, model=model) if self.model is None and model is not None else self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Return(Composable):
         check(0 < self.gamma <= 1, "reward return", self.gamma, "gamma above 0, at most 1")
 
     def score(self, samples: Samples) -> Tensor:
-        totals = [getattr(output, "total", None) for output in samples.outputs]
+        totals: list[Any] = [getattr(output, "total", None) for output in samples.outputs]
         if not all(callable(total) for total in totals):
             raise RewardError("reward return: these outputs are no episodes; allowed: those of a TurnProcess")
         return torch.tensor([float(total(self.gamma)) for total in totals], dtype=torch.float64)

@@ -34,7 +34,7 @@ class Cascade(Pool):
         self.critic = as_critic(critic)
         check(not self.critic.compares, "critic", self.critic.name, "a critic that judges one answer at a time")
 
-    def generate(self, prompts: Prompts = "", **settings: Any) -> Samples:  # type: ignore[override]
+    def generate(self, prompts: Prompts = "", **settings: Any) -> Samples:
         """As every model's `generate`, one output for each prompt; settings go to both models."""
         several = as_prompts(prompts)
         check_plain(settings)

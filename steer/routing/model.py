@@ -63,7 +63,7 @@ class Pool(Model):
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raise `InputError` for prompts that one of the models cannot read, whichever is asked in the end."""
         for model in self.models.values():
-            encode = getattr(model, "encode", None)
+            encode: Any = getattr(model, "encode", None)
             for prompt in prompts if encode is not None else ():
                 encode(prompt)
 
@@ -125,7 +125,7 @@ class RoutedModel(Pool):
         check(not bool(scores.isnan().any()), "router", "NaN", "numbers")
         return scores - self.cost_weight * torch.tensor(self.prices, dtype=torch.float64)
 
-    def generate(self, prompts: Prompts = "", **settings: Any) -> Samples:  # type: ignore[override]
+    def generate(self, prompts: Prompts = "", **settings: Any) -> Samples:
         """As every model's `generate`; settings go to each model that is asked."""
         several = as_prompts(prompts)
         check_plain(settings)

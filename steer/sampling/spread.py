@@ -68,4 +68,5 @@ class Spread:
         names = [f.name for f in fields(Cost) if f.name != "seconds"]
         total = self._ranks.total(*(getattr(samples.cost, name) for name in names))
         cost = replace(samples.cost, **{name: int(x) for name, x in zip(names, total, strict=True)})
-        return replace(samples, **whole, cost=cost)
+        named: dict[str, Any] = {**whole, "cost": cost}
+        return replace(samples, **named)

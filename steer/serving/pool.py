@@ -32,6 +32,8 @@ class PoolRequest:
 class PoolEngine:
     """The engine of a `RoutedModel` or a `Cascade`; see `steer.serving.engine.Engine`."""
 
+    kind = "router"
+
     def __init__(self, model: Pool, name: str | None = None) -> None:
         self.model, self.name = model, name or model.name
         limits = [getattr(member, "context_length", None) for member in model.models.values()]
@@ -65,7 +67,8 @@ class PoolEngine:
                 raise InputError("prompt", "token ids", "text: models differ in their tokens")
             prompts.append(prompt)
         self.model.check_prompts(prompts)
-        settings = {"max_new_tokens": sampling.max_tokens, "temperature": sampling.temperature, "seed": sampling.seed}
+        settings: dict[str, Any] = {"max_new_tokens": sampling.max_tokens, "temperature": sampling.temperature}
+        settings["seed"] = sampling.seed
         settings |= {"top_p": sampling.top_p} if sampling.top_p != 1 else {}
         settings |= {"top_k": sampling.top_k} if sampling.top_k else {}
         settings |= {"min_p": sampling.min_p} if sampling.min_p else {}

@@ -114,7 +114,8 @@ class Tasks:
     def _steering(self, asked: SteerRequest, sampling: Sampling, prompts: int, n: int) -> Steering:
         edits = tuple(self._edit(asked, i) for i in range(len(asked.edits)))
         reward = None if asked.reward is None else self._reward(asked.reward)
-        takes_critic = asked.sampler in SAMPLERS and "critic" in SAMPLERS[asked.sampler].__dataclass_fields__
+        named = asked.sampler if asked.sampler in SAMPLERS else None
+        takes_critic = named is not None and "critic" in sampler_settings(named)
         check(asked.critic is None or takes_critic, "steer.critic", asked.critic, "unset, or with sampler=critique")
         if asked.token_level:
             check(

@@ -93,7 +93,7 @@ def descend(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor | 
     """
     optimizer.zero_grad(set_to_none=True)
     if loss is not None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     parameters = [p for p in module.parameters() if p.requires_grad]
     average_gradients(parameters)
     nn.utils.clip_grad_norm_(parameters, most)

@@ -25,7 +25,7 @@ def hidden_states(
     """`model.hidden_states`, `{layer: [N, D]}`, on every rank, of which each has read a share of the texts."""
     shared = ranks()
     if shared.count == 1:
-        return model.hidden_states(ids, layers, pool=pool, since=since, on_batch=on_batch)  # type: ignore[no-any-return]
+        return model.hidden_states(ids, layers, pool=pool, since=since, on_batch=on_batch)
     wanted = list(range(model.info.num_layers)) if layers is None else list(layers)
     mine, starts = shared.mine(ids), None if since is None else shared.mine(since)
     seen = {layer: torch.empty(0, model.info.width) for layer in wanted}

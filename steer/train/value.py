@@ -344,7 +344,7 @@ def _drawing(model: Any, prompts: Sequence[Prompt], reward: Reward | None, setti
 
     def draw(first: int, count: int) -> Samples:
         some = list(prompts[first : first + count])
-        return model.generate(  # type: ignore[no-any-return]
+        return model.generate(
             some,
             n=settings.samples,
             temperature=settings.temperature,

@@ -44,7 +44,7 @@ class Candidates(Sampler):
 
     def draw(self, run: Run) -> Samples:
         pool = rollouts(replace(run, given=None), self.k)
-        values = [self.q(run.prompts[b], str(y)) for b, y in zip(pool.group.tolist(), pool.outputs, strict=True)]  # type: ignore[arg-type]
+        values = [self.q(run.prompts[b], str(y)) for b, y in zip(pool.group.tolist(), pool.outputs, strict=True)]
         value = torch.tensor(values, dtype=torch.float64).reshape(-1, self.k)
         run.pay(Cost(critic_calls=len(values)))
         if self.beta is None:

@@ -116,7 +116,7 @@ class TurnProcess(Process):
     @property
     def kind(self) -> Environment:
         """An environment for its facts, in which nothing is played."""
-        return self._sample  # type: ignore[attr-defined, no-any-return]
+        return self._sample  # type: ignore[attr-defined]
 
     @property
     def window(self) -> int | None:
@@ -236,7 +236,7 @@ class TurnProcess(Process):
         log_prob, base = spread(drawn.log_prob), spread(drawn.base_log_prob)
         lazy = callable(drawn.kl_estimate)
         kl = None if lazy or not isinstance(drawn.kl_estimate, Tensor) else spread(drawn.kl_estimate)
-        known = {} if base is not None else {"base_log_prob": None, "aim_log_prob": None}
+        known: dict[str, Any] = {} if base is not None else {"base_log_prob": None, "aim_log_prob": None}
         known |= {} if kl is not None else {"kl": None}
         aim = None if base is None or drawn.tilt is None else base + spread(drawn.tilt)  # type: ignore[operator]
         state = replace(state, **known, cost=state.cost + replace(drawn.cost, seconds=0.0))

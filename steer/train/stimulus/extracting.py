@@ -166,7 +166,8 @@ class ExtractPolicy:
 
 
 def _sequence(scores: Tensor, nested: Tensor, most: int, generator: torch.Generator) -> tuple[int, ...]:
-    open_, chosen = torch.ones(len(scores), dtype=torch.bool), []
+    open_ = torch.ones(len(scores), dtype=torch.bool)
+    chosen: list[int] = []
     while len(chosen) < most and bool(open_.any()):
         law = scores.masked_fill(~open_, -math.inf).softmax(0)
         chosen.append(int(torch.multinomial(law, 1, generator=generator)))
