@@ -49,6 +49,10 @@ class Tick(Protocol):
     def __call__(self, count: int, seen: str = "", /, **figures: float) -> None: ...
 
 
+def untold(count: int, seen: str = "", /, **figures: float) -> None:
+    """A `Tick` for work that nobody watches."""
+
+
 @contextmanager
 def ticking(shown: bool | Watch, what: str, total: int) -> Iterator[Tick]:
     """A bar over `total` units of work, or, where standard error is no terminal, a line every 30 s. Shows nothing

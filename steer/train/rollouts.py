@@ -35,9 +35,9 @@ class Recorded:
             InputError: no record, one without texts, or records with different numbers of samples, by number.
         """
         prompts: list[Prompt] = []
-        texts: list[str] = []
-        ended: list[bool] = []
-        rewards: list[float | None] = []
+        texts: list[list[str]] = []
+        ended: list[list[bool]] = []
+        rewards: list[list[float | None]] = []
         for i, record in enumerate(records):
             check(isinstance(record, Mapping), f"rollouts[{i}]", record, _ALLOWED)
             if record.get("error") is not None:

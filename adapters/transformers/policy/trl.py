@@ -26,7 +26,7 @@ from transformers.utils import logging as library_logging
 from steer.adapters.language.blocks import decoder_blocks
 from steer.core import InputError, Prompt, Reward, RewardError, Samples, SteerError, check
 from steer.core.errors import first_line
-from steer.progress import Tick, note
+from steer.progress import Tick, untold, note
 from steer.train.objectives.settings import PolicySettings
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def fit(
     *,
     online: Online | None = None,
     work: Path | None = None,
-    tick: Tick = lambda count, seen="", **figures: None,
+    tick: Tick = untold,
 ) -> Fitted:
     """Tune a copy of `model`'s network on `rows` (token ids).
 

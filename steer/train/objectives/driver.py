@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from steer.core import SteerError, check
 from steer.files import replacing
 from steer.logs import record
-from steer.progress import Tick
+from steer.progress import Tick, untold
 from steer.train.loop import cosine, load_state, save_state
 from steer.train.objectives import rounds
 from steer.train.objectives.collecting import Collector, Row, Scorer, Source
@@ -76,7 +76,7 @@ class Driver:
         *,
         work: Path | None = None,
         run: dict[str, Any] | None = None,
-        tell: Tick = lambda count, seen="", **figures: None,
+        tell: Tick = untold,
     ) -> None:
         self.actor, self.rows, self.settings = actor, list(rows), settings
         self.work, self.run_facts, self.tell = work, run or settings.recipe(), tell
