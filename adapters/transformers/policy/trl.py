@@ -26,7 +26,7 @@ from transformers.utils import logging as library_logging
 from steer.adapters.language.blocks import decoder_blocks
 from steer.core import InputError, Prompt, Reward, RewardError, Samples, SteerError, check
 from steer.core.errors import first_line
-from steer.progress import Tick, untold, note
+from steer.progress import Tick, note, untold
 from steer.train.objectives.settings import PolicySettings
 
 if TYPE_CHECKING:
