@@ -304,7 +304,7 @@ def test_bad_prompts(ask: Any) -> None:
 def test_unknown_models(ask: Any, tmp_path: Path) -> None:
     refused(ask(model="smollm2-135"), "did you mean smollm2-135m?")
     refused(ask(model="smollm2-135m"), "steer models fetch smollm2-135m")
-    refused(ask(model=tmp_path), "could not load")
+    refused(ask(model=tmp_path), "config.json")
 
 
 def test_artifacts_that_do_not_fit(ask: Any, tmp_path: Path) -> None:
