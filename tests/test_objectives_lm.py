@@ -293,7 +293,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(
         def stopping(shown: bool, what: str, total: int, after: int = max(1, int(share * updates))) -> Iterator[Any]:
             done = 0
 
-            def tick(count: int, seen: str = "") -> None:
+            def tick(count: int, seen: str = "", **figures: float) -> None:
                 nonlocal done
                 done += count
                 if done >= after:
@@ -328,7 +328,7 @@ def trainers(
     tuning = policy_settings(method=method, lora_rank=4, max_new_tokens=6, group_size=2, batch_size=4, **more)
     data = read_rows(model, [{"prompt": p, **COLUMNS} for p in PROMPTS[:4]], tuning)
     with native.quiet():
-        trainer = native._trainer(model, data, tuning, online, tmp_path / "run", tmp_path, False, ())
+        trainer = native._trainer(model, data, tuning, online, tmp_path / "run", tmp_path, False)
     ours = policy_settings(tuning, driver="rows")
     actor = TextActor(model, ours, PROMPTS[:4])
     theirs = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}

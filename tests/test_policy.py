@@ -349,7 +349,7 @@ def _stopping(after: int) -> Callable[..., Any]:
 
     @contextmanager
     def ticking(shown: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        def tick(count: int, seen: str = "") -> None:
+        def tick(count: int, seen: str = "", **figures: float) -> None:
             nonlocal steps
             steps += count
             if steps >= after:

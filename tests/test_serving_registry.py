@@ -374,7 +374,7 @@ def test_a_trained_reward_is_sent_named_and_used(
     """Best-of-n and FK by it; the number is that of the reward itself; a restart remembers it."""
     client = http(engine, tmp_path)
     sent = client.post("/v1/steer/artifacts", files={"file": ("kind.safetensors", heads.read_bytes())})
-    assert sent.status_code == 201 and sent.json()["kind"] == "reward"
+    assert sent.status_code == 201 and sent.json()["kind"] == "reward", sent.text
     body = {"name": "kindness", "file": "kind", "options": "how=worst"}
     assert client.post("/v1/steer/rewards", json=body).json()["usage"] == "kind:how=worst"
     for again in (client, http(engine, tmp_path)):

@@ -15,7 +15,7 @@ from steer.adapters.language.generation import sampling_settings
 from steer.artifacts import read_card
 from steer.core import Edit, ModelInfo, PromptEdit, Reward, check
 from steer.model import Plan, prepare
-from steer.rewards import parse_reward
+from steer.rewards.trained import trained
 from steer.serving import requests
 from steer.serving.engine import NamedEdit, Sampling, Steering, Task
 from steer.serving.idle import give_back_memory
@@ -110,7 +110,7 @@ class Preparer(ABC, Generic[P]):
             ours, theirs = self.text.info.entry()["fingerprint"], card.model.get("fingerprint")
             given = f"a reward for {card.model.get('name')} (fingerprint {theirs})"
             check(ours == theirs, "artifact", given, f"one for {self.text.name} (fingerprint {ours})")
-            parse_reward(f'"{path}"')
+            trained(str(path), [], {}, path.name)
             return
         with edit_errors(path, {}):
             self.try_artifact(path)

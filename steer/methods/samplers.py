@@ -113,6 +113,7 @@ class SamplerSettings(TypedDict, total=False):
     otherwise: str | None
     right: float
     preset: str
+    over_ranks: bool
     candidates: int
     simulations: int
     depth: int | None
