@@ -97,7 +97,7 @@ class Rewards:
         """Read registered files where `find` says that an artifact lies, which raises for one that is not there; those
         that were remembered are registered again.
         """
-        self._find = find
+        self._find, self._seen = find, None
         self.refused.clear()
         self._recall()
 
