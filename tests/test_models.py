@@ -237,6 +237,7 @@ def test_pip_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_resolve(register: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
     with pytest.raises(SteerError, match="steer models fetch toy"):
         embedded.resolve("toy")
     assert embedded.fetch("toy") == embedded.resolve("toy")

@@ -12,7 +12,7 @@ from steer.core import InputError, Prompt, RawText, Reward, Sampler, check
 from steer.core.names import check_known
 from steer.critique.critics import Critic
 from steer.critique.reading import parse_critic
-from steer.methods.samplers import SAMPLERS, with_preset
+from steer.methods.samplers import SAMPLERS, sampler_fields, with_preset
 from steer.sampling.lookahead import Lookahead, Preview, Rollouts
 from steer.serving.artifact_store import Store, UnknownArtifactError
 from steer.serving.engine import NamedEdit, Sampling, Steering, Task, TokenPrompt, TooLargeError
@@ -115,7 +115,7 @@ class Tasks:
         edits = tuple(self._edit(asked, i) for i in range(len(asked.edits)))
         reward = None if asked.reward is None else self._reward(asked.reward)
         named = asked.sampler if asked.sampler in SAMPLERS else None
-        takes_critic = named is not None and "critic" in sampler_settings(named)
+        takes_critic = named is not None and "critic" in sampler_fields(named)
         check(asked.critic is None or takes_critic, "steer.critic", asked.critic, "unset, or with sampler=critique")
         if asked.token_level:
             check(

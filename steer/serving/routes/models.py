@@ -93,7 +93,8 @@ def own_router(server: Server) -> APIRouter:
 async def _health(server: Server) -> JSONResponse:
     waiting = await asyncio.to_thread(server.waiting)
     status = "draining" if server.gate.draining else "waiting" if waiting else "ok"
-    return JSONResponse({"status": status, "waiting": waiting}, 200 if status == "ok" else 503)
+    told = {"status": status} | ({"waiting": waiting} if waiting else {})
+    return JSONResponse(told, 200 if status == "ok" else 503)
 
 
 def _capabilities(server: Server) -> Capabilities:
