@@ -262,25 +262,28 @@ def test_a_damaged_gguf_is_refused_or_read(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------- files that change meanwhile
 
 
-def test_a_file_that_was_replaced_is_an_error_of_its_name(
+def test_a_file_that_was_replaced_is_what_lies_there_now(
     engine: TransformersEngine, tmp_path: Path, tiny_lm: Any
 ) -> None:
+    """The folder is the truth, for any number of servers: a new file is used, one that is damaged or gone is an error
+    of its name alone.
+    """
     store = tmp_path / "store"
     for seed, name in enumerate(("calm", "bright")):
         write_vector(store / f"{name}.safetensors", tiny_lm.info, seed=seed)
     client = http(engine, store)
     before = steered(client, "calm").json()["choices"]
     write_vector(store / "calm.safetensors", tiny_lm.info, seed=5)
-    assert steered(client, "calm").json()["choices"] == before, "what was read once is what it was"
-    wrong(steered(client, "calm", strength=0.7), 400, "steer.edits.name", "calm", "replaced", "register it again")
+    after = steered(client, "calm").json()["choices"]
+    assert after[0]["steer"]["kl"] != before[0]["steer"]["kl"]
+    assert after == steered(http(engine, store), "calm").json()["choices"], "what a new server reads"
     assert steered(client, "bright", strength=0.7).status_code == 200
-    assert client.post("/v1/steer/artifacts", json={"file": "calm.safetensors"}).status_code == 201
-    assert steered(client, "calm", strength=0.7).status_code == 200
     (store / "calm.safetensors").write_bytes(b"no")
-    wrong(steered(client, "calm", strength=0.8), 400, "steer.edits.name", "calm", "replaced")
+    wrong(steered(client, "calm", strength=0.8), 400, "steer.edits.0.name", "calm")
     (store / "calm.safetensors").unlink()
-    wrong(steered(client, "calm", strength=0.9), 400, "steer.edits.name", "calm", "gone")
+    wrong(steered(client, "calm", strength=0.9), 400, "steer.edits.0.name", "calm")
     assert str(tmp_path) not in steered(client, "calm", strength=0.9).text
+    assert steered(client, "bright", strength=0.7).status_code == 200
     assert client.get("/v1/steer/artifacts").status_code == 200
 
 
@@ -291,7 +294,7 @@ def test_a_folder_that_vanishes(engine: TransformersEngine, tmp_path: Path, tiny
     client = http(engine, store)
     assert send(client, "sent", content).status_code == 201
     shutil.rmtree(store)
-    wrong(steered(client, "sent", strength=0.31), 400, "steer.edits.name", "sent", "gone")
+    wrong(steered(client, "sent", strength=0.31), 400, "steer.edits.0.name", "sent")
     assert client.post("/v1/chat/completions", json={"model": "tiny", "messages": CHAT}).status_code == 200
     assert client.get("/v1/steer/artifacts").status_code == 200
     assert client.post("/v1/steer/rewards", json={"name": "mine", "reward": "2 * sentiment"}).status_code == 201
