@@ -121,7 +121,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(
     def stopping(shown: bool, what: str, total: int) -> Iterator[Any]:
         done = 0
 
-        def tick(count: int, seen: str = "") -> None:
+        def tick(count: int, seen: str = "", **figures: float) -> None:
             nonlocal done
             done += count
             if done >= 3:

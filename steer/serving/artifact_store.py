@@ -265,6 +265,8 @@ class Store:
         try:
             if not ours:
                 shutil.copyfile(source, staged)
+            # To the nanosecond: clocks of file systems tick slowly, and a number of an old file may be given again.
+            os.utime(staged, ns=(time.time_ns(),) * 2)
             with staged.open("rb+") as stream:
                 os.fsync(stream.fileno())
             yield staged
