@@ -23,7 +23,7 @@ def _idle(page: Any, seconds: float = 5.0) -> None:
 
 
 def _slow(page: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Steps of the batch take 50 ms each; returns the list that counts them."""
+    """Steps of the batch take a quarter of a second each; returns the list that counts them."""
     from steer.adapters.transformers.serving.batch import Batch
 
     steps: list[int] = []
@@ -31,7 +31,7 @@ def _slow(page: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def slow(batch: Any) -> None:
         steps.append(len(batch.rows))
-        time.sleep(0.05)
+        time.sleep(0.25)  # the whole would take a quarter of a minute
         step(batch)
 
     monkeypatch.setattr(Batch, "step", slow)
@@ -43,7 +43,7 @@ def test_stop_stands_still(page: Any, visit: Any, monkeypatch: pytest.MonkeyPatc
     tab = visit()
     ask(tab, "tell me about the house")
     tab.wait_for_selector("#tokens .tok")
-    tab.click("#stop")
+    tab.dispatch_event("#stop", "click")
     _idle(page, 2.0)
     counted = len(steps)
     time.sleep(0.3)
