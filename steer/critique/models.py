@@ -13,8 +13,9 @@ from torch import Tensor
 from steer.core import Cost, Samples, check, check_whole
 from steer.critique.critics import Critic, Verdicts, pairs_of
 from steer.rewards.heads import load_model
+from steer.rewards.judged import filled, spoken
 
-__all__ = ["ModelCritic", "Pairwise", "StepCritic", "spoken", "step_accuracy", "steps_of"]
+__all__ = ["ModelCritic", "Pairwise", "StepCritic", "step_accuracy", "steps_of"]
 
 
 INSTRUCTION = (
@@ -32,21 +33,6 @@ _BETTER = (
 )
 _BOXED = re.compile(r"\\boxed\{\s*(-?\d+)\s*\}")
 _NUMBERED = re.compile(r"(?m)^\s*(?:step\s*)?\d+\s*[.):]\s*", re.IGNORECASE)
-
-
-def spoken(prompt: Any) -> str:
-    """A prompt as a critic reads it: text as it is, a chat with the speaker before each message."""
-    if isinstance(prompt, str):
-        return str(prompt)
-    if len(prompt) == 1:
-        return str(prompt[0]["content"])
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-
-
-def filled(template: str, **slots: str) -> str:
-    """The template with each slot filled once, whatever braces the texts hold."""
-    pattern = re.compile("|".join(re.escape(f"{{{name}}}") for name in slots))
-    return pattern.sub(lambda found: slots[found[0][1:-1]], template)
 
 
 @dataclass(frozen=True, repr=False)

@@ -16,7 +16,7 @@ from steer.rewards.algebra import Composable
 from steer.rewards.heads import load_model
 from steer.rewards.text import texts_of
 
-__all__ = ["JudgeReward"]
+__all__ = ["JudgeReward", "filled", "spoken"]
 
 DEFAULT = (
     "Here is a request and an answer to it.\n\nRequest: {prompt}\n\nAnswer: {output}\n\n"
@@ -83,7 +83,7 @@ class JudgeReward(Composable):
 
     def score(self, samples: Samples) -> Tensor:
         texts = texts_of(samples, self)
-        prompts = [_shown(prompt) for prompt in samples.prompts]
+        prompts = [spoken(prompt) for prompt in samples.prompts]
         questions = [self._question(prompts[b], y) for b, y in zip(samples.group.tolist(), texts, strict=True)]
         fresh = [q for q in dict.fromkeys(questions) if q not in self._seen]
         for question, reply in zip(fresh, self._replies(fresh), strict=True):
@@ -106,8 +106,7 @@ class JudgeReward(Composable):
         rubric = self.rubric or DEFAULT
         if "{output}" not in rubric:
             rubric = f"{rubric}\n\nRequest: {{prompt}}\n\nAnswer: {{output}}\n\n{_ASK}"
-        slots = {"prompt": prompt, "output": output, "low": f"{self.low:g}", "high": f"{self.high:g}"}
-        return re.sub(r"\{(prompt|output|low|high)\}", lambda found: slots[found[1]], rubric)
+        return filled(rubric, prompt=prompt, output=output, low=f"{self.low:g}", high=f"{self.high:g}")
 
     def _check_read(self) -> None:
         missing = sum(rating is None for rating in self._seen.values())
@@ -118,8 +117,16 @@ class JudgeReward(Composable):
         return self.text
 
 
-def _shown(prompt: Any) -> str:
+def spoken(prompt: Any) -> str:
     """A prompt as a judge reads it: text as it is, a chat with the speaker before each message."""
     if isinstance(prompt, str):
         return str(prompt)
+    if len(prompt) == 1:
+        return str(prompt[0]["content"])
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def filled(template: str, **slots: str) -> str:
+    """The template with each slot filled once, whatever braces the texts hold."""
+    pattern = re.compile("|".join(re.escape(f"{{{name}}}") for name in slots))
+    return pattern.sub(lambda found: slots[found[0][1:-1]], template)
