@@ -95,7 +95,7 @@ class Simulation:
         for i in range(6):
             made = vector(1.0, seed=10 * i, layers=(i % DEPTH, 3), gate=gate if i >= 4 else None)
             digest = registered(self.front, str(i), made)
-            self.worker.register(digest, pack(made), False)
+            self.worker.register(digest, pack(made), False, "front")
             added = [torch.zeros(2, WIDTH) for _ in range(2)]
             for k, term in enumerate(made.terms(self.front.info)):
                 constant = term.operator.constant
