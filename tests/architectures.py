@@ -132,6 +132,85 @@ _VISION = {
 }
 
 SPECIAL: dict[str, dict[str, Any]] = {
+    "CohereCompassTextConfig": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
+    "DbrxConfig": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "FuyuConfig": {"text_config": {**TINY, "model_type": "persimmon"}, "patch_size": 4, "image_token_id": 310},
+    "Gemma4UnifiedConfig": {
+        "text_config": {
+            **TINY,
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        "vision_config": {"mm_embed_dim": 32, "output_proj_dims": 32, "patch_size": 4},
+        "audio_config": {"audio_embed_dim": 32},
+        "image_token_id": 310,
+        "video_token_id": 311,
+        "audio_token_id": 312,
+    },
+    "GotOcr2Config": {
+        "text_config": {**TINY, "model_type": "qwen2"},
+        "vision_config": {
+            "hidden_size": 32,
+            "output_channels": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 64,
+            "mlp_dim": 64,
+            "global_attn_indexes": [1],
+        },
+        "image_token_index": 310,
+    },
+    "MoshiConfig": {
+        "audio_vocab_size": 64,
+        "audio_encoder_config": {
+            "model_type": "mimi",
+            "hidden_size": 32,
+            "num_filters": 4,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "intermediate_size": 64,
+            "codebook_size": 64,
+            "codebook_dim": 16,
+            "vector_quantization_hidden_dimension": 16,
+        },
+        "depth_decoder_config": {
+            "hidden_size": 32,
+            "input_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "ffn_dim": 64,
+            "vocab_size": VOCABULARY,
+            "audio_vocab_size": 64,
+        },
+        "num_codebooks": 8,
+    },
+    "Qwen4ExpTextConfig": {
+        **_LINEAR,
+        "layer_types": ["linear_attention"] * 3 + ["indexed_attention"],
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "hc_count": 2,
+        "hc_lowrank": 8,
+        "output_gate_type": "sigmoid",
+        "ngram_vocab_size_base": 100,
+        "split_ngram_parts": 1,
+    },
     "BailingHybridConfig": {"layer_types": ["linear_attention", "full_attention"] * 2, "num_key_value_heads": 4},
     "BambaConfig": {**_MAMBA, "attn_layer_indices": [1]},
     "GraniteMoeHybridConfig": {**_MAMBA, "layer_types": ["mamba", "attention"] * 2},
@@ -518,14 +597,17 @@ def main(names: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     counts: Counter[str] = Counter()
     print("| architecture | result | remarks |\n|---|---|---|")
-    for kind in kinds():
-        if names and kind.__name__ not in names:
-            continue
+    known = {kind.__name__.removesuffix("Config"): kind for kind in kinds()}
+    asked = [name.removesuffix("Config") for name in names]
+    if unknown := [name for name in asked if name not in known]:
+        raise SystemExit(f"no causal language model of transformers: {', '.join(unknown)}")
+    for name in asked or known:
+        kind = known[name]
         found, note = verdict(tried(kind))
         for long, short in _SHORT:
             note = re.sub(long, short, note)
         counts[found] += 1
-        print(f"| {kind.__name__.removesuffix('Config')} | {found} | {note.replace('|', '/')} |", flush=True)
+        print(f"| {name} | {found} | {note.replace('|', '/')} |", flush=True)
     print(f"\ntransformers {transformers.__version__}: " + ", ".join(f"{n} {name}" for name, n in counts.most_common()))
 
 
