@@ -90,6 +90,10 @@ def test_what_is_not_followed_is_said_once(tokenizer: Any, caplog: pytest.LogCap
     said = [r.getMessage() for r in caplog.records if r.name == "steer"]
     assert len(said) == 1 and "top_k 20, repetition_penalty 1.1" in said[0] and "temperature 0.6" not in said[0]
     caplog.clear()
+    model = _model(tokenizer, min_length=4, stop_strings=["dog"])
+    model.generate("the sun", max_new_tokens=1, stop=["cat"])
+    assert "(min_length 4)" in caplog.text, "the stop string was set by the user"
+    caplog.clear()
     model = _model(tokenizer, do_sample=True, top_k=0, top_p=1.0, temperature=1.0)
     model.generate("the sun", max_new_tokens=1)
     assert not [r for r in caplog.records if r.name == "steer"]

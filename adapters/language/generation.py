@@ -32,6 +32,9 @@ _HONOURED = (
     "eos_token_id",
 )
 _ELSEWHERE = ("max_length", "min_length", "num_return_sequences", "do_sample", "stop_strings")
+# What every call of steer says by itself: how long, how many, and whether by chance.
+_UNMENTIONED = ("max_length", "num_return_sequences", "do_sample")
+_OURS = {"stop_strings": "stop", "min_length": "min_new_tokens"}
 # Of the search over beams that is refused, the cache, what `generate` returns, and guesses that a model checks.
 _WITHOUT_EFFECT = (
     "early_stopping",
@@ -172,9 +175,13 @@ def mention_own(name: str, own: Mapping[str, Any], settings: Mapping[str, Any]) 
     draws = own.get("do_sample") and settings.get("temperature") != 0
     considered = (
         *(_SAMPLING if draws else ()),
-        *(n for n in own if n not in (*_SAMPLING, *_ELSEWHERE, "eos_token_id")),
+        *(n for n in own if n not in (*_SAMPLING, *_UNMENTIONED, "eos_token_id")),
     )
-    ignored = [f"{n} {own[n]}" for n in considered if n in own and settings.get(n) is None and own[n] != _unset(n)]
+    ignored = [
+        f"{n} {own[n]}"
+        for n in considered
+        if n in own and settings.get(_OURS.get(n, n)) is None and own[n] not in (None, _unset(n))
+    ]
     if ignored:
         _say(name, ", ".join(ignored))
 
