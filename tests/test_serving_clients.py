@@ -5,6 +5,7 @@ write them, web pages; and fields of any type and size.
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import time
@@ -382,3 +383,14 @@ def test_both_signals_let_streams_end_whole(tiny_lm_dir: Path, tmp_path: Path, t
                 assert told.startswith(b"HTTP/1.1 200") and b"data: [DONE]" in told
                 assert b'"finish_reason": "length"' in told
         assert server.process.wait(30) == 0
+
+
+def test_every_line_of_the_page_of_clients_has_a_script() -> None:
+    """`make clients` finds each by its name in the table."""
+    folder = Path(__file__).parent / "clients"
+    page = (folder.parent.parent / "steer" / "serving" / "CLIENTS.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    names = re.findall(r"^\| ([^|]+?) +\|", page, re.MULTILINE)[1:]
+    scripts = (folder / "python_clients.py").read_text() + (folder / "javascript_clients.mjs").read_text()
+    assert len(names) >= 9
+    for name in names:
+        assert name == "curl" or f'"{name.removesuffix(" (Python)")}":' in scripts, name

@@ -134,7 +134,15 @@ def lm_eval() -> None:
     chat = {"messages": ASK, "max_tokens": 12, "temperature": 0, "stop": ["\n\n"], "seed": 1234}
     assert post("/chat/completions", chat).raise_for_status().json()["choices"][0]["message"]["content"]
     likelihood = {"prompt": [[5, 6, 7]], "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0, "seed": 1234}
-    refused = post("/completions", likelihood)
+    plain, steered = (
+        post("/completions", likelihood | more).raise_for_status().json()["choices"][0]["logprobs"]
+        for more in ({}, STEER)
+    )
+    for found in (plain, steered):
+        assert found["token_logprobs"][0] is None and len(found["token_logprobs"]) >= 4
+        assert all(x <= 0 for x in found["token_logprobs"][1:]) and all(found["top_logprobs"][1:])
+    assert plain["token_logprobs"][1:] != steered["token_logprobs"][1:]
+    refused = post("/chat/completions", chat | {"echo": True})
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "echo", refused.text
 
 

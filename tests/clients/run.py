@@ -32,7 +32,7 @@ def command(name: str, python: str) -> list[str]:
         return [str(HERE / "curl.sh")]
     if name in ("openai (JavaScript)", "Vercel AI SDK"):
         return ["node", str(HERE / "javascript_clients.mjs"), name]
-    return [python, str(HERE / "python_clients.py"), name.removesuffix(" (Python)").removesuffix("'s requests")]
+    return [python, str(HERE / "python_clients.py"), name.removesuffix(" (Python)")]
 
 
 def run(server: Running, model: str, python: str, node: str) -> int:
