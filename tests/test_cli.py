@@ -488,6 +488,25 @@ def test_train_with_work(steer: Steer, training: list[dict[str, Any]], tiny_lm_d
     refused(steer("train", "value", "--model", tiny_lm_dir, *value, "--out", os.devnull + "/v.st"), "out")
 
 
+@pytest.mark.parametrize(
+    ("kind", "given", "changed"),
+    [
+        ("value", ("--prompts", "p.json", "--reward", "length", "--set", "max_new_tokens=3"), "max_new_tokens=4"),
+        ("controller", ("--positive", "p.json", "--negative", "p.json", "--set", "epochs=1"), "epochs=2"),
+    ],
+)
+def test_overwriting_clears_what_another_run_left_to_resume_from(
+    steer: Steer, tiny_lm_dir: Path, tmp_path: Path, kind: str, given: tuple[str, ...], changed: str
+) -> None:
+    (tmp_path / "p.json").write_text('["a cat", "hello", "the sun", "a dog"]')
+    train = ("train", kind, "--model", tiny_lm_dir, "--out", "made.safetensors", "--keep-work", *given)
+    assert steer(*train).code == 0
+    Path("made.safetensors").unlink()
+    refused(steer(*train[:-1], changed), "work", "these very settings", "--overwrite begins anew")
+    done = steer(*train[:-1], changed, "--overwrite")
+    assert done.code == 0 and Path("made.safetensors").is_file(), done.err
+
+
 def test_eval(steer: Steer, tiny_lm_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text('["a cat", "hello"]')
     given = ("eval", "--model", tiny_lm_dir, "--edit", vector(tmp_path / "v.safetensors"), "--prompts", "p.json")

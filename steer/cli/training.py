@@ -174,7 +174,8 @@ def _stimulus_trainer(options: TrainStimulusOptions, train: Callable[[Any, dict[
     check(options.overwrite or not done, "out", f"{options.out} (already there)", "a new folder, or --overwrite")
 
     def run(session: Session) -> None:
-        folder = train(session.load(options), {"progress": session.progress, "work": _work(options.out)})
+        model, more = session.load(options), {"progress": session.progress, "work": _work(options.out)}
+        folder = _resumed(options, lambda: train(model, more))
         _finish(folder, session, options.keep_work)
 
     return run
@@ -209,6 +210,24 @@ def _work(out: Path) -> Path:
     return out.with_name(out.name + ".work")
 
 
+T = TypeVar("T")
+
+
+def _resumed(options: Any, train: Callable[[], T]) -> T:
+    """What training makes; `--overwrite` clears what a run with other settings left to resume from."""
+    from steer.train.loop import OtherRunError
+
+    try:
+        return train()
+    except OtherRunError as error:
+        if not options.overwrite:
+            raise InputError(error.field, error.given, f"{error.allowed}; --overwrite begins anew") from None
+    if ranks().first:
+        shutil.rmtree(_work(options.out))
+    ranks().wait()
+    return train()
+
+
 def _trainer(options: TrainOptions, train: Callable[[Any, dict[str, Any]], Any], keep_work: bool | None = None) -> Run:
     """`keep_work` is None for training that leaves nothing to resume from."""
     work = _work(options.out)
@@ -222,7 +241,8 @@ def _trainer(options: TrainOptions, train: Callable[[Any, dict[str, Any]], Any],
         if keep_work is not None:
             more["work"] = work
         with logging_to(*options.log, folder=work, settings=vars(options)):
-            tensors, card = train(session.load(options), more)
+            model = session.load(options)
+            tensors, card = _resumed(options, lambda: train(model, more))
         card = replace(card, recipe={**card.recipe, "job": job})
         if ranks().first:
             artifacts.save(options.out, tensors, card)
@@ -301,7 +321,8 @@ def train_policy(options: TrainPolicyOptions, coming: Coming = frozenset()) -> R
     def run(session: Session) -> None:
         given = {"out": options.out, "reward": reward, "work": _work(options.out), "progress": session.progress}
         with logging_to(*options.log, folder=_work(options.out), settings=vars(options)):
-            folder = train(session.load(options), data, settings, **given)
+            model = session.load(options)
+            folder = _resumed(options, lambda: train(model, data, settings, **given))
         _finish(folder, session, options.keep_work)
 
     return run

@@ -22,6 +22,7 @@ from steer.progress import note, ticking
 from steer.ranks import ranks
 
 __all__ = [
+    "OtherRunError",
     "Saved",
     "average_gradients",
     "averaged",
@@ -189,10 +190,15 @@ def load_state(path: Path | None, run: Mapping[str, Any], optimizer: torch.optim
     return Saved(parts, {name: json.loads(value) for name, value in metadata.items()})
 
 
+class OtherRunError(InputError):
+    """A folder of work holds the state of another run."""
+
+
 def check_run(work: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise `InputError` where `work` holds the state of another run, with what differs."""
+    """Raise `OtherRunError` where `work` holds the state of another run, with what differs."""
     now = json.loads(json.dumps(now))
     differ = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     if differ:
         told = "; ".join(f"{name} was {before.get(name)!r:.40}, is {now.get(name)!r:.40}" for name in differ[:3])
-        raise InputError("work", str(work), f"an empty folder, or the state of a run with these very settings ({told})")
+        allowed = f"an empty folder, or the state of a run with these very settings ({told})"
+        raise OtherRunError("work", str(work), allowed)

@@ -27,14 +27,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from steer.artifacts import Card, data_hash
-from steer.core import InputError, Prompt, Reward, Samples, check
+from steer.core import Prompt, Reward, Samples, check
 from steer.edits import Artifact
 from steer.files import replacing
 from steer.methods.value import QHead, ValueHead
 from steer.progress import ticking
 from steer.ranks import ranks
 from steer.rewards import as_reward
-from steer.train.loop import fit
+from steer.train.loop import check_run, fit
 from steer.train.rollouts import Recorded
 from steer.train.settings import Count, Part, Positive, Seed, Share, settings_class, settle
 
@@ -334,8 +334,7 @@ _ROLLOUT_SETTINGS = ("head", "samples", "max_new_tokens", "temperature", "seed",
 
 def _read(path: Path, identity: str) -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
-        if file.metadata()["settings"] != identity:
-            raise InputError("work", str(path.parent), "an empty folder, or the rollouts of a run with these settings")
+        check_run(path.parent, json.loads(file.metadata()["settings"]), json.loads(identity))
         return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
 
 
