@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,8 @@ class ServerSettings:
     limits: Limits = field(default_factory=Limits)
     split_special_tokens: bool = True
     """Control tokens that messages of steered requests spell are text; vLLM parses them in its own."""
+    presets: Mapping[str, Any] = field(default_factory=dict)
+    """Steering by name, as a request's field `steer` has it: each is a model `SERVED:PRESET` of its own."""
 
     @classmethod
     def of(cls, given: Any, artifacts: int, artifact_bytes: int) -> ServerSettings:
@@ -191,7 +194,10 @@ class ServerSettings:
         named = isinstance(require, list) and all(isinstance(name, str) and NAME.fullmatch(name) for name in require)
         check(named, f"{_WHERE}.require", require, "a list of artifacts' names")
         check(not require or folder is not None, f"{_WHERE}.require", require, f"unset without {_WHERE}.artifacts")
-        return cls(None if folder is None else Path(folder), tuple(require), tuple(rewards), limits, split)
+        presets = given.get("presets", {})
+        told = isinstance(presets, dict) and all(NAME.fullmatch(k) and isinstance(v, dict) for k, v in presets.items())
+        check(told, f"{_WHERE}.presets", presets, 'names with what a request\'s field "steer" says, {"edits": [...]}')
+        return cls(None if folder is None else Path(folder), tuple(require), tuple(rewards), limits, split, presets)
 
 
 def _limits(given: Any, room: dict[str, int]) -> Limits:

@@ -58,7 +58,8 @@ def asked(body: bytes, path: str = "/v1/chat/completions", method: str = "POST",
         if message["type"] == "http.response.body":
             seen.append(json.loads(message["body"])["error"])
 
-    dispatch = Dispatch(application("vllm"), lambda: application("steer"), _control)
+    presets = {"org/m:calm": {"id": "org/m:calm"}}
+    dispatch = Dispatch(application("vllm"), lambda: application("steer"), _control, lambda: presets)
     asyncio.run(dispatch({"type": "http", "method": method, "path": path, "headers": [], **scope}, receive, send))
     (one,) = seen
     return one
@@ -133,6 +134,17 @@ def test_steering_that_would_be_lost_is_refused() -> None:
     assert asked(body, "/v1/audio/transcriptions", headers=form)[0] == "vllm"
     beam = {**STEERED, "steer": None, "use_beam_search": True, "vllm_xargs": {"steer": "{}"}}
     assert asked(json.dumps(beam).encode())["param"] == "use_beam_search"
+
+
+def test_a_preset_comes_to_steer_and_is_never_answered_without_it() -> None:
+    body = json.dumps({"model": "org/m:calm", "messages": CHAT}).encode()
+    for spelled in (body, body.replace(b"/", b"\\/"), body.replace(b"calm", b"c\\u0061lm")):
+        assert asked(spelled)[0] == asked(spelled, "/v1/completions")[0] == "steer"
+        for path in ("/v1/responses", "/v1/messages", "/v1/embeddings", "/tokenize"):
+            assert asked(spelled, path)["param"] == "model", path
+    for other in ("org/m:calmer", "calm", ":calm", ["org/m:calm"]):
+        assert asked(json.dumps({"model": other, "messages": CHAT}).encode())[0] == "vllm"
+    assert asked(b"", "/v1/models/other", "GET")[0] == "vllm"
 
 
 SPELLED = "hi<|im_end|>"
@@ -276,6 +288,9 @@ WRONG_SETTINGS: list[tuple[Any, str]] = [
     ({"limits": {"tokens": 0}}, "steer.server.limits.tokens"),
     ({"limits": {"artifacts": 21}}, "steer.server.limits.artifacts"),
     ({"split_special_tokens": 1}, "steer.server.split_special_tokens"),
+    ({"presets": ["calm"]}, "steer.server.presets"),
+    ({"presets": {"a b": {}}}, "steer.server.presets"),
+    ({"presets": {"calm": "calm"}}, "steer.server.presets"),
 ]
 
 
@@ -369,8 +384,23 @@ class TestVLLMServe(Contract):
 
     @staticmethod
     def serve(model: Path, artifacts: Path) -> Any:
-        settings = {"server": {"artifacts": str(artifacts), "limits": LIMITS}}
+        presets = {"soft": {"edits": [{"name": "calm", "strength": STRENGTH}]}}
+        settings = {"server": {"artifacts": str(artifacts), "limits": LIMITS, "presets": presets}}
         return vllm_serving(model, settings, *TestVLLMServe.options)
+
+    def test_a_preset_is_a_model_for_clients_that_send_nothing_more(self, target: Target) -> None:
+        listed = [model.id for model in target.client.models.list().data]
+        assert listed == ["smol", "small", "smol:soft"]
+        assert target.client.models.retrieve("smol:soft").id == "smol:soft"
+        ask: Any = {"messages": CHAT, "temperature": 0, "max_tokens": TOKENS}
+        soft = target.client.chat.completions.create(model="smol:soft", **ask)
+        assert texts(soft) == target.expected(strength=STRENGTH).texts and soft.model == "smol:soft"
+        refused(400, "model", lambda: target.client.responses.create(model="smol:soft", input="hi"))
+        refused(
+            400,
+            "steer",
+            lambda: target.client.chat.completions.create(model="smol:soft", extra_body={"steer": {}}, **ask),
+        )
 
     def test_the_same_edits_in_vllms_own_requests(self, target: Target) -> None:
         """What `vllm_xargs` carries is the same steering, with what only vLLM can do."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
+from urllib.parse import unquote
 
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.serving.errors import TEXT_ROUTES, Refused, answer
@@ -15,6 +17,7 @@ __all__ = ["Dispatch"]
 
 
 _OURS = "/v1/steer/"
+_MODELS = "/v1/models"
 _INSIDE = (*TEXT_ROUTES, "/v1/responses", "/v1/messages", "/invocations")
 """Routes of vLLM that pass `vllm_xargs` on; others would drop it without a word."""
 
@@ -28,22 +31,32 @@ class Dispatch:
         ours: steer's, asked for with each request.
         spelled: control tokens that some of these texts spell out. vLLM's own routes would read them as what they are
             to the model, so that steered requests to them are refused where a user's text holds one.
+        presets: models that stand for steering, as `/v1/models` tells them, by name; asked for with each request.
+            Other routes than those for text refuse them, since they would answer without it.
     """
 
     def __init__(
-        self, app: ASGIApp, ours: Callable[[], ASGIApp], spelled: Callable[[list[str]], list[str]] = lambda texts: []
+        self,
+        app: ASGIApp,
+        ours: Callable[[], ASGIApp],
+        spelled: Callable[[list[str]], list[str]] = lambda texts: [],
+        presets: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
-        self.app, self.ours, self.spelled = app, ours, spelled
+        self.app, self.ours, self.spelled, self.presets = app, ours, spelled, presets
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
         app = self.app
         if scope["type"] == "http" and path.startswith(_OURS):
             app = self._at(path)
+        elif scope["type"] == "http" and scope["method"] == "GET" and path.startswith(_MODELS) and self.presets():
+            one = self.presets().get(unquote(path.removeprefix(_MODELS).removeprefix("/")))
+            app = app if one is None else JSONResponse(one)
+            send = _Listing(send, list(self.presets().values())) if path == _MODELS else send
         elif scope["type"] == "http" and scope["method"] == "POST" and not _is_form(scope):
             body, receive = await _read(receive)
             try:
-                if _is_steered(body, path, self.spelled):
+                if _is_steered(body, path, self.presets(), self.spelled):
                     app = self._at(path)
             except Refused as error:
                 app = answer(error)
@@ -81,9 +94,34 @@ async def _read(receive: Receive) -> tuple[bytes, Receive]:
     return b"".join(pieces), again
 
 
-def _is_steered(body: bytes, path: str, spelled: Callable[[list[str]], list[str]]) -> bool:
+class _Listing:
+    """Sends a list of models with more of them in it; anything else as it comes."""
+
+    def __init__(self, send: Send, more: list[Any]) -> None:
+        self._send, self._more = send, more
+        self._start: Message = {}
+        self._pieces: list[bytes] = []
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        self._pieces.append(message.get("body", b""))
+        if message.get("more_body", False):
+            return
+        body = b"".join(self._pieces)
+        if self._start["status"] == 200:
+            listed = json.loads(body)
+            body = json.dumps({**listed, "data": [*listed["data"], *self._more]}).encode()
+        headers = [(name, value) for name, value in self._start["headers"] if name.lower() != b"content-length"]
+        await self._send({**self._start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
+        await self._send({"type": "http.response.body", "body": body})
+
+
+def _is_steered(body: bytes, path: str, presets: Collection[str], spelled: Callable[[list[str]], list[str]]) -> bool:
     """Whether the request asks for steering on top. Raises `Refused` where it would be lost."""
-    if b'"steer"' not in body and b"\\u00" not in body:  # letters may be written as their numbers
+    marks = (b'"steer"', b"\\u00", *(f":{name.rpartition(':')[2]}".encode() for name in presets))
+    if not any(mark in body for mark in marks):  # letters may be written as their numbers
         return False
     try:
         given: Any = json.loads(body)
@@ -91,7 +129,10 @@ def _is_steered(body: bytes, path: str, spelled: Callable[[list[str]], list[str]
         return False
     if not isinstance(given, dict):
         return False
-    if given.get("steer") is not None:
+    model = given.get("model")
+    if given.get("steer") is not None or (isinstance(model, str) and model in presets):
+        if path not in TEXT_ROUTES and given.get("steer") is None:
+            raise Refused(400, f"model: got {model!r} for {path}; allowed: {', '.join(TEXT_ROUTES)}", "model")
         if path not in TEXT_ROUTES:
             raise Refused(400, f"steer: got a request for {path}; allowed: {', '.join(TEXT_ROUTES)}", "steer")
         return True

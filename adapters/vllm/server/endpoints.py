@@ -6,6 +6,7 @@ Loaded where `VLLM_PLUGINS=steer,steer_http` names it, for an engine with `addit
 |-------------------------------------------------------------------|-------------|
 | `/v1/chat/completions` and `/v1/completions` with a `steer` field | steer, as `steer serve` answers it |
 | `/v1/steer/...`                                                   | steer: artifacts, rewards, metrics, description |
+| the same with a preset, `SERVED:NAME`, as `model`                 | steer; `/v1/models` lists presets too |
 | everything else, also with `vllm_xargs={"steer": "<JSON text>"}`  | vLLM |
 
 What is registered over HTTP, or lies in the folder of artifacts, goes by the same name in all of them.
@@ -18,7 +19,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from steer.adapters.vllm.settings import SERVER_PLUGIN, ServerSettings, settings
 from steer.core import InputError, SteerError, UnsupportedError
 from steer.serving.artifact_store import Store, UnknownArtifactError
 from steer.serving.engine import Sampling
+from steer.serving.protocol import Model, SteerRequest
 from steer.serving.wire import is_loopback
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ class SteerEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Stand before vLLM's routes, and behind what vLLM puts there afterwards, such as its check of keys."""
-        app.add_middleware(Dispatch, ours=self._ours, spelled=self._spelled)
+        app.add_middleware(Dispatch, ours=self._ours, presets=self._presets, spelled=self._spelled)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Make steer's application over vLLM's engine. Ends the process with one line where it cannot be."""
@@ -73,6 +75,15 @@ class SteerEndpoints:
 
     def _spelled(self, texts: list[str]) -> list[str]:
         return [] if self._reader is None else self._reader.spelled(texts)
+
+    def _presets(self) -> dict[str, Any]:
+        if self._app is None:
+            return {}
+        server: Server = self._app.state.server
+        length = server.engine.context_length
+        return {
+            name: Model(id=name, created=server.created, max_model_len=length).model_dump() for name in server.presets
+        }
 
     def _ours(self) -> ASGIApp:
         assert self._app is not None, "the server takes requests once init_state is done"
@@ -116,6 +127,7 @@ def _application(client: Any, loop: asyncio.AbstractEventLoop, names: Sequence[s
         rewards=rewards,
         unsaid=_unsaid(client.vllm_config.model_config),
         names=names,
+        presets=_read_presets(settings.presets),
         alone=False,
         require=settings.require,
     )
@@ -128,6 +140,16 @@ def _application(client: Any, loop: asyncio.AbstractEventLoop, names: Sequence[s
     if store.folder is not None:
         threading.Thread(target=_follow, args=(app.state.server,), name="steer-folder", daemon=True).start()
     return app
+
+
+def _read_presets(given: Mapping[str, Any]) -> dict[str, SteerRequest]:
+    found = {}
+    for name, asked in given.items():
+        try:
+            found[name] = SteerRequest.parse(asked)
+        except InputError as error:
+            raise InputError(f"presets.{name}: {error.field}", error.given, error.allowed) from None
+    return found
 
 
 _EVERY = 0.5
