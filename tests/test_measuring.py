@@ -16,7 +16,7 @@ from steer.cli import main
 from steer.core import InputError
 from steer.measure.compare import METHODS, Comparison, Problem, compare
 from steer.measure.distances import Target, frechet_distance, interval, mmd, total_variation, unique_share
-from steer.measure.guide import mean_and_error, sweep
+from steer.measure.guide import SweepSettings, mean_and_error, sweep
 from steer.measure.race import Measured, Race, race
 from steer.methods.best_of_n import Ancestral
 from steer.methods.fk import FKSteering
@@ -168,7 +168,8 @@ def test_sweep_of_gaussian_chains() -> None:
     """Between N(0, 1) and N(1, 1): the mean of the output grows as w, plain and corrected, and KL as its square."""
     base, tuned = GaussianProcess(steps=10), GaussianProcess(means=(1.0,), steps=10)
     reward = lift(lambda outputs: outputs[:, 0])
-    found = sweep(base, tuned, ["a"], reward, ws=[0.0, 1.0, 2.0], outputs=3000, particles=2, seeds=3)
+    settings = SweepSettings(ws=[0.0, 1.0, 2.0], outputs=3000, particles=2, seeds=3)
+    found = sweep(base, tuned, ["a"], reward, settings)
     assert len(found.points) == 6
     for kind in ("plain", "corrected"):
         points_ = {p.w: p for p in found.points if p.kind == kind}
