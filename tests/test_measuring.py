@@ -81,7 +81,8 @@ def test_comparison_measures_keeps_and_goes_on(shoes: Any, tmp_path: Path) -> No
     sizes: dict[str, Any] = {"outputs": 12, "particles": 2, "steps": 5, "pool": 96}
     first = compare(shoes, tasks, tmp_path, methods=["best-of-n", "fk"], seeds=1, **sizes)
     assert [x.method for x in first.lines] == ["best-of-n", "fk"]
-    again = compare(shoes, tasks, tmp_path, methods=list(METHODS), seeds=2, budgets=[16, 32], **sizes)
+    compare(shoes, tasks, tmp_path, methods=list(METHODS), seeds=1, budgets=[16, 32], **sizes)
+    again = compare(shoes, tasks, tmp_path, methods=["fk"], seeds=2, **sizes)
     assert again.lines[:2] == first.lines  # kept, not measured again
     table = again.tables()
     assert all(name in table for name in METHODS) and "32 rollouts in all" in table
