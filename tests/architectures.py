@@ -23,7 +23,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import steer
 from steer.adapters.language.blocks import decoder_blocks
@@ -364,9 +365,21 @@ def network(config: Any, seed: int = 0) -> Any:
     return made
 
 
+def names() -> dict[str, str]:
+    """Model types by the names of their configurations, of all causal language models; nothing is imported for it."""
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    found = {name: kind for kind, name in CONFIG_MAPPING_NAMES.items() if kind in causal}
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def kind_of(name: str) -> Any:
+    """The configuration of this name."""
+    return CONFIG_MAPPING[names()[name]]
+
+
 def kinds() -> list[Any]:
     """The configurations of all causal language models."""
-    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING.keys()), key=lambda kind: kind.__name__.lower())
+    return [kind_of(name) for name in names()]
 
 
 class Library:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import torch
 
 from steer import artifacts
@@ -36,7 +37,8 @@ CHAT = [{"role": "user", "content": "tell me about the sun"}]
 class Running:
     """A server that runs."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | None
+    """None: threads of this one."""
     url: str
     """Without `/v1`."""
     log: list[str] = field(default_factory=list)
@@ -89,6 +91,7 @@ class Running:
             yield
 
     def stop(self, how: int = signal.SIGTERM) -> int:
+        assert self.process is not None
         self.process.send_signal(how)
         return self.process.wait(60)
 
@@ -98,7 +101,7 @@ def serving(model: str | Path, *arguments: object, **environment: str) -> Iterat
     """`steer serve` on a port of the system's choice, ended when the block ends."""
     command = [sys.executable, "-m", "steer", "serve", "--model", str(model), "--port", "0", *map(str, arguments)]
     with _started(command, environment) as running:
-        assert running.process.stderr is not None
+        assert running.process is not None and running.process.stderr is not None
         for line in running.process.stderr:
             running.log.append(line)
             if found := re.search(r"serving on (http://\S+)/v1", line):
@@ -107,6 +110,37 @@ def serving(model: str | Path, *arguments: object, **environment: str) -> Iterat
         assert running.url, "".join(running.log)
         threading.Thread(target=lambda: running.log.extend(running.process.stderr or ()), daemon=True).start()
         yield running
+
+
+@contextmanager
+def serving_here(model: str | Path, *arguments: object, **environment: str) -> Iterator[Running]:
+    """`steer serve` as the command line makes it, on threads of this process, which need not import everything again:
+    where a test asks what a server answers, and not how its process starts, stops or logs.
+    """
+    from steer.cli import main
+    from steer.serving import run as runs
+
+    made: list[tuple[Any, list[socket.socket]]] = []
+
+    def keep(app: Any, sockets: list[socket.socket], patience: float, log_requests: bool = False) -> None:
+        made.append((runs.server_of(app, patience, log_requests), sockets))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.setattr(runs, "run", keep)
+        assert main(["serve", "--model", str(model), "--port", "0", *map(str, arguments)]) == 0
+    ((server, sockets),) = made
+    thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield Running(None, f"http://127.0.0.1:{sockets[0].getsockname()[1]}")
+    finally:
+        server.should_exit = True
+        thread.join(60)
 
 
 @contextmanager
@@ -213,9 +247,10 @@ class Idle:
 def http(engine: Any, folder: Path | None, **settings: Any) -> Any:
     from fastapi.testclient import TestClient
 
-    from steer.serving.app import create_app
+    from steer.serving.app import AppSettings, create_app
 
-    app = create_app(Idle(engine), artifacts=folder, local=False, **settings)
+    rewards = settings.pop("rewards", None)
+    app = create_app(Idle(engine), AppSettings(artifacts=folder, local=False, **settings), rewards)
     return TestClient(app, raise_server_exceptions=False)
 
 

@@ -5,11 +5,22 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import architectures
 import pytest
 import torch
 import transformers
-from architectures import NEW, PROMPTS, TINY, Library, configuration, network, tokenizer, tried, verdict
+from architectures import (
+    NEW,
+    PROMPTS,
+    TINY,
+    Library,
+    configuration,
+    kind_of,
+    names,
+    network,
+    tokenizer,
+    tried,
+    verdict,
+)
 
 import steer
 from steer.core import SteerError, UnsupportedError
@@ -42,27 +53,23 @@ REFUSED = {
 }
 
 
-def _kind(name: str) -> Any:
-    return next(kind for kind in architectures.kinds() if kind.__name__ == name)
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_one_of_each_kind(name: str) -> None:
-    found, note = verdict(tried(_kind(name)))
+    found, note = verdict(tried(kind_of(name)))
     assert found == "right", note
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_the_reason(name: str) -> None:
-    found, note = verdict(tried(_kind(name)))
+    found, note = verdict(tried(kind_of(name)))
     assert found == "refused"
     assert REFUSED[name] in note
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", architectures.kinds(), ids=lambda kind: kind.__name__)
-def test_every_architecture_is_right_or_refused(kind: Any) -> None:
-    found, note = verdict(tried(kind))
+@pytest.mark.parametrize("name", names())
+def test_every_architecture_is_right_or_refused(name: str) -> None:
+    found, note = verdict(tried(kind_of(name)))
     if found in ("not built", "not run by the library"):
         pytest.skip(f"{found}: {note}")
     assert found in ("right", "refused"), note
@@ -162,7 +169,7 @@ def test_recurrent_models_are_served_with_searches(name: str) -> None:
     from steer.adapters.transformers.serving.engine import TransformersEngine
     from steer.serving.app import create_app
 
-    net, words = network(configuration(_kind(name))), tokenizer()
+    net, words = network(configuration(kind_of(name))), tokenizer()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lm = steer.load(net, tokenizer=words)

@@ -68,14 +68,15 @@ def test_soft_choice_is_its_law_and_tends_to_the_target() -> None:
 @pytest.mark.parametrize("choose", ["majority", "weighted"])
 def test_votes_are_their_law(choose: str) -> None:
     """Three candidates: each answer, a whole text, has its votes or the sum of its rewards; ties are drawn."""
-    p = base()
-    law = torch.zeros(27).double()
+    p, worth = base().tolist(), WORTH.tolist()
+    law = [0.0] * 27
     for rows in product(range(27), repeat=3):
-        votes = {i: (rows.count(i) if choose == "majority" else rows.count(i) * float(WORTH[i])) for i in rows}
-        first = [i for i, count in votes.items() if count >= max(votes.values()) - 1e-12]
+        votes = {i: (rows.count(i) if choose == "majority" else rows.count(i) * worth[i]) for i in rows}
+        most = max(votes.values())
+        first = [i for i, count in votes.items() if count >= most - 1e-12]
         for i in first:
-            law[i] += float(p[list(rows)].prod()) / len(first)
-    assert_law(drawn(BestOfN(3, choose=choose)), law)
+            law[i] += math.prod(p[row] for row in rows) / len(first)
+    assert_law(drawn(BestOfN(3, choose=choose)), torch.tensor(law, dtype=torch.float64))
 
 
 def test_answers_are_found_in_texts() -> None:

@@ -259,20 +259,21 @@ def test_rejection_samples_its_law() -> None:
     chain = markov_lm()
     base = chain.law()[1]
     p = base.exp().reshape(3, 3, 3)
-    first, pairs = p.sum((1, 2)), p.sum(2)
-    law = torch.zeros(3, 3, dtype=torch.float64)
+    first, pairs = p.sum((1, 2)).tolist(), p.sum(2).tolist()
+    masses = [[0.0] * 3 for _ in range(3)]
     orders = list(itertools.permutations(range(4)))
     for drawn in itertools.product(range(3), repeat=4):
+        mass = math.prod(first[i] for i in drawn) / len(orders)
         for order in orders:
-            left = sorted((drawn[i] for i in order), key=lambda x: -(x == 2))[:2]
-            mass = float(first[list(drawn)].prod()) / len(orders)
+            one, two = sorted((drawn[i] for i in order), key=lambda x: -(x == 2))[:2]
             for u, v in itertools.product(range(3), repeat=2):
-                both = mass * float(pairs[left[0], u] / first[left[0]] * pairs[left[1], v] / first[left[1]])
-                counts = [(left[0] == 2) + (u == 2), (left[1] == 2) + (v == 2)]
+                both = mass * (pairs[one][u] / first[one]) * (pairs[two][v] / first[two])
+                counts = [(one == 2) + (u == 2), (two == 2) + (v == 2)]
                 share = 0.5 if counts[0] == counts[1] else float(counts[0] > counts[1])
-                law[left[0], u] += both * share
-                law[left[1], v] += both * (1 - share)
-    whole = (law.unsqueeze(2) * p / pairs.unsqueeze(2)).flatten()
+                masses[one][u] += both * share
+                masses[two][v] += both * (1 - share)
+    law = torch.tensor(masses, dtype=torch.float64)
+    whole = (law.unsqueeze(2) * p / p.sum(2, keepdim=True)).flatten()
     trials = 6000
     sampler = BestOfN(4, reject=0.5)
     samples = sampler.run(chain, ["x"] * trials, generator=torch.Generator().manual_seed(0), reward=OnSequences())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_tools import CHAT, fleet, http, serving, steered, write_vector
+from serving_tools import CHAT, fleet, http, serving, serving_here, steered, write_vector
 
 import steer
 from steer import FKSteering
@@ -187,10 +187,12 @@ def test_require_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_two_servers_on_one_folder(tiny_lm_dir: Path, tmp_path: Path, tiny_lm: Any) -> None:
+    """Two processes: this one, and another."""
     sources = [write_vector(tmp_path / f"{i}.safetensors", tiny_lm.info, seed=i) for i in range(2)]
     words = ("--name", "tiny", "--artifacts", tmp_path / "store")
     with ExitStack() as stack:
-        fleet(tuple(stack.enter_context(serving(tiny_lm_dir, *words)) for _ in range(2)), *sources)  # type: ignore[arg-type]
+        here, there = (stack.enter_context(start(tiny_lm_dir, *words)) for start in (serving_here, serving))
+        fleet((here, there), *sources)
 
 
 @pytest.mark.slow

@@ -110,11 +110,11 @@ def test_a_policy_is_trained_by_a_judge_behind_an_endpoint(tiny_lm: Any, tiny_lm
     """Over HTTP, as `openai:` endpoints are: a served tiny model never rates: each reply counts as the least, and
     the run is refused once twenty are unread.
     """
-    from serving_tools import serving
+    from serving_tools import serving_here
 
     from steer.adapters.transformers.policy.tuning import train_policy
 
-    with serving(tiny_lm_dir, "--name", "tiny", "--max-tokens", 128) as server:
+    with serving_here(tiny_lm_dir, "--name", "tiny", "--max-tokens", 128) as server:
         judge = JudgeReward(model=f"openai:{server.url}/v1#tiny", max_new_tokens=8)
         settings = {"steps": 1, "batch_size": 2, "group_size": 2, "max_new_tokens": 4, "lora_rank": 2}
         out = tmp_path / "policy"

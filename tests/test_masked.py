@@ -491,8 +491,9 @@ def test_a_masked_model_is_recognised_and_runs_everywhere(
     assert type(opened) is type(bert) is type(steer.load(bert.network, tokenizer=bert.tokenizer))
     how: dict[str, Any] = {"seed": 1, "length": 5, "steps": 5}
     assert opened.generate("the sun", **how).texts == bert.generate("the sun", **how).texts
+    plain = steer.load(folder)
     for sampler in ("best-of-n", "fk", "svdd", "dts", "dts-star"):
-        found = steer.load(folder).generate("the sun", sampler=sampler, reward="keywords:happy,good", **how)
+        found = plain.generate("the sun", sampler=sampler, reward="keywords:happy,good", **how)
         assert len(found.texts) >= 1 and len(found.texts[0].split()) <= 5
     line = ["generate", "--model", folder, "--prompt", "the sun", "--max-new-tokens", "5", "--steps", "4", "--json"]
     more = ["--sampler", "fk", "-n", "4", "--reward", "keywords:happy,good", "--seed", "3"]

@@ -1,6 +1,4 @@
-"""`steer serve` with the real `openai` client, in a process of its own: what it has beyond the contract of all servers
-(`openai_contract`).
-"""
+"""`steer serve` with the real `openai` client: what it has beyond the contract of all servers (`openai_contract`)."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ import httpx
 import pytest
 from openai import OpenAI
 from openai_contract import collected, refused
-from serving_tools import Running, serving, write_vector
+from serving_tools import Running, serving, serving_here, write_vector
 
 from steer.edits import load_edit
 
@@ -35,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_lm: Any) -> Path:
 @pytest.fixture(scope="module")
 def server(tiny_lm_dir: Path, folder: Path) -> Iterator[Running]:
     options = ["--artifacts", folder, "--api-key-env", "TEST_KEY", "--name", "tiny", "--max-body-bytes", 20_000]
-    with serving(tiny_lm_dir, *options, TEST_KEY=KEY.replace(" ", "-")) as running:
+    with serving_here(tiny_lm_dir, *options, TEST_KEY=KEY.replace(" ", "-")) as running:
         yield running
 
 

@@ -28,7 +28,7 @@ from steer.cli import main
 from steer.core import InputError
 from steer.methods.value import QHead
 from steer.rewards import parse_reward
-from steer.serving.app import create_app
+from steer.serving.app import AppSettings, create_app
 from steer.serving.artifact_store import Store, UnknownArtifactError
 from steer.serving.engine import TooLargeError
 from steer.serving.limits import Limits
@@ -248,7 +248,7 @@ def test_killed_in_the_middle_of_an_upload(tiny_lm_dir: Path, tmp_path: Path, ti
 
 def test_web_pages_of_others_and_other_names_are_refused(engine: TransformersEngine) -> None:
     """A server without a key is for programs of this machine, not for what a browser is made to send."""
-    app = create_app(Idle(engine), local=True)  # type: ignore[arg-type]
+    app = create_app(Idle(engine), AppSettings(local=True))  # type: ignore[arg-type]
     client = TestClient(app, base_url="http://127.0.0.1:8000")
     assert client.get("/v1/models").status_code == 200
     assert client.get("/v1/models", headers={"Origin": "http://127.0.0.1:8000"}).status_code == 200
@@ -259,13 +259,13 @@ def test_web_pages_of_others_and_other_names_are_refused(engine: TransformersEng
         wrong(client.get("/v1/models", headers={"Origin": origin}), 403, None)
     assert client.get("/v1/models", headers={"Host": "[::1]:8000"}).status_code == 200
     assert client.get("/health", headers={"Host": "probe.example"}).status_code == 200
-    keyed = TestClient(create_app(Idle(engine), keys=["k", "other"]))  # type: ignore[arg-type]
+    keyed = TestClient(create_app(Idle(engine), AppSettings(keys=["k", "other"])))  # type: ignore[arg-type]
     for header, status in (("Bearer k", 200), ("bearer other", 200), ("Basic k", 401), ("Bearer ", 401), ("", 401)):
         assert keyed.get("/v1/models", headers={"Authorization": header}).status_code == status
 
 
 def test_the_page_of_routes_shows_every_route_and_field_and_loads_nothing(engine: TransformersEngine) -> None:
-    app = create_app(Idle(engine), local=False)  # type: ignore[arg-type]
+    app = create_app(Idle(engine), AppSettings(local=False))  # type: ignore[arg-type]
     answer = TestClient(app).get("/docs")
     page, described = answer.text, app.openapi()
     assert answer.headers["content-type"].startswith("text/html") and "default-src 'none'" in str(answer.headers)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from openai import OpenAI
-from serving_tools import serving, write_vector
+from serving_tools import serving_here, write_vector
 
 from steer.embedded import find
 
@@ -30,7 +30,7 @@ def test_the_embedded_model_served(tmp_path: Path) -> None:
     model = load("smollm2-135m")
     path = write_vector(tmp_path / "bright.safetensors", model.info, width=576, layers=tuple(range(10, 20)))
     edit = load_edit(path, 0.15, model=model)
-    with serving("smollm2-135m", "--artifacts", tmp_path) as server:
+    with serving_here("smollm2-135m", "--artifacts", tmp_path) as server:
         client = OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
 
         def ask(i: int, **more: Any) -> Any:

@@ -258,8 +258,8 @@ PROPOSALS = ("vector", "Q-head, top 5", "rlg")
 
 
 def sampled(*more: str) -> list[Any]:
-    """Pairs of a sampler and something else: plain ones and one of `more` for each sampler, the others slow."""
-    pairs: list[Any] = [(sampler, "plain") for sampler in SAMPLERS]
+    """Pairs of a sampler and one of `more` in turn for each sampler, the others slow."""
+    pairs: list[Any] = []
     for i, sampler in enumerate(SAMPLERS):
         for j, other in enumerate(more):
             marks = () if i % len(more) == j else (pytest.mark.slow,)
@@ -267,7 +267,7 @@ def sampled(*more: str) -> list[Any]:
     return pairs
 
 
-@pytest.mark.parametrize(("sampler", "proposal"), sampled(*PROPOSALS))
+@pytest.mark.parametrize(("sampler", "proposal"), [*((sampler, "plain") for sampler in SAMPLERS), *sampled(*PROPOSALS)])
 def test_samplers(sampler: str, proposal: str, pair: Pair) -> None:
     made = SAMPLERS[sampler]
     if proposal == "vector" and hasattr(made, "correct"):
@@ -404,14 +404,18 @@ class Pull(TransitionEdit):
         return x + self.by * torch.arange(x.shape[-1], dtype=x.dtype, device=x.device) / x.shape[-1]
 
 
+@pytest.fixture(scope="module")
+def masked_pair(tiny_bert_dir: Path) -> Any:
+    return both(masked.load, tiny_bert_dir, dtype="float32", attn_implementation="eager")
+
+
 @pytest.mark.parametrize("sampler", ["ancestral", "fk", "fk, marginal", "svdd", "dts", "dts*"])
-def test_masked_models(sampler: str, tiny_bert_dir: Path) -> None:
+def test_masked_models(sampler: str, masked_pair: Any) -> None:
     made = {**SAMPLERS, "fk, marginal": FKSteering(num_particles=4, lookahead=MarginalDraws(2))}[sampler]
     settings: dict[str, Any] = {"length": 6, "steps": 4, "reward": good, "beta": 0.5, "seed": 3}
     if sampler == "svdd":
         settings |= {"temperature": 0.8, "top_k": 8, "suppress": (0, 1), "order": "confidence"}
-    models = both(masked.load, tiny_bert_dir, dtype="float32", attn_implementation="eager")
-    compare(models, ["the sun", "a dog"], lambda m: Pull(0.3), sampler=made, **settings)
+    compare(masked_pair, ["the sun", "a dog"], lambda m: Pull(0.3), sampler=made, **settings)
 
 
 # ----------------------------------------------------------------------------------------------------------- diffusion
@@ -434,8 +438,9 @@ def weaker(model: Any) -> Any:
 GUIDANCE: dict[str, Any] = {"gradient": lambda m: GradientGuidance(Brightness(), strength=0.02), "rlg": weaker}
 
 
-@pytest.mark.parametrize(("sampler", "edit"), sampled(*GUIDANCE))
+@pytest.mark.parametrize(("sampler", "edit"), sampled("plain", *GUIDANCE))
 def test_the_fashion_model(sampler: str, edit: str) -> None:
+    """Each sampler under one of them in the quick suite: what a sampler does on a device it does to texts, too."""
     reward = "class:bag" if edit == "plain" else "brightness"
     settings: dict[str, Any] = {"reward": reward, "beta": 0.5, "steps": 4, "seed": 4}
     models = [fashion(device) for device in ("cpu", DEVICE)]

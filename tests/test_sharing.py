@@ -212,11 +212,11 @@ def test_a_feature_is_imported_on_the_command_line(
 
 def test_presets_are_models_for_clients_that_send_nothing_more(tiny_lm_dir: Path, vector: Any, tmp_path: Path) -> None:
     from openai import BadRequestError, NotFoundError, OpenAI
-    from serving_tools import serving
+    from serving_tools import serving_here
 
     vector.save(tmp_path / "up.safetensors")
     options = ["--name", "tiny", "--preset", f"calm={tmp_path / 'up.safetensors'}:0.6", "--dtype", "float32"]
-    with serving(tiny_lm_dir, *options) as running:
+    with serving_here(tiny_lm_dir, *options) as running:
         client = OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0)
         assert [model.id for model in client.models.list().data] == ["tiny", "tiny:calm"]
         assert client.models.retrieve("tiny:calm").id == "tiny:calm"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from steer.cli import main
 from steer.embedded import find
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -41,13 +40,11 @@ def vector(tmp_path_factory: pytest.TempPathFactory, model: Any) -> Path:
     return path
 
 
-def command(*args: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-m", "steer", *args, "--json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def test_the_command_line_steers_and_repeats(vector: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def command(*args: str) -> dict[str, Any]:
+        assert main([*args, "--json"]) == 0, capsys.readouterr().err
+        return json.loads(capsys.readouterr().out)
 
-
-def test_the_command_line_steers_and_repeats(vector: Path) -> None:
     plain = [
         "generate",
         "--model",

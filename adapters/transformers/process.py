@@ -13,7 +13,7 @@ from torch import Tensor
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.model import check_ids, check_lengths
 from steer.adapters.language.texts import pieces_of
-from steer.adapters.transformers import tracking
+from steer.adapters.transformers import endings, tracking
 from steer.adapters.transformers.body import Body
 from steer.adapters.transformers.processing import Processing
 from steer.adapters.transformers.scoring import (
@@ -265,7 +265,7 @@ class TextProcess(Process):
         state.real[:, state.filled] = alive
         length = state.length + alive
         filled = state.filled + 1
-        finished = state.finished | (alive & self._ended(token, state, filled))
+        finished = state.finished | (alive & endings.ended(state, token, filled, self.decoding))
         if self.until:
             finished |= length >= self.decoding.max_new_tokens
         state = replace(
@@ -277,7 +277,9 @@ class TextProcess(Process):
             unread=True,
             drawn=state.drawn + alive.sum(),
         )
-        return self._spelled(state, alive) if self.until or self.decoding.stop else state
+        if not (self.until or self.decoding.stop):
+            return state
+        return endings.spelled(state, alive, self.decoding.stop, self.until, self.model.tokenizer.decode)
 
     # ---- laws
 
@@ -363,41 +365,6 @@ class TextProcess(Process):
         others = {id(p): t for p, t in zip(self.companions(), state.companions, strict=True)}
         left = self.decoding.max_new_tokens - 1 - state.length
         return TextContext(state.filled, prefix, law(state.track.logits), left, state.track, others, law)
-
-    def _ended(self, token: Tensor, state: TextState, filled: int) -> Tensor:
-        eos = self.decoding.eos_token_id or ()
-        ended = torch.zeros_like(state.finished)
-        for end in eos:
-            ended |= token == end
-        if state.ids is not None:
-            ids = torch.cat([state.ids, state.prefix[:, :filled]], 1)
-            for criterion in self.decoding.stopping_criteria:
-                ended |= torch.as_tensor(criterion(ids, None), device=ended.device)
-        return ended
-
-    def _spelled(self, state: TextState, alive: Tensor) -> TextState:
-        """The state with what the text of the last tokens says of rows that were `alive` `[N]`: which are finished and
-        which wait.
-        """
-        # A stop string lies within the last tokens: as many as it has bytes, and one that it ends inside of.
-        tail = max((len(s.encode()) + 1 for s in self.decoding.stop), default=1)
-        last = state.prefix[:, max(0, state.filled - tail) : state.filled]
-        told = torch.cat([last, torch.stack([alive, state.finished], 1).long()], 1).tolist()
-        decode = self.model.tokenizer.decode
-        finished, waiting = [], []
-        for *tokens, drew, over in told:
-            text = decode(tokens) if drew and self.decoding.stop else ""
-            finished.append(bool(over) or any(stop in text for stop in self.decoding.stop))
-            word = decode(tokens[-1:]) if drew and self.until else ""
-            waiting.append(not drew or any(end in word for end in self.until))
-        device = state.finished.device
-        return replace(
-            state,
-            finished=torch.tensor(finished, device=device),
-            over=all(finished),
-            waiting=torch.tensor(waiting, device=device) if self.until else None,
-            resting=bool(self.until) and all(a or b for a, b in zip(finished, waiting, strict=True)),
-        )
 
     @torch.inference_mode()
     def gather(self, state: TextState, index: Tensor) -> TextState:

@@ -18,6 +18,7 @@ from steer.adapters.transformers.serving.work import Done, Told
 from steer.core import SteerError, check
 from steer.embedded import home, resolve
 from steer.loading import is_diffusion, is_endpoint, is_masked, load
+from steer.serving.requests import relayed
 from steer.serving.reward_store import Rewards
 from steer.train.vector import train_vector
 
@@ -145,40 +146,29 @@ class Shared:
         with self._line.place() as ahead:
             yield _until_first(ahead)
 
-    async def aside(self, work: Callable[[Callable[[Any], None]], Any]) -> AsyncGenerator[Told | Done]:
+    def aside(self, work: Callable[[Callable[[Any], None]], Any]) -> AsyncGenerator[Told | Done]:
         """Run a function in a thread of its own: what it tells as `Told`, what it returns as `Done`. Its argument,
         `tell`, raises once nobody waits any more, so that it stops there.
         """
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Any] = asyncio.Queue()
-        left = threading.Event()
 
-        def emit(event: Any) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(events.put_nowait, event)
+        def begin(emit: Callable[[Any], None]) -> Callable[[], None]:
+            left = threading.Event()
 
-        def tell(value: Any) -> None:
-            if left.is_set():
-                raise SteerError("nobody waits for this any more")
-            emit(Told(value))
+            def tell(value: Any) -> None:
+                if left.is_set():
+                    raise SteerError("nobody waits for this any more")
+                emit(Told(value))
 
-        def worked() -> None:
-            try:
-                emit(Done(work(tell)))
-            except Exception as error:  # goes to whoever waits
-                emit(error)
+            def worked() -> None:
+                try:
+                    emit(Done(work(tell)))
+                except Exception as error:  # goes to whoever waits
+                    emit(error)
 
-        threading.Thread(target=worked, daemon=True).start()
-        try:
-            while True:
-                event = await events.get()
-                if isinstance(event, Exception):
-                    raise event
-                yield event
-                if isinstance(event, Done):
-                    return
-        finally:
-            left.set()
+            threading.Thread(target=worked, daemon=True).start()
+            return left.set
+
+        return relayed(begin, Done)  # type: ignore[return-value]
 
     # ---- artifacts
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -249,7 +249,7 @@ def _by_method(options: SearchOptions) -> dict[str, dict[str, Any]]:
 
 def frontier(options: FrontierOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to compare methods by reward against KL."""
-    from steer.measure.frontier import SWEEPS, sweep_of
+    from steer.measure.frontier import SWEEPS
     from steer.measure.frontier import frontier as measure
     from steer.pictures.charts import draw_frontier
 
@@ -271,44 +271,18 @@ def frontier(options: FrontierOptions, coming: Coming = frozenset()) -> Run:
     check(options.candidates is None or options.candidates >= 1, "candidates", options.candidates, "1 or more")
     kls = numbers("at_kl", options.at_kl)
     check(min(kls) >= 0, "at_kl", options.at_kl, "numbers of 0 or more")
-    strengths = numbers("strengths", options.strengths)
-    edits = {text: checks.edit_maker(text, coming) for text in options.edit}
-    heads = {text: checks.edit_maker(text, coming) for text in options.guided}
-    betas = numbers("betas", options.betas)
-    check(min(betas) > 0, "betas", options.betas, "numbers above 0")
-    ws = numbers("w", options.w)
-    for folder in options.tuned:
-        there = folder.absolute() in coming or (folder / "steer.json").is_file()
-        check(there, "tuned", str(folder), "the folder of a policy")
-    names = [folder.name for folder in options.tuned]
-    check(len({*names}) == len(names), "tuned", names, "folders of different names")
+    sweeps = _Sweeps.of(options, coming)
     checks.check_folder(options.out)
     picture_files(options, "check")
 
     def run(session: Session) -> None:
-        from steer.cli.generating import tuned_model
-        from steer.methods.rlg import RLGuidance
-
         model = session.load(options)
-        methods: dict[str, Any] = {
-            name: [dict(s) for s in sweep_of(name, options.candidates)] for name in options.method
-        }
         drawn: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
-        for folder in options.tuned:
-            policy: Any = tuned_model(model, folder, False)
-            methods[folder.name] = [{"edits": RLGuidance(policy.process(**drawn), w)} for w in ws]
-        for text, make in edits.items():
-            edit: Any = make(model)
-            methods[Path(text.partition(":")[0]).stem] = [{"edits": replace(edit, strength=x)} for x in strengths]
-        for text, make in heads.items():
-            head = make(model)
-            methods[Path(text.partition(":")[0]).stem] = [{"edits": head, "beta": beta} for beta in betas]
-        methods |= {f"system: {text[:40]}": [{"system": text}] for text in options.system}
         found = measure(
             model,
             prompts,
             reward,
-            methods,
+            sweeps.methods(options, model, drawn),
             n=options.n,
             candidates=options.candidates,
             also=options.also,
@@ -324,9 +298,54 @@ def frontier(options: FrontierOptions, coming: Coming = frozenset()) -> Run:
     return run
 
 
+@dataclass(frozen=True)
+class _Sweeps:
+    """What `eval frontier` compares beside samplers: edits, value heads and policies, and how strong each is made."""
+
+    edits: dict[str, Any]
+    strengths: list[float]
+    heads: dict[str, Any]
+    betas: list[float]
+    ws: list[float]
+
+    @classmethod
+    def of(cls, options: FrontierOptions, coming: Coming) -> _Sweeps:
+        """Checked, as far as can be without the model. Raises `InputError`."""
+        strengths = numbers("strengths", options.strengths)
+        edits = {text: checks.edit_maker(text, coming) for text in options.edit}
+        heads = {text: checks.edit_maker(text, coming) for text in options.guided}
+        betas = numbers("betas", options.betas)
+        check(min(betas) > 0, "betas", options.betas, "numbers above 0")
+        ws = numbers("w", options.w)
+        for folder in options.tuned:
+            there = folder.absolute() in coming or (folder / "steer.json").is_file()
+            check(there, "tuned", str(folder), "the folder of a policy")
+        names = [folder.name for folder in options.tuned]
+        check(len({*names}) == len(names), "tuned", names, "folders of different names")
+        return cls(edits, strengths, heads, betas, ws)
+
+    def methods(self, options: FrontierOptions, model: Any, drawn: dict[str, Any]) -> dict[str, Any]:
+        """Settings of `generate`, from weak to strong, by the name of the method; samplers come first."""
+        from steer.cli.generating import tuned_model
+        from steer.measure.frontier import sweep_of
+        from steer.methods.rlg import RLGuidance
+
+        found: dict[str, Any] = {name: [dict(s) for s in sweep_of(name, options.candidates)] for name in options.method}
+        for folder in options.tuned:
+            policy: Any = tuned_model(model, folder, False)
+            found[folder.name] = [{"edits": RLGuidance(policy.process(**drawn), w)} for w in self.ws]
+        for text, make in self.edits.items():
+            edit: Any = make(model)
+            found[Path(text.partition(":")[0]).stem] = [{"edits": replace(edit, strength=x)} for x in self.strengths]
+        for text, make in self.heads.items():
+            head = make(model)
+            found[Path(text.partition(":")[0]).stem] = [{"edits": head, "beta": beta} for beta in self.betas]
+        return found | {f"system: {text[:40]}": [{"system": text}] for text in options.system}
+
+
 def guidance(options: GuidanceOptions, coming: Coming = frozenset()) -> Run:
     """Check a request to sweep RL guidance."""
-    from steer.measure.guide import Sweep, sweep
+    from steer.measure.guide import Sweep, SweepSettings, sweep
     from steer.pictures.charts import draw_guide
 
     images, prompts = _prompts(options, options.prompts)
@@ -335,7 +354,9 @@ def guidance(options: GuidanceOptions, coming: Coming = frozenset()) -> Run:
     if options.tuned.absolute() not in coming:
         check(options.tuned.is_dir(), "tuned", str(options.tuned), "the folder of a policy")
     _positive(options, "outputs", "particles", "seeds", "steps", "max_new_tokens")
-    ws = numbers("w", options.w)
+    settings = SweepSettings(
+        ws=numbers("w", options.w), outputs=options.outputs, particles=options.particles, seeds=options.seeds
+    )
     checks.check_folder(options.out)
     picture_files(options, "check")
 
@@ -354,10 +375,7 @@ def guidance(options: GuidanceOptions, coming: Coming = frozenset()) -> Run:
             _process(tuned, options, images),
             prompts,
             reward.bind(model),
-            ws=ws,
-            outputs=options.outputs,
-            particles=options.particles,
-            seeds=options.seeds,
+            settings,
             progress=session.progress,
             about={"model": options.model, "tuned": options.tuned.name, "reward": options.reward},
             on_point=keep,

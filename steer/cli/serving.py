@@ -77,14 +77,14 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
     _limits(options)
 
     def run(session: Session) -> None:
-        from steer.serving.app import create_app
+        from steer.serving.app import AppSettings, create_app
+        from steer.serving.engine import Sampling
         from steer.serving.run import listen
         from steer.serving.run import run as serve_until_told
 
         sockets = listen(options.host, options.port)
         engine = start_engine(options, session)
-        app = create_app(
-            engine,
+        settings = AppSettings(
             artifacts=options.artifacts,
             files=tuple(dict.fromkeys([*(() if default is None else default.files), *files])),
             presets=presets,
@@ -92,11 +92,11 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
             local=is_loopback(options.host),
             origins=options.allow_origin,
             limits=_limits(options),
-            rewards=rewards,
             default=None if default is None else default.request,
-            unsaid=None if options.generation_config is None else engine.own_sampling(),
+            unsaid=Sampling() if options.generation_config is None else engine.own_sampling(),
             require=options.require,
         )
+        app = create_app(engine, settings, rewards)
         if options.artifacts is not None and not options.artifacts.exists():
             note(True, f"artifacts: {options.artifacts} is not there; the first that a client registers makes it")
         for name, why in {**app.state.server.store.refused, **rewards.refused}.items():

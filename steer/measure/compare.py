@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from steer.core import Cost, Process, Reward, Sampler, Samples, UnsupportedError, check
+from steer.core import Cost, Process, Reward, Sampler, Samples, check
 from steer.files import replacing
 from steer.measure.distances import Target, frechet_distance, interval, mmd, total_variation, unique_share
+from steer.measure.pools import Judged, as_samples, judged, pool_of
 from steer.measure.tables import aligned, number, ranged
 from steer.methods.best_of_n import Ancestral, BestOfN
 from steer.methods.dts import DTS
@@ -237,46 +237,6 @@ def _table(head: str, rows: list[tuple[str, dict[str, tuple[float, float]]]]) ->
     return f"{head}\n{aligned(cells)}"
 
 
-@dataclass
-class _Judged:
-    """A pool of base samples as a judge sees them."""
-
-    outputs: Tensor
-    features: Tensor
-    labels: Tensor
-
-
-def _judge(model: Any, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    judge = model.judge
-    if judge is None:
-        raise UnsupportedError(f"{model.name} brings no judge by whose features populations could be compared")
-    with torch.no_grad():
-        features = torch.cat([judge.features(x) for x in outputs.split(256)]).double().cpu()
-        labels = torch.cat([judge(x).argmax(-1) for x in outputs.split(256)]).cpu()
-    return features, labels
-
-
-def _pool(model: Any, process: Process, prompt: str, size: int, seed: int, path: Path, progress: bool) -> _Judged:
-    """Base samples, drawn once and kept in half precision."""
-    from safetensors.torch import load_file, save
-
-    # Seeds of pools are far from those of samplers.
-    if path.is_file() and len(load_file(path)["outputs"]) == size:
-        outputs = load_file(path)["outputs"].float()
-    else:
-        parts: list[Tensor] = []
-        with ticking(progress, "pool of base samples", -(-size // 512)) as tick:
-            while sum(map(len, parts)) < size:
-                generator = torch.Generator().manual_seed(900_000 + 1000 * seed + len(parts))
-                n = min(512, size - sum(map(len, parts)))
-                parts.append(Ancestral(n).run(process, [prompt], generator=generator).outputs.half())
-                tick(1)
-        outputs = torch.cat(parts).float()
-        with replacing(path) as temporary:
-            temporary.write_bytes(save({"outputs": outputs.half()}))
-    return _Judged(outputs, *_judge(model, outputs))
-
-
 def compare(
     model: Any,
     tasks: list[Problem],
@@ -328,7 +288,7 @@ def compare(
     }
     found = Comparison.read(out / "results.json", settings)
     out.mkdir(parents=True, exist_ok=True)
-    points = _pool(model, process, prompt, pool, 0, out / "pool.safetensors", progress)
+    points = pool_of(model, process, prompt, pool, 0, out / "pool.safetensors", progress)
     jobs = [(t, m, s) for s in range(seeds) for t in tasks for m in chosen]
     with ticking(progress, "comparing", len(jobs)) as tick:
         for task, method, seed in jobs:
@@ -341,7 +301,7 @@ def compare(
     for seed in range(seeds if budgets else 0):
         assert budgets is not None
         # Importance resampling needs base samples alone, which all tasks can share.
-        base = _pool(model, process, prompt, max(budgets), seed + 1, out / f"base-{seed}.safetensors", progress)
+        base = pool_of(model, process, prompt, max(budgets), seed + 1, out / f"base-{seed}.safetensors", progress)
         for task in (t for t in tasks if curves is None or t.name in curves):
             reward, target = _target(model, task, points, found)
             curve = _Curve(model, process, prompt, task, reward, target, seed, outputs, budgets, found)
@@ -351,17 +311,12 @@ def compare(
     return found
 
 
-def _target(model: Any, task: Problem, points: _Judged, found: Comparison) -> tuple[Reward, Target]:
+def _target(model: Any, task: Problem, points: Judged, found: Comparison) -> tuple[Reward, Target]:
     reward = parse_reward(task.reward).bind(model)
-    scores = reward(_as_samples(points))
+    scores = reward(as_samples(points))
     target = Target.tilted(points.features, points.labels, scores / task.beta)
     found.targets[task.name] = {"reward": target.mean(scores), "base": float(scores.mean()), "ess": target.ess}
     return reward, target
-
-
-def _as_samples(points: _Judged) -> Samples:
-    zero = torch.zeros(len(points.outputs))
-    return Samples([""], points.outputs, zero.long(), zero)
 
 
 def _once(
@@ -378,7 +333,7 @@ def _once(
 def _line(
     model: Any, task: Problem, method: str, seed: int, samples: Samples, target: Target, rollouts: int = 0
 ) -> Line:
-    features, labels = _judge(model, samples.outputs)
+    features, labels = judged(model, samples.outputs)
     assert samples.reward is not None
     return Line(
         task.name,
@@ -410,7 +365,7 @@ class _Curve:
     budgets: list[int]
     found: Comparison
 
-    def lines(self, base: _Judged) -> Iterator[Line]:
+    def lines(self, base: Judged) -> Iterator[Line]:
         """What was not measured before; `base` are base samples."""
         yield from self._trees()
         yield from self._populations()
@@ -444,8 +399,8 @@ class _Curve:
             drawn = particles.select(resample(particles.log_weight, generator, "ssp", self.outputs))
             yield self._line("fk", drawn, size, time.process_time() - began)
 
-    def _resampled(self, base: _Judged) -> Iterator[Line]:
-        scores, zero = self.reward(_as_samples(base)), torch.zeros(self.outputs)
+    def _resampled(self, base: Judged) -> Iterator[Line]:
+        scores, zero = self.reward(as_samples(base)), torch.zeros(self.outputs)
         for size in (b for b in sorted(self.budgets) if not self._has("importance", b)):
             index = resample(scores[:size] / self.task.beta, self._generator(80_000), "ssp", self.outputs)
             cost = Cost(nfe=size * self.process.num_steps, model_calls=self.process.num_steps)

@@ -26,7 +26,7 @@ from steer.methods.rlg import RLGuidance
 from steer.progress import ticking
 from steer.rewards import lift
 
-__all__ = ["Point", "Sweep", "mean_and_error", "sweep"]
+__all__ = ["Point", "Sweep", "SweepSettings", "mean_and_error", "sweep"]
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,36 @@ class Sweep:
             temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SweepSettings:
+    """How a sweep is measured.
+
+    Attributes:
+        ws: how far to go.
+        outputs: for each prompt and seed.
+        particles: of corrected guidance, for each output, in one population a prompt.
+        seeds: repetitions, from which intervals come.
+
+    Raises `InputError`.
+    """
+
+    ws: Sequence[float] = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+    outputs: int = 64
+    particles: int = 4
+    seeds: int = 3
+
+    def __post_init__(self) -> None:
+        check(len(self.ws) > 0 and all(math.isfinite(w) for w in self.ws), "ws", self.ws, "finite numbers")
+        check(self.outputs >= 2, "outputs", self.outputs, "an integer of 2 or more, for the sake of intervals")
+
+
 def sweep(
     base: Process,
     tuned: Process,
     prompts: Sequence[Prompt],
     reward: Reward,
+    settings: SweepSettings,
     *,
-    ws: Sequence[float] = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0),
-    outputs: int = 64,
-    particles: int = 4,
-    seeds: int = 3,
     about: dict[str, Any] | None = None,
     progress: bool = False,
     on_point: Callable[[Sweep], None] | None = None,
@@ -92,16 +112,12 @@ def sweep(
     Args:
         base, tuned: processes of the model and of its policy.
         reward: bound; it only measures.
-        ws: how far to go.
-        outputs: for each prompt and seed.
-        particles: of corrected guidance, for each output, in one population a prompt.
         on_point: sees what is there after every w.
     """
-    check(len(ws) > 0 and all(math.isfinite(w) for w in ws), "ws", ws, "finite numbers")
-    check(outputs >= 2, "outputs", outputs, "an integer of 2 or more, for the sake of intervals")
+    outputs, particles, seeds = settings.outputs, settings.particles, settings.seeds
     found = Sweep({**(about or {}), "outputs": outputs, "particles": particles, "seeds": seeds})
     nothing = lift(_zeros)
-    jobs = [(kind, w) for w in ws for kind in ("plain", "corrected")]
+    jobs = [(kind, w) for w in settings.ws for kind in ("plain", "corrected")]
     with ticking(progress, "sweeping w", len(jobs) * seeds) as tick:
         for kind, w in jobs:
             rewards, drifts, shares = [], [], []

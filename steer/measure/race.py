@@ -229,10 +229,7 @@ def race(
         about: what else identifies the run: model, texts of reward and edits.
     """
     known = methods_by_name()
-    for name in methods:
-        check(name in known, "methods", name, ", ".join(known))
-        check(bool(edits) or not known[name].guided, "methods", name, "methods without guidance, or an edit to guide")
-    check(bool(budgets) and all(b > 0 for b in budgets), "budgets", budgets, "numbers above 0")
+    _check(methods, budgets, bool(edits))
     settings = {
         **(about or {}),
         "prompts": list(prompts),
@@ -258,26 +255,41 @@ def race(
             first, each = lengths[entry.guided]
             made = [entry.make(max(1, int((budget - first) / each)), budget) for budget in some]
             samplers = [type(s)(**{**_fields(s), **(options or {}).get(name, {})}) for s in made]
-            rewards: list[list[list[float]]] = [[] for _ in some]
-            spent = 0.0
+            runs = []
             for seed in range(seeds):
-                best, nfe = _heat(
-                    guided if entry.guided else process,
-                    prompts,
-                    samplers,
-                    reward,
-                    beta / entry.sharpness,
-                    seed,
-                    at_once,
-                )
-                for mine, of_seed in zip(rewards, best, strict=True):
-                    mine.append(of_seed)
-                spent += nfe / len(prompts) / seeds
+                there = guided if entry.guided else process
+                runs.append(_heat(there, prompts, samplers, reward, beta / entry.sharpness, seed, at_once))
                 tick(1)
-            for budget, sampler, mine in zip(some, samplers, rewards, strict=True):
-                share = sampler.rows / samplers[-1].rows
-                found.heats.append(Measured(name, budget, mine, first + (spent - first) * share))
+            found.heats += _averaged(name, some, samplers, first, runs, len(prompts))
             found.write(out / "race.json")
+    return found
+
+
+def _check(methods: Sequence[str], budgets: Sequence[int], edited: bool) -> None:
+    """Raise `InputError` for methods that are not known, or not to be guided, and for budgets that are none."""
+    known = methods_by_name()
+    for name in methods:
+        check(name in known, "methods", name, ", ".join(known))
+        check(edited or not known[name].guided, "methods", name, "methods without guidance, or an edit to guide")
+    check(bool(budgets) and all(b > 0 for b in budgets), "budgets", budgets, "numbers above 0")
+
+
+def _averaged(
+    name: str,
+    budgets: Sequence[int],
+    samplers: Sequence[Sampler],
+    first: float,
+    runs: Sequence[tuple[list[list[float]], float]],
+    prompts: int,
+) -> list[Measured]:
+    """A method at every budget, from a run for each seed: best rewards by sampler and prompt, and evaluations of the
+    last sampler, of which smaller ones take their share beyond the `first` of a prompt.
+    """
+    spent = sum(nfe / prompts / len(runs) for _, nfe in runs)
+    found = []
+    for i, (budget, sampler) in enumerate(zip(budgets, samplers, strict=True)):
+        share = sampler.rows / samplers[-1].rows
+        found.append(Measured(name, budget, [best[i] for best, _ in runs], first + (spent - first) * share))
     return found
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -34,7 +34,9 @@ from steer.core import (
     check,
     check_whole,
 )
+from steer.critique.conversation import Conversation
 from steer.critique.critics import Critic, Verdicts, united
+from steer.critique.drafts import Draft, Drafts
 from steer.critique.reading import as_critic
 from steer.critique.rounds import Round
 from steer.sampling.rollouts import rollouts
@@ -205,39 +207,23 @@ class Critique(Sampler):
         return loop.chosen()
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """One row of the pool."""
-
-    chain: int
-    parent: int
-    round: int
-    output: Any
-    accept: bool
-    score: float
-    text: str
-    right: bool | None
-
-
 @dataclass
 class _Loop:
-    """One run: the drafts so far, in the order in which they were drawn. A chain is a draft and its successors; chain
-    number c belongs to output c // drafts.
-    """
+    """One run."""
 
     how: Critique
     run: Run
     parts: list[Samples] = field(default_factory=list)
-    drafts: list[_Draft] = field(default_factory=list)
-    latest: dict[int, int] = field(default_factory=dict)
-    """By chain, its latest draft."""
     trace: list[Round] = field(default_factory=list)
     prompts: list[Prompt] = field(default_factory=list)
     process: Process = None  # type: ignore[assignment]
+    drafts: Drafts = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        run = self.run
+        run, how = self.run, self.how
         self.process, self.prompts = run.process, list(run.prompts)
+        self.drafts = Drafts(len(self.prompts), how.n * how.drafts, how.drafts)
+        self.talk = Conversation(how.template, how.history, how.feedback)
         if self.how.revises:
             # A hint is written into the request once; a critique gets none, and revisions keep that of the request.
             self.prompts = run.process.rewritten(run.prompts)
@@ -249,26 +235,18 @@ class _Loop:
         """Refuse what cannot be revised before anything is drawn: models without a chat template."""
         encode = getattr(self.process, "encode", None)
         if encode is not None:
-            encode([self._messages(prompt, [(".", ".")]) for prompt in self.prompts])
-
-    @property
-    def per_prompt(self) -> int:
-        return self.how.n * self.how.drafts
-
-    @property
-    def chains(self) -> range:
-        return range(len(self.prompts) * self.per_prompt)
+            encode([self.talk.messages(prompt, [(".", ".")]) for prompt in self.prompts])
 
     # ---- drawing
 
     def first(self) -> None:
         """The first drafts."""
+        chains = list(self.drafts.chains)
         if self.how.inner is None:
-            drawn = rollouts(self._run(self.process, self.prompts), self.per_prompt)
-            self._enter(list(self.chains), drawn, 0, 0, 0)
+            drawn = rollouts(self._run(self.process, self.prompts), self.drafts.per_prompt)
         else:
-            chains = list(self.chains)
-            self._enter(chains, self._drawn(chains, [self.prompts[self._prompt(c)] for c in chains], 0), 0, 0, 0)
+            drawn = self._drawn(chains, [self.prompts[self.drafts.prompt(c)] for c in chains], 0)
+        self._enter(chains, drawn, 0, 0, 0)
 
     def again(self, chains: list[int], number: int) -> None:
         """New drafts for these chains."""
@@ -280,16 +258,16 @@ class _Loop:
                 fitting.append(chain)
                 asked.append(prompt)
         if not fitting:
-            self._note(number, 0, 0, len(chains))
+            self._note(self.drafts.counted(number, 0, {}, unparsed=0, repeated=0, skipped=len(chains)))
             return
         drawn = self._drawn(fitting, asked, number)
-        repeated = self._repeats(fitting, drawn)
+        repeated = self.drafts.repeats(fitting, drawn.outputs)
         for _ in range(_AGAIN if self.how.repeats == "reject" else 0):
             if not repeated:
                 break
             new = self._drawn([fitting[i] for i in repeated], [asked[i] for i in repeated], number)
             drawn = _replaced(drawn, repeated, new)
-            repeated = self._repeats(fitting, drawn)
+            repeated = self.drafts.repeats(fitting, drawn.outputs)
         self._enter(fitting, drawn, number, len(repeated), len(chains) - len(fitting))
 
     def _run(self, process: Process, prompts: list[Prompt]) -> Run:
@@ -297,7 +275,7 @@ class _Loop:
 
     def _drawn(self, chains: list[int], asked: list[Prompt], number: int) -> Samples:
         """A draft for each chain from its own prompt, in order."""
-        process = self.process.renumbered([self._prompt(c) for c in chains])
+        process = self.process.renumbered([self.drafts.prompt(c) for c in chains])
         if self.how.heat and number:
             process = process.heated(self.how.heat * number)
         inner = self.how.inner
@@ -309,20 +287,6 @@ class _Loop:
         check(one, "inner", inner, "a sampler of one output for each prompt")
         return replace(drawn.select(drawn.group.argsort()), pool=None)
 
-    def _repeats(self, chains: list[int], drawn: Samples) -> list[int]:
-        """Rows of `drawn` whose output its output has had before, or has twice among them."""
-        seen: dict[int, set[Any]] = {}
-        for draft in self.drafts:
-            seen.setdefault(self._output(draft.chain), set()).add(_key(draft.output))
-        found = []
-        for i, chain in enumerate(chains):
-            mine = seen.setdefault(self._output(chain), set())
-            key = _key(drawn.outputs[i])
-            if key in mine:
-                found.append(i)
-            mine.add(key)
-        return found
-
     def _fits(self, chain: int, prompt: Prompt) -> bool:
         encode = getattr(self.process, "encode", None)
         if not self.how.revise or encode is None:
@@ -333,51 +297,25 @@ class _Loop:
             return False
         return True
 
-    # ---- conversations
-
     def _asked(self, chain: int) -> Prompt:
         """What the next draft of a chain answers."""
-        prompt = self.prompts[self._prompt(chain)]
-        if not self.how.revise:
-            return prompt
-        line = self._line(chain)
-        line = line if self.how.history == "all" else line[-1:]
-        return self._messages(prompt, [(str(d.output), self._feedback(chain, d)) for d in line])
-
-    def _messages(self, prompt: Prompt, turns: Sequence[tuple[str, str]]) -> Prompt:
-        messages = [{"role": "user", "content": str(prompt)}] if isinstance(prompt, str) else list(prompt)
-        for output, feedback in turns:
-            asked = self.how.template.replace("{critique}", feedback)
-            messages += [{"role": "assistant", "content": output or "..."}, {"role": "user", "content": asked.strip()}]
-        return messages
-
-    def _feedback(self, chain: int, draft: _Draft) -> str:
-        how = self.how.feedback
-        if how == "none":
-            return ""
-        if how == "binary":
-            return "Not accepted, try again."
-        text = draft.text
-        if how == "tried":
-            tried = list(dict.fromkeys(str(d.output).strip() for d in self._line(chain)))
-            listed = "\n".join(f"- {answer}" for answer in tried)
-            text = f"{text}\nThese were tried before:\n{listed}"
-        return text.strip()
+        prompt = self.prompts[self.drafts.prompt(chain)]
+        return self.talk.asked(prompt, self.drafts.line(chain)) if self.how.revise else prompt
 
     # ---- judging
 
     def _enter(self, chains: list[int], drawn: Samples, number: int, repeated: int, skipped: int) -> None:
         """Judge drafts, and enter them."""
-        group = torch.tensor([self._prompt(c) for c in chains])
+        group = torch.tensor([self.drafts.prompt(c) for c in chains])
         seen = replace(drawn, prompts=self.run.prompts, group=group, reward=None)
         gold = None if self.run.given is None else self.run.score(seen)
         verdicts = self._judged(seen)
         self.parts.append(replace(seen, reward=gold))
-        before = {c: self.drafts[at].right for c, at in self.latest.items()}
+        before = {c: self.drafts.drawn[at].right for c, at in self.drafts.latest.items()}
         for i, chain in enumerate(chains):
-            draft = _Draft(
+            draft = Draft(
                 chain,
-                self.latest.get(chain, -1),
+                self.drafts.latest.get(chain, -1),
                 number,
                 drawn.outputs[i],
                 bool(verdicts.accept[i]),
@@ -385,10 +323,10 @@ class _Loop:
                 verdicts.text[i],
                 None if gold is None else bool(gold[i] >= self.how.right),
             )
-            self.latest[chain] = len(self.drafts)
-            self.drafts.append(draft)
+            self.drafts.enter(draft)
         unparsed = 0 if verdicts.unparsed is None else int(verdicts.unparsed.sum())
-        self._note(number, unparsed, repeated, skipped, chains, before)
+        counts = {"unparsed": unparsed, "repeated": repeated, "skipped": skipped}
+        self._note(self.drafts.counted(number, len(chains), before, **counts))
 
     def _judged(self, seen: Samples) -> Verdicts:
         critic: Critic = self.how.critic
@@ -396,81 +334,21 @@ class _Loop:
         self.run.pay(replace(found.cost, seconds=0.0))
         return found
 
-    def _note(
-        self,
-        number: int,
-        unparsed: int,
-        repeated: int,
-        skipped: int,
-        chains: Sequence[int] = (),
-        before: dict[int, bool | None] | None = None,
-    ) -> None:
-        new = self.drafts[len(self.drafts) - len(chains) :]
-        moves: Counter[tuple[bool, bool]] = Counter()
-        for draft in new:
-            old = (before or {}).get(draft.chain)
-            if old is not None and draft.right is not None:
-                moves[old, draft.right] += 1
-        firsts = [self.drafts[self._line_at(c)[0]].right for c in self.chains]
-        now = [self.drafts[self.latest[c]].right for c in self.chains]
-        accepted = {self._output(d.chain) for d in self.drafts if d.accept}
-        self.trace.append(
-            Round(
-                number,
-                outputs=len(self.chains) // self.how.drafts,
-                drawn=len(new),
-                accepted=len(accepted),
-                unparsed=unparsed,
-                repeated=repeated,
-                skipped=skipped,
-                score=sum(d.score for d in new),
-                items=0 if None in now else len(now),
-                right=sum(x is True for x in now),
-                first_wrong=sum(x is False for x in firsts),
-                kept_wrong=sum(x is False and y is False for x, y in zip(firsts, now, strict=True)),
-                moves=(moves[True, True], moves[True, False], moves[False, True], moves[False, False]),
-            )
-        )
-        self.run.note(self.trace[-1])
-
-    # ---- who is who
-
-    def _prompt(self, chain: int) -> int:
-        return chain // self.per_prompt
-
-    def _output(self, chain: int) -> int:
-        return chain // self.how.drafts
-
-    def _line_at(self, chain: int) -> list[int]:
-        """Drafts of a chain by number, the first one first."""
-        found, at = [], self.latest[chain]
-        while at >= 0:
-            found.append(at)
-            at = self.drafts[at].parent
-        return found[::-1]
-
-    def _line(self, chain: int) -> list[_Draft]:
-        return [self.drafts[i] for i in self._line_at(chain)]
+    def _note(self, found: Round) -> None:
+        self.trace.append(found)
+        self.run.note(found)
 
     def unfinished(self) -> list[int]:
         """Chains that get another draft."""
-        if self.how.ends == "never":
-            return list(self.chains)
-        done = {d.chain for d in self.drafts if d.accept}
-        if self.how.keep in ("last", "accepted"):
-            outputs = {self._output(c) for c in done}
-            return [c for c in self.chains if self._output(c) not in outputs]
-        return [c for c in self.chains if c not in done]
+        return self.drafts.unfinished(self.how.ends, self.how.keep)
 
     # ---- choosing
 
     def chosen(self) -> Samples:
         """One draft for each output, with the pool of all."""
         pool = Samples.stack(self.parts)
-        pool = replace(pool, lineage=torch.tensor([d.parent for d in self.drafts]))
-        mine: dict[int, list[int]] = {}
-        for i, draft in enumerate(self.drafts):
-            mine.setdefault(self._output(draft.chain), []).append(i)
+        pool = replace(pool, lineage=torch.tensor([d.parent for d in self.drafts.drawn]))
+        mine = self.drafts.by_output()
         finals = self._finals(mine) if self.how.keep == "tournament" else {}
         picked = [finals.get(o) if finals else self._pick(mine[o]) for o in sorted(mine)]
         index = torch.tensor([mine[o][-1] if at is None else at for o, at in zip(sorted(mine), picked, strict=True)])
@@ -496,7 +374,7 @@ class _Loop:
 
     def _pick(self, mine: list[int]) -> int | None:
         """The draft that an output becomes; None for what stands in its place."""
-        accepted = [i for i in mine if self.drafts[i].accept]
+        accepted = [i for i in mine if self.drafts.drawn[i].accept]
         how, says = self.how.keep, self.how.otherwise
         if not accepted and says is not None:
             if says == "random":
@@ -507,25 +385,25 @@ class _Loop:
         if how == "accepted" and accepted:
             return accepted[0]
         if how == "best":
-            return max(mine, key=lambda i: self.drafts[i].score)
+            return max(mine, key=lambda i: self.drafts.drawn[i].score)
         if how == "vote":
             answer = self.how.answer or (lambda text: text.strip())
             among = accepted or mine
-            counts = Counter(answer(self.drafts[i].output) for i in among)
+            counts = Counter(answer(self.drafts.drawn[i].output) for i in among)
             most = max(counts.values())
-            return next(i for i in among if counts[answer(self.drafts[i].output)] == most)
-        last = max(self.drafts[i].round for i in mine)
-        latest = [i for i in mine if self.drafts[i].round == last]
-        return max(latest, key=lambda i: (self.drafts[i].accept, self.drafts[i].score))
+            return next(i for i in among if counts[answer(self.drafts.drawn[i].output)] == most)
+        last = max(self.drafts.drawn[i].round for i in mine)
+        latest = [i for i in mine if self.drafts.drawn[i].round == last]
+        return max(latest, key=lambda i: (self.drafts.drawn[i].accept, self.drafts.drawn[i].score))
 
     def _finals(self, mine: dict[int, list[int]]) -> dict[int, int]:
         """By output the winner of a knock-out among its drafts, all outputs at once."""
         left, critic = {o: list(drafts) for o, drafts in mine.items()}, self.how.critic
         while any(len(drafts) > 1 for drafts in left.values()):
             games = [(o, d[i], d[i + 1]) for o, d in left.items() for i in range(0, len(d) - 1, 2)]
-            prompts = {o: self.run.prompts[self._prompt(o * self.how.drafts)] for o in left}
+            prompts = {o: self.run.prompts[self.drafts.prompt(o * self.how.drafts)] for o in left}
             firsts, cost = critic.better(
-                [(prompts[o], self.drafts[a].output, self.drafts[b].output) for o, a, b in games]
+                [(prompts[o], self.drafts.drawn[a].output, self.drafts.drawn[b].output) for o, a, b in games]
             )
             self.run.pay(replace(cost, seconds=0.0))
             out = {b if first else a for (_, a, b), first in zip(games, firsts, strict=True)}
@@ -556,11 +434,6 @@ class _Loop:
         reward = reward.clone()
         reward[rows] = scored
         return replace(shown, reward=reward)
-
-
-def _key(output: Any) -> Any:
-    """What makes two drafts the same."""
-    return tuple(output.flatten().tolist()) if isinstance(output, Tensor) else str(output).strip()
 
 
 def _replaced(samples: Samples, rows: list[int], new: Samples) -> Samples:

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,37 +28,20 @@ from steer.serving.server import Server
 from steer.serving.tasks import Tasks
 from steer.serving.wire import SteerRequest
 
-__all__ = ["create_app"]
+__all__ = ["AppSettings", "create_app"]
 
 
-def create_app(
-    engine: Engine,
-    *,
-    artifacts: Path | None = None,
-    files: Sequence[Path] = (),
-    keys: Sequence[str] = (),
-    local: bool = True,
-    origins: Sequence[str] = (),
-    limits: Limits | None = None,
-    rewards: Rewards | None = None,
-    default: SteerRequest | None = None,
-    unsaid: Sampling | None = None,
-    names: Sequence[str] = (),
-    presets: Mapping[str, SteerRequest] | None = None,
-    alone: bool = True,
-    require: Sequence[str] = (),
-) -> FastAPI:
-    """An OpenAI-compatible application.
+@dataclass(frozen=True, kw_only=True)
+class AppSettings:
+    """What an application allows, and how it behaves where a request does not say.
 
-    Args:
-        engine: what generates, such as `steer.adapters.transformers.serving.engine.TransformersEngine`.
+    Attributes:
         artifacts: folder of registered vectors, controllers and value heads.
         files: artifacts elsewhere, registered under their names.
         keys: API keys, any of which opens; without one everybody may ask.
         local: without keys, answer only requests that name this machine as localhost.
         origins: web pages of other sites that may ask, such as `https://chat.example`; `*` for all.
         limits: see `Limits`.
-        rewards: those that requests may name; default: the shipped ones that load nothing.
         default: steering of requests that ask for none.
         unsaid: how tokens are drawn where a request does not say; default: by the whole law at temperature 1.
         names: further names of the model.
@@ -66,31 +50,37 @@ def create_app(
         alone: False leaves the models, health and metrics to a server that this application is part of; its own metrics
             are at `/v1/steer/metrics`.
     """
-    limits = limits or Limits()
-    store = Store(
-        artifacts, engine.check_artifact, files=files, limit=limits.artifacts, limit_bytes=limits.artifact_bytes
-    )
-    gate = Gate(limits.requests, Idle(engine.give_back_memory))
-    metrics = Metrics(engine, gate, store)
-    rewards = rewards or Rewards(folder=artifacts)
-    rewards.follow(lambda name: store.get(name).path)
-    tasks = Tasks(store, rewards, limits, default, engine.own_edits, unsaid or Sampling())
-    reading = ThreadPoolExecutor(1, "steer-files")
-    steered = {f"{engine.name}:{name}": asked for name, asked in (presets or {}).items()}
-    known = tuple(dict.fromkeys((engine.name, *names, *steered)))
-    for name, asked in steered.items():
-        tasks.check_edits(asked, f"preset {name}")
-    for name in require:
-        check_name(name)
-    server = Server(
-        engine, store, tasks, gate, metrics, reading, int(time.time()), known, steered, require=tuple(require)
-    )
+
+    artifacts: Path | None = None
+    files: Sequence[Path] = ()
+    keys: Sequence[str] = ()
+    local: bool = True
+    origins: Sequence[str] = ()
+    limits: Limits = field(default_factory=Limits)
+    default: SteerRequest | None = None
+    unsaid: Sampling = field(default_factory=Sampling)
+    names: Sequence[str] = ()
+    presets: Mapping[str, SteerRequest] = field(default_factory=dict)
+    alone: bool = True
+    require: Sequence[str] = ()
+
+
+def create_app(engine: Engine, settings: AppSettings | None = None, rewards: Rewards | None = None) -> FastAPI:
+    """An OpenAI-compatible application.
+
+    Args:
+        engine: what generates, such as `steer.adapters.transformers.serving.engine.TransformersEngine`.
+        settings: default: everything open to this machine, and nothing registered.
+        rewards: those that requests may name; default: the shipped ones that load nothing.
+    """
+    settings = settings or AppSettings()
+    server = _server(engine, settings, rewards or Rewards(folder=settings.artifacts))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        gate.draining = True
-        reading.shutdown(wait=False, cancel_futures=True)
+        server.gate.draining = True
+        server.reading.shutdown(wait=False, cancel_futures=True)
         engine.close()
 
     app = FastAPI(
@@ -103,29 +93,68 @@ def create_app(
     )
     app.state.server = server
     errors.install(app)
+    alone = settings.alone
     for routes in (completions.router, registry.router, *([models.router] if alone else []), models.own_router):
         app.include_router(routes(server))
     if alone:
         app.include_router(docs.router())
+    _guard(app, settings, server.metrics)
+    _describe(app, server.names, bool(settings.keys))
+    return app
+
+
+def _server(engine: Engine, settings: AppSettings, rewards: Rewards) -> Server:
+    """What the routes share."""
+    limits = settings.limits
+    store = Store(
+        settings.artifacts,
+        engine.check_artifact,
+        files=settings.files,
+        limit=limits.artifacts,
+        limit_bytes=limits.artifact_bytes,
+    )
+    gate = Gate(limits.requests, Idle(engine.give_back_memory))
+    rewards.follow(lambda name: store.get(name).path)
+    tasks = Tasks(store, rewards, limits, settings.default, engine.own_edits, settings.unsaid)
+    steered = {f"{engine.name}:{name}": asked for name, asked in settings.presets.items()}
+    known = tuple(dict.fromkeys((engine.name, *settings.names, *steered)))
+    for name, asked in steered.items():
+        tasks.check_edits(asked, f"preset {name}")
+    for name in settings.require:
+        check_name(name)
+    return Server(
+        engine,
+        store,
+        tasks,
+        gate,
+        Metrics(engine, gate, store),
+        ThreadPoolExecutor(1, "steer-files"),
+        int(time.time()),
+        known,
+        steered,
+        require=tuple(settings.require),
+    )
+
+
+def _guard(app: FastAPI, settings: AppSettings, metrics: Metrics) -> None:
+    """Put what every request passes around the routes: keys, sizes, origins, counts."""
     app.add_middleware(
         Guard,
-        keys=tuple(keys),
-        local=local and not keys,
-        body_bytes=limits.body_bytes,
-        artifact_bytes=limits.artifact_bytes,
-        origins=tuple(origins),
+        keys=tuple(settings.keys),
+        local=settings.local and not settings.keys,
+        body_bytes=settings.limits.body_bytes,
+        artifact_bytes=settings.limits.artifact_bytes,
+        origins=tuple(settings.origins),
     )
     app.add_middleware(CountedRequests, metrics=metrics)
-    if origins:
+    if settings.origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=list(origins),
+            allow_origins=list(settings.origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["Retry-After"],
         )
-    _describe(app, server.names, bool(keys))
-    return app
 
 
 def _describe(app: FastAPI, names: Sequence[str], keys: bool) -> None:

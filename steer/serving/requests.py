@@ -277,9 +277,9 @@ def edit_errors(path: Path, options: Any) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------ events
 
 
-async def relayed(begin: Callable[[Emit], Callable[[], None]]) -> AsyncGenerator[Event]:
-    """The events that other threads emit, up to the last. `begin` starts the work and returns what stops it, which is
-    called in any case.
+async def relayed(begin: Callable[[Emit], Callable[[], None]], last: type = Finished) -> AsyncGenerator[Event]:
+    """The events that other threads emit, up to the first of the kind `last`. `begin` starts the work and returns what
+    stops it, which is called in any case.
     """
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[Event | Exception] = asyncio.Queue()
@@ -295,7 +295,7 @@ async def relayed(begin: Callable[[Emit], Callable[[], None]]) -> AsyncGenerator
             if isinstance(event, Exception):
                 raise event
             yield event
-            if isinstance(event, Finished):
+            if isinstance(event, last):
                 return
     finally:
         stop()

@@ -13,7 +13,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -167,7 +167,7 @@ class Rewards:
         )
         check(name not in shipped(), "name", name, "a name that no shipped reward has")
         self._recall()
-        made = self._made(name, reward, folder, label, file, options)
+        made = self._made(Registered(name, reward, folder, label, file, options))
         with self._changing():
             before = self._named.get(name)
             check(before is None or not before.fixed, "name", name, "a name that the server's owner did not give")
@@ -187,24 +187,17 @@ class Rewards:
             check(not others, "name", name, f"a reward that no other is made of; here: {', '.join(others)}")
             self._remember({n: entry for n, entry in self._named.items() if n != name})
 
-    def _made(
-        self,
-        name: str,
-        reward: str | None = None,
-        folder: str | None = None,
-        label: str | None = None,
-        file: str | None = None,
-        options: str | None = None,
-    ) -> Registered:
-        if reward is not None:
-            others = re.search(rf"\b{re.escape(name)}\b", reward) is None
-            check(others, "reward", reward, "an expression of other rewards than itself")
-            scorer = self._read(reward, "reward")
-        elif file is not None:
-            scorer = self._heads(file, options)
+    def _made(self, asked: Registered) -> Registered:
+        """The registration with what scores by it."""
+        if asked.reward is not None:
+            others = re.search(rf"\b{re.escape(asked.name)}\b", asked.reward) is None
+            check(others, "reward", asked.reward, "an expression of other rewards than itself")
+            scorer = self._read(asked.reward, "reward")
+        elif asked.file is not None:
+            scorer = self._heads(asked.file, asked.options)
         else:
-            scorer = self._model(str(folder), label)
-        return Registered(name, reward, folder, label, file, options, scorer=scorer)
+            scorer = self._model(str(asked.folder), asked.label)
+        return replace(asked, scorer=scorer)
 
     def _heads(self, file: str, options: str | None) -> Reward:
         """The reward in a registered artifact, which was compared with the served model when it was registered."""
@@ -285,7 +278,7 @@ class Rewards:
                 known = before.get(name)
                 try:
                     same = known is not None and tuple(getattr(known, k) for k in _FACTS) == facts
-                    self._named[name] = known if same and known is not None else self._made(name, *facts)
+                    self._named[name] = known if same and known is not None else self._made(Registered(name, *facts))
                 except Exception as error:  # one that is wrong by now keeps no others away
                     self.refused[name] = str(error)
 

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from steer.core import InputError
 
-__all__ = ["listen", "run"]
+__all__ = ["listen", "run", "server_of"]
 
 
 _GRACE = 0.25
@@ -97,11 +97,8 @@ def _urls(sockets: Sequence[socket.socket]) -> list[str]:
     return shown
 
 
-def run(app: FastAPI, sockets: list[socket.socket], patience: float, log_requests: bool = False) -> None:
-    """Serve until SIGTERM or SIGINT, which mean the same: who was let in, or had sent a request by then, has `patience`
-    seconds to finish; others are refused with 503. Who is still there afterwards is ended, and so is everybody at the
-    second signal. `log_requests` writes a line for each request.
-    """
+def server_of(app: FastAPI, patience: float, log_requests: bool = False) -> uvicorn.Server:
+    """The server that `run` runs."""
     # Its one warning here is that a client left while something was being sent, which is theirs to do.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     config = uvicorn.Config(
@@ -113,7 +110,15 @@ def run(app: FastAPI, sockets: list[socket.socket], patience: float, log_request
         timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=65_536,
     )
-    _Draining(config, app, patience).run(sockets)
+    return _Draining(config, app, patience)
+
+
+def run(app: FastAPI, sockets: list[socket.socket], patience: float, log_requests: bool = False) -> None:
+    """Serve until SIGTERM or SIGINT, which mean the same: who was let in, or had sent a request by then, has `patience`
+    seconds to finish; others are refused with 503. Who is still there afterwards is ended, and so is everybody at the
+    second signal. `log_requests` writes a line for each request.
+    """
+    server_of(app, patience, log_requests).run(sockets)
 
 
 def _named(app: FastAPI) -> str:

@@ -39,7 +39,7 @@ def test_all_forms_give_the_texts_on_the_page(
 
     from steer.cli import main
     from steer.demo.actions import steer as action
-    from steer.serving.app import create_app
+    from steer.serving.app import AppSettings, create_app
 
     shared = page.page.shared
     recipe = _recipe(shared.text_model, raw=raw)
@@ -67,7 +67,7 @@ def test_all_forms_give_the_texts_on_the_page(
     assert all(text.strip() in printed for text in shown)
 
     body = json.loads(shlex.split(recipe.curl().partition("\n")[2])[-1])
-    app = create_app(shared.engine(), artifacts=tmp_path)
+    app = create_app(shared.engine(), AppSettings(artifacts=tmp_path))
     client = TestClient(app, base_url="http://127.0.0.1")  # outside its lifespan, at whose end the engine is closed
     answer = client.post(
         "/v1/completions" if raw else "/v1/chat/completions", json={**body, "model": shared.engine().name}
@@ -84,7 +84,7 @@ def test_all_forms_of_a_search_give_the_text_on_the_page(
 
     from steer.cli import main
     from steer.demo.actions import search
-    from steer.serving.app import create_app
+    from steer.serving.app import AppSettings, create_app
 
     shared = page.page.shared
     given = {
@@ -106,7 +106,7 @@ def test_all_forms_of_a_search_give_the_text_on_the_page(
     assert main(["run", "recipe.yaml"]) == 0
     assert shown.strip() in capsys.readouterr().out
     body = json.loads(shlex.split(recipe.curl().partition("\n")[2])[-1])
-    client = TestClient(create_app(shared.engine(), artifacts=tmp_path), base_url="http://127.0.0.1")
+    client = TestClient(create_app(shared.engine(), AppSettings(artifacts=tmp_path)), base_url="http://127.0.0.1")
     answer = client.post("/v1/chat/completions", json={**body, "model": shared.engine().name})
     assert answer.json()["choices"][0]["message"]["content"] == shown
 

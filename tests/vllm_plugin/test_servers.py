@@ -226,11 +226,12 @@ def small_engine(tiny_lm: Any) -> Iterator[Any]:
 def beside(engine: Any, *arguments: str) -> TestClient:
     """A client of vLLM's application with steer's in it, which draws from `engine`."""
     from steer.adapters.vllm.server.endpoints import _is_local, _keys
-    from steer.serving.app import create_app
+    from steer.serving.app import AppSettings, create_app
 
     app, args = vllm_app(*arguments)
     (plugin,) = app.state.endpoint_plugins
-    plugin._app = create_app(engine, keys=_keys(args), local=_is_local(args), alone=False, names=["tiny", "small"])
+    own = AppSettings(keys=_keys(args), local=_is_local(args), alone=False, names=["tiny", "small"])
+    plugin._app = create_app(engine, own)
     return TestClient(app, raise_server_exceptions=False)
 
 

@@ -110,27 +110,26 @@ def _drain_before_shutdown(server: Server, client: Any, loop: asyncio.AbstractEv
 def _application(client: Any, loop: asyncio.AbstractEventLoop, names: Sequence[str], args: Any) -> FastAPI:
     """Raises `SteerError`."""
     from steer.adapters.vllm.server.engine import VLLMEngine
-    from steer.serving.app import create_app
+    from steer.serving.app import AppSettings, create_app
     from steer.serving.reward_store import Rewards
 
     settings = _settings(client.vllm_config)
     rewards = Rewards(settings.allow_reward, settings.artifacts)
     engine = VLLMEngine(client, loop, name=names[0], split_special_tokens=settings.split_special_tokens)
     engine.warm()
-    app = create_app(
-        engine,
+    own = AppSettings(
         artifacts=settings.artifacts,
         keys=_keys(args),
         local=_is_local(args),
         origins=_origins(args),
         limits=settings.limits,
-        rewards=rewards,
         unsaid=_unsaid(client.vllm_config.model_config),
         names=names,
         presets=_read_presets(settings.presets),
         alone=False,
         require=settings.require,
     )
+    app = create_app(engine, own, rewards)
     store = app.state.server.store
     for name, why in {**store.refused, **rewards.refused}.items():
         log.warning("not registered: %s: %s", name, why)
