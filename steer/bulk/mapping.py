@@ -18,6 +18,7 @@ from steer.bulk.outputs import Outputs
 from steer.bulk.source import Rows, read_rows, survey
 from steer.bulk.texts import Requests
 from steer.core import check
+from steer.core.names import check_known
 from steer.edits import Artifact, split_spec
 from steer.methods.samplers import SAMPLERS, sampler_fields
 from steer.rewards import as_reward
@@ -76,6 +77,7 @@ def mapped(
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Records in the order of the rows; see `Model.map`. `options` are those of `run_job`."""
+    _check(model, wanted)
     order = [row.id for row in read_rows(rows)]
     found = survey(rows)
     with ExitStack() as stack:
@@ -95,6 +97,16 @@ def mapped(
                 records = [json.loads(line) for line in file]
     by_id = {str(record["id"]): record for record in records}
     return [by_id[name] for name in order]
+
+
+def _check(model: Any, wanted: Wanted) -> None:
+    """Raise `InputError` for a name that nothing has; the values are checked with each row."""
+    own: set[str] = set()
+    if isinstance(wanted.sampler, str):
+        check_known("sampler", wanted.sampler, SAMPLERS)
+        own = {"preset", *sampler_fields(wanted.sampler)}
+    for name in wanted.settings:
+        check_known("map()", name, {*model.settings, *own})
 
 
 def _told(wanted: Wanted) -> dict[str, Any]:
