@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from safetensors.torch import load_file
 from steer import FKSteering
 from steer.adapters.transformers.model import LanguageModel
 from steer.cli import jobs
-from steer.core import InputError, Reward, Samples
+from steer.cli.recipe import load_recipe
+from steer.cli.session import Session
+from steer.core import InputError, Reward, Samples, SteerError
 from steer.ranks import ALONE, Ranks, ranks
 from steer.toy import GaussianProcess, markov_lm
 from steer.train import loop
@@ -70,6 +73,11 @@ def test_a_command_that_ranks_do_not_share_is_refused(monkeypatch: pytest.Monkey
     assert jobs.check_ranks("train value").index == 1
     with pytest.raises(InputError, match="WORLD_SIZE: got 2; allowed: 1 for generate; more share batch, train"):
         jobs.check_ranks("generate")
+    recipe = load_recipe("quickstart", [])
+    shared = [step.command for step in recipe.steps if step.command in jobs.SHARED]
+    assert len(shared) < len(recipe.steps)
+    with pytest.raises(SteerError, match=r"recipe quickstart, step .*WORLD_SIZE: got 2"):
+        jobs.run_recipe(recipe, Session(io.StringIO(), progress=False))
 
 
 def test_one_process_is_alone() -> None:
