@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -98,7 +99,15 @@ def load(model: Any, *, engine: str = "transformers", kind: str | None = None, *
         return masked.load(where, **options)
     from steer.adapters import transformers
 
-    return transformers.load(where, **options)
+    made = transformers.load(where, **options)
+    made.rows_engine = partial(_rows_engine, made)
+    return made
+
+
+def _rows_engine(model: LanguageModel, rows: int) -> Any:
+    from steer.adapters.transformers.serving.engine import TransformersEngine
+
+    return TransformersEngine(model, max_rows=rows, cache_tokens=1 << 30)
 
 
 def _kind(model: Any) -> str:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -138,6 +139,8 @@ class Model(ABC):
     """Rows generated at once by default."""
     images: ClassVar[bool] = False
     """Whether it draws images rather than writing texts."""
+    rows_engine: Callable[[int], Any] | None = None
+    """Makes the engine in which so many rows of any length decode together; `steer.load` gives language models one."""
 
     @abstractmethod
     def process(self, **settings: Any) -> Process:
@@ -197,6 +200,61 @@ class Model(ABC):
             max_rows=self.max_rows if max_rows is None else max_rows,
         )
         return self.run(plan) if stream is False else self.stream(plan, stream)
+
+    def map(
+        self,
+        rows: Any,
+        *,
+        edits: Any = (),
+        sampler: str | None = None,
+        reward: Reward | str | Callable[..., Any] | None = None,
+        beta: float = 1.0,
+        n: int | None = None,
+        system: str | None = None,
+        artifacts: Path | str | None = None,
+        out: Path | str | None = None,
+        **settings: Any,
+    ) -> list[dict[str, Any]]:
+        """Answer every row, as `steer batch` does: a list of records in the order of the rows.
+
+        A row's seed follows from `seed` and its id, so that its record depends on neither its place nor the rows
+        beside it, but for rounding. A row that fails has a record with its `error`. Rows of a language model through
+        transformers decode together where `edits`, `sampler` and `reward` are names, artifacts or texts; what a
+        request cannot say, and other models, take one call of `generate` a row.
+
+        Args:
+            rows: texts, messages, or dicts with `prompt` or `messages`, perhaps an `id`, and fields of a request
+                where they differ (`temperature`, `max_tokens`, `n`, `seed`, `steer`); a `datasets.Dataset` is such a
+                sequence. Or the path of a file of them.
+            artifacts: a folder of artifacts that a row's `steer` may name.
+            out: records are appended to this file of JSON lines as they are done; the same call goes on where one
+                was stopped.
+            settings: of `generate`; beside them `seed` (0), `keep` (columns that records carry), `max_rows`, and with
+                `out` also `max_failures`, `retry_failed`, `overwrite` and `progress` (see `steer.bulk.run_job`).
+
+        Raises:
+            InputError: a bad setting, two rows with one id, or a file of another job; nothing is drawn.
+        """
+        from steer.bulk.mapping import Wanted, mapped
+
+        given = our_names(settings)
+        own = {name: given.pop(name) for name in ("seed", "max_rows") if name in given}
+        run = {
+            name: given.pop(name) for name in ("max_failures", "retry_failed", "overwrite", "progress") if name in given
+        }
+        check(out is not None or not run, ", ".join(run), list(run.values()), "unset without out")
+        keep = frozenset(given.pop("keep", ()))
+        there = None if artifacts is None else Path(artifacts)
+        return mapped(
+            self,
+            str(rows) if isinstance(rows, str | Path) else rows if isinstance(rows, Sequence) else list(rows),
+            Wanted(edits, sampler, reward, beta, n, system, there, given),
+            make_engine=self.rows_engine,
+            out=None if out is None else str(out),
+            keep=keep,
+            **own,
+            **run,
+        )
 
     def _sampler(
         self, sampler: Sampler | str | None, n: int | None, given: dict[str, Any]

@@ -1,11 +1,7 @@
-"""What `test_spread.py` has torchrun start: FK steering of a Gaussian chain, one population over the ranks.
-
-python ranks_fk.py OUT
-"""
+"""FK steering of a Gaussian chain, one population over the ranks: a part of `ranks_job.py`."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -49,10 +45,6 @@ def packed(samples: Samples, potential: str) -> dict[str, Tensor]:
 
 
 def main(out: str) -> None:
-    torch.set_num_threads(1)
+    """Write what this rank has to OUT/fk-RANK.safetensors."""
     tensors = {k: x for potential in ("difference", "max") for k, x in packed(drawn(potential), potential).items()}
-    save_file(tensors, Path(out) / f"rank-{ranks().index}.safetensors")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    save_file(tensors, Path(out) / f"fk-{ranks().index}.safetensors")

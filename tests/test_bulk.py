@@ -6,17 +6,12 @@ import csv
 import json
 import os
 import resource
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from steer.adapters.transformers.model import LanguageModel
 from steer.adapters.transformers.serving.engine import TransformersEngine
@@ -302,32 +297,3 @@ def test_the_command(tmp_path: Path, tiny_lm_dir: Path, capsys: pytest.CaptureFi
     for place in (1, 2):
         assert main([*command[:place], "rows.txt", *command[place + 1 :]]) == 2
         assert "rows.txt" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_job_that_is_killed_twenty_times_is_as_one_that_is_not(tmp_path: Path, tiny_lm_dir: Path) -> None:
-    """kill -9 at random moments, 5,000 rows."""
-    path = written(tmp_path / "in.jsonl", rows(5000))
-    command = [sys.executable, "-m", "steer", "batch", path, "", "--model", str(tiny_lm_dir), "--max-new-tokens", "8"]
-    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    command[5] = str(whole)
-    began = time.monotonic()
-    subprocess.run(command, check=True, capture_output=True)
-    lasted = time.monotonic() - began
-    command[5] = str(out)
-    moments = torch.rand(20, generator=torch.Generator().manual_seed(0)).tolist()
-    kills = 0
-    for moment in moments:
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        try:
-            process.wait(4 + moment * lasted / 40)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-    subprocess.run(command, check=True, capture_output=True)
-    assert kills >= 15
-    mine, right = records(out), records(whole)
-    assert mine.keys() == right.keys()
-    # Rounding differs with the company of a row, which now and then changes a token.
-    assert sum(mine[key] != right[key] for key in right) <= 5

@@ -185,7 +185,7 @@ def test_prompts_are_answered_line_by_line_and_a_run_goes_on(
     assert texts[0] == texts[1] and len(texts[0]) == 5
     before = len(calls)
     assert "0 prompts, 5 were there" in ask(*given, prompt=None).out and len(calls) == before
-    refused(ask(*given, "--temperature", 0.5, prompt=None), "out.jsonl line 1", "--overwrite")
+    refused(ask(*given, "--temperature", 0.5, prompt=None), "temperature was None, now 0.5", "--overwrite")
     assert ask(*given, "--temperature", 0.5, "--overwrite", prompt=None).code == 0
     refused(ask(*given, "--json", prompt=None), "json", "line by line")
 

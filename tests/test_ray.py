@@ -50,6 +50,9 @@ class Echo:
     def failure(self, row: Row, message: str, field: str | None) -> dict[str, Any]:
         return {"id": row.id, "error": {"message": message, "param": field}}
 
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 def given(count: int) -> list[Row]:
     return [Row(i + 1, f"r{i}", {"prompt": "x" * (i % 7 + 1)}) for i in range(count)]
@@ -91,7 +94,9 @@ def test_what_cannot_be_is_one_line(
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # actors find `Echo` there
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     yield ray
     ray.shutdown()
 

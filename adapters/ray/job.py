@@ -23,6 +23,8 @@ __all__ = ["Cluster", "run_on_ray"]
 
 _WINDOW = 10_000
 """Rows that the driver holds at one time."""
+_STARTS = 3
+"""Actors that may die while they load the model, one after another, before the job ends."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,9 @@ def _ray() -> Any:
 
 
 def _window(ray: Any, make: Callable[[], Worker], cluster: Cluster, rows: list[Row]) -> Iterator[dict[str, Any]]:
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    ray.data.DataContext.get_current().print_on_execution_start = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    context.max_consecutive_actor_init_deaths = _STARTS
     sent = [
         {"number": r.number, "id": r.id, "row": "" if r.data is None else as_json(r.data), "error": r.error}
         for r in rows

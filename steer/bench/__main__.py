@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from steer.bench import language, particles
+from steer.bench import bulk, language, particles
 from steer.bench.harness import Bench, Figure
 
 FIGURES: dict[str, Callable[[Bench], Iterator[Figure]]] = {
@@ -30,6 +30,8 @@ FIGURES: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "particles": particles.overhead,
     "denoiser": particles.calls,
     "text-fk": particles.text,
+    "batch": bulk.rate,
+    "processes": bulk.spread,
 }
 """Every figure by its name; each yields its rows."""
 

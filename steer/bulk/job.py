@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import chain
+from typing import Any, Protocol, TypeVar
 
 from steer.bulk.results import Results
-from steer.bulk.source import Row, Shard, read_rows, survey
+from steer.bulk.source import Row, Rows, Shard, read_rows, survey
 from steer.core import InputError, SteerError, UnsupportedError, check_whole
 from steer.core.errors import RewardError, first_line
 from steer.progress import note, ticking
 
-__all__ = ["Elsewhere", "Summary", "Worker", "answer_all", "run_job"]
+__all__ = ["Elsewhere", "Later", "Summary", "Worker", "answer_all", "answered", "run_job"]
+
+T = TypeVar("T")
 
 _FAULTS = 10
 """Rows in a row that fail through no fault of their own, after which the job ends."""
@@ -35,6 +40,8 @@ class Worker(Protocol):
 
     def failure(self, row: Row, message: str, field: str | None) -> dict[str, Any]: ...
 
+    def close(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class Elsewhere:
@@ -42,6 +49,14 @@ class Elsewhere:
 
     check_fields: Callable[[frozenset[str]], None]
     records: Callable[[Iterator[Row]], Iterator[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Later:
+    """A worker that is made once everything else was found to be right, since it loads a model."""
+
+    check_fields: Callable[[frozenset[str]], None]
+    make: Callable[[], Worker]
 
 
 @dataclass(frozen=True)
@@ -55,8 +70,8 @@ class Summary:
 
 
 def run_job(
-    worker: Worker | Elsewhere,
-    source: str,
+    worker: Worker | Later | Elsewhere,
+    source: Rows,
     out: str,
     job: Mapping[str, Any],
     *,
@@ -69,8 +84,8 @@ def run_job(
     """Answer every row of `source` that has no record in `out` yet.
 
     Args:
-        worker: what answers, here or elsewhere.
-        source: rows, as JSON lines, CSV or Parquet; a path or a URL.
+        worker: what answers, here or elsewhere; it is closed by whoever made it, one for `Later` here.
+        source: rows, as JSON lines, CSV or Parquet; a path or a URL; or rows in memory.
         out: records, as JSON lines or Parquet, in the order in which they are done.
         job: settings that change records; `out` of a job with others is refused.
         shard: which rows; the union of all shards is the whole job.
@@ -96,16 +111,25 @@ def run_job(
             tick(before)
             account = _Account(results, max_failures, tick)
             rows = (row for row in read_rows(source) if part.holds(row) and row.id not in results.done)
-            if isinstance(worker, Elsewhere):
-                for record in worker.records(rows):
-                    if not account.keep(record, fault=False):
-                        break
-            else:
-                asyncio.run(_Loop(worker, account.keep).run(rows))
+            _answer(worker, rows, account.keep)
             if account.stopped is not None:
                 raise account.stopped
         results.finish()
         return Summary(len(results.done) - before, before, results.failed, time.monotonic() - began)
+
+
+def _answer(worker: Worker | Later | Elsewhere, rows: Iterator[Row], keep: Keep) -> None:
+    if isinstance(worker, Elsewhere):
+        for record in worker.records(rows):
+            if not keep(record, fault=False):
+                break
+    elif isinstance(worker, Later):
+        first = next(rows, None)
+        if first is not None:
+            with closing(worker.make()) as made:
+                _finished(_Loop(made, keep).run(chain([first], rows)))
+    else:
+        _finished(_Loop(worker, keep).run(rows))
 
 
 async def answer_all(worker: Worker, rows: Iterable[Row]) -> list[dict[str, Any]]:
@@ -118,6 +142,21 @@ async def answer_all(worker: Worker, rows: Iterable[Row]) -> list[dict[str, Any]
 
     await _Loop(worker, keep).run(rows)
     return found
+
+
+def answered(worker: Worker, rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """The same for callers that do not wait on a loop of events themselves."""
+    return _finished(answer_all(worker, rows))
+
+
+def _finished(work: Coroutine[Any, Any, T]) -> T:
+    """What comes of `work`, which runs in a thread of its own where a loop runs here, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
 
 
 class Keep(Protocol):

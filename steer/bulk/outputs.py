@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from steer.bulk.source import Row, spent
 from steer.core import Samples, check
-from steer.model import Model
 from steer.seeds import mixed
 
 __all__ = ["Outputs"]
 
 _FIELDS = frozenset({"id", "prompt", "messages", "n", "seed"})
+_LONGEST = 200
+"""Characters of an image's name, before its number."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Outputs:
     they are seen from the records' folder, into the record.
 
     Args:
-        model: what generates.
+        model: what generates: a `steer.model.Model`.
         settings: of `generate`, for every row.
         images: the folder for images; None for texts.
         seed: rows without a seed get one that follows from this and their id.
@@ -46,7 +48,7 @@ class Outputs:
 
     def __init__(
         self,
-        model: Model,
+        model: Any,
         settings: Mapping[str, Any],
         *,
         images: Path | None = None,
@@ -97,9 +99,18 @@ class Outputs:
 
 
 def _file_name(text: str) -> str:
-    """A file's name for an id: other signs than letters, digits, dot and dash are written as their code."""
+    """A file's name for an id: other signs than letters, digits, dot (but at the start) and dash are written as their
+    code, and a long name ends in a digest.
+    """
+    spelled = [
+        c if c.isascii() and (c.isalnum() or c == "-" or (c == "." and i)) else f"_{ord(c):x}_"
+        for i, c in enumerate(text)
+    ]
+    name = "".join(spelled)
     return (
-        "".join(c if c.isascii() and (c.isalnum() or c in ".-") else f"_{ord(c):x}_" for c in text).lstrip(".") or "_"
+        name
+        if len(name) <= _LONGEST
+        else f"{name[: _LONGEST - 33]}_{blake2b(text.encode(), digest_size=16).hexdigest()}"
     )
 
 

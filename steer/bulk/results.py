@@ -12,7 +12,7 @@ import json
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Results:
         job: settings that change records; a file that was begun with others is refused.
         overwrite: begin anew, in place of what is there.
         retry_failed: forget records of rows that failed.
+        known: raises where a record that is there is not one of this job.
 
     Raises:
         InputError: another kind of file, another job's file, or a line that is no record.
@@ -45,12 +46,18 @@ class Results:
     """
 
     def __init__(
-        self, out: str, job: Mapping[str, Any], *, overwrite: bool = False, retry_failed: bool = False
+        self,
+        out: str,
+        job: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        retry_failed: bool = False,
+        known: Callable[[Mapping[str, Any]], None] = lambda record: None,
     ) -> None:
         kind = out.rsplit(".", 1)[-1].lower()
         check(kind in ("jsonl", "parquet"), "out", out, "a file .jsonl or .parquet")
         self.out, self._parquet, self._job = out, kind == "parquet", json.loads(as_json(dict(job)))
-        self._overwrite, self._retry = overwrite, retry_failed
+        self._overwrite, self._retry, self._known = overwrite, retry_failed, known
         self._lines: _Lines = (
             _Pieces(out) if is_remote(out) else _File(Path(f"{out}.part.jsonl" if self._parquet else out))
         )
@@ -79,13 +86,16 @@ class Results:
     def __exit__(self, *error: object) -> None:
         try:
             self._lines.close()
+        except OSError as error:
+            raise SteerError(f"cannot write {self.out}: {error.strerror or error}") from error
         finally:
             self._release()
 
     def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
+        if self._lock is not None and self._lock.is_locked:
+            # Before it is let go: who waits for the old file sees that it has no name any more.
             Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Append a record, whole. Raises `SteerError` where it cannot be written; those before it are kept."""
@@ -123,6 +133,7 @@ class Results:
         if self._retry:
             self._lines.keep(lambda record: record.get("error") is None)
         for record in self._lines.records():
+            self._known(record)
             self.done.add(str(record["id"]))
             self.failed += record.get("error") is not None
         self._lines.start()
@@ -205,10 +216,8 @@ class _File(_Lines):
     def _finished(self) -> Iterator[bytes]:
         """The records of a Parquet file that a job like this one has finished."""
         if self.final != self.path and self.final.is_file():
-            from pyarrow import parquet
-
-            for batch in parquet.ParquetFile(self.final).iter_batches(1024):
-                yield from (f"{as_json(record)}\n".encode() for record in batch.to_pylist())
+            for record in _from_parquet(self.final):
+                yield f"{as_json(record)}\n".encode()
 
     def keep(self, wanted: Any) -> None:
         kept = [record for record in self.records() if wanted(record)]
@@ -333,14 +342,37 @@ class _Pieces(_Lines):
 
 
 def _to_parquet(source: str, target: str) -> None:
-    """Make a Parquet file of JSON lines, which are held in memory for it."""
-    from pyarrow import json as lines
+    """Make a Parquet file of JSON lines, which are held in memory for it. A field of several kinds, such as a label
+    that is a number here and a text there, is the text of its JSON.
+    """
+    import pyarrow
     from pyarrow import parquet
 
-    size = Path(source).stat().st_size
-    if not size:
-        raise OSError(0, "no records")
-    # One block, since the types of all rows are those of the first block.
-    parquet.write_table(
-        lines.read_json(source, read_options=lines.ReadOptions(block_size=min(size + 1, 2**31 - 1))), target
-    )
+    with Path(source).open("rb") as file:
+        records = [json.loads(line) for line in file]
+    columns, fields = [], []
+    for name in dict.fromkeys(name for record in records for name in record) or ("id",):
+        values = [record.get(name) for record in records]
+        try:
+            column, about = pyarrow.array(values), None
+            if pyarrow.types.is_struct(column.type) and not column.type.num_fields:
+                raise pyarrow.ArrowInvalid("a struct without fields")  # which Parquet does not have
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError):
+            column, about = pyarrow.array([None if x is None else as_json(x) for x in values], pyarrow.string()), _JSON
+        columns.append(column)
+        fields.append(pyarrow.field(name, column.type, metadata=about))
+    parquet.write_table(pyarrow.table(columns, pyarrow.schema(fields)), target)
+
+
+_JSON = {b"encoding": b"json"}
+
+
+def _from_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    """The records that `_to_parquet` wrote."""
+    from pyarrow import parquet
+
+    file = parquet.ParquetFile(path)
+    coded = [field.name for field in file.schema_arrow if (field.metadata or {}).items() >= _JSON.items()]
+    for batch in file.iter_batches(1024):
+        for record in batch.to_pylist():
+            yield record | {name: json.loads(record[name]) for name in coded if record[name] is not None}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import codecs
 import csv
+import gzip
 import io
 import json
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -17,11 +19,13 @@ from steer.core import Cost, InputError, SteerError, check
 from steer.core.errors import first_line
 from steer.data import csv_row
 
-__all__ = ["MOST_BYTES", "Row", "Shard", "Survey", "is_remote", "opened", "read_rows", "spent", "survey"]
+__all__ = ["MOST_BYTES", "Row", "Rows", "Shard", "Survey", "is_remote", "opened", "read_rows", "spent", "survey"]
 
 MOST_BYTES = 4 << 20
 """Of one line."""
-_ALLOWED = "a file of rows: .jsonl, .json (a list), .csv, .tsv or .parquet"
+_ALLOWED = "a file of rows: .jsonl, .json (a list), .csv, .tsv or .parquet; the first four also .gz"
+_KINDS = ("jsonl", "ndjson", "json", "csv", "tsv", "parquet")
+_GZIP = b"\x1f\x8b"
 _MOST_ID = 256
 
 
@@ -92,11 +96,17 @@ def opened(path: str, mode: str = "rb") -> Iterator[Any]:
         raise SteerError(f"cannot {'read' if mode == 'rb' else 'write'} {path}: {why}") from error
 
 
-def read_rows(path: str) -> Iterator[Row]:
+Rows = str | Sequence[Any]
+"""A file's path or URL; or rows in memory, each an object, a text or a list of messages."""
+
+
+def read_rows(path: Rows) -> Iterator[Row]:
     """The rows of a file in order. One that is not JSON, is too long or has a bad id comes with its error."""
-    kind = path.rsplit(".", 1)[-1].lower()
-    check(kind in ("jsonl", "ndjson", "json", "csv", "tsv", "parquet"), "source", path, _ALLOWED)
-    with opened(path) as file:
+    if not isinstance(path, str):
+        yield from (_row(n, data) for n, data in enumerate(path, 1))
+        return
+    kind, packed = _kind(path)
+    with opened(path) as file, _unpacked(path, file, packed) as file:
         if kind == "parquet":
             yield from (_row(n, data) for n, data in enumerate(_parquet(path, file), 1))
         elif kind in ("csv", "tsv"):
@@ -107,8 +117,9 @@ def read_rows(path: str) -> Iterator[Row]:
             yield from _json_lines(path, file)
 
 
-def survey(path: str, shard: Shard) -> Survey:
+def survey(path: Rows, shard: Shard | None = None) -> Survey:
     """Read a file once before anything is drawn. Raises `InputError` for an id that two rows have."""
+    shard = shard or Shard()
     seen: dict[int, int] = {}
     names: set[str] = set()
     mine = total = 0
@@ -122,11 +133,35 @@ def survey(path: str, shard: Shard) -> Survey:
         check(
             before == row.number, "id", f"{row.id} in rows {before} and {row.number}", "an id of its own for each row"
         )
-    check(total > 0, "source", f"{path} (no rows)", _ALLOWED)
+    check(total > 0, "source", f"{path} (no rows)" if isinstance(path, str) else "no rows", _ALLOWED)
     return Survey(mine, frozenset(names))
 
 
 # ---------------------------------------------------------------------------------------------------------- formats
+
+
+def _kind(path: str) -> tuple[str, bool]:
+    """What a file holds by its name, and whether it is packed by gzip."""
+    packed = path.lower().endswith(".gz")
+    kind = path.lower().removesuffix(".gz").rsplit(".", 1)[-1]
+    check(kind in _KINDS and not (packed and kind == "parquet"), "source", path, _ALLOWED)
+    return kind, packed
+
+
+@contextmanager
+def _unpacked(path: str, file: Any, packed: bool) -> Iterator[Any]:
+    """The file, or what gzip packed in it. Raises `InputError` where the name says otherwise than the bytes."""
+    if not packed:
+        start = file.read(len(_GZIP))
+        check(start != _GZIP, "source", f"{path} (packed by gzip)", f"{path}.gz as its name, or the file unpacked")
+        file.seek(0)
+        yield file
+        return
+    try:
+        with gzip.open(file) as inside:
+            yield inside
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError("source", f"{path} ({first_line(error)})", "a whole file that gzip wrote") from error
 
 
 def _row(number: int, data: Any) -> Row:

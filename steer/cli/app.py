@@ -329,7 +329,9 @@ def run(
     with redirect_stdout(sys.stderr):
         from steer.cli.jobs import run_recipe
         from steer.cli.recipe import load_recipe
-        from steer.cli.session import Session, kept_on_interrupt
+        from steer.cli.session import Session, kept_on_interrupt, silent
+        from steer.ranks import ranks
 
+        first = ranks().first
         with kept_on_interrupt(None):
-            run_recipe(load_recipe(recipe, overrides or []), Session(results))
+            run_recipe(load_recipe(recipe, overrides or []), Session(results if first else silent(), first))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from steer.bulk import Outputs, Requests, Summary, run_job
-from steer.bulk.job import Elsewhere, Worker
+from steer.bulk.job import Elsewhere, Later, Worker
 from steer.bulk.outputs import check_fields as check_output_fields
 from steer.bulk.source import Shard, is_remote
 from steer.bulk.texts import check_fields as check_request_fields
@@ -59,6 +59,7 @@ def batch(options: BatchOptions, coming: Coming = frozenset()) -> Run:
     check(options.max_failures is None or options.max_failures >= 0, "max_failures", options.max_failures, "0 or more")
     if not is_remote(target):
         checks.check_output(Path(target), "target")
+    check(not _same(options.source, target), "target", target, "another file than the rows, which would be lost")
     images = checks.draws_images(options)
     plain = images or is_endpoint(options.model) or checks.denoises_text(options)
     options = replace(options, target=target)
@@ -67,13 +68,14 @@ def batch(options: BatchOptions, coming: Coming = frozenset()) -> Run:
     cluster = None if options.engine_on is None else _cluster(options, images)
 
     def run(session: Session) -> None:
-        worker = make(session) if cluster is None else _elsewhere(options, cluster, plain)
+        known = partial(check_output_fields if plain else check_request_fields, keep=frozenset(options.keep))
+        here = Later(known, lambda: make(session))
         try:
             summary = run_job(
-                worker,
+                here if cluster is None else Elsewhere(known, _records(options, cluster)),
                 options.source,
                 target,
-                _job(options),
+                checks.job_of(options, _PLACE_OR_PACE),
                 shard=shard,
                 max_failures=options.max_failures,
                 retry_failed=options.retry_failed,
@@ -83,9 +85,6 @@ def batch(options: BatchOptions, coming: Coming = frozenset()) -> Run:
         except (KeyboardInterrupt, SteerError):
             print(f"steer: what was done is kept in {target}; the same command goes on", file=sys.stderr)
             raise
-        finally:
-            if not isinstance(worker, Elsewhere):
-                worker.close()
         session.say(_told(summary, target))
 
     return run
@@ -102,10 +101,12 @@ def _share(options: BatchOptions) -> tuple[Shard, str]:
     return Shard(shared.index, shared.count), f"{stem}-{shared.index}of{shared.count}{dot}{kind}"
 
 
-def _job(options: BatchOptions) -> dict[str, Any]:
-    """What changes records."""
-    given = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in _PLACE_OR_PACE}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+def _same(source: str, target: str) -> bool:
+    """Whether records would be written over the rows."""
+    if is_remote(source) or is_remote(target):
+        return source == target
+    written = (Path(target), Path(f"{target}.part.jsonl"), Path(f"{target}.job.json"))
+    return Path(source).resolve() in [path.resolve() for path in written]
 
 
 def _told(summary: Summary, target: str) -> str:
@@ -133,14 +134,11 @@ def _cluster(options: BatchOptions, images: bool) -> Any:
     return cluster
 
 
-def _elsewhere(options: BatchOptions, cluster: Any, plain: bool) -> Elsewhere:
+def _records(options: BatchOptions, cluster: Any) -> Any:
+    """What has the cluster answer rows."""
     from steer.adapters.ray import run_on_ray
 
-    known = check_output_fields if plain else check_request_fields
-    return Elsewhere(
-        partial(known, keep=frozenset(options.keep)),
-        partial(run_on_ray, partial(answering, replace(options, engine_on=None, actors=1), os.getcwd()), cluster),
-    )
+    return partial(run_on_ray, partial(answering, replace(options, engine_on=None, actors=1), os.getcwd()), cluster)
 
 
 def answering(options: BatchOptions, folder: str) -> Worker:

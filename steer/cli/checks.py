@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from steer.data import FORMATS, plain_pair, plain_row, prompt_of, read_json, rea
 from steer.edits import load_edit, split_spec
 from steer.embedded import CARD_NAME, resolve
 from steer.loading import is_diffusion, is_endpoint, is_masked
+from steer.serving.artifact_store import digest
 
 __all__ = [
     "check_beta",
@@ -34,6 +35,7 @@ __all__ = [
     "draws_images",
     "edit_maker",
     "image_prompts",
+    "job_of",
     "read_dataset",
     "read_pairs",
     "read_prompts",
@@ -255,6 +257,20 @@ def read_pairs(path: Path) -> list[dict[str, Any]]:
         rows.append(row)
     check(len(rows) >= 2, "pairs", f"{path} ({len(rows)} rows)", "at least 2 rows")
     return rows
+
+
+_REWARD_FILE = re.compile(r"[^\s=*+()]+\.safetensors")
+
+
+def job_of(options: Any, apart: Collection[str]) -> dict[str, Any]:
+    """What samples depend on beside their prompts: the options, but for those that are `apart`, and what is in the
+    files that they name.
+    """
+    given = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in apart}
+    job = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    rewards = " ".join([options.reward or "", *getattr(options, "allow_reward", ())])
+    files = [Path(split_spec(text)[0]) for text in options.edit] + [Path(x) for x in _REWARD_FILE.findall(rewards)]
+    return job | {f"{path.name} within": digest(path)[:12] for path in files if path.is_file()}
 
 
 def check_output(path: Path, field: str = "out", suffixes: Sequence[str] = ()) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping
@@ -13,14 +12,13 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from steer.cli import checks, showing
-from steer.cli.checks import Coming
+from steer.cli.checks import Coming, job_of
 from steer.cli.options import GenerateOptions, SampleOptions
 from steer.cli.session import Run, Session
 from steer.cli.values import coerce, pairs, spelled, typed
 from steer.core import Ability, Edit, InputError, RawText, Reward, Sampler, Samples, check
 from steer.core.names import check_known
 from steer.critique.reading import parse_critic
-from steer.edits import split_spec
 from steer.loading import is_endpoint
 from steer.measure.report import strength_unit
 from steer.methods.gradient import GradientGuidance
@@ -298,7 +296,7 @@ def _write_lines(
         prompts,
         options.out,
         draw,
-        run=_identity(options, asked.seed),
+        job=_job(options, asked.seed),
         resume=not options.overwrite,
         batch=max(1, options.max_rows // asked.sampler.rows),
         seed=asked.seed,
@@ -311,12 +309,9 @@ def _write_lines(
     )
 
 
-def _identity(options: GenerateOptions, seed: int) -> str:
-    """What samples depend on beside their prompts: the options, and the files that they name."""
-    told = replace(options, prompt=None, prompts=None, out=None, json=False, overwrite=False, device=None, seed=seed)
-    files = [Path(split_spec(text)[0]) for text in options.edit]
-    read = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-    return hashlib.sha256(repr([told, read]).encode()).hexdigest()[:12]
+def _job(options: GenerateOptions, seed: int) -> dict[str, Any]:
+    """What samples depend on beside their prompts."""
+    return job_of(replace(options, seed=seed), {"prompt", "prompts", "out", "json", "overwrite", "device", "check"})
 
 
 def _text_settings(options: GenerateOptions) -> dict[str, Any]:

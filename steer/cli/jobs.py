@@ -60,11 +60,12 @@ _SHARING = ", ".join(sorted(SHARED))
 
 
 def run_recipe(recipe: Recipe, session: Session) -> None:
-    """Check every step, then run them in order. Steps that name one model share it."""
+    """Check every step, then run them in order. Steps that name one model share it; ranks take each step together."""
     coming: set[Path] = set()
     jobs = []
     for step in recipe.steps:
         try:
+            check_ranks(step.command)
             jobs.append(JOBS[step.command](step.options, frozenset(coming)))
         except SteerError as error:
             raise SteerError(f"recipe {recipe.name}, step {step.name} ({step.command}): {error}") from error
@@ -73,6 +74,7 @@ def run_recipe(recipe: Recipe, session: Session) -> None:
     for number, (step, job) in enumerate(zip(recipe.steps, jobs, strict=True), 1):
         print(f"[{number}/{len(jobs)}] {step.name}: {step.command}", file=sys.stderr)
         job(session)
+        ranks().wait()  # what the first one writes, all read
         # Trainers leave cycles behind, and the C library keeps what is freed: hours later that is gigabytes.
         gc.collect()
         give_back_memory()

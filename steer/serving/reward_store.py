@@ -176,6 +176,10 @@ class Rewards:
             self._remember({**self._named, name: made})
         return made
 
+    def lend(self, name: str, scorer: Reward) -> None:
+        """Take a reward of this program under a name, which is not remembered."""
+        self._named[name] = Registered(name, name, fixed=True, scorer=scorer)
+
     def remove(self, name: str) -> None:
         """Forget a reward. Raises `UnknownRewardError`, and `InputError` where the owner gave it or others need it."""
         with self._changing():

@@ -20,10 +20,13 @@ class BatchOptions(ModelOptions):
 
     A row is a line of JSON with prompt or messages, or a row of CSV or Parquet, with an id and with fields of a
     request (temperature, max_tokens, n, seed, steer) where it differs; or a line of OpenAI's batch format. A row that
-    fails has a record with its error. Two rows with one id, and columns that no request has, are refused at the start.
+    fails, cannot be read or is longer than 4 MiB has a record with its error. Two rows with one id, and columns that no
+    request has, are refused at the start. On a full disk the job ends, and what was written stays.
     """
 
-    source: Annotated[str, typer.Argument(metavar="IN", help="Rows: .jsonl, .csv or .parquet, a path or a URL.")]
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="Rows: .jsonl, .csv (or packed, .gz) or .parquet, a path or a URL.")
+    ]
     target: Annotated[str, typer.Argument(metavar="OUT", help="Records: .jsonl or .parquet, a path or a URL.")]
     engine: Annotated[str, typer.Option(help="transformers or vllm (language models).")] = "transformers"
     engine_set: Annotated[
