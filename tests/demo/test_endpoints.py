@@ -20,7 +20,7 @@ def _asked(**given: Any) -> list[Any]:
     """Arguments of the endpoint `steer`."""
     about = {"name": "glad", "pairs": ""}
     cards = [{"name": "glad", "strength": given.pop("strength", 1.5)}]
-    made = {"prompt": "tell me", "raw": False, "dose": {"available": [about], "cards": cards}, "system": ""}
+    made = {"prompt": "tell me", "raw": False, "edits": {"available": [about], "cards": cards}, "system": ""}
     made |= {"reward": "sentiment", "temperature": 0, "max_tokens": 8, "seed": 0}
     return list((made | given).values())
 
@@ -43,8 +43,8 @@ def test_steer_gives_what_the_action_gives(page: Any, client: Any) -> None:
     [
         ({"strength": "NaN"}, "strength"),
         ({"strength": None}, "strength"),
-        ({"dose": "nothing"}, "edits"),
-        ({"dose": {"cards": [1]}}, "edits"),
+        ({"edits": "nothing"}, "edits"),
+        ({"edits": {"cards": [1]}}, "edits"),
         ({"prompt": None}, "prompt"),
         ({"seed": -1}, "seed"),
     ],

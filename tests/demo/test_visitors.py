@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,25 +165,65 @@ def test_who_is_away_for_too_long_is_forgotten() -> None:
     visitors.close()
 
 
-def test_a_run_that_lasts_too_long_ends_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tab_page(tmp_path: Any) -> Any:
+    """What a tab gets, with one visitor; no model is loaded."""
     pytest.importorskip("gradio", reason="THE DEMO IS NOT TESTED: pip install steer-engine[demo]")
-    from steer.demo import tabs
+    from steer.demo.session import Visitors
+    from steer.demo.tabs import Page
 
-    monkeypatch.setattr(tabs, "LIMIT_RUN", 0.2)
-    closed = []
+    page = Page(None, Visitors())  # type: ignore[arg-type]
+    yield page
+    page.visitors.close()
 
-    @tabs.told("line")
-    async def endless() -> Any:
+
+async def _gathered(handler: Any) -> list[Any]:
+    return [update async for update in handler(SimpleNamespace(session_hash="one"), None)]
+
+
+def _endless(page: Any, closed: list[bool], pause: float) -> Any:
+    from steer.demo.tabs import told
+
+    @told(page, "line")
+    async def endless(asked: Any) -> Any:
         try:
             while True:
                 yield {"line": "on it"}
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(pause)
         finally:
             closed.append(True)
 
-    async def gathered() -> list[Any]:
-        return [update async for update in endless()]
+    return endless
 
-    found = run(gathered())
-    assert 2 < len(found) < 15 and closed == [True]
+
+@pytest.mark.parametrize("pause", [0.02, 60.0])
+def test_a_run_that_lasts_too_long_ends_with_a_line(
+    tab_page: Any, monkeypatch: pytest.MonkeyPatch, pause: float
+) -> None:
+    """Even within a step that gives no sign of life."""
+    from steer.demo import tabs
+
+    monkeypatch.setattr(tabs, "LIMIT_RUN", 0.2)
+    closed: list[bool] = []
+    found = run(_gathered(_endless(tab_page, closed, pause)))
+    assert (2 < len(found) < 15 if pause < 1 else len(found) == 2) and closed == [True]
     assert found[-1]["line"]["wrong"] and "Stopped after" in found[-1]["line"]["text"]
+
+
+@pytest.mark.parametrize("pause", [0.02, 60.0])
+def test_what_is_stopped_says_so_last(tab_page: Any, pause: float) -> None:
+    """Nothing comes after that line, and only who started it stops it."""
+    closed: list[bool] = []
+    visitor, other = tab_page.visitors.get("one"), tab_page.visitors.get("two")
+
+    async def stopped() -> list[Any]:
+        whole = asyncio.ensure_future(_gathered(_endless(tab_page, closed, pause)))
+        await asyncio.sleep(0.1)
+        assert not other.stop("line") and not visitor.stop("another line")
+        assert visitor.stop("line")
+        return await asyncio.wait_for(whole, 5)
+
+    found = run(stopped())
+    assert [update["line"] for update in found[:-1]] == ["on it"] * (len(found) - 1) and len(found) > 1
+    assert "Stopped" in found[-1]["line"]["text"] and closed == [True]
+    assert not visitor.stop("line")
