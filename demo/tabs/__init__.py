@@ -34,6 +34,7 @@ __all__ = [
     "Page",
     "note",
     "plain",
+    "quiet",
     "reproduce",
     "reproduced",
     "said",
@@ -210,7 +211,14 @@ def stopping(page: Page, button: Any, line: Any) -> None:
     async def stop(request: gr.Request) -> Any:
         return gr.skip() if page.visitor(request).stop(line) else said("Nothing runs here.")
 
-    button.click(stop, None, line, api_name=False, queue=False, show_progress="hidden")
+    button.click(stop, None, line, api_name=False, queue=False, **quiet(line))
+
+
+def quiet(line: Any) -> dict[str, Any]:
+    """Settings of an event of which no progress is shown. Gradio keeps track of it all the same, and copies with every
+    message all that hangs below the components that it would be shown on: so that is the line, and not the outputs.
+    """
+    return {"show_progress": "hidden", "show_progress_on": line}
 
 
 def plain(fields: Sequence[Any]) -> list[Any]:

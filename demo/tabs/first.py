@@ -13,7 +13,7 @@ from steer.demo import parts
 from steer.demo.first_minute import STOPS, frames, recipe
 from steer.demo.recipes import Recipe
 from steer.demo.session import Visitor
-from steer.demo.tabs import Asked, Opening, Page, note, shown_facts, told
+from steer.demo.tabs import Asked, Opening, Page, note, quiet, shown_facts, told
 from steer.demo.tabs.steer import values_of
 
 __all__ = ["build"]
@@ -53,10 +53,10 @@ def build(page: Page) -> Opening:
         filled = values_of(page, asked.visitor, recipe(_index(asked.given["stop"])))
         return {**dict(zip(page.parts["steer"], filled, strict=True)), page.parts["tabs"]: gr.Tabs(selected="steer")}
 
-    quiet: dict[str, Any] = {"api_name": False, "show_progress": "hidden"}
-    slider.moved(move, slider, [tokens, line], trigger_mode="always_last", **quiet)
+    events = {"api_name": False, **quiet(line)}
+    slider.moved(move, slider, [tokens, line], trigger_mode="always_last", **events)
     page.parts["later"].append(
-        lambda: live.click(to_live, slider, [*page.parts["steer"], page.parts["tabs"], line], **quiet).then(
+        lambda: live.click(to_live, slider, [*page.parts["steer"], page.parts["tabs"], line], **events).then(
             None, js="() => document.querySelector('#go').click()"
         )
     )

@@ -16,7 +16,7 @@ from steer.demo.actions.shared import PRESETS
 from steer.demo.recipes import Recipe
 from steer.demo.recipes.frontier import FrontierRecipe
 from steer.demo.session import Visitor
-from steer.demo.tabs import Asked, Opening, Page, note, plain, reproduce, reproduced, said, stopping, told
+from steer.demo.tabs import Asked, Opening, Page, note, plain, quiet, reproduce, reproduced, said, stopping, told
 
 __all__ = ["build"]
 
@@ -118,7 +118,7 @@ def build(page: Page) -> Opening:
                 made: dict[Any, Any] = {line: said(update["say"])} if "say" in update else {}
                 yield made | ({shown: {"points": update["points"]}} if "points" in update else {})
 
-    events: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
+    events = {"concurrency_limit": None, **quiet(line)}
     how_long.click(estimate, fields, [line], api_name="estimate", **events)
     go.click(measure, fields, [line, shown, *code.all()], api_name="frontier", **events)
     stopping(page, stop, line)

@@ -13,7 +13,7 @@ from steer.demo.actions import images as action
 from steer.demo.recipes import Recipe
 from steer.demo.recipes.images import METHODS, ImagesRecipe
 from steer.demo.session import Visitor
-from steer.demo.tabs import Asked, Opening, Page, note, plain, reproduce, reproduced, said, stopping, told
+from steer.demo.tabs import Asked, Opening, Page, note, plain, quiet, reproduce, reproduced, said, stopping, told
 
 __all__ = ["build"]
 
@@ -73,7 +73,7 @@ def build(page: Page) -> Opening:
                 yield made
 
     outputs = [line, shown, *code.all()]
-    go.click(draw, fields, outputs, api_name="images", concurrency_limit=None, show_progress="hidden")
+    go.click(draw, fields, outputs, api_name="images", concurrency_limit=None, **quiet(line))
     stopping(page, stop, line)
 
     def fill(visitor: Visitor, recipe: Recipe | None) -> Sequence[Any]:

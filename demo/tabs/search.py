@@ -13,7 +13,7 @@ from steer.demo.actions import search as action
 from steer.demo.recipes import Recipe
 from steer.demo.recipes.search import MAX_CANDIDATES, SearchRecipe
 from steer.demo.session import Visitor
-from steer.demo.tabs import Asked, Opening, Page, note, plain, reproduce, reproduced, said, stopping, told
+from steer.demo.tabs import Asked, Opening, Page, note, plain, quiet, reproduce, reproduced, said, stopping, told
 
 __all__ = ["WEIGHED", "build", "expression"]
 
@@ -110,12 +110,10 @@ def build(page: Page) -> Opening:
             async for update in updates:
                 yield shown(update)
 
-    go.click(search, fields, outputs, api_name="search", concurrency_limit=None, show_progress="hidden")
+    go.click(search, fields, outputs, api_name="search", concurrency_limit=None, **quiet(line))
     stopping(page, stop, line)
     for slider in sliders:
-        slider.change(
-            lambda *weights: expression(weights), sliders, reward, api_name=False, show_progress="hidden", queue=False
-        )
+        slider.change(lambda *weights: expression(weights), sliders, reward, api_name=False, queue=False, **quiet(line))
 
     def fill(visitor: Visitor, recipe: Recipe | None) -> Sequence[Any]:
         if not isinstance(recipe, SearchRecipe):

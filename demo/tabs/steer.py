@@ -16,7 +16,20 @@ from steer.demo.actions.shared import PRESETS
 from steer.demo.recipes import Recipe
 from steer.demo.recipes.steer import MAX_TOKENS, SteerRecipe
 from steer.demo.session import Visitor
-from steer.demo.tabs import Asked, Opening, Page, note, plain, reproduce, reproduced, said, shown_facts, stopping, told
+from steer.demo.tabs import (
+    Asked,
+    Opening,
+    Page,
+    note,
+    plain,
+    quiet,
+    reproduce,
+    reproduced,
+    said,
+    shown_facts,
+    stopping,
+    told,
+)
 
 __all__ = ["build", "values_of"]
 
@@ -108,7 +121,7 @@ def build(page: Page) -> Opening:
             async for update in updates:
                 yield update
 
-    events: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
+    events = {"concurrency_limit": None, **quiet(line)}
     go.click(steer, inputs, outputs, api_name="steer", **events)
     prompt.submit(steer, inputs, outputs, api_name=False, **events)
     tokens.fork(fork, inputs, outputs, api_name=False, **events)

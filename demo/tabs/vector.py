@@ -17,7 +17,7 @@ from steer.demo.actions.steer import available
 from steer.demo.recipes import Recipe
 from steer.demo.recipes.vector import VectorRecipe
 from steer.demo.session import Visitor
-from steer.demo.tabs import Asked, Opening, Page, note, plain, reproduce, reproduced, said, stopping, told
+from steer.demo.tabs import Asked, Opening, Page, note, plain, quiet, reproduce, reproduced, said, stopping, told
 
 __all__ = ["build"]
 
@@ -110,12 +110,12 @@ def build(page: Page) -> Opening:
             line: said(f"The vector {named} is in the tab Steer."),
         }
 
-    quiet: dict[str, Any] = {"api_name": False, "show_progress": "hidden"}
-    file.upload(read, file, [more, less, line], **quiet)
-    go.click(make, fields, outputs, api_name="make_vector", concurrency_limit=None, show_progress="hidden")
+    events = {"api_name": False, **quiet(line)}
+    file.upload(read, file, [more, less, line], **events)
+    go.click(make, fields, outputs, api_name="make_vector", concurrency_limit=None, **quiet(line))
     stopping(page, stop, line)
     dose = page.parts["dose"]
-    use.click(place, [name, chart, dose], [dose, page.parts["tabs"], line], **quiet)
+    use.click(place, [name, chart, dose], [dose, page.parts["tabs"], line], **events)
 
     def fill(visitor: Visitor, recipe: Recipe | None) -> Sequence[Any]:
         if not isinstance(recipe, VectorRecipe):
