@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import Visit, ask, column, finished, run, texts_of
+from helpers import PAIRS, Visit, ask, column, finished, last, open_tab, run, texts_of
 
 
 def _engine(page: Any) -> Any:
@@ -138,19 +138,67 @@ def test_ten_visitors_decode_together(page: Any) -> None:
 
 @pytest.mark.slow
 def test_ten_open_visitors_survive(page: Any, chromium: Any) -> None:
-    """Ten browsers at once: every one gets its own texts, and the page answers an eleventh."""
-    visits = [Visit(chromium, page.url) for _ in range(10)]
-    for i, visit in enumerate(visits):
-        ask(visit.tab, "tell me about the house" if i % 2 else "tell me about the dog")
+    """Ten browsers at once, each with a strength of its own: each gets its own text, and an eleventh is answered."""
+    from steer.demo.actions import steer as action
+    from steer.demo.recipes.steer import SteerRecipe
+
+    strengths = [round(-3 + 0.6 * i, 1) for i in range(10)]
+    visits = [Visit(chromium, page.url) for _ in strengths]
+    for visit, strength in zip(visits, strengths, strict=True):
+        ask(visit.tab, "tell me about the house", strength=str(strength))
     texts = []
     for visit in visits:
         finished(visit.tab)
         texts.append(texts_of(column(visit.tab, "Steered")))
-    assert all(text == texts[i % 2] for i, text in enumerate(texts)) and texts[0] != texts[1]
     for visit in visits:
         visit.close()
+    shared = page.page.shared
+    given = {"model": shared.text_model, "prompt": "tell me about the house"}
+    for strength, shown in zip(strengths, texts, strict=True):
+        recipe = SteerRecipe.parse({**given, "edits": [{"name": "glad", "strength": strength}]})
+        whole = last(action.run(recipe, shared, page.page.visitors.get("test")))["whole"]
+        assert shown == [token["t"] for token in whole[1]]
+    assert len({tuple(text) for text in texts}) > 2
     eleventh = Visit(chromium, page.url)
     eleventh.close()
+
+
+@pytest.mark.slow
+def test_vectors_of_one_name_stay_with_their_makers(page: Any, chromium: Any) -> None:
+    """Two browsers make a vector of the same name from opposite pairs, and steer with it at the same time."""
+    from steer.demo.actions import steer as action
+    from steer.demo.recipes.steer import SteerRecipe
+
+    visits, sessions = [], []
+    for turn in (1, -1):
+        before = page.page.visitors.sessions()
+        visits.append(Visit(chromium, page.url))
+        tab = visits[-1].tab
+        sessions += page.page.visitors.sessions() - before
+        open_tab(tab, "Make a vector")
+        sides = [[pair[side] for pair in PAIRS] for side in ("positive", "negative")][::turn]
+        tab.fill("#more textarea", "\n".join(sides[0]))
+        tab.fill("#less textarea", "\n".join(sides[1]))
+        tab.click("#make")
+        tab.wait_for_selector(".steer-layers .layer")
+        tab.click("#use")
+        tab.wait_for_selector(".steer-dose .card[aria-label='Edit mine']")
+        tab.locator(".steer-dose .card:not([aria-label='Edit mine']) .drop").click()
+    assert len(sessions) == 2
+    for visit in visits:
+        ask(visit.tab, "tell me about the house", edit="mine")
+    texts = []
+    for visit in visits:
+        finished(visit.tab)
+        texts.append(texts_of(column(visit.tab, "Steered")))
+    given = {"model": page.page.shared.text_model, "prompt": "tell me about the house"}
+    recipe = SteerRecipe.parse({**given, "edits": [{"name": "mine", "strength": 1.5}]})
+    for session, shown in zip(sessions, texts, strict=True):
+        whole = last(action.run(recipe, page.page.shared, page.page.visitors.get(session)))["whole"]
+        assert shown == [token["t"] for token in whole[1]]
+    assert texts[0] != texts[1]
+    for visit in visits:
+        visit.close()
 
 
 def test_who_is_away_for_too_long_is_forgotten() -> None:
