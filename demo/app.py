@@ -18,7 +18,7 @@ from steer.core import SteerError
 from steer.demo.actions.shared import Shared
 from steer.demo.recipes import Recipe, decode
 from steer.demo.session import Visitors
-from steer.demo.tabs import Page, first, frontier, images, note, said, search, steer, vector
+from steer.demo.tabs import Page, first, frontier, images, note, quiet, said, search, steer, vector
 from steer.serving.wire import is_loopback
 
 __all__ = ["Launched", "launch", "make_page"]
@@ -66,7 +66,7 @@ def make_page(page: Page) -> gr.Blocks:
             return values
 
         outputs = [line, tabs, *(output for opening in openings.values() for output in opening.outputs)]
-        blocks.load(opened, None, outputs, api_name=False, show_progress="hidden")
+        blocks.load(opened, None, outputs, api_name=False, **quiet(line))
         blocks.unload(_leaving(page.visitors))
     return blocks
 

@@ -6,13 +6,17 @@ own, which is removed when they leave, or when they have been away for too long.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from steer.core import InputError, check
 
@@ -32,6 +36,26 @@ class Visitor:
 
     folder: Path
     seen: float = field(default_factory=time.monotonic)
+    _runs: list[tuple[Any, asyncio.Event]] = field(default_factory=list)
+
+    @contextmanager
+    def run(self, place: Any) -> Iterator[asyncio.Event]:
+        """Something that runs at a place of the page while the block does; gives an event that is set once it is not
+        wanted any more. For one event loop, as `stop` is.
+        """
+        mine = (place, asyncio.Event())
+        self._runs.append(mine)
+        try:
+            yield mine[1]
+        finally:
+            self._runs.remove(mine)
+
+    def stop(self, place: Any) -> bool:
+        """Stop what runs at a place; says whether anything did."""
+        wanted = [event for where, event in self._runs if where is place]
+        for event in wanted:
+            event.set()
+        return bool(wanted)
 
     def path(self, name: str) -> Path:
         """Where the artifact of this name lies, or will. Raises `InputError` for what is no name."""

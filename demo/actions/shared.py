@@ -92,7 +92,7 @@ class Shared:
         self._engine: TransformersEngine | None = None
         self._images: Any = None
         self._loading = threading.Lock()
-        self._line = Line()
+        self._line, self._fits = Line(), Line()
         self.rewards = Rewards((), None)
         self.policies: dict[Path, Any] = {}
         """Language models that were tuned from the page's, by folder, once they were asked for."""
@@ -139,11 +139,11 @@ class Shared:
         return len(self._line)
 
     @contextmanager
-    def line(self) -> Iterator[AsyncIterator[str]]:
-        """A place in the line in which searches and images wait for each other, kept until the block ends. Gives what
-        to say until it is one's turn; nothing may be done before that has ended.
+    def line(self, fits: bool = False) -> Iterator[AsyncIterator[str]]:
+        """A place in the line in which searches and images wait for each other, or in that of `fits`, kept until the
+        block ends. Gives what to say until it is one's turn; nothing may be done before that has ended.
         """
-        with self._line.place() as ahead:
+        with (self._fits if fits else self._line).place() as ahead:
             yield _until_first(ahead)
 
     def aside(self, work: Callable[[Callable[[Any], None]], Any]) -> AsyncGenerator[Told | Done]:

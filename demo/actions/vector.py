@@ -55,19 +55,22 @@ async def make(recipe: VectorRecipe, shared: Shared, visitor: Visitor) -> AsyncG
     rows = pairs_of(recipe)
     path = visitor.path(recipe.name)
     visitor.check_room(1 << 22)
-    async for text in shared.ready():
-        yield {"say": text}
-    settings: dict[str, Any] = {"method": recipe.method, "seed": recipe.seed}
-    settings |= {"layers": recipe.layers.replace(" ", "")} if recipe.layers else {}
-    async with aclosing(shared.fit(rows, path, **settings)) as steps:
-        async for done, total in steps:
-            yield {"say": f"{done} of {total} texts read"}
-    yield {"say": "Comparing with random directions"}
-    baseline: list[float] = []
-    async with aclosing(shared.engine().run_work(_random(shared, rows, recipe.seed))) as steps:
-        async for event in steps:
-            if isinstance(event, Done):
-                baseline = event.value
+    with shared.line(fits=True) as turn:
+        async for text in turn:
+            yield {"say": text}
+        async for text in shared.ready():
+            yield {"say": text}
+        settings: dict[str, Any] = {"method": recipe.method, "seed": recipe.seed}
+        settings |= {"layers": recipe.layers.replace(" ", "")} if recipe.layers else {}
+        async with aclosing(shared.fit(rows, path, **settings)) as steps:
+            async for done, total in steps:
+                yield {"say": f"{done} of {total} texts read"}
+        yield {"say": "Comparing with random directions"}
+        baseline: list[float] = []
+        async with aclosing(shared.engine().run_work(_random(shared, rows, recipe.seed))) as steps:
+            async for event in steps:
+                if isinstance(event, Done):
+                    baseline = event.value
     card = read_card(path)
     yield {
         "name": recipe.name,

@@ -21,13 +21,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from steer.core import InputError, check
 
-__all__ = ["LIMIT_ADDRESS", "LIMIT_TEXT", "Job", "Recipe", "decode", "encode"]
+__all__ = ["LIMIT_ADDRESS", "LIMIT_TEXT", "Job", "Recipe", "decode", "encode", "fitted", "fitting"]
 
 LIMIT_ADDRESS = 6_000
 """Characters of a recipe in an address: browsers and proxies cut longer ones."""
 LIMIT_TEXT = 16_000
 """Characters of one text field."""
 _LIMIT_JSON = 64_000
+_FOLDER = "${recipes}"
+"""The folder of what steer ships, as a recipe of `steer run` calls it; `shipped` names a file in it."""
+_FIND = "recipes=$(python -c 'import steer.recipes; print(*steer.recipes.__path__)')\n"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Job:
     name: str
     command: str
     settings: dict[str, Any]
+    shipped: str = ""
+    """The file of pairs that it reads, where steer ships it."""
 
     def line(self) -> str:
         """The command line."""
@@ -45,7 +50,32 @@ class Job:
             option = "--" + key.replace("_", "-")
             for one in value if isinstance(value, list) else [value]:
                 words += [option] if one is True else [] if one is False else [f"{option}={one}"]
-        return shlex.join(words)
+        return shlex.join(words) + (f' --pairs="$recipes/{self.shipped}"' if self.shipped else "")
+
+    def step(self) -> dict[str, Any]:
+        """The same in a recipe of `steer run`, in which `${` begins a variable."""
+        settings = {key: _literal(value) for key, value in self.settings.items()}
+        settings |= {"pairs": f"{_FOLDER}/{self.shipped}"} if self.shipped else {}
+        return {"name": self.name, "command": self.command, "settings": settings}
+
+
+def fitting(model: str, name: str, pairs: str) -> Job:
+    """The command that fits a vector to shipped pairs."""
+    return Job(f"fit-{name}", "train vector", {"model": model, "out": f"{name}.safetensors"}, f"{pairs}.jsonl")
+
+
+def fitted(name: str, pairs: str) -> list[str]:
+    """The lines of Python that do the same with `model`."""
+    return [
+        f"pairs = importlib.resources.files('steer.recipes') / {f'{pairs}.jsonl'!r}",
+        f"steer.train_vector(model, str(pairs)).save({f'{name}.safetensors'!r})",
+    ]
+
+
+def _literal(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_literal(one) for one in value]
+    return value.replace("${", "${dollar}{") if isinstance(value, str) else value
 
 
 class Recipe(BaseModel):
@@ -87,12 +117,15 @@ class Recipe(BaseModel):
 
     def commands(self) -> str:
         """Command lines."""
-        return "\n".join(job.line() for job in self.jobs())
+        jobs = self.jobs()
+        return (_FIND if any(job.shipped for job in jobs) else "") + "\n".join(job.line() for job in jobs)
 
     def yaml(self) -> str:
         """A recipe for `steer run FILE.yaml`."""
-        steps = [{"name": j.name, "command": j.command, "settings": j.settings} for j in self.jobs()]
-        made = {"description": f"Made on the page of steer demo, tab {self.tab}.", "steps": steps}
+        made: dict[str, Any] = {"description": f"Made on the page of steer demo, tab {self.tab}."}
+        made["steps"] = [job.step() for job in self.jobs()]
+        if "${dollar}" in json.dumps(made):
+            made["variables"] = {"dollar": "$"}
         return yaml.safe_dump(made, sort_keys=False, allow_unicode=True, width=100)
 
     def curl(self) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from steer.demo.recipes import LIMIT_TEXT, Job, Recipe
+from steer.demo.recipes import LIMIT_TEXT, Job, Recipe, fitted, fitting
 from steer.demo.recipes.steer import EditChoice
 from steer.measure.frontier import SWEEPS
 
@@ -63,15 +63,13 @@ class FrontierRecipe(Recipe):
         return [edit for edit in self.edits if edit.pairs]
 
     def jobs(self) -> list[Job]:
-        made = []
-        for edit in self._fits():
-            given: dict[str, Any] = {
-                "model": self.model,
-                "pairs": f"recipes/{edit.pairs}.jsonl",
-                "out": f"{edit.name}.safetensors",
-            }
-            made.append(Job(f"fit-{edit.name}", "train vector", given))
-        given = {"model": self.model, "prompts": _PROMPTS, "reward": self.reward, "method": list(self.methods)}
+        made = [fitting(self.model, edit.name, edit.pairs) for edit in self._fits()]
+        given: dict[str, Any] = {
+            "model": self.model,
+            "prompts": _PROMPTS,
+            "reward": self.reward,
+            "method": list(self.methods),
+        }
         if self.edits:
             given |= {"edit": [f"{edit.name}.safetensors" for edit in self.edits]}
             given |= {"strengths": ",".join(f"{x:g}" for x in self.strengths)}
@@ -89,13 +87,12 @@ class FrontierRecipe(Recipe):
         return f"# Reads {_PROMPTS}, which the command line's first lines write.\n{super().yaml()}"
 
     def python(self) -> str:
-        lines = ["import steer", "from steer.measure.frontier import SWEEPS", ""]
+        head = ["import importlib.resources", ""] if self._fits() else []
+        lines = [*head, "import steer", "from steer.measure.frontier import SWEEPS", ""]
         lines += [f"model = steer.load({self.model!r})", f"prompts = {list(self.prompts)!r}"]
         lines.append(f"methods = {{name: SWEEPS[name] for name in {list(self.methods)!r}}}")
         for edit in self._fits():
-            lines.append(
-                f"steer.train_vector(model, 'recipes/{edit.pairs}.jsonl').save({edit.name + '.safetensors'!r})"
-            )
+            lines += fitted(edit.name, edit.pairs)
         for edit in self.edits:
             file = f"{edit.name}.safetensors:{{x:g}}"
             lines.append(f"methods[{edit.name!r}] = [{{'edits': f{file!r}}} for x in {list(self.strengths)!r}]")

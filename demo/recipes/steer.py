@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from steer.artifacts import MAX_STRENGTH
-from steer.demo.recipes import LIMIT_TEXT, Job, Recipe
+from steer.demo.recipes import LIMIT_TEXT, Job, Recipe, fitted, fitting
 
 __all__ = ["MAX_TOKENS", "EditChoice", "SteerRecipe"]
 
@@ -72,15 +72,7 @@ class SteerRecipe(Recipe):
         return {"tuned": edit.name, "w": edit.strength}
 
     def jobs(self) -> list[Job]:
-        fits = [
-            Job(
-                f"fit-{edit.name}",
-                "train vector",
-                {"model": self.model, "pairs": f"recipes/{edit.pairs}.jsonl", "out": f"{edit.name}.safetensors"},
-            )
-            for edit in self.edits
-            if edit.pairs
-        ]
+        fits = [fitting(self.model, edit.name, edit.pairs) for edit in self.edits if edit.pairs]
         asked = {"model": self.model, "prompt": self.prompt, **({"raw": True} if self.raw else {}), **self._drawing()}
         made = [*fits, Job("unsteered", "generate", asked)]
         if self.edits:
@@ -99,12 +91,9 @@ class SteerRecipe(Recipe):
         lines = ["import steer", "", f"model = steer.load({self.model!r})"]
         fits = [edit for edit in self.edits if edit.pairs]
         if fits:
-            lines[0:1] = ["import json", "", "import steer"]
+            lines[0:1] = ["import importlib.resources", "", "import steer"]
         for edit in fits:
-            lines += [
-                f"pairs = [json.loads(line) for line in open('recipes/{edit.pairs}.jsonl')]",
-                f"steer.train_vector(model, pairs).save({f'{edit.name}.safetensors'!r})",
-            ]
+            lines += fitted(edit.name, edit.pairs)
         lines += [f"prompt = {prompt}", f"print(model.generate(prompt{given}).texts[0])"]
         process = {key: value for key, value in self._drawing().items() if key in ("max_new_tokens", "temperature")}
         settings = ", ".join(f"{key}={value!r}" for key, value in process.items())

@@ -6,7 +6,8 @@ It is called inside the tab's own `with gr.Tab(...)`, makes the components, wire
 returns how the tab is filled when the page opens: its `outputs`, and a function that is given the visitor and the
 recipe in the address (None where there is none for this tab) and returns a value for each output.
 
-Handlers are wrapped in `told`: what a person can mend becomes one line in the tab's note, and the page goes on working.
+Handlers are wrapped in `told`, which gives them what was asked as one `Asked`: what a person can mend becomes one line
+in the tab's note, Stop ends them with another, and the page goes on working.
 """
 
 from __future__ import annotations
@@ -15,19 +16,32 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
 from typing import Any
 
 import gradio as gr
 
-from steer.core import SteerError
+from steer.core import InputError, SteerError
 from steer.demo.actions.shared import Shared
 from steer.demo.recipes import Recipe, encode
 from steer.demo.session import Visitor, Visitors
 
-__all__ = ["LIMIT_RUN", "Opening", "Page", "note", "reproduce", "reproduced", "said", "shown_facts", "stopping", "told"]
+__all__ = [
+    "LIMIT_RUN",
+    "Asked",
+    "Opening",
+    "Page",
+    "note",
+    "plain",
+    "quiet",
+    "reproduce",
+    "reproduced",
+    "said",
+    "shown_facts",
+    "stopping",
+    "told",
+]
 
 log = logging.getLogger("steer.demo")
 
@@ -94,52 +108,124 @@ def said(text: str, wrong: bool = False) -> dict[str, Any]:
     return {"text": text[:2000], "wrong": wrong}
 
 
-def told(line: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A handler (a function or an async generator of `{component: value}`) whose errors end as one line in `line`."""
+@dataclass(frozen=True)
+class Asked:
+    """What a handler is asked."""
 
-    def wrapping(handler: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(handler)
-        async def wrapped(*args: Any) -> AsyncIterator[Any]:
-            until = time.monotonic() + LIMIT_RUN
+    visitor: Visitor
+    given: dict[str, Any]
+    """What stands in the fields, by name; not checked yet."""
+    data: Any = None
+    """What the event carries."""
+
+    def text(self, name: str) -> str:
+        """A field that holds a text; an empty one is the empty text. Raises `InputError`."""
+        value = self.given[name]
+        if not isinstance(value, str | None):
+            raise InputError(name, str(value)[:80], "a text")
+        return value or ""
+
+
+Handler = Callable[[Asked], Any]
+"""A function, a coroutine function or an async generator function of what was asked; gives `{component: value}`."""
+
+
+def told(page: Page, line: Any, names: Sequence[str] = ()) -> Callable[[Handler], Callable[..., AsyncIterator[Any]]]:
+    """A handler whose errors end as one line in `line`, as what takes too long does and what its visitor stops.
+
+    Gradio calls it with the values of an event's inputs, which are called `names`, as the named endpoint's arguments.
+    """
+
+    def wrapping(handler: Handler) -> Callable[..., AsyncIterator[Any]]:
+        async def wrapped(request: gr.Request, event: gr.EventData, *values: Any) -> AsyncIterator[Any]:
             try:
-                if inspect.isasyncgenfunction(handler):
-                    updates = handler(*args)
-                    try:
-                        async for update in updates:
-                            yield update
-                            if time.monotonic() > until:
-                                raise SteerError(
-                                    f"Stopped after {LIMIT_RUN / 60:.0f} minutes, which is all one run gets"
-                                )
-                    finally:
-                        await updates.aclose()
-                elif inspect.iscoroutinefunction(handler):
-                    yield await handler(*args)
-                else:
-                    yield await asyncio.to_thread(handler, *args)
+                visitor = page.visitor(request)
+                asked = Asked(visitor, dict(zip(names, values, strict=True)), event._data if event else None)
+                with visitor.run(line) as stopped:
+                    async for update in _while_wanted(_updates(handler, asked), stopped):
+                        yield update
+                    if stopped.is_set():
+                        yield {line: said("Stopped. What was there by then is kept.")}
             except SteerError as error:
                 yield {line: said(str(error), wrong=True)}
             except Exception as error:  # ours to mend: the log has it, the page goes on
                 log.error("an action failed", exc_info=error)
                 yield {line: said(f"Something went wrong here ({type(error).__name__}). Try again.", wrong=True)}
 
+        known = list(inspect.signature(wrapped).parameters.values())[:2]
+        own = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+        wrapped.__signature__ = inspect.Signature(known + own)  # type: ignore[attr-defined]
+        wrapped.__name__ = handler.__name__
         return wrapped
 
     return wrapping
 
 
-def stopping(button: Any, line: Any, running: Sequence[Any]) -> None:
-    """Let a button stop what runs. What it has shown by then is kept."""
+async def _updates(handler: Handler, asked: Asked) -> AsyncGenerator[Any]:
+    """What a handler of any kind gives."""
+    if inspect.isasyncgenfunction(handler):
+        updates = handler(asked)
+        try:
+            async for update in updates:
+                yield update
+        finally:
+            await updates.aclose()
+    elif inspect.iscoroutinefunction(handler):
+        yield await handler(asked)
+    else:
+        yield await asyncio.to_thread(handler, asked)
 
-    async def stopped() -> dict[str, Any]:
-        await asyncio.sleep(_LATE)
-        return said("Stopped. What was there by then is kept.")
 
-    button.click(stopped, None, line, cancels=list(running), api_name=False, queue=False, show_progress="hidden")
+async def _while_wanted(updates: AsyncGenerator[Any], stopped: asyncio.Event) -> AsyncGenerator[Any]:
+    """Updates until the event is set, be it in the middle of a step, or the time is over: then raises `SteerError`."""
+    until = time.monotonic() + LIMIT_RUN
+    stopping = asyncio.ensure_future(stopped.wait())
+    following: asyncio.Future[Any] | None = None
+    try:
+        while not stopped.is_set():
+            following = asyncio.ensure_future(anext(updates, _END))
+            left = max(0.0, until - time.monotonic())
+            await asyncio.wait({following, stopping}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if stopped.is_set():
+                return
+            if not following.done() or time.monotonic() > until:
+                raise SteerError(f"Stopped after {LIMIT_RUN / 60:.0f} minutes, which is all one run gets")
+            update = following.result()
+            if update is _END:
+                return
+            yield update
+    finally:
+        stopping.cancel()
+        if following is not None:
+            following.cancel()
+            await asyncio.wait({following})
+        await updates.aclose()
 
 
-_LATE = 0.4
-"""Seconds in which the last updates of what was stopped still arrive."""
+_END = object()
+
+
+def stopping(page: Page, button: Any, line: Any) -> None:
+    """Let a button stop what runs in the tab of this line. The run itself says so, after the last that it shows."""
+
+    async def stop(request: gr.Request) -> Any:
+        return gr.skip() if page.visitor(request).stop(line) else said("Nothing runs here.")
+
+    button.click(stop, None, line, api_name=False, queue=False, **quiet(line))
+
+
+def quiet(line: Any) -> dict[str, Any]:
+    """Settings of an event of which no progress is shown. Gradio keeps track of it all the same, and copies with every
+    message all that hangs below the components that it would be shown on: so that is the line, and not the outputs.
+    """
+    return {"show_progress": "hidden", "show_progress_on": line}
+
+
+def plain(fields: Sequence[Any]) -> list[Any]:
+    """Fields whose values come as they are: what is wrong in them is said in the tab's line, and not by Gradio."""
+    for each in fields:
+        each.preprocess = lambda value: value
+    return list(fields)
 
 
 def shown_facts(facts: dict[str, Any]) -> list[list[str]]:

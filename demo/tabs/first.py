@@ -13,7 +13,7 @@ from steer.demo import parts
 from steer.demo.first_minute import STOPS, frames, recipe
 from steer.demo.recipes import Recipe
 from steer.demo.session import Visitor
-from steer.demo.tabs import Opening, Page, note, shown_facts, told
+from steer.demo.tabs import Asked, Opening, Page, note, quiet, shown_facts, told
 from steer.demo.tabs.steer import values_of
 
 __all__ = ["build"]
@@ -44,30 +44,21 @@ def build(page: Page) -> Opening:
     gr.Markdown(_COST, elem_classes=["terms"])
     live = gr.Button("Now with the live model", variant="primary", elem_id="live")
 
-    @told(line)
-    def moved(value: Any) -> dict[Any, Any]:
-        index = _index(value)
-        return {tokens: _frame(index)}
+    @told(page, line, ("stop",))
+    def move(asked: Asked) -> dict[Any, Any]:
+        return {tokens: _frame(_index(asked.given["stop"]))}
 
-    async def on_moved(value: Any) -> Any:
-        async for update in moved(value):
-            yield update
-
-    @told(line)
-    def to_live(value: Any, request: gr.Request) -> dict[Any, Any]:
-        index = _index(value)
-        filled = values_of(page, page.visitor(request), recipe(index))
+    @told(page, line, ("stop",))
+    def to_live(asked: Asked) -> dict[Any, Any]:
+        filled = values_of(page, asked.visitor, recipe(_index(asked.given["stop"])))
         return {**dict(zip(page.parts["steer"], filled, strict=True)), page.parts["tabs"]: gr.Tabs(selected="steer")}
 
-    async def on_live(value: Any, request: gr.Request) -> Any:
-        async for update in to_live(value, request):
-            yield update
-
-    slider.moved(on_moved, slider, [tokens, line], api_name=False, show_progress="hidden", trigger_mode="always_last")
+    events = {"api_name": False, **quiet(line)}
+    slider.moved(move, slider, [tokens, line], trigger_mode="always_last", **events)
     page.parts["later"].append(
-        lambda: live.click(
-            on_live, slider, [*page.parts["steer"], page.parts["tabs"], line], api_name=False, show_progress="hidden"
-        ).then(None, js="() => document.querySelector('#go').click()")
+        lambda: live.click(to_live, slider, [*page.parts["steer"], page.parts["tabs"], line], **events).then(
+            None, js="() => document.querySelector('#go').click()"
+        )
     )
 
     def fill(visitor: Visitor, recipe: Recipe | None) -> Sequence[Any]:

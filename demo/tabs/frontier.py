@@ -16,7 +16,7 @@ from steer.demo.actions.shared import PRESETS
 from steer.demo.recipes import Recipe
 from steer.demo.recipes.frontier import FrontierRecipe
 from steer.demo.session import Visitor
-from steer.demo.tabs import Opening, Page, note, reproduce, reproduced, said, stopping, told
+from steer.demo.tabs import Asked, Opening, Page, note, plain, quiet, reproduce, reproduced, said, stopping, told
 
 __all__ = ["build"]
 
@@ -72,69 +72,56 @@ def build(page: Page) -> Opening:
             line = note(elem_id="frontier-note")
             shown = parts.part("frontier", {"points": []}, elem_id="frontier")
             code = reproduce()
-    fields = [prompts, reward, methods, edits, strengths, system, count, length, temperature, seed]
+    fields = plain([prompts, reward, methods, edits, strengths, system, count, length, temperature, seed])
+    names = (
+        "prompts",
+        "reward",
+        "methods",
+        "edits",
+        "strengths",
+        "system",
+        "n",
+        "max_tokens",
+        "temperature",
+        "seed",
+    )
 
-    def recipe_of(values: Sequence[Any], request: gr.Request) -> FrontierRecipe:
-        lines, score, names, vectors, sizes, wish, n, tokens, heat, number = values
-        visitor = page.visitor(request)
-        known = page.shared.named(visitor)
-        wanted = [name.strip() for name in (vectors or "").split(",") if name.strip()]
+    def recipe_of(asked: Asked) -> FrontierRecipe:
+        known = page.shared.named(asked.visitor)
+        wanted = [name.strip() for name in asked.text("edits").split(",") if name.strip()]
         for name in wanted:
             if name not in known:
-                raise InputError("edits", name, ", ".join(known))
-        given: dict[str, Any] = {
-            "prompts": [text.strip() for text in (lines or "").splitlines() if text.strip()],
-            "reward": score or "",
-            "methods": names or [],
+                raise InputError("edits", name[:80], ", ".join(known))
+        made: dict[str, Any] = {
+            "model": page.shared.text_model,
+            "prompts": [text.strip() for text in asked.text("prompts").splitlines() if text.strip()],
             "edits": [
-                {"name": name, "strength": 0.0, "pairs": page.shared.pairs_behind(name, visitor)} for name in wanted
+                {"name": name, "strength": 0.0, "pairs": page.shared.pairs_behind(name, asked.visitor)}
+                for name in wanted
             ],
-            "strengths": _numbers(sizes or "") if wanted else [],
-            "system": wish or "",
-            "n": n,
-            "max_tokens": tokens,
-            "temperature": heat,
-            "seed": number,
+            "strengths": _numbers(asked.text("strengths")) if wanted else [],
         }
-        return FrontierRecipe.parse({"model": page.shared.text_model, **given})
+        return FrontierRecipe.parse({**asked.given, **made})
 
-    @told(line)
-    async def estimate(*values: Any) -> AsyncGenerator[dict[Any, Any]]:
-        *given, request = values
-        async with aclosing(action.estimate(recipe_of(given, request), page.shared)) as updates:
+    @told(page, line, names)
+    async def estimate(asked: Asked) -> AsyncGenerator[dict[Any, Any]]:
+        async with aclosing(action.estimate(recipe_of(asked), page.shared)) as updates:
             async for update in updates:
                 yield {line: said(update["say"])}
 
-    @told(line)
-    async def measure(*values: Any) -> AsyncGenerator[dict[Any, Any]]:
-        *given, request = values
-        recipe = recipe_of(given, request)
+    @told(page, line, names)
+    async def measure(asked: Asked) -> AsyncGenerator[dict[Any, Any]]:
+        recipe = recipe_of(asked)
         yield {**reproduced(code, recipe), shown: {"points": []}, line: said("")}
-        async with aclosing(action.run(recipe, page.shared, page.visitor(request))) as updates:
+        async with aclosing(action.run(recipe, page.shared, asked.visitor)) as updates:
             async for update in updates:
                 made: dict[Any, Any] = {line: said(update["say"])} if "say" in update else {}
                 yield made | ({shown: {"points": update["points"]}} if "points" in update else {})
 
-    # Gradio finds what else a handler wants by its annotations.
-    async def on_estimate(
-        a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any, j: Any, request: gr.Request
-    ) -> Any:
-        async for update in estimate(a, b, c, d, e, f, g, h, i, j, request):
-            yield update
-
-    async def on_measure(
-        a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any, j: Any, request: gr.Request
-    ) -> Any:
-        async for update in measure(a, b, c, d, e, f, g, h, i, j, request):
-            yield update
-
-    events: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
-    outputs = [line, shown, *code.all()]
-    running = [
-        how_long.click(on_estimate, fields, [line], api_name="estimate", **events),
-        go.click(on_measure, fields, outputs, api_name="frontier", **events),
-    ]
-    stopping(stop, line, running)
+    events = {"concurrency_limit": None, **quiet(line)}
+    how_long.click(estimate, fields, [line], api_name="estimate", **events)
+    go.click(measure, fields, [line, shown, *code.all()], api_name="frontier", **events)
+    stopping(page, stop, line)
 
     def fill(visitor: Visitor, recipe: Recipe | None) -> Sequence[Any]:
         if not isinstance(recipe, FrontierRecipe):

@@ -13,7 +13,7 @@ from steer.demo.actions import images as action
 from steer.demo.recipes import Recipe
 from steer.demo.recipes.images import METHODS, ImagesRecipe
 from steer.demo.session import Visitor
-from steer.demo.tabs import Opening, Page, note, reproduce, reproduced, said, stopping, told
+from steer.demo.tabs import Asked, Opening, Page, note, plain, quiet, reproduce, reproduced, said, stopping, told
 
 __all__ = ["build"]
 
@@ -58,13 +58,12 @@ def build(page: Page) -> Opening:
             line = note(elem_id="images-note")
             shown = parts.part("images", None, elem_id="images")
             code = reproduce()
-    fields = [prompt, reward, methods, particles, steps, beta, w, seed]
+    fields = plain([prompt, reward, methods, particles, steps, beta, w, seed])
     names = ("prompt", "reward", "methods", "particles", "steps", "beta", "w", "seed")
 
-    @told(line)
-    async def draw(*values: Any) -> AsyncGenerator[dict[Any, Any]]:
-        given = dict(zip(names, values, strict=True))
-        recipe = ImagesRecipe.parse({"model": page.shared.image_model, **given})
+    @told(page, line, names)
+    async def draw(asked: Asked) -> AsyncGenerator[dict[Any, Any]]:
+        recipe = ImagesRecipe.parse({"model": page.shared.image_model, **asked.given})
         yield {**reproduced(code, recipe), shown: None, line: said("")}
         async with aclosing(action.run(recipe, page.shared)) as updates:
             async for update in updates:
@@ -73,19 +72,9 @@ def build(page: Page) -> Opening:
                     made[shown] = {**{key: update[key] for key in ("columns", "count", "methods")}, "w": recipe.w}
                 yield made
 
-    async def on_draw(a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
-        async for update in draw(a, b, c, d, e, f, g, h):
-            yield update
-
-    drawing = go.click(
-        on_draw,
-        fields,
-        [line, shown, *code.all()],
-        api_name="images",
-        concurrency_limit=None,
-        show_progress="hidden",
-    )
-    stopping(stop, line, [drawing])
+    outputs = [line, shown, *code.all()]
+    go.click(draw, fields, outputs, api_name="images", concurrency_limit=None, **quiet(line))
+    stopping(page, stop, line)
 
     def fill(visitor: Visitor, recipe: Recipe | None) -> Sequence[Any]:
         if not isinstance(recipe, ImagesRecipe):

@@ -13,7 +13,7 @@ from steer.demo.actions import search as action
 from steer.demo.recipes import Recipe
 from steer.demo.recipes.search import MAX_CANDIDATES, SearchRecipe
 from steer.demo.session import Visitor
-from steer.demo.tabs import Opening, Page, note, reproduce, reproduced, said, stopping, told
+from steer.demo.tabs import Asked, Opening, Page, note, plain, quiet, reproduce, reproduced, said, stopping, told
 
 __all__ = ["WEIGHED", "build", "expression"]
 
@@ -82,7 +82,7 @@ def build(page: Page) -> Opening:
             tree = parts.part("tree", None, elem_id="search-tree")
             table = parts.part("candidates", {"rows": [], "facts": []}, elem_id="search-table")
             code = reproduce()
-    fields = [prompt, reward, sampler, budget, length, beta, temperature, seed]
+    fields = plain([prompt, reward, sampler, budget, length, beta, temperature, seed])
     names = ("prompt", "reward", "sampler", "budget", "max_tokens", "beta", "temperature", "seed")
     outputs = [line, best, curve, lineage, tree, table, *code.all()]
 
@@ -101,33 +101,19 @@ def build(page: Page) -> Opening:
             made |= {line: said("Done.")}
         return made
 
-    @told(line)
-    async def search(*values: Any) -> AsyncGenerator[dict[Any, Any]]:
-        given = dict(zip(names, values, strict=True))
-        recipe = SearchRecipe.parse({"model": page.shared.text_model, **given})
+    @told(page, line, names)
+    async def search(asked: Asked) -> AsyncGenerator[dict[Any, Any]]:
+        recipe = SearchRecipe.parse({"model": page.shared.text_model, **asked.given})
         empty: dict[Any, Any] = {best: "", curve: None, lineage: None, tree: None, table: {"rows": [], "facts": []}}
         yield {**reproduced(code, recipe), **empty, line: said("")}
         async with aclosing(action.run(recipe, page.shared)) as updates:
             async for update in updates:
                 yield shown(update)
 
-    async def on_search(a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
-        async for update in search(a, b, c, d, e, f, g, h):
-            yield update
-
-    searching = go.click(
-        on_search,
-        fields,
-        outputs,
-        api_name="search",
-        concurrency_limit=None,
-        show_progress="hidden",
-    )
-    stopping(stop, line, [searching])
+    go.click(search, fields, outputs, api_name="search", concurrency_limit=None, **quiet(line))
+    stopping(page, stop, line)
     for slider in sliders:
-        slider.change(
-            lambda *weights: expression(weights), sliders, reward, api_name=False, show_progress="hidden", queue=False
-        )
+        slider.change(lambda *weights: expression(weights), sliders, reward, api_name=False, queue=False, **quiet(line))
 
     def fill(visitor: Visitor, recipe: Recipe | None) -> Sequence[Any]:
         if not isinstance(recipe, SearchRecipe):

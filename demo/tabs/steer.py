@@ -16,7 +16,20 @@ from steer.demo.actions.shared import PRESETS
 from steer.demo.recipes import Recipe
 from steer.demo.recipes.steer import MAX_TOKENS, SteerRecipe
 from steer.demo.session import Visitor
-from steer.demo.tabs import Opening, Page, note, reproduce, reproduced, said, shown_facts, stopping, told
+from steer.demo.tabs import (
+    Asked,
+    Opening,
+    Page,
+    note,
+    plain,
+    quiet,
+    reproduce,
+    reproduced,
+    said,
+    shown_facts,
+    stopping,
+    told,
+)
 
 __all__ = ["build", "values_of"]
 
@@ -60,30 +73,29 @@ def build(page: Page) -> Opening:
             tokens = parts.tokens(elem_id="tokens")
             gr.Markdown(_TERMS, elem_classes=["terms"])
             code = reproduce()
-    inputs = [prompt, raw, dose, system, reward, temperature, length, seed]
+    inputs = plain([prompt, raw, dose, system, reward, temperature, length, seed])
+    names = ("prompt", "raw", "edits", "system", "reward", "temperature", "max_tokens", "seed")
     outputs = [tokens, line, *code.all()]
 
-    def recipe_of(
-        request: gr.Request, values: Sequence[Any], script: Sequence[int] = (), branch: int = 1
-    ) -> SteerRecipe:
-        text, as_it_stands, edits, wish, score, heat, count, number = values
+    def recipe_of(asked: Asked, script: Sequence[int] = (), branch: int = 1) -> SteerRecipe:
+        edits = asked.given["edits"]
         cards = edits.get("cards") if isinstance(edits, dict) else None
         if not isinstance(cards, list) or not all(isinstance(card, dict) for card in cards):
-            raise InputError("edits", edits, "cards of edits")
+            raise InputError("edits", str(edits)[:80], "cards of edits")
         chosen = [
             {**card, "layers": card.get("layers") or "", "scope": card.get("scope") or ""}
-            | {"pairs": page.shared.pairs_behind(card.get("name"), page.visitor(request))}
-            | {"policy": page.shared.is_policy(card.get("name"), page.visitor(request))}
+            | {"pairs": page.shared.pairs_behind(card.get("name"), asked.visitor)}
+            | {"policy": page.shared.is_policy(card.get("name"), asked.visitor)}
             for card in cards
         ]
-        given = {"prompt": text or "", "raw": bool(as_it_stands), "edits": chosen, "system": wish or ""}
-        given |= {"reward": score or "", "temperature": heat, "max_tokens": count, "seed": number}
-        return SteerRecipe.parse({"model": page.shared.text_model, **given, "script": script, "branch": branch})
+        given = {**asked.given, "model": page.shared.text_model, "edits": chosen, "script": script, "branch": branch}
+        given |= {name: asked.text(name) for name in ("prompt", "system", "reward")}
+        return SteerRecipe.parse(given)
 
-    async def stream(recipe: SteerRecipe, request: gr.Request) -> AsyncGenerator[dict[Any, Any]]:
+    async def stream(recipe: SteerRecipe, visitor: Visitor) -> AsyncGenerator[dict[Any, Any]]:
         value: dict[str, Any] = {"run": next(_RUNS), "columns": [], "add": [], "done": []}
         yield {**reproduced(code, recipe), line: said("")}
-        async with aclosing(action.run(recipe, page.shared, page.visitor(request))) as updates:
+        async with aclosing(action.run(recipe, page.shared, visitor)) as updates:
             async for update in updates:
                 if "say" in update:
                     yield {line: said(update["say"])}
@@ -93,41 +105,27 @@ def build(page: Page) -> Opening:
                     value = {**value, "add": [], **shown, "done": done}
                     yield {tokens: value, line: said(_ending(update))}
 
-    @told(line)
-    async def steer(*values: Any) -> AsyncGenerator[dict[Any, Any]]:
-        *given, request = values
-        async with aclosing(stream(recipe_of(request, given), request)) as updates:
+    @told(page, line, names)
+    async def steer(asked: Asked) -> AsyncGenerator[dict[Any, Any]]:
+        async with aclosing(stream(recipe_of(asked), asked.visitor)) as updates:
             async for update in updates:
                 yield update
 
-    @told(line)
-    async def fork(*values: Any) -> AsyncGenerator[dict[Any, Any]]:
-        *given, event, request = values
-        data = event._data if isinstance(event._data, dict) else {}
+    @told(page, line, names)
+    async def fork(asked: Asked) -> AsyncGenerator[dict[Any, Any]]:
+        data = asked.data if isinstance(asked.data, dict) else {}
         script, branch = data.get("script"), data.get("column")
         if not isinstance(script, list) or not isinstance(branch, int):
-            raise InputError("fork", data, "a column and its tokens")
-        async with aclosing(stream(recipe_of(request, given, script, branch), request)) as updates:
+            raise InputError("fork", str(data)[:80], "a column and its tokens")
+        async with aclosing(stream(recipe_of(asked, script, branch), asked.visitor)) as updates:
             async for update in updates:
                 yield update
 
-    # Gradio finds what else a handler wants by its annotations.
-    async def on_steer(a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, request: gr.Request) -> Any:
-        async for update in steer(a, b, c, d, e, f, g, h, request):
-            yield update
-
-    async def on_fork(
-        a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, event: gr.EventData, request: gr.Request
-    ) -> Any:
-        async for update in fork(a, b, c, d, e, f, g, h, event, request):
-            yield update
-
-    running = [
-        go.click(on_steer, inputs, outputs, api_name="steer", concurrency_limit=None, show_progress="hidden"),
-        prompt.submit(on_steer, inputs, outputs, api_name=False, concurrency_limit=None, show_progress="hidden"),
-        tokens.fork(on_fork, inputs, outputs, api_name=False, concurrency_limit=None, show_progress="hidden"),
-    ]
-    stopping(stop, line, running)
+    events = {"concurrency_limit": None, **quiet(line)}
+    go.click(steer, inputs, outputs, api_name="steer", **events)
+    prompt.submit(steer, inputs, outputs, api_name=False, **events)
+    tokens.fork(fork, inputs, outputs, api_name=False, **events)
+    stopping(page, stop, line)
 
     def fill(visitor: Visitor, recipe: Recipe | None) -> Sequence[Any]:
         return values_of(page, visitor, recipe if isinstance(recipe, SteerRecipe) else None)

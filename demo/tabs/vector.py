@@ -17,7 +17,7 @@ from steer.demo.actions.steer import available
 from steer.demo.recipes import Recipe
 from steer.demo.recipes.vector import VectorRecipe
 from steer.demo.session import Visitor
-from steer.demo.tabs import Opening, Page, note, reproduce, reproduced, said, stopping, told
+from steer.demo.tabs import Asked, Opening, Page, note, plain, quiet, reproduce, reproduced, said, stopping, told
 
 __all__ = ["build"]
 
@@ -70,20 +70,14 @@ def build(page: Page) -> Opening:
     code = reproduce()
     outputs = [line, chart, card, use, take, *code.all()]
 
-    @told(line)
-    async def make(*values: Any) -> AsyncGenerator[dict[Any, Any]]:
-        up, down, named, how, request = values
-        recipe = VectorRecipe.parse(
-            {
-                "model": page.shared.text_model,
-                "name": named or "",
-                "positive": action.sentences(up or ""),
-                "negative": action.sentences(down or ""),
-                "method": how,
-            }
-        )
+    fields = plain([more, less, name, method])
+
+    @told(page, line, ("positive", "negative", "name", "method"))
+    async def make(asked: Asked) -> AsyncGenerator[dict[Any, Any]]:
+        sides = {side: action.sentences(asked.text(side)) for side in ("positive", "negative")}
+        recipe = VectorRecipe.parse({**asked.given, **sides, "model": page.shared.text_model})
         yield {**reproduced(code, recipe), line: said("")}
-        async with aclosing(action.make(recipe, page.shared, page.visitor(request))) as updates:
+        async with aclosing(action.make(recipe, page.shared, asked.visitor)) as updates:
             async for update in updates:
                 if "say" in update:
                     yield {line: said(update["say"])}
@@ -96,62 +90,36 @@ def build(page: Page) -> Opening:
                         take: gr.DownloadButton(value=update["path"], interactive=True),
                     }
 
-    async def on_make(a: Any, b: Any, c: Any, d: Any, request: gr.Request) -> Any:
-        async for update in make(a, b, c, d, request):
-            yield update
-
-    @told(line)
-    def sent(given: Any) -> dict[Any, Any]:
-        up, down = action.read_sentences(Path(given))
+    @told(page, line, ("file",))
+    def read(asked: Asked) -> dict[Any, Any]:
+        up, down = action.read_sentences(Path(asked.text("file")))
         return {more: up, less: down, line: said("The pairs of the file are in the two fields.")}
 
-    async def on_sent(given: Any) -> Any:
-        async for update in sent(given):
-            yield update
-
-    file.upload(on_sent, file, [more, less, line], api_name=False, show_progress="hidden")
-
-    @told(line)
-    def place(*values: Any) -> dict[Any, Any]:
-        named, layers, cards, request = values
-        visitor = page.visitor(request)
-        check(named in visitor.artifacts(), "name", named, "a vector that was made here")
+    @told(page, line, ("name", "layers", "edits"))
+    def place(asked: Asked) -> dict[Any, Any]:
+        named, layers, cards = (asked.given[key] for key in ("name", "layers", "edits"))
+        check(named in asked.visitor.artifacts(), "name", named, "a vector that was made here")
         chosen = [layer for layer in (layers or {}).get("chosen", []) if isinstance(layer, int)]
         check(bool(chosen), "layers", "none", "at least one, chosen on the chart")
-        about = next(a for a in available(page.shared, visitor) if a["name"] == named)
+        about = next(a for a in available(page.shared, asked.visitor) if a["name"] == named)
         mine = {"name": named, "strength": about["strength"], "layers": ranges(chosen), "scope": ""}
         kept = [c for c in (cards or {}).get("cards", []) if isinstance(c, dict) and c.get("name") != named]
         return {
-            page.parts["dose"]: {"available": available(page.shared, visitor), "cards": [mine, *kept][:8]},
+            page.parts["dose"]: {"available": available(page.shared, asked.visitor), "cards": [mine, *kept][:8]},
             page.parts["tabs"]: gr.Tabs(selected="steer"),
             line: said(f"The vector {named} is in the tab Steer."),
         }
 
-    async def on_place(a: Any, b: Any, c: Any, request: gr.Request) -> Any:
-        async for update in place(a, b, c, request):
-            yield update
-
-    making = go.click(
-        on_make,
-        [more, less, name, method],
-        outputs,
-        api_name="make_vector",
-        concurrency_id="fits",
-        concurrency_limit=2,
-        show_progress="hidden",
-    )
-    stopping(stop, line, [making])
-    use.click(
-        on_place,
-        [name, chart, page.parts["dose"]],
-        [page.parts["dose"], page.parts["tabs"], line],
-        api_name=False,
-        show_progress="hidden",
-    )
+    events = {"api_name": False, **quiet(line)}
+    file.upload(read, file, [more, less, line], **events)
+    go.click(make, fields, outputs, api_name="make_vector", concurrency_limit=None, **quiet(line))
+    stopping(page, stop, line)
+    dose = page.parts["dose"]
+    use.click(place, [name, chart, dose], [dose, page.parts["tabs"], line], **events)
 
     def fill(visitor: Visitor, recipe: Recipe | None) -> Sequence[Any]:
         if not isinstance(recipe, VectorRecipe):
             return [gr.skip()] * 4
         return ["\n".join(recipe.positive), "\n".join(recipe.negative), recipe.name, recipe.method]
 
-    return Opening([more, less, name, method], fill)
+    return Opening(fields, fill)

@@ -15,6 +15,8 @@ PAIRS = [
     for one in ("dog", "cat", "house", "tree", "day", "night")
 ]
 """What the tiny model knows to say well or badly."""
+PATIENCE = 180_000
+"""Milliseconds that the page may take for anything; a busy machine needs them."""
 
 
 class Visit:
@@ -23,7 +25,7 @@ class Visit:
     def __init__(self, browser: Any, url: str, **settings: Any) -> None:
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 1000}, **settings})
         self.tab = self.context.new_page()
-        self.tab.set_default_timeout(60_000)
+        self.tab.set_default_timeout(PATIENCE)
         self.foreign: list[str] = []
         self.complaints: list[str] = []
         self.tab.on("request", lambda request: self._asked(request.url))

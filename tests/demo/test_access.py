@@ -68,3 +68,10 @@ def test_the_keyboard_is_enough(visit: Any) -> None:
             break
     tab.keyboard.press("ArrowRight")
     assert "KL" in tab.locator("#first-tokens .detail .head").inner_text()
+    for _ in range(40):
+        tab.keyboard.press("Tab")
+        if tab.evaluate("document.activeElement.id === 'live' || !!document.activeElement.closest('#live')"):
+            break
+    tab.keyboard.press("Enter")
+    tab.wait_for_function("document.querySelector('[role=tab][aria-selected=true]').innerText === 'Steer'")
+    tab.wait_for_function("document.querySelector('#prompt textarea').value === 'Tell me about your new neighbour.'")

@@ -20,7 +20,7 @@ def _asked(**given: Any) -> list[Any]:
     """Arguments of the endpoint `steer`."""
     about = {"name": "glad", "pairs": ""}
     cards = [{"name": "glad", "strength": given.pop("strength", 1.5)}]
-    made = {"prompt": "tell me", "raw": False, "dose": {"available": [about], "cards": cards}, "system": ""}
+    made = {"prompt": "tell me", "raw": False, "edits": {"available": [about], "cards": cards}, "system": ""}
     made |= {"reward": "sentiment", "temperature": 0, "max_tokens": 8, "seed": 0}
     return list((made | given).values())
 
@@ -43,8 +43,8 @@ def test_steer_gives_what_the_action_gives(page: Any, client: Any) -> None:
     [
         ({"strength": "NaN"}, "strength"),
         ({"strength": None}, "strength"),
-        ({"dose": "nothing"}, "edits"),
-        ({"dose": {"cards": [1]}}, "edits"),
+        ({"edits": "nothing"}, "edits"),
+        ({"edits": {"cards": [1]}}, "edits"),
         ({"prompt": None}, "prompt"),
         ({"seed": -1}, "seed"),
     ],
@@ -66,7 +66,7 @@ def test_a_search_is_run(page: Any, client: Any) -> None:
 
     given = {"prompt": "tell me", "reward": "sentiment", "sampler": "fk", "budget": 64, "max_tokens": 16}
     given |= {"beta": 0.1, "temperature": 0.7, "seed": 0}
-    line, best, curve, lineage, tree, table, *_ = client.predict(*given.values(), api_name="/search")
+    line, best, curve, lineage, tree, table, *_ = client.predict(**given, api_name="/search")
     recipe = SearchRecipe.parse({"model": page.page.shared.text_model, **given})
     want = last(search.run(recipe, page.page.shared))
     assert line["text"] == "Done." and best == want["best"] and table["rows"] == want["rows"]
@@ -78,7 +78,7 @@ def test_images_are_drawn(page: Any, client: Any) -> None:
     from steer.demo.recipes.images import ImagesRecipe
 
     given = {"prompt": "boot", "reward": "class:boot", "methods": ["plain"], "particles": 2, "steps": 2}
-    line, shown, *_ = client.predict(*given.values(), 1.0, 1.0, 0, api_name="/images")
+    line, shown, *_ = client.predict(**given, beta=1.0, w=1.0, seed=0, api_name="/images")
     want = last(images.run(ImagesRecipe.parse({"model": page.page.shared.image_model, **given}), page.page.shared))
     assert line["text"].startswith("Done") and shown["methods"][0]["rewards"] == want["methods"][0]["rewards"]
 

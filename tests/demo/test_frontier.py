@@ -98,6 +98,7 @@ def test_all_forms_give_the_points_on_the_page(
     assert "glad" in capsys.readouterr().out
     found = [(p.reward[0], p.kl and p.kl[0]) for p in names["found"].points]
     assert [pytest.approx(pair, abs=2e-5) for pair in given] == found
+    assert recipe.curl().startswith("# A server has no route")
 
 
 def test_what_nothing_beats_is_marked() -> None:

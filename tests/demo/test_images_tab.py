@@ -106,7 +106,6 @@ def test_all_forms_give_the_images_on_the_page(
     assert recipe.curl().startswith("# A server has no route")
 
 
-@pytest.mark.slow  # has not been seen to pass: the page says too late that it stopped
 def test_stop_stands_still(page: Any, visit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from steer.diffusion import DiffusionProcess
 

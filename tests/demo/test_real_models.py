@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,7 +45,9 @@ def test_steering_is_seen(smollm2_page: Any, chromium: Any) -> None:
 
 
 def test_the_first_token_comes_as_soon_as_from_the_plain_api(smollm2_page: Any) -> None:
-    """The same three rows through `model.generate(stream=True)`; alternating, the median of seven ratios."""
+    """The same three rows through `model.generate(stream=True)`; alternating, the median of seven ratios. The smallest
+    and the largest of seven hold the true median with a probability of 1 - 2 * 0.5 ** 7, 98 %.
+    """
     from steer.demo.actions import steer as action
 
     page = smollm2_page.page
@@ -74,8 +80,30 @@ def test_the_first_token_comes_as_soon_as_from_the_plain_api(smollm2_page: Any) 
             time.sleep(0.02)
         there = of_the_api()
         ratios.append(run(of_the_page()) / there)
-    print("first token, page to API:", sorted(round(ratio, 2) for ratio in ratios))
-    assert statistics.median(ratios) < 1.5
+    middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
+    print(f"first token, page to API: {middle:.2f} ({low:.2f} to {high:.2f}, 98 % interval of the median of 7)")
+    assert middle < 1.5
+
+
+def test_the_preset_reproduces_by_itself(smollm2_page: Any, tmp_path: Path) -> None:
+    """The four forms of the tab's first recipe, each run by a shell in an empty folder, give the texts on the page."""
+    from steer.demo.actions import steer as action
+
+    page = smollm2_page.page
+    recipe = _recipe(max_tokens=8, prompt="Say ${x} and $(date).")
+    shown = [facts["text"] for _, facts in last(action.run(recipe, page.shared, page.visitors.get("forms")))["done"]]
+    assert shown[0] != shown[1]
+    (tmp_path / "page.py").write_text(recipe.python(), encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(recipe.yaml(), encoding="utf-8")
+    folder = Path(sys.executable).parent
+    setting = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "400"}
+    for form in (recipe.commands(), "python page.py", "steer run recipe.yaml"):
+        done = subprocess.run(
+            ["bash", "-ec", form], cwd=tmp_path, env=setting, capture_output=True, text=True, timeout=900, check=True
+        )
+        printed = " ".join(done.stdout.split())
+        assert all(" ".join(text.split()) in printed for text in shown), (form, printed)
+        (tmp_path / "sentiment.safetensors").unlink()
 
 
 def test_stop_stands_still_within_two_seconds(smollm2_page: Any, chromium: Any) -> None:

@@ -140,6 +140,34 @@ def test_all_forms_give_the_vector_on_the_page(page: Any, tmp_path: Path, monkey
     Path("recipe.yaml").write_text(recipe.yaml(), encoding="utf-8")
     assert main(["run", "recipe.yaml"]) == 0
     made()
+    assert recipe.curl().startswith("# A server has no route")
+
+
+def test_a_text_that_looks_like_a_variable_survives(tmp_path: Path) -> None:
+    from steer.cli.recipe import load_recipe
+
+    recipe = _recipe("m", prompt="${recipes} and ${x} and $y", system="${out}")
+    (tmp_path / "recipe.yaml").write_text(recipe.yaml(), encoding="utf-8")
+    steps = load_recipe(tmp_path / "recipe.yaml").steps
+    assert {getattr(step.options, "prompt", None) for step in steps} == {(recipe.prompt,)} or {
+        str(step.options.prompt) for step in steps
+    } == {recipe.prompt}
+    words = [shlex.split(line) for line in recipe.commands().splitlines()]
+    assert all(f"--prompt={recipe.prompt}" in line for line in words)
+
+
+def test_presets_name_the_pairs_that_steer_ships(tmp_path: Path) -> None:
+    from steer.cli.recipe import load_recipe
+
+    edits = [{"name": "sentiment", "strength": 0.15, "pairs": "sentiment_pairs"}]
+    steered = _recipe("m", edits=edits)
+    measured = FrontierRecipe.parse({"model": "m", "prompts": ["a", "b"], "edits": edits})
+    for recipe in (steered, measured):
+        (tmp_path / "recipe.yaml").write_text(recipe.yaml(), encoding="utf-8")
+        fit = load_recipe(tmp_path / "recipe.yaml").steps[0].options
+        assert Path(str(fit.pairs)).is_file()
+        assert '--pairs="$recipes/sentiment_pairs.jsonl"' in recipe.commands()
+        assert "importlib.resources.files('steer.recipes') / 'sentiment_pairs.jsonl'" in recipe.python()
 
 
 def test_an_address_holds_the_recipe() -> None:

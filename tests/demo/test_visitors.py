@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import Visit, ask, column, finished, run, texts_of
+from helpers import PAIRS, Visit, ask, column, finished, last, open_tab, run, texts_of
 
 
 def _engine(page: Any) -> Any:
@@ -137,19 +138,67 @@ def test_ten_visitors_decode_together(page: Any) -> None:
 
 @pytest.mark.slow
 def test_ten_open_visitors_survive(page: Any, chromium: Any) -> None:
-    """Ten browsers at once: every one gets its own texts, and the page answers an eleventh."""
-    visits = [Visit(chromium, page.url) for _ in range(10)]
-    for i, visit in enumerate(visits):
-        ask(visit.tab, "tell me about the house" if i % 2 else "tell me about the dog")
+    """Ten browsers at once, each with a strength of its own: each gets its own text, and an eleventh is answered."""
+    from steer.demo.actions import steer as action
+    from steer.demo.recipes.steer import SteerRecipe
+
+    strengths = [round(-3 + 0.6 * i, 1) for i in range(10)]
+    visits = [Visit(chromium, page.url) for _ in strengths]
+    for visit, strength in zip(visits, strengths, strict=True):
+        ask(visit.tab, "tell me about the house", strength=str(strength))
     texts = []
     for visit in visits:
         finished(visit.tab)
         texts.append(texts_of(column(visit.tab, "Steered")))
-    assert all(text == texts[i % 2] for i, text in enumerate(texts)) and texts[0] != texts[1]
     for visit in visits:
         visit.close()
+    shared = page.page.shared
+    given = {"model": shared.text_model, "prompt": "tell me about the house"}
+    for strength, shown in zip(strengths, texts, strict=True):
+        recipe = SteerRecipe.parse({**given, "edits": [{"name": "glad", "strength": strength}]})
+        whole = last(action.run(recipe, shared, page.page.visitors.get("test")))["whole"]
+        assert shown == [token["t"] for token in whole[1]]
+    assert len({tuple(text) for text in texts}) > 2
     eleventh = Visit(chromium, page.url)
     eleventh.close()
+
+
+@pytest.mark.slow
+def test_vectors_of_one_name_stay_with_their_makers(page: Any, chromium: Any) -> None:
+    """Two browsers make a vector of the same name from opposite pairs, and steer with it at the same time."""
+    from steer.demo.actions import steer as action
+    from steer.demo.recipes.steer import SteerRecipe
+
+    visits, sessions = [], []
+    for turn in (1, -1):
+        before = page.page.visitors.sessions()
+        visits.append(Visit(chromium, page.url))
+        tab = visits[-1].tab
+        sessions += page.page.visitors.sessions() - before
+        open_tab(tab, "Make a vector")
+        sides = [[pair[side] for pair in PAIRS] for side in ("positive", "negative")][::turn]
+        tab.fill("#more textarea", "\n".join(sides[0]))
+        tab.fill("#less textarea", "\n".join(sides[1]))
+        tab.click("#make")
+        tab.wait_for_selector(".steer-layers .layer")
+        tab.click("#use")
+        tab.wait_for_selector(".steer-dose .card[aria-label='Edit mine']")
+        tab.locator(".steer-dose .card:not([aria-label='Edit mine']) .drop").click()
+    assert len(sessions) == 2
+    for visit in visits:
+        ask(visit.tab, "tell me about the house", edit="mine")
+    texts = []
+    for visit in visits:
+        finished(visit.tab)
+        texts.append(texts_of(column(visit.tab, "Steered")))
+    given = {"model": page.page.shared.text_model, "prompt": "tell me about the house"}
+    recipe = SteerRecipe.parse({**given, "edits": [{"name": "mine", "strength": 1.5}]})
+    for session, shown in zip(sessions, texts, strict=True):
+        whole = last(action.run(recipe, page.page.shared, page.page.visitors.get(session)))["whole"]
+        assert shown == [token["t"] for token in whole[1]]
+    assert texts[0] != texts[1]
+    for visit in visits:
+        visit.close()
 
 
 def test_who_is_away_for_too_long_is_forgotten() -> None:
@@ -164,25 +213,65 @@ def test_who_is_away_for_too_long_is_forgotten() -> None:
     visitors.close()
 
 
-def test_a_run_that_lasts_too_long_ends_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tab_page(tmp_path: Any) -> Any:
+    """What a tab gets, with one visitor; no model is loaded."""
     pytest.importorskip("gradio", reason="THE DEMO IS NOT TESTED: pip install steer-engine[demo]")
-    from steer.demo import tabs
+    from steer.demo.session import Visitors
+    from steer.demo.tabs import Page
 
-    monkeypatch.setattr(tabs, "LIMIT_RUN", 0.2)
-    closed = []
+    page = Page(None, Visitors())  # type: ignore[arg-type]
+    yield page
+    page.visitors.close()
 
-    @tabs.told("line")
-    async def endless() -> Any:
+
+async def _gathered(handler: Any) -> list[Any]:
+    return [update async for update in handler(SimpleNamespace(session_hash="one"), None)]
+
+
+def _endless(page: Any, closed: list[bool], pause: float) -> Any:
+    from steer.demo.tabs import told
+
+    @told(page, "line")
+    async def endless(asked: Any) -> Any:
         try:
             while True:
                 yield {"line": "on it"}
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(pause)
         finally:
             closed.append(True)
 
-    async def gathered() -> list[Any]:
-        return [update async for update in endless()]
+    return endless
 
-    found = run(gathered())
-    assert 2 < len(found) < 15 and closed == [True]
+
+@pytest.mark.parametrize("pause", [0.02, 60.0])
+def test_a_run_that_lasts_too_long_ends_with_a_line(
+    tab_page: Any, monkeypatch: pytest.MonkeyPatch, pause: float
+) -> None:
+    """Even within a step that gives no sign of life."""
+    from steer.demo import tabs
+
+    monkeypatch.setattr(tabs, "LIMIT_RUN", 0.2)
+    closed: list[bool] = []
+    found = run(_gathered(_endless(tab_page, closed, pause)))
+    assert (2 < len(found) < 15 if pause < 1 else len(found) == 2) and closed == [True]
     assert found[-1]["line"]["wrong"] and "Stopped after" in found[-1]["line"]["text"]
+
+
+@pytest.mark.parametrize("pause", [0.02, 60.0])
+def test_what_is_stopped_says_so_last(tab_page: Any, pause: float) -> None:
+    """Nothing comes after that line, and only who started it stops it."""
+    closed: list[bool] = []
+    visitor, other = tab_page.visitors.get("one"), tab_page.visitors.get("two")
+
+    async def stopped() -> list[Any]:
+        whole = asyncio.ensure_future(_gathered(_endless(tab_page, closed, pause)))
+        await asyncio.sleep(0.1)
+        assert not other.stop("line") and not visitor.stop("another line")
+        assert visitor.stop("line")
+        return await asyncio.wait_for(whole, 5)
+
+    found = run(stopped())
+    assert [update["line"] for update in found[:-1]] == ["on it"] * (len(found) - 1) and len(found) > 1
+    assert "Stopped" in found[-1]["line"]["text"] and closed == [True]
+    assert not visitor.stop("line")
