@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from steer.core import InputError, check
 from steer.core.errors import check_unicode, first_line
 from steer.core.messages import plain_messages
+from steer.core.names import nearby
 
 __all__ = ["FORMATS", "csv_row", "plain_pair", "plain_row", "prompt_of", "read_json", "read_table", "read_text"]
 
@@ -29,7 +31,8 @@ def read_text(field: str, path: Path, allowed: str) -> str:
         if str(path) == "-":
             data = sys.stdin.buffer.read()
         else:
-            check(path.is_file(), field, str(path), f"a file that exists: {allowed}")
+            given = f"{path} (a folder)" if path.is_dir() else f"{path} (no such file)"
+            check(path.is_file(), field, given, f"{allowed}{nearby(path)}")
             data = path.read_bytes()
         return data.decode(_ENCODED.get(data[:2], "utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
@@ -56,12 +59,22 @@ def read_table(field: str, path: Path, allowed: str) -> list[tuple[str, Any]]:
     text = read_text(field, path, allowed)
     if kind in (".csv", ".tsv"):
         return list(_numbered(field, _csv(field, text, "\t" if kind == ".tsv" else None, allowed)))
+    if str(path) == "-" and _is_head(text):
+        return list(_numbered(field, _csv(field, text, "\t" if "\t" in text.partition("\n")[0] else None, allowed)))
     if text.lstrip().startswith("["):
         found = _whole(field, path, text, allowed)
         if found is not None:
             return list(_numbered(field, found))
     lines = ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
     return [(f"{field} line {n}", read_json(f"{field} line {n}", path, line, allowed)) for n, line in lines]
+
+
+_COLUMNS = {"prompt", "messages", "text", "input", "positive", "chosen", "completion"}
+
+
+def _is_head(text: str) -> bool:
+    """Whether a text of standard input, which has no suffix, begins with the names of columns."""
+    return bool(_COLUMNS & {name.strip(' \r"') for name in re.split("[,;\t]", text.partition("\n")[0])})
 
 
 def _numbered(field: str, rows: list[Any]) -> Iterator[tuple[str, Any]]:
@@ -125,7 +138,7 @@ def _cell(text: str) -> Any:
 
 
 def _parquet(field: str, path: Path, allowed: str) -> list[dict[str, Any]]:
-    check(path.is_file(), field, str(path), f"a file that exists: {allowed}")
+    check(path.is_file(), field, f"{path} (no such file)", f"{allowed}{nearby(path)}")
     try:
         from pyarrow import parquet
     except ImportError:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steer.artifacts import MAX_STRENGTH, Card, load, read_folder_card, save
 from steer.core import Edit, InputError, check
-from steer.core.edit import ranges
+from steer.core.edit import Scope, ranges
 from steer.core.names import check_known
 from steer.core.notebook import text_html
 from steer.gguf import load_gguf
@@ -27,7 +27,7 @@ from steer.methods.value import HeadValue, QHead, ValueGuidance, ValueHead
 from steer.methods.vector import Gate, SteeringVector, check_model
 from steer.progress import note
 
-__all__ = ["KINDS", "PROMPTS", "as_edit", "as_edits", "edit_of", "load_artifact", "load_edit", "parse_edit"]
+__all__ = ["KINDS", "OPTIONS", "PROMPTS", "as_edit", "as_edits", "edit_of", "load_artifact", "load_edit", "parse_edit"]
 
 
 class Artifact(NamedTuple):
@@ -298,11 +298,38 @@ def _by_layer(tensors: dict[str, Tensor], kind: str) -> dict[int, Tensor]:
     return found
 
 
+OPTIONS: dict[str, dict[str, str]] = {
+    "vector": {
+        "layers": "10-19, or 3,5,8, or all; default: as it was trained",
+        "scope": f"positions: {Scope.NAMES}; default all",
+        "operator": "add; ablate (the strength is the share removed); clamp (the projection); rotate (degrees)",
+        "unit": "norm: the strength is in median residual norms of each layer, shared by the layers; raw: as it is",
+        "keep_norm": "true scales each state back to its norm",
+        "low": "with operator=clamp: the least component along the direction, in place of a strength",
+        "high": "with operator=clamp: the most",
+        "gate": "FILE of a vector fitted with --method probe: steer only prompts on which it fires",
+        "gate_layer": "of the gate; default: the layer that separated best",
+        "tokens": "FILE of a probe: steer only positions on which it fires",
+    },
+    "controller": {
+        "threshold": "from 0 to 1, default 0.5: a weaker prompt is not steered at all",
+        "scope": f"positions: {Scope.NAMES}; default reply",
+        "unit": "norm (of the residual stream) or raw (of the direction)",
+    },
+    "value": {
+        "beta": "KL coefficient of this head alone; default: --beta",
+        "top_k": "tokens whose value is asked for, default 20; 0 is all",
+        "tail": "of the other tokens: mean (their base law, the default) or mask (none)",
+    },
+    "stimulus": {},
+}
+"""What `FILE[:strength][:key=value]` takes for an artifact of each kind, and what it means."""
+
+
 def _vector(
     tensors: dict[str, Tensor], card: Card, strength: float | None, options: dict[str, Any], model: Any
 ) -> Edit:
-    allowed = ("layers", "scope", "operator", "unit", "keep_norm", "low", "high", "gate", "gate_layer", "tokens")
-    settings = _settings(card, options, allowed, "vector")
+    settings = _settings(card, options, tuple(OPTIONS["vector"]), "vector")
     directions, references = _by_layer(tensors, "direction"), _by_layer(tensors, "reference")
     check(bool(directions), "artifact", f"tensors {list(tensors)[:5]}", "a vector with tensors direction.N")
     depth = card.model.get("num_layers")
@@ -334,7 +361,7 @@ def _vector(
 def _controller(
     tensors: dict[str, Tensor], card: Card, strength: float | None, options: dict[str, Any], model: Any
 ) -> Edit:
-    settings = _settings(card, options, ("threshold", "scope", "unit"), "controller")
+    settings = _settings(card, options, tuple(OPTIONS["controller"]), "controller")
     weights = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
     inputs, layers, hidden = len(weights["mean"]), *weights["weight_outer.weight"].shape
     network = _filled(lambda: ControllerNetwork(inputs, layers, hidden), weights)
@@ -351,7 +378,7 @@ def _controller(
 
 
 def _value(tensors: dict[str, Tensor], card: Card, strength: float | None, options: dict[str, Any], model: Any) -> Edit:
-    settings = _settings(card, options, ("beta", "top_k", "tail"), "value head")
+    settings = _settings(card, options, tuple(OPTIONS["value"]), "value head")
     check(model is not None, "model", None, "the loaded model: a value head uses its output embedding")
     info = model.info
     check_model(card.model, info, "value head")

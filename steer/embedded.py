@@ -248,7 +248,10 @@ _TOLD_BY = ("config.json", "model_index.json", "adapter_config.json", CARD_NAME)
 
 
 def _check_folder(path: Path, text: str) -> None:
-    """Refuse a folder that holds no model, with what lies there that may have been meant."""
+    """Refuse a folder that holds no model, with what lies there that may have been meant, and files of other kinds."""
+    fits = path.is_dir() or path.suffix.lower() in (".gguf", ".yaml", ".yml")
+    edit = "; artifacts are edits (--edit)" if path.suffix == ".safetensors" else ""
+    check(fits, "model", f"{text} (a file)", f"a folder, a .gguf file, or the .yaml of a router{edit}")
     if not path.is_dir() or any((path / name).is_file() for name in _TOLD_BY):
         return
     inside = sorted(p.name for p in path.iterdir() if p.suffix == ".gguf" or (p / "config.json").is_file())

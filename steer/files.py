@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from steer.core.errors import InputError, SteerError, check
+from steer.core.names import nearby
 
 _PICKLES = {b"\x80": "a pickle", b"PK\x03\x04": "a zip archive (torch.save)"}
 
@@ -109,7 +110,7 @@ def check_file(path: Path | str, allowed: str) -> Path:
     """`path`, where it is a file that could be what is wanted."""
     file = Path(path)
     check(not file.is_dir(), "artifact", f"{file} (a folder)", allowed)
-    check(file.is_file(), "artifact", f"{file} (no such file)", allowed)
+    check(file.is_file(), "artifact", f"{file} (no such file)", f"{allowed}{nearby(file)}")
     try:
         with file.open("rb") as stream:
             head = stream.read(9)

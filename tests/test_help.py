@@ -7,10 +7,15 @@ import shlex
 from dataclasses import MISSING, fields
 
 import pytest
+import torch
 
+from steer.artifacts import Card
 from steer.cli import main
 from steer.cli.help import _TRAINERS, explain, topics
 from steer.cli.options import COMMANDS
+from steer.core import InputError
+from steer.edits import KINDS
+from steer.methods.extract import BUCKETS
 from steer.methods.samplers import SAMPLERS
 from steer.train.objectives.registry import METHODS
 
@@ -63,6 +68,25 @@ def test_a_string_below_a_field_is_about_it() -> None:
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_has_its_entry(name: str) -> None:
     assert explain(name).startswith(name) and METHODS[name].paper in explain(name)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_every_kind_of_edit_has_the_keys_that_it_takes(kind: str) -> None:
+    """What the help lists is what a loader allows when it refuses a key."""
+    extractor = dict.fromkeys(("weights", "mean", "std"), torch.ones(12)) | {"idf": torch.zeros(BUCKETS)}
+    listed = [line for line in explain(kind).split("\n\n")[1].split("\n") if not line.startswith((" ", "steer "))]
+    with pytest.raises(InputError) as refused:
+        KINDS[kind](extractor, Card(kind, {}), None, {"x": 1}, 0)
+    allowed = refused.value.allowed.partition(";")[0]
+    assert sorted(listed) == ([] if allowed == "none" else allowed.split(", "))
+
+
+def test_commands_are_topics_too(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in ((["eval", "frontier"], "steer eval frontier [OPTIONS]"), (["serve"], "--artifacts")):
+        assert main(["help", *words]) == 0 and said in capsys.readouterr().out
+    assert main(["help", "train", "vector"]) == 0 and "held_out" in capsys.readouterr().out
+    assert main(["help", "best", "of", "n"]) == 0 and "Draw n outputs" in capsys.readouterr().out
+    assert main(["help", "eval", "fronteer"]) == 2 and "help: got 'eval-fronteer'" in capsys.readouterr().err
 
 
 def test_topics_are_listed_and_misspelt_ones_told(capsys: pytest.CaptureFixture[str]) -> None:

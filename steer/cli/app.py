@@ -155,14 +155,28 @@ for _name in COMMANDS:
 @app.command("help")
 def explain_topic(
     topic: Annotated[
-        str | None,
-        typer.Argument(metavar="TOPIC", help="A sampler, train-value and its kin, a method, rewards."),
+        list[str] | None,
+        typer.Argument(metavar="TOPIC", help="A sampler, an edit, train-value and its kin, a method, a command."),
     ] = None,
 ) -> None:
-    """What --set takes for a sampler or a kind of training; the rewards; the recipes."""
+    """What --set takes for a sampler or a kind of training, and --edit for an artifact; rewards; recipes; commands."""
     from steer.cli.help import explain, topics
 
-    typer.echo(explain(topic) if topic else "steer help TOPIC, with one of: " + ", ".join(topics()))
+    words = " ".join(topic or ()).split()
+    known = {name.replace(" ", "-") for name in topics()} if words else set()
+    if words and "-".join(words) not in known and _is_command(words):
+        app([*words, "--help"], prog_name="steer", standalone_mode=False)
+        return
+    listed = f"steer help TOPIC, with one of: {', '.join(topics())}, or a command"
+    typer.echo(explain(" ".join(words)) if words else listed)
+
+
+def _is_command(words: list[str]) -> bool:
+    """Whether words after `steer` lead to a command or to a group of them."""
+    at: Any = typer.main.get_command(app)
+    for word in words:
+        at = getattr(at, "commands", {}).get(word)
+    return at is not None
 
 
 @app.command(

@@ -70,11 +70,18 @@ def _images() -> type:
     return FashionSettings
 
 
+def _stimulus() -> type:
+    from steer.train.stimulus.settings import StimulusSettings
+
+    return StimulusSettings
+
+
 _TRAINERS: dict[str, tuple[str, Callable[[], type]]] = {
     "train-vector": ("train vector", _vector),
     "train-controller": ("train controller", _controller),
     "train-value": ("train value", _value),
     "train-reward": ("train reward", _reward),
+    "train-stimulus": ("train stimulus", _stimulus),
     "train-policy": ("train policy", _policy),
     "train-policy-images": ("train policy", _image_policy),
     "train-images": ("train images", _images),
@@ -84,7 +91,9 @@ _TRAINERS: dict[str, tuple[str, Callable[[], type]]] = {
 
 def topics() -> list[str]:
     """What `explain` knows, beside the methods of `steer train policy --list`."""
-    return [*_samplers(), *_TRAINERS, "rewards", "recipes"]
+    from steer.edits import KINDS
+
+    return [*_samplers(), *KINDS, *_TRAINERS, "rewards", "recipes"]
 
 
 def explain(topic: str) -> str:
@@ -93,7 +102,7 @@ def explain(topic: str) -> str:
     """
     from steer.train.objectives.registry import METHODS, entry
 
-    topic = topic.strip().lower().replace("_", "-").replace(" ", "-")
+    topic = topic.strip().lower().replace("_", "-").replace(" ", "-").replace("*", "-star")
     if topic == "rewards":
         return list_rewards()
     if topic == "recipes":
@@ -107,9 +116,30 @@ def explain(topic: str) -> str:
         raise InputError("help", topic, f"{', '.join(topics())}, or a method of train policy --list{near}")
     if topic in _TRAINERS:
         return _training(topic)
+    if topic not in samplers:
+        return _artifact(topic)
     about = "\n".join(_wrapped(_first_lines(samplers[topic])))
     method = f"{_indented(entry(name))}\n\nThe sampler of this name:\n\n" if name is not None else ""
     return f"{method}{about}\n\n{settings_table(samplers[topic])}\n\n{_example(topic)}"
+
+
+_EDITS = {
+    "vector": "A direction for each of some layers, which is added to the residual stream there.",
+    "controller": "A network that reads the prompt and weighs a direction at every layer.",
+    "value": "A head whose values of the next tokens tilt their law; the strength multiplies them.",
+    "stimulus": "A policy of hints that stand in the prompt. It has no strength and no keys.",
+}
+
+
+def _artifact(kind: str) -> str:
+    """What `--edit` takes for an artifact of this kind."""
+    from steer.edits import OPTIONS
+
+    keys = "\n".join(line for key, told in OPTIONS[kind].items() for line in (key, *_wrapped(told, "    ")))
+    about, more = "\n".join(_wrapped(_EDITS[kind])), ":KEY=VALUE" if keys else ""
+    example = f'steer generate --model smollm2-135m --prompt "Hi" --edit FILE.safetensors{more}'
+    parts = (about, keys, _continued(example), f"How one is made: steer train {kind} --help")
+    return "\n\n".join(part for part in parts if part)
 
 
 def _training(topic: str) -> str:

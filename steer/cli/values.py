@@ -24,6 +24,7 @@ def pairs(given: Iterable[str], where: str = "--set") -> dict[str, str]:
     for text in given:
         key, equals, value = text.partition("=")
         check(bool(key) and bool(equals), where, text, "key=value")
+        check(key not in found, where, text, f"each key once ({key}={found.get(key)} was given too)")
         found[key] = value
     return found
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from steer.core.errors import check
 
-__all__ = ["check_known", "check_meant", "meant", "our_names"]
+__all__ = ["check_known", "check_meant", "meant", "nearby", "our_names"]
 
 _SAME = {
     "max_tokens": "max_new_tokens",
@@ -63,11 +64,22 @@ def check_meant(given: Iterable[str]) -> None:
         check(name not in _OTHERWISE, "generate()", name, f"{_OTHERWISE.get(name)}, which has its place here")
 
 
-def meant(name: str, known: Iterable[str], cutoff: float = 0.7) -> str:
-    """ "; did you mean X?" for a name that is not `known`, or ""."""
-    other = _OTHERWISE.get(name)
-    close = [other] if other else difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {close[0]}?" if close else ""
+def meant(name: str, known: Iterable[str], cutoff: float = 0.66) -> str:
+    """ "; did you mean X?" for a name that is not `known`, or "". Capitals do not matter."""
+    other, plain = _OTHERWISE.get(name), {one.casefold(): one for one in known}
+    close = [other] if other else difflib.get_close_matches(name.casefold(), plain, n=1, cutoff=cutoff)
+    return f"; did you mean {plain.get(close[0], close[0])}?" if close else ""
+
+
+def nearby(path: Path | str, cutoff: float = 0.7) -> str:
+    """ "; did you mean X?" for a path that is not there, by the names that lie where it would, or ""."""
+    file = Path(path)
+    try:
+        names = [found.name for found in file.parent.iterdir() if not found.name.startswith(".")]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(file.name, names[:10_000], n=1, cutoff=cutoff)
+    return f"; did you mean {file.parent / close[0]}?" if close else ""
 
 
 def check_known(where: str, name: str, known: Iterable[str]) -> None:
