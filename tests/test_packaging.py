@@ -128,7 +128,6 @@ DOORS = {
     "steer.adapters.language.model": {"generate"},
     "steer.adapters.openai.model": {"load"},
     "steer.adapters.transformers.model": {"load"},
-    "steer.demo.tabs.frontier": {"on_estimate", "on_measure"},  # the page hands each of its inputs over by place
     "steer.harness.inspect": {"__init__"},  # Inspect hands `-M KEY=VALUE` over by name
     "steer.measure.compare": {"compare"},
     "steer.measure.frontier": {"frontier"},
