@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,8 +138,8 @@ MUTATIONS = [
     ),
     Mutation(
         "noise of a step stays on the CPU",
-        "    return z.to(like.device)",
-        "    return z",
+        "    return (z if shared is None else z[shared.held]).to(like.device)",
+        "    return z if shared is None else z[shared.held]",
         "test_the_fashion_model and fk",
     ),
     Mutation(
@@ -266,10 +267,17 @@ def copied(to: Path) -> Path:
     return to
 
 
+@cache
+def _texts(tree: Path) -> dict[Path, str]:
+    folders = [tree / name for name in ("steer", *MAPPED)]
+    return {p: p.read_text(encoding="utf-8") for folder in folders for p in sorted(folder.rglob("*.py"))}
+
+
 def place(tree: Path, mutation: Mutation) -> Path:
-    """The one file that has the mutation's text. Raises `LookupError`."""
-    found = [p for p in sorted((tree / "steer").rglob("*.py")) if p.read_text(encoding="utf-8").count(mutation.old)]
-    if len(found) != 1 or found[0].read_text(encoding="utf-8").count(mutation.old) != 1:
+    """The one file that has the mutation's text, of a copy or of the checkout. Raises `LookupError`."""
+    texts = _texts(tree)
+    found = [p for p, text in texts.items() if mutation.old in text]
+    if len(found) != 1 or texts[found[0]].count(mutation.old) != 1:
         raise LookupError(f"{mutation.name}: its text is in {[str(p.relative_to(tree)) for p in found] or 'no file'}")
     return found[0]
 

@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from mutate import MUTATIONS, Mutation, place
 
 ROOT = Path(__file__).parent.parent
 
@@ -151,3 +152,9 @@ def test_only_public_doors_have_more_than_ten_parameters() -> None:
                 if count > 10:
                     found.setdefault(name, set()).add(node.name)
     assert found == DOORS
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_each_planted_mistake_has_its_place(mutation: Mutation) -> None:
+    """Code that moves takes the text along, which the slow run of all mutations would find out late."""
+    assert place(ROOT, mutation).is_file()
