@@ -34,6 +34,8 @@ _TABS = {
 """By the name that recipes have."""
 _FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 _MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+_TURNS = 4
+"""To open the page in."""
 
 
 def make_page(page: Page) -> gr.Blocks:
@@ -118,6 +120,23 @@ class Launched:
         self.page.visitors.close()
 
 
+def _opened(blocks: gr.Blocks, **settings: Any) -> str:
+    """Launch the page; its address. Gradio gives its own server three seconds to answer, which is too little on a busy
+    machine: it gets several turns. Raises `SteerError`.
+    """
+    for left in reversed(range(_TURNS)):
+        try:
+            _, url, _ = blocks.launch(**settings)
+            return str(url)
+        except ValueError as error:
+            blocks.close(verbose=False)
+            if not left:
+                where = f"{settings['server_name']}:{settings['server_port']}"
+                why = "the machine may be too busy, or a proxy stand before it"
+                raise SteerError(f"port: the page at {where} does not answer ({why})") from error
+    raise AssertionError("there is always a last turn")
+
+
 def launch(shared: Shared, *, host: str = "127.0.0.1", port: int = 0, keys: Sequence[str] = ()) -> Launched:
     """Open the page on an address of this machine. Others than the loopback want `keys`, of which a visitor gives one
     as the password; without, only who asks for this machine by its own name is answered. Raises `SteerError`.
@@ -134,7 +153,8 @@ def launch(shared: Shared, *, host: str = "127.0.0.1", port: int = 0, keys: Sequ
         return any(right)
 
     try:
-        _, url, _ = blocks.launch(
+        url = _opened(
+            blocks,
             server_name=host,
             server_port=port or _free(host),
             prevent_thread_lock=True,

@@ -134,3 +134,25 @@ def test_without_a_key_only_this_machine_is_answered(page: Any) -> None:
     assert httpx.get(page.url, headers={"Host": "evil.example"}).status_code == 400
     for path in ("/etc/passwd", str(page.page.shared.artifacts / "glad.safetensors")):
         assert httpx.get(f"{page.url}gradio_api/file={path}").status_code in (403, 404)
+
+
+@pytest.mark.parametrize("late", [1, 9])
+def test_a_busy_machine_gets_several_turns(tiny_lm_dir: Any, monkeypatch: pytest.MonkeyPatch, late: int) -> None:
+    import httpx
+    from gradio import networking
+
+    from steer.core import SteerError
+    from steer.demo.actions.shared import Shared
+    from steer.demo.app import launch
+
+    answers = iter([False] * late + [True] * 4)
+    monkeypatch.setattr(networking, "url_ok", lambda url: next(answers))
+    if late > 3:
+        with pytest.raises(SteerError, match="does not answer"):
+            launch(Shared(str(tiny_lm_dir)))
+        return
+    launched = launch(Shared(str(tiny_lm_dir)))
+    try:
+        assert httpx.get(launched.url, timeout=60).status_code == 200
+    finally:
+        launched.close()
