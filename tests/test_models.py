@@ -190,14 +190,31 @@ def test_an_unwritable_home_is_an_error_of_one_line(
         embedded.fetch("toy")
 
 
-def test_without_pip_one_is_made_for_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Environments that uv makes have no pip; the standard library brings one along."""
-    assert embedded._python_with_pip(tmp_path) == sys.executable and not list(tmp_path.iterdir())
+@pytest.fixture
+def no_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment as uv makes them."""
     find = embedded.importlib.util.find_spec
     monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
+
+
+def test_with_pip_nothing_is_made(tmp_path: Path) -> None:
+    assert embedded._python_with_pip(tmp_path) == sys.executable and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_without_pip_one_is_made_for_the_download(tmp_path: Path, no_pip: None) -> None:
+    """The standard library brings one along."""
     made = embedded._python_with_pip(tmp_path)
     said = subprocess.run([made, "-m", "pip", "--version"], capture_output=True, text=True, check=True).stdout
     assert said.startswith("pip ") and str(tmp_path) in said
+
+
+def test_what_is_made_without_pip_has_one(tmp_path: Path, no_pip: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(embedded.venv, "create", lambda *given, **options: made.append((given, options)))
+    python = embedded._python_with_pip(tmp_path)
+    (((folder, *_), options),) = made
+    assert options["with_pip"] is True and Path(python).is_relative_to(folder) and tmp_path in Path(python).parents
 
     def fail(*given: object, **options: object) -> None:
         raise subprocess.CalledProcessError(1, "ensurepip")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from steer.embedded import find
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
+run_sync = pytest.importorskip("jupyter_core.utils").run_sync
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "recipes" / "notebooks").glob("*.ipynb"))
@@ -34,13 +36,25 @@ _SHORT = [
 ]
 
 
-def executed(path: Path, folder: Path) -> Any:
-    """A notebook after all of its cells have run in `folder`; a cell that fails raises."""
+def executed(path: Path, folder: Path, kernel: Any = None) -> Any:
+    """A notebook after all of its cells have run in `folder`; a cell that fails raises. A kernel that runs forgets what
+    it knew, but for what is imported.
+    """
     book = nbformat.read(path, as_version=4)
+    if kernel is not None:
+        book.cells.insert(0, nbformat.v4.new_code_cell(f"%reset -f\nimport os\nos.chdir({str(folder)!r})\ndel os"))
     nbclient.NotebookClient(
-        book, timeout=600, kernel_name="python3", resources={"metadata": {"path": folder}}
+        book, km=kernel, timeout=600, kernel_name="python3", resources={"metadata": {"path": folder}}
     ).execute()
     return book
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[Any]:
+    """One kernel for all short runs: to import everything takes longer than they do."""
+    made = nbclient.NotebookClient(nbformat.v4.new_notebook(), kernel_name="python3").create_kernel_manager()
+    yield made
+    run_sync(made.shutdown_kernel)(now=True)
 
 
 def shown(book: Any) -> str:
@@ -55,7 +69,7 @@ def test_there_are_four() -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_with_short_settings(
-    path: Path, tmp_path: Path, tiny_lm_dir: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, tmp_path: Path, tiny_lm_dir: Path, kernel: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     shutil.copytree(tiny_lm_dir, tmp_path / "tiny")
@@ -70,7 +84,7 @@ def test_it_runs_with_short_settings(
             for pattern, short in [*_SHORT, ("smollm2-135m", "./tiny")]:
                 cell.source = re.sub(pattern, short, cell.source)
     nbformat.write(book, tmp_path / "short.ipynb")
-    made = executed(tmp_path / "short.ipynb", tmp_path)
+    made = executed(tmp_path / "short.ipynb", tmp_path, kernel)
     text = shown(made)
     assert "Warning" not in text, text
     # What is a cell's value is its value: nothing is displayed on the way.

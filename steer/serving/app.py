@@ -80,7 +80,7 @@ def create_app(engine: Engine, settings: AppSettings | None = None, rewards: Rew
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         server.gate.draining = True
-        server.reading.shutdown(wait=False, cancel_futures=True)
+        server.files.shutdown(wait=False, cancel_futures=True)
         engine.close()
 
     app = FastAPI(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -278,11 +279,11 @@ class Rewards:
             for name, given in self._remembered():
                 if name in self._named:
                     continue
-                facts = tuple(given.get(k) for k in _FACTS)
+                facts: dict[str, Any] = {k: given.get(k) for k in _FACTS}
                 known = before.get(name)
                 try:
-                    same = known is not None and tuple(getattr(known, k) for k in _FACTS) == facts
-                    self._named[name] = known if same and known is not None else self._made(Registered(name, *facts))
+                    same = known is not None and all(getattr(known, k) == facts[k] for k in _FACTS)
+                    self._named[name] = known if same and known is not None else self._made(Registered(name, **facts))
                 except Exception as error:  # one that is wrong by now keeps no others away
                     self.refused[name] = str(error)
 
