@@ -1,7 +1,11 @@
-"""FK steering of a Gaussian chain, one population over the ranks: a part of `ranks_job.py`."""
+"""What `test_spread.py` has torchrun start: FK steering of a Gaussian chain, one population over the ranks.
+
+python ranks_fk.py OUT
+"""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,6 +49,10 @@ def packed(samples: Samples, potential: str) -> dict[str, Tensor]:
 
 
 def main(out: str) -> None:
-    """Write what this rank has to OUT/fk-RANK.safetensors."""
+    torch.set_num_threads(1)
     tensors = {k: x for potential in ("difference", "max") for k, x in packed(drawn(potential), potential).items()}
-    save_file(tensors, Path(out) / f"fk-{ranks().index}.safetensors")
+    save_file(tensors, Path(out) / f"rank-{ranks().index}.safetensors")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,5 +1,4 @@
-"""What `test_ranks.py` has torchrun start: five trainers on tiny models, and FK steering, on however many ranks there
-are.
+"""What `test_ranks.py` has torchrun start: five trainers on tiny models, on however many ranks there are.
 
     python ranks_job.py MODEL OUT SHARE
 
@@ -16,7 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import ranks_fk
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -108,7 +106,6 @@ def main(folder: str, out: str, share: str) -> None:
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     loop.descend = counted
     train(Path(folder), Path(out), int(share))
-    ranks_fk.main(out)
     (Path(out) / f"rank-{ranks().index}.json").write_text(json.dumps({"steps": steps, "restarts": restarts}))
 
 

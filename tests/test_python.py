@@ -83,12 +83,14 @@ def test_prompts_of_a_file_with_resume(tiny_lm: Any, tmp_path: Path) -> None:
     assert steer.generate_file(tiny_lm, source, whole, **settings) == 5
     lines = whole.read_bytes().splitlines(keepends=True)
     assert [json.loads(line)["prompt"] for line in lines] == prompts
+    job = (tmp_path / "whole.jsonl.job.json").read_bytes()
     for kept in (0, 1, 3, 5):  # a run that was killed left whole lines and half of one
+        (tmp_path / "part.jsonl.job.json").write_bytes(job)
         part.write_bytes(b"".join(lines[:kept]) + b"".join(lines[kept : kept + 1])[:20])
         assert steer.generate_file(tiny_lm, source, part, **settings) == 5 - kept
         assert part.read_bytes() == whole.read_bytes()
-    for other in ({**settings, "n": 3}, {**settings, "seed": 1}):
-        with pytest.raises(InputError, match="resume=False"):
+    for other, said in (({**settings, "n": 3}, "n was '2', now '3'"), ({**settings, "seed": 1}, "seed was 0, now 1")):
+        with pytest.raises(InputError, match=said):
             steer.generate_file(tiny_lm, source, part, **other)
     assert part.read_bytes() == whole.read_bytes()
     assert steer.generate_file(tiny_lm, source, part, resume=False, **settings | {"seed": 1}) == 5

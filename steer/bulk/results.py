@@ -350,7 +350,8 @@ def _to_parquet(source: str, target: str) -> None:
 
     with Path(source).open("rb") as file:
         records = [json.loads(line) for line in file]
-    columns, fields = [], []
+    columns: list[Any] = []
+    fields: list[Any] = []
     for name in dict.fromkeys(name for record in records for name in record) or ("id",):
         values = [record.get(name) for record in records]
         try:
