@@ -151,10 +151,6 @@ class TextOptions(Options):
     split_special_tokens: Annotated[
         bool, typer.Option("--split-special-tokens", help="Read control tokens that messages spell as text.")
     ] = False
-    require: Annotated[
-        list[str],
-        typer.Option(metavar="NAME", help="An artifact that has to be there before /health says ok; repeatable."),
-    ] = field(default_factory=list)
     generation_config: Annotated[
         str | None,
         typer.Option(
@@ -346,6 +342,10 @@ class TrainPolicyOptions(TrainOptions):
         list[str], typer.Option("--class", metavar="NAME", help="A class of a class-conditional model; repeatable.")
     ] = field(default_factory=list)
     reward: Annotated[str | None, _Reward] = None
+    held_out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts to measure the reward on; default: those that it learns from."),
+    ] = None
     beta: Annotated[float | None, typer.Option(help="KL coefficient, or DPO's beta; default: by method.")] = None
     lora_rank: Annotated[int | None, typer.Option(help="0 tunes all weights; default: 16 for text, 0 for images.")] = (
         None
