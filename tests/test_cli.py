@@ -190,10 +190,19 @@ def test_prompts_are_answered_line_by_line_and_a_run_goes_on(
     refused(ask(*given, "--json", prompt=None), "json", "line by line")
 
 
-def test_prompts_from_standard_input(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'"one"\n{"prompt": "two"}\n')))
+@pytest.mark.parametrize("piped", [b'"one"\n{"prompt": "two"}\n', b"id,prompt\n1,one\n2,two\n", b'["one", "two"]'])
+def test_prompts_from_standard_input(ask: Any, monkeypatch: pytest.MonkeyPatch, piped: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(piped)))
     done = ask("--prompts", "-", "--json", prompt=None)
     assert [entry["prompt"] for entry in json.loads(done.out)["prompts"]] == ["one", "two"]
+
+
+def test_files_that_are_not_there_name_their_neighbours(ask: Any, tmp_path: Path) -> None:
+    (tmp_path / "prompts.json").write_text('["a cat"]')
+    refused(ask("--prompts", "prompt.json", prompt=None), "no such file", "did you mean prompts.json?")
+    refused(ask("--prompts", tmp_path, prompt=None), "a folder")
+    vector(tmp_path / "calm.safetensors")
+    refused(ask("--edit", "clam.safetensors"), "no such file", "did you mean calm.safetensors?")
 
 
 def test_quiet_and_verbose(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +274,10 @@ def test_system_message_and_raw_text_change_the_prompt(ask: Any) -> None:
         (["--top-p", "2"], ["top_p"]),
         (["--max-rows", "0"], ["max_rows"]),
         (["--sampler", "magic"], ["sampler", "magic", *SAMPLERS]),
+        (["--sampler", "BEST_OF_N"], ["did you mean best-of-n?"]),
+        (["--sampler", "dst"], ["did you mean dts?"]),
         (["--sampler", "best-of-n"], ["reward"]),
+        (["--set", "n=3", "--set", "n=4"], ["'n=4'", "each key once", "n=3"]),
         (["--set", "nn=3"], ["nn", "did you mean n?"]),
         (["--set", "n=many"], ["n: got 'many'", "an integer"]),
         (["--set", "n"], ["key=value"]),
@@ -305,6 +317,22 @@ def test_unknown_models(ask: Any, tmp_path: Path) -> None:
     refused(ask(model="smollm2-135"), "did you mean smollm2-135m?")
     refused(ask(model="smollm2-135m"), "steer models fetch smollm2-135m")
     refused(ask(model=tmp_path), "config.json")
+    refused(ask(model=vector(tmp_path / "v.safetensors")), "(a file)", "--edit")
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(
+    ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def unreachable(*given: Any, **more: Any) -> bool:
+        tries.append(given)
+        raise ConnectionError("no such host")
+
+    monkeypatch.setattr("huggingface_hub.file_exists", unreachable)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    refused(ask(model="org/nam"), "cannot be reached (no such host)", "did you mean org/name?")
+    assert len(tries) == 1
 
 
 def test_artifacts_that_do_not_fit(ask: Any, tmp_path: Path) -> None:
@@ -355,7 +383,8 @@ def test_interrupted(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("steer.cli.session.load", stop)
-    assert ask().code == 130
+    done = ask()
+    assert done.code == 130 and "interrupted" in done.err and "Traceback" not in done.err
 
 
 # ----------------------------------------------------------------------------------------------------------- others
@@ -457,6 +486,8 @@ def test_figures_from_almost_nothing_come_with_a_warning() -> None:
     def doubts(data: dict[str, Any], **metrics: Any) -> list[str]:
         return training_jobs._doubts(Card("any", {}, data=data, metrics=metrics))
 
+    assert "2 pairs leave few" in doubts({"rows": 2}, held_out_accuracy=[0.5, 1.0])[0]
+    assert doubts({"rows": 80}, held_out_accuracy=[0.5, 1.0]) == []
     assert "explains nothing" in doubts({}, explained={"half": -0.11, "end": -0.15})[0]
     assert doubts({}, explained={"half": 0.3, "end": -0.1}) == []
     assert "no better than chance" in doubts({"rows": 16}, held_out_balanced_accuracy=0.0)[0]
@@ -465,8 +496,8 @@ def test_figures_from_almost_nothing_come_with_a_warning() -> None:
 
 
 def test_a_change_within_chance_is_named(tmp_path: Path) -> None:
-    def doubts(**metrics: float) -> list[str]:
-        (tmp_path / "steer.json").write_text(json.dumps({"metrics": metrics}))
+    def doubts(on: str = "64 held-out prompts", **metrics: float) -> list[str]:
+        (tmp_path / "steer.json").write_text(json.dumps({"metrics": metrics, "data": {"measured_on": on}}))
         return training_jobs._doubts_of_policy(tmp_path)
 
     near = doubts(reward_before=0.25, reward_after=0.35, reward_before_se=0.03, reward_after_se=0.05)
@@ -474,6 +505,8 @@ def test_a_change_within_chance_is_named(tmp_path: Path) -> None:
     assert doubts(reward_before=0.25, reward_after=0.45, reward_before_se=0.03, reward_after_se=0.05) == []
     assert "anecdote" in doubts(reward_before=0.2, reward_after=0.4)[0]
     assert doubts() == []
+    figures = {"reward_before": 0.25, "reward_after": 0.45, "reward_before_se": 0.03, "reward_after_se": 0.05}
+    assert "--held-out FILE" in doubts("64 training prompts", **figures)[0]
 
 
 def test_train_with_work(steer: Steer, training: list[dict[str, Any]], tiny_lm_dir: Path, tmp_path: Path) -> None:

@@ -195,6 +195,26 @@ def test_grpo_raises_the_reward(tiny_lm: Any, tmp_path: Path, loss: str) -> None
     assert len(metrics["reward"]) == 10
 
 
+def test_the_reward_of_prompts_held_out_is_that_of_other_prompts(tiny_lm: Any, tmp_path: Path) -> None:
+    """Measured on them as by hand, and the card says on which; those that are learnt from are refused."""
+    held, how = ["why not", "the night"], {"steps": 1, "rounds": 1, "group_size": 4, "max_new_tokens": 4}
+    seen: list[str] = []
+
+    def wordy(prompts: list[str], completions: list[str], **more: Any) -> list[float]:
+        seen.extend(prompts)
+        return [float(len(text)) for text in completions]
+
+    card = read_policy_card(tune(tiny_lm, "raft", tmp_path / "p", reward=wordy, held_out=held, **how))
+    assert card.data["measured_on"] == "2 held-out prompts" and set(held) <= set(seen)
+    drawn = tiny_lm.generate(held, n=4, max_new_tokens=4, seed=99_991)
+    by_hand = sum(len(text) for text in drawn.texts) / 8
+    assert card.metrics["reward_before"] == pytest.approx(by_hand, abs=1e-5)
+    with pytest.raises(InputError, match=r"held_out\[1\].*not among"):
+        tune(tiny_lm, "raft", tmp_path / "q", reward=wordy, held_out=[held[0], PROMPTS[0]], **how)
+    with pytest.raises(InputError, match="measures no reward"):
+        tune(tiny_lm, "sft", tmp_path / "q", held_out=held)
+
+
 def test_grpo_of_all_weights_and_a_larger_beta_stays_nearer(tiny_lm: Any, tmp_path: Path) -> None:
     more = {"lora_rank": 0, "learning_rate": 3e-3}
     near = read_policy_card(tune(tiny_lm, "grpo", tmp_path / "near", beta=2.0, **more)).metrics

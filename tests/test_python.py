@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 import steer
@@ -137,6 +138,10 @@ def test_three_methods_at_equal_kl(tiny_lm: Any, calm: Any, tmp_path: Path) -> N
         "svdd": "none",
     }
     steer.draw_frontier(found, tmp_path / "frontier.png")
+    axis = Figure().subplots()
+    steer.draw_frontier(found, ax=axis)
+    ends = [end for bars in axis.collections for part in bars.get_segments() for end in part[:, 0]]
+    assert min(ends) >= 0 and any("2 prompts are few" in text.get_text() for text in axis.texts)  # no KL is below 0
     *rows, weak, strong, few = found.table().splitlines()
     assert len(rows) == 7 and weak.startswith("at KL 0.5: ") and strong.startswith("at KL 2: ") and "few" in few
     assert len(repr(found)) < 120

@@ -145,6 +145,12 @@ def test_pictures_on_ones_own_axes(report: Report, tmp_path: Path) -> None:
         "Diversity",
     ]
     assert all(axis.collections for axis in axes.flat), "an interval on every panel"
+    alone = Figure().subplots(2, 2)
+    draw_report(replace(report, rows=[row for row in report.rows if row.kind != "random"]), ax=alone)
+    named = [{line.get_label() for line in one[0][0].get_lines()} for one in (axes, alone)]
+    assert "random direction, same norm" in named[0] - named[1] and "steered" in named[1]
+    shown = [row.distinct_2 for row in report.rows if row.distinct_2 is not None]
+    assert 0 <= axes[1][1].get_ylim()[0] < min(shown) and max(shown) <= axes[1][1].get_ylim()[1] < 1.05
     with pytest.raises(InputError, match="ax: got '1 axes'; allowed: 4 of matplotlib's axes"):
         draw_report(report, ax=axes[0][0])
     with pytest.raises(InputError, match="path: "):

@@ -31,7 +31,7 @@ app = typer.Typer(
 )
 models = typer.Typer(help="Models that come with steer.", no_args_is_help=True)
 train = typer.Typer(
-    help="Train a vector, a controller, a value head, a reward, a stimulus or a policy.", no_args_is_help=True
+    help="Train a vector, a controller, a value head, a reward, a stimulus, a policy or a router.", no_args_is_help=True
 )
 evaluation = typer.Typer(
     help="Measure edits, samplers, rewards and policies: each a page, a table and a recipe.", no_args_is_help=True

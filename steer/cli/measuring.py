@@ -25,6 +25,7 @@ from steer.cli.options import (
 from steer.cli.session import Run, Session
 from steer.cli.values import pairs, settings_of, typed
 from steer.core import Sampler, check
+from steer.core.names import check_known
 from steer.edits import split_spec
 from steer.measure.report import Report, evaluate
 from steer.pictures.report_page import Page
@@ -146,7 +147,7 @@ def distance(options: DistanceOptions, coming: Coming = frozenset()) -> Run:
         check_reward(parse_reward(task.reward), images=True)
     options = replace(options, method=[OLD_NAMES.get(name, name) for name in options.method])
     for name in options.method:
-        check(name in methods_by_name(), "method", name, ", ".join(methods_by_name()))
+        check_known("method", name, methods_by_name())
     _positive(options, "outputs", "particles", "steps", "seeds", "pool")
     budgets = None if options.budgets is None else _sizes("budgets", options.budgets)
     names = [task.name for task in tasks]
@@ -189,7 +190,7 @@ def search(options: SearchOptions, coming: Coming = frozenset()) -> Run:
     checks.check_beta(options.beta)
     known = methods_by_name()
     for name in options.method:
-        check(name in known, "method", name, ", ".join(known))
+        check_known("method", name, known)
         check(bool(options.edit) or not known[name].guided, "method", name, "methods without guidance, or --edit")
     _positive(options, "seeds", "steps", "max_new_tokens", "block")
     budgets = _sizes("budgets", options.budgets)
@@ -264,7 +265,7 @@ def frontier(options: FrontierOptions, coming: Coming = frozenset()) -> Run:
         options.temperature > 0, "temperature", options.temperature, "above 0: greedy texts have no KL worth the name"
     )
     for name in options.method:
-        check(name in SWEEPS, "method", name, ", ".join(SWEEPS))
+        check_known("method", name, SWEEPS)
     _positive(options, "n")
     for text in options.also:
         check_reward(parse_reward(text), images=False)

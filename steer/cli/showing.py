@@ -158,7 +158,7 @@ class Pictures:
             files[name] = path
         for name, path in files.items():
             checks.check_output(path, name, suffixes=(".png",) if name == "png" else ())
-            image_format(path)
+            image_format(path, name)
         written = [*files.values(), *([options.out] if options.out else [])]
         apart = len({path.absolute() for path in written}) == len(written)
         check(apart, "png", [str(path) for path in written], "files that differ")

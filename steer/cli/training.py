@@ -29,7 +29,7 @@ from steer.cli.session import Run, Session
 from steer.cli.values import pairs
 from steer.core import InputError, Reward, check
 from steer.core.names import meant
-from steer.data import FORMATS, read_table, read_text
+from steer.data import FORMATS, prompt_of, read_table, read_text
 from steer.loading import is_endpoint
 from steer.logs import check_targets, logging_to
 from steer.progress import note
@@ -290,6 +290,8 @@ def _doubts(card: Card) -> list[str]:
     if explained and max(explained.values()) <= 0:
         found.append("the value head explains nothing of the reward on held-out rollouts: take more prompts or samples")
     accuracy, rows = card.metrics.get("held_out_balanced_accuracy"), card.data.get("rows", 0)
+    if card.metrics.get("held_out_accuracy") and rows < _FEW:
+        found.append(f"{rows} pairs leave few to hold out: the accuracies of the layers are uncertain")
     if accuracy is not None and accuracy <= 0.5:
         found.append(f"the controller tells held-out prompts apart no better than chance ({rows} prompts in all)")
     elif accuracy is not None and rows < 5 * _FEW:
@@ -315,17 +317,33 @@ def train_policy(options: TrainPolicyOptions, coming: Coming = frozenset()) -> R
     allowed = "1 for a language model, whose policies are tuned in one process"
     check(images or ranks().count == 1, "WORLD_SIZE", ranks().count, allowed)
     train, data, settings = tune(options, reward)
+    held_out = _held_out(options, text=not images and not masked)
     done = (options.out / "steer.json").is_file()
     check(options.overwrite or not done, "out", f"{options.out} (already there)", "a new folder, or --overwrite")
 
     def run(session: Session) -> None:
         given = {"out": options.out, "reward": reward, "work": _work(options.out), "progress": session.progress}
+        given |= held_out
         with logging_to(*options.log, folder=_work(options.out), settings=vars(options)):
             model = session.load(options)
             folder = _resumed(options, lambda: train(model, data, settings, **given))
         _finish(folder, session, options.keep_work)
 
     return run
+
+
+def _held_out(options: TrainPolicyOptions, text: bool) -> dict[str, Any]:
+    """The prompts, or rows with them, that the reward is measured on."""
+    path = options.held_out
+    if path is None:
+        return {}
+    allowed = "unset, or with a --reward and a language model that writes from left to right"
+    check(text and options.reward is not None, "held_out", str(path), allowed)
+    rows = read_table("held_out", path, f"prompts in {FORMATS}")
+    check(bool(rows), "held_out", f"{path} (no prompts)", "at least one prompt")
+    for where, row in rows:
+        checks.check_prompt(where, prompt_of(row))
+    return {"held_out": [row for _, row in rows]}
 
 
 Tuner = tuple[Callable[..., Any], Any, Any]
@@ -438,9 +456,12 @@ def _finish(folder: Path, session: Session, keep_work: bool) -> None:
 
 
 def _doubts_of_policy(folder: Path) -> list[str]:
-    """Where a policy's reward, before and after on the prompts that it learnt from, differs by no more than chance."""
+    """What a policy's reward, before and after, is too little to rely on: of prompts that it learnt from, or no further
+    apart than chance.
+    """
     file = folder / "steer.json"
-    metrics = json.loads(file.read_text(encoding="utf-8")).get("metrics", {}) if file.is_file() else {}
+    card = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    metrics = card.get("metrics", {})
     names = [f"reward_{when}" for when in ("before", "after")]
     if not all(name in metrics for name in names):
         return []
@@ -448,9 +469,10 @@ def _doubts_of_policy(folder: Path) -> list[str]:
     errors = [metrics[f"{name}_se"] for name in names if metrics.get(f"{name}_se") is not None]
     if len(errors) < len(names):
         return ["the reward before and after was measured on one sample: no more than an anecdote"]
-    wide = 1.96 * math.hypot(*errors)
-    if abs(after - before) > wide:
-        return []
-    return [
-        f"the reward changed by {after - before:+.3g}, and chance alone moves it by {wide:.3g}: more prompts or steps"
-    ]
+    wide, found = 1.96 * math.hypot(*errors), []
+    if "training" in card.get("data", {}).get("measured_on", ""):
+        found.append("the reward before and after is that of training prompts; --held-out FILE measures it on others")
+    if abs(after - before) <= wide:
+        moved = f"{after - before:+.3g}, and chance alone moves it by {wide:.3g}"
+        found.append(f"the reward changed by {moved}: more prompts or steps")
+    return found

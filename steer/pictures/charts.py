@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from steer.core import check
 from steer.files import replacing
 from steer.measure.distances import interval
+from steer.measure.tables import few
 from steer.pictures.style import FAINT, GRID, STYLE, image_format
 
 if TYPE_CHECKING:
@@ -88,12 +89,14 @@ def _panel(axis: Any, report: Report, title: str, unit: str, name: str, ends: tu
     )
     for kind in ("random", "steered"):
         rows = [row for row in report.of(kind) if value(row) is not None]
+        if not rows:
+            continue
         x, y = [row.strength for row in rows], [value(row) for row in rows]
         front = (
             {"zorder": 4, "linewidth": 2.2} if kind == "steered" else {"zorder": 3, "linewidth": 1.5, "linestyle": "--"}
         )
         band = [ranged(row) or (value(row), value(row)) for row in rows]
-        if banded and rows:
+        if banded:
             low, high = zip(*band, strict=True)
             alpha = 0.16 if kind == "steered" else 0.13
             axis.fill_between(x, low, high, color=_COLOURS[kind], alpha=alpha, linewidth=0)
@@ -108,7 +111,10 @@ def _panel(axis: Any, report: Report, title: str, unit: str, name: str, ends: tu
         axis.axhline(1, color=FAINT, linewidth=0.8)
         _zoom(axis, report, value)
     elif title != "Reward":
-        axis.set_ylim(bottom=0, top=1.05 if title == "Diversity" else None)
+        # A share that hardly moves is looked at from near by.
+        seen = [end for row in report.rows for end in (value(row), *(ranged(row) or ())) if end is not None]
+        share = title == "Diversity" and bool(seen)
+        axis.set_ylim(bottom=max(0, min(seen) - 0.1) if share else 0, top=1.02 if share else None)
     _shade(axis, report)
 
 
@@ -217,12 +223,23 @@ def draw_frontier(found: Frontier, path: Path | str | None = None, *, ax: Any = 
                 xs, ys, halves = [k[0] for k, _ in mine], [r[0] for _, r in mine], [r[1] for _, r in mine]
                 _line(axis, i, xs, ys, halves, method, bars=True)
                 sides = [0.0 if k[1] != k[1] else k[1] for k, _ in mine]
-                axis.errorbar(xs, ys, xerr=sides, fmt="none", ecolor=_LINES[i % len(_LINES)], alpha=0.3, elinewidth=1.2)
+                lower = [min(side, max(x, 0.0)) for side, x in zip(sides, xs, strict=True)]  # no KL is below 0
+                axis.errorbar(
+                    xs,
+                    ys,
+                    xerr=[lower, sides],
+                    fmt="none",
+                    ecolor=_LINES[i % len(_LINES)],
+                    alpha=0.3,
+                    elinewidth=1.2,
+                )
             axis.set_xlabel("KL to the base model, nats, 95% interval")
             axis.set_ylabel(label)
-        if unknown:
+        notes = [f"KL not known: {', '.join(unknown)}"] if unknown else []
+        notes += [note] if (note := few(len(found.points[0].rewards))) else []
+        if notes:
             place = {"xycoords": "axes fraction", "xytext": (0, -42), "textcoords": "offset points"}
-            axes[0].annotate(f"KL not known: {', '.join(unknown)}", (0, 0), fontsize=8, color=FAINT, **place)
+            axes[0].annotate("; ".join(notes), (0, 0), fontsize=8, color=FAINT, **place)
 
 
 def _beside(name: str) -> Callable[[Any], tuple[float, float]]:

@@ -36,8 +36,8 @@ STYLE = {
 }
 
 
-def image_format(path: Path | str) -> str:
+def image_format(path: Path | str, field: str = "picture") -> str:
     """The format that a picture's suffix names; PNG where it has none. Raises `InputError`."""
     kind = Path(path).suffix.lower().removeprefix(".") or "png"
-    check(kind in FORMATS, "picture", str(path), f"a file that ends in {', '.join('.' + name for name in FORMATS)}")
+    check(kind in FORMATS, field, str(path), f"a file that ends in {', '.join('.' + name for name in FORMATS)}")
     return kind

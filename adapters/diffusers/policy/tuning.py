@@ -85,6 +85,7 @@ def train_diffusion_policy(
     if shared.first:
         claim(state, run)
     shared.wait()
+    measured = {} if scored is None or not chosen.measured else {"measured_on": _MEASURED_ON}
     job = _Job(model, base, chosen, lora, None if scored is None else scored.bind(model), state, run, progress)
     with replacing_folder(final) if shared.first else nullcontext(Path()) as own:
         temporary = Path(shared.told(str(own)))
@@ -93,13 +94,17 @@ def train_diffusion_policy(
             model={"name": model.name, "fingerprint": mark, "model_type": type(network_of(model)).__name__},
             settings={"form": "lora" if lora else "full"},
             recipe=recipe,
-            data={"sha256": hashed, "rows": rows},
+            data={"sha256": hashed, "rows": rows, **measured},
             metrics=job.tune(prompts, pairs, temporary),
         )
         if shared.first:
             write_cards(card, model, temporary, final.name)
     shared.wait()
     return final
+
+
+_MEASURED_ON = "fresh samples of the same prompts"
+"""What the reward before and after is that of: other noise than the policy learnt from."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from steer.data import prompt_of
 from steer.files import replacing_folder
 from steer.progress import note, ticking
 from steer.rewards import as_reward
-from steer.rewards.verifiable import with_rows
+from steer.rewards.verifiable import prompt_key, with_rows
 from steer.train.objectives.settings import PolicySettings, policy_settings
 from steer.train.policy_folder import CARD, check_target, claim, thinned
 
@@ -39,6 +39,7 @@ def train_policy(
     *,
     out: Path | str,
     reward: Reward | str | Callable[..., Any] | None = None,
+    held_out: Sequence[Any] | None = None,
     work: Path | None = None,
     progress: bool = False,
     **given: Any,
@@ -58,6 +59,8 @@ def train_policy(
         reward: what methods that sample raise; with it losses of pairs learn from own samples, dpo for one from the
         best
             and the worst of `group_size` for each prompt. Rewards that score under a model score under `model`.
+        held_out: prompts, or rows as `data`, on which the reward before and after is measured; without them it is that
+            of the prompts that the policy learns from, which the card says (`data["measured_on"]`).
         work: folder for checkpoints and samples; a run that stopped goes on from there to the same result.
 
     Raises:
@@ -85,30 +88,57 @@ def train_policy(
     hashed = data_hash(list(data))
     run = {**recipe, "data": hashed, "model": model.info.fingerprint}
     claim(work, run)
-    online = None
-    if scored is not None:
-        prompts = [prompt_of(row) for row in data]
-        online = Online(prompts, with_rows(scored.bind(model), [model.show(p) for p in prompts], data))
+    online = None if scored is None else _online(model, scored, data)
+    judged = online if held_out is None or scored is None else _online(model, scored, _apart(held_out, data))
+    check(judged is not None or held_out is None, "held_out", held_out, f"unset: {tuning.method} measures no reward")
     with quiet(), replacing_folder(final) as temporary:
         metrics: dict[str, Any] = {}
-        if online is not None:
-            metrics |= measured("before", model, model, online, tuning, progress)
+        if judged is not None:
+            metrics |= measured("before", model, model, judged, tuning, progress)
         if tuning.driver == "rows":
             metrics |= fit_rows(model, rows, tuning, online, temporary, work, run, progress=progress)
         else:
             metrics |= _fit(model, rows, tuning, online, temporary, work, progress)
-        if online is not None:
-            metrics |= measured("after", open_network(model, temporary), model, online, tuning, progress)
+        if judged is not None:
+            metrics |= measured("after", open_network(model, temporary), model, judged, tuning, progress)
         card = Card(
             kind="policy",
             model=model.info.entry(),
             settings={"form": "lora" if tuning.lora_rank else "full"},
             recipe=recipe,
-            data={"sha256": hashed, "rows": len(data)},
+            data={"sha256": hashed, "rows": len(data), **_measured_on(judged, held_out is not None)},
             metrics=metrics,
         )
         (temporary / CARD).write_text(json.dumps(asdict(card), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return final
+
+
+_MEASURED = 64
+"""Prompts on which a reward is measured, at most."""
+
+
+def _online(model: LanguageModel, reward: Reward, rows: Sequence[Any]) -> Online:
+    prompts = [prompt_of(row) for row in rows]
+    return Online(prompts, with_rows(reward.bind(model), [model.show(p) for p in prompts], rows))
+
+
+def _apart(held_out: Sequence[Any], data: Sequence[Any]) -> Sequence[Any]:
+    """Rows whose prompts are none of those that are learnt from. Raises `InputError`."""
+    learnt = {prompt_key(prompt_of(row)) for row in data}
+    listed = isinstance(held_out, Sequence) and not isinstance(held_out, str) and len(held_out) > 0
+    check(listed, "held_out", held_out, "a list of prompts, or of rows with prompt")
+    for i, row in enumerate(held_out):
+        apart = prompt_key(prompt_of(row)) not in learnt
+        check(apart, f"held_out[{i}]", prompt_of(row), "prompts that are not among those of data")
+    return held_out
+
+
+def _measured_on(judged: Online | None, apart: bool) -> dict[str, str]:
+    """What a card says of the rewards before and after."""
+    if judged is None:
+        return {}
+    count = min(len(judged.prompts), _MEASURED)
+    return {"measured_on": f"{count} {'held-out' if apart else 'training'} prompts"}
 
 
 def samples(tuning: PolicySettings, rewarded: bool) -> bool:
@@ -124,13 +154,13 @@ def measured(
     tuning: PolicySettings,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Mean reward of samples for the first 64 prompts it is tuned on, with one seed for all policies, and its standard
+    """Mean reward of samples for the first 64 prompts of `online`, with one seed for all policies, and its standard
     error: over prompts, or over the samples of a single one.
     """
-    prompts = list(online.prompts[:64])
+    prompts = list(online.prompts[:_MEASURED])
     drawn = policy.generate(
         prompts,
-        n=max(1, min(tuning.group_size, 64 // len(prompts))),
+        n=max(1, min(tuning.group_size, _MEASURED // len(prompts))),
         temperature=tuning.temperature,
         max_new_tokens=tuning.max_new_tokens,
         seed=tuning.seed * 100_003 + 99_991,

@@ -70,10 +70,6 @@ class TextOptions(Options):
     split_special_tokens: Annotated[
         bool, typer.Option("--split-special-tokens", help="Read control tokens that messages spell as text.")
     ] = False
-    require: Annotated[
-        list[str],
-        typer.Option(metavar="NAME", help="An artifact that has to be there before /health says ok; repeatable."),
-    ] = field(default_factory=list)
     generation_config: Annotated[
         str | None,
         typer.Option(

@@ -155,6 +155,10 @@ class TrainPolicyOptions(TrainOptions):
         list[str], typer.Option("--class", metavar="NAME", help="A class of a class-conditional model; repeatable.")
     ] = field(default_factory=list)
     reward: Annotated[str | None, REWARD] = None
+    held_out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts to measure the reward on; default: those that it learns from."),
+    ] = None
     beta: Annotated[float | None, typer.Option(help="KL coefficient, or DPO's beta; default: by method.")] = None
     lora_rank: Annotated[int | None, typer.Option(help="0 tunes all weights; default: 16 for text, 0 for images.")] = (
         None
