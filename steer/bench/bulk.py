@@ -44,7 +44,8 @@ def spread(bench: Bench, rows: int = 64) -> Iterator[Figure]:
     slower of the two, so that what else the machine does is no part of it; what they take from each other's caches and
     memory is.
     """
-    one, two = [], []
+    one: list[float] = []
+    two: list[float] = []
     for repeat in range(bench.repeats):
         for count in (1, 2) if repeat % 2 == 0 else (2, 1):
             (one if count == 1 else two).append(_processes(rows, count))

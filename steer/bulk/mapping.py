@@ -139,9 +139,10 @@ def _requests(engine: Engine, wanted: Wanted, max_rows: int, shared: dict[str, A
     kind = None if wanted.sampler is None else SAMPLERS[wanted.sampler]
     candidates = None if kind is None or not kind.population else own.pop(kind.population, wanted.n)
     rewards = Rewards((), wanted.artifacts)
-    reward = None if wanted.reward is None else _OWN
-    if wanted.reward is not None:
-        rewards.lend(_OWN, as_reward(wanted.reward))
+    own_reward = as_reward(wanted.reward)
+    reward = None if own_reward is None else _OWN
+    if own_reward is not None:
+        rewards.lend(_OWN, own_reward)
     asked = {"edits": [edit for edit, _ in given], "sampler": wanted.sampler, "settings": own, "beta": wanted.beta}
     default = SteerRequest.parse({**asked, "candidates": candidates, "reward": reward})
     limits = Limits(choices=_MOST, candidates=_MOST, tokens=_MOST, total_tokens=_MOST)
