@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from steer.core import InputError, SteerError, check
+from steer.files import is_pointer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -249,6 +250,8 @@ _TOLD_BY = ("config.json", "model_index.json", "adapter_config.json", CARD_NAME)
 
 def _check_folder(path: Path, text: str) -> None:
     """Refuse a folder that holds no model, with what lies there that may have been meant, and files of other kinds."""
+    if path.is_file() and is_pointer(path):
+        raise SteerError(f"model: {path} is a Git LFS pointer, not the file itself; run `git lfs pull`")
     fits = path.is_dir() or path.suffix.lower() in (".gguf", ".yaml", ".yml")
     edit = "; artifacts are edits (--edit)" if path.suffix == ".safetensors" else ""
     check(fits, "model", f"{text} (a file)", f"a folder, a .gguf file, or the .yaml of a router{edit}")

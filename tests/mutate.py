@@ -122,7 +122,7 @@ MUTATIONS = [
         "a classifier that comes with a model stays on the CPU",
         "Classifier(load_net(folder / kind), classes).eval().to(source.device)",
         "Classifier(load_net(folder / kind), classes).eval()",
-        "test_the_fashion_model and best-of-n",
+        "test_the_fashion_model and plain and fk",
     ),
     Mutation(
         "a reward model's batch stays on the CPU",

@@ -732,8 +732,10 @@ def test_ids_on_the_hub_are_told_apart_without_loading(monkeypatch: pytest.Monke
         return repo == "org/new-sd"
 
     monkeypatch.setattr(huggingface_hub, "file_exists", exists)
-    found = {name: is_diffusion(f"org/{name}") for name in ("sd", "lm", "new-sd", "new-lm", "offline")}
-    assert found == {"sd": True, "lm": False, "new-sd": True, "new-lm": False, "offline": False}
+    found = {name: is_diffusion(f"org/{name}") for name in ("sd", "lm", "new-sd", "new-lm")}
+    assert found == {"sd": True, "lm": False, "new-sd": True, "new-lm": False}
+    with pytest.raises(SteerError, match="hub cannot be reached"):
+        is_diffusion("org/offline")
     assert asked == ["org/new-sd", "org/new-lm", "org/offline"]
 
 

@@ -195,7 +195,6 @@ def test_every_endpoint_is_in_the_table(page: Any) -> None:
         ("pairs.jsonl", b"\xff\xfe\x00\x01", "pairs"),
         ("pairs.jsonl", b'{"positive": 1, "negative": []}\n', "pairs"),
         ("pairs.csv", b"a,b\n1,2\n", "pairs"),
-        ("pairs.png", b"\x89PNG\r\n\x1a\n" + bytes(64), "pairs"),
     ],
 )
 def test_a_wrong_file_is_one_line(visit: Any, tmp_path: Path, name: str, content: bytes, told: str) -> None:
@@ -206,8 +205,6 @@ def test_a_wrong_file_is_one_line(visit: Any, tmp_path: Path, name: str, content
     tab.wait_for_selector("#vector-note .wrong")
     text = tab.inner_text("#vector-note")
     assert told in text and "Traceback" not in text and "went wrong" not in text
-    tab.click("#make")
-    tab.wait_for_selector(".steer-layers .layer")
 
 
 def test_numbers_beyond_a_slider_are_one_line(page: Any, chromium: Any) -> None:
