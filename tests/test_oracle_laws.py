@@ -775,16 +775,16 @@ def ends_nowhere(law: Callable[[Words], Tensor], prefix: Words, length: int) -> 
 
 
 SUBJECTS: dict[str, tuple[Callable[[random.Random, int], float], int, int]] = {
-    "cuts": (of_a_cut, 12, 500),
+    "cuts": (of_a_cut, 40, 500),
     "draws": (of_a_draw, 10, 200),
     "resampling": (of_resampling, 6, 100),
     "curves": (of_a_curve, 40, 500),
-    "best of n": (of_the_best, 6, 200),
+    "best of n": (of_the_best, 12, 200),
     "uneven ends": (of_uneven_ends, 10, 200),
     "value guidance": (of_value_guidance, 15, 300),
     "candidates": (of_candidates, 12, 200),
     "spread of Z": (of_the_spread, 10, 200),
-    "trees": (of_a_tree, 8, 400),
+    "trees": (of_a_tree, 20, 400),
     "tilted trees": (of_a_tilted_tree, 2, 20),
     "guided chains": (of_a_guided_chain, 12, 200),
     "masked texts": (of_masked_texts, 8, 150),

@@ -437,7 +437,7 @@ def check_all(subject: str, first: int, count: int, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    ("subject", "count"), [("fk", 100), ("draws", 50), ("trees", 4), ("gaussian", 20), ("svdd", 60)]
+    ("subject", "count"), [("fk", 120), ("draws", 100), ("trees", 6), ("gaussian", 30), ("svdd", 60)]
 )
 def test_a_sample_of_configurations(subject: str, count: int, capsys: pytest.CaptureFixture[str]) -> None:
     check_all(subject, 0, count, capsys)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import Visit, open_tab, run
+from helpers import PAIRS, Visit, open_tab, run
 
 NAN, INF = float("nan"), float("inf")
 LONG = "x" * 100_000
@@ -205,6 +205,10 @@ def test_a_wrong_file_is_one_line(visit: Any, tmp_path: Path, name: str, content
     tab.wait_for_selector("#vector-note .wrong")
     text = tab.inner_text("#vector-note")
     assert told in text and "Traceback" not in text and "went wrong" not in text
+    for field, side in (("more", "positive"), ("less", "negative")):
+        tab.fill(f"#{field} textarea", "\n".join(pair[side] for pair in PAIRS))
+    tab.click("#make")
+    tab.wait_for_selector(".steer-layers .layer")
 
 
 def test_numbers_beyond_a_slider_are_one_line(page: Any, chromium: Any) -> None:
