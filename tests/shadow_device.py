@@ -15,14 +15,13 @@ Importing the module registers the device, for the whole process.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME, COUNT = "shadow", 2
@@ -49,6 +48,11 @@ _ZERO_DIM = {
     aten.index_put.default,
     aten.index_put_.default,
 }
+
+
+_WHOLE = {aten.linear.default, aten.matmul.default}
+"""Composite operations that run as they are where nothing is recorded: what they are made of makes no mistake of a
+device that they would not make."""
 
 
 class Shadow(Tensor):
@@ -98,7 +102,7 @@ class Shadow(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten.scaled_dot_product_attention.default:
             return _attention(*args, **(kwargs or {}))
-        if _composite(func):  # in inference mode these come whole
+        if func not in _WHOLE and _composite(func):  # in inference mode these come whole
             return func.decompose(*args, **(kwargs or {}))
         return _run(func, args, kwargs or {})
 
@@ -113,6 +117,44 @@ def _writes(func: Any) -> bool:
     """Whether the first argument is written into."""
     alias = func._schema.arguments[0].alias_info if func._schema.arguments else None
     return alias is not None and alias.is_write
+
+
+@cache
+def _views(func: Any) -> bool:
+    """Whether a result may share its memory with an argument."""
+    return any(a.alias_info is not None for a in func._schema.arguments)
+
+
+@cache
+def _pointwise(func: Any) -> bool:
+    return torch.Tag.pointwise in func.tags or func in _ZERO_DIM
+
+
+@cache
+def _name(func: Any) -> str:
+    return func._schema.name.removeprefix("aten::")
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors of arguments, which lie in lists at most: PyTorch's own walk over trees took most of a test's time."""
+    for x in values:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from _tensors(x)
+
+
+def _each(kind: type, change: Callable[[Any], Any], x: Any) -> Any:
+    """`x` with `change` of each `kind` in it."""
+    if isinstance(x, kind):
+        return change(x)
+    if isinstance(x, (list, tuple)):
+        return type(x)(_each(kind, change, y) for y in x)
+    return x
+
+
+def _values(x: Any) -> Any:
+    return _each(Shadow, lambda shadow: shadow.held, x)
 
 
 @contextmanager
@@ -133,10 +175,10 @@ def _waited(name: str) -> None:
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """`func` on the values, as an operation of the device."""
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors = [*_tensors(args), *_tensors(kwargs.values())]
     place = _place(func, tensors, args, kwargs)
     _count(func, tensors, args, kwargs, place)
-    bare, given = tree_map_only(Shadow, lambda x: x.held, (args, kwargs))
+    bare, given = _values(tuple(args)), {name: _values(x) for name, x in kwargs.items()}
     if "device" in given:
         given["device"] = torch.device("cpu")
     given.pop("non_blocking", None)
@@ -148,11 +190,11 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     if place.type == "cpu":
         return out.clone() if func is aten._to_copy.default else out
     if func is aten._to_copy.default:
-        out = out.clone() if any(out is x for x in tree_leaves(bare)) else out
+        out = out.clone() if any(out is x for x in _tensors(bare)) else out
     # In inference mode a view of a tensor that was made outside of it is not an inference tensor either.
-    viewed = any(a.alias_info is not None for a in func._schema.arguments) and not tensors[0].is_inference()
+    viewed = _views(func) and not tensors[0].is_inference()
     with torch.inference_mode(torch.is_inference_mode_enabled() and not viewed):
-        return tree_map_only(Tensor, lambda x: Shadow(x, place), out)
+        return _each(Tensor, lambda x: Shadow(x, place), out)
 
 
 def _place(func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> torch.device:
@@ -166,7 +208,7 @@ def _place(func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> torch.de
     others = [x for x in tensors if not isinstance(x, Shadow)]
     if func in _INDEXING:  # indices may be on the CPU
         others = [x for x in others if not any(x is index for index in args[1])]
-    zero = torch.Tag.pointwise in func.tags or func in _ZERO_DIM
+    zero = _pointwise(func)
     written = _writes(func) and not isinstance(args[0], Shadow)
     if len(held) > 1 or written or any(x.dim() or not zero for x in others):
         found = ", ".join(sorted({str(x.device) for x in tensors}))
@@ -178,7 +220,7 @@ def _place(func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> torch.de
 
 
 def _count(func: Any, tensors: list[Tensor], args: Any, kwargs: Any, place: torch.device) -> None:
-    name = func._schema.name.removeprefix("aten::")
+    name = _name(func)
     if func is aten._local_scalar_dense.default or func in _SHAPED:
         _waited(name)
     elif func in _COPIES:
@@ -240,8 +282,8 @@ _ATEN = torch.library.Library("aten", "IMPL")
 _ATEN.impl("_to_copy", lambda *args, **kwargs: _run(aten._to_copy.default, args, kwargs), "PrivateUse1")
 _ATEN.impl("_local_scalar_dense", lambda x: _run(aten._local_scalar_dense.default, (x,), {}), "PrivateUse1")
 # These would grow an empty tensor, whose size on the outside stays.
-for _name in ("arange.start_step", "arange.start", "arange", "linspace", "eye", "eye.m", "randperm.generator"):
-    _packet, _, _overload = _name.partition(".")
+for _made in ("arange.start_step", "arange.start", "arange", "linspace", "eye", "eye.m", "randperm.generator"):
+    _packet, _, _overload = _made.partition(".")
     _func = getattr(getattr(aten, _packet), _overload or "default")
-    _ATEN.impl(_name, partial(_created, _func), "PrivateUse1")
+    _ATEN.impl(_made, partial(_created, _func), "PrivateUse1")
 _ATEN.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
