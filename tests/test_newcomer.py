@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
+from serving_tools import serving
 
 import steer
 from steer.cli import main
@@ -47,6 +50,7 @@ def test_help_is_as_wide_as_the_terminal_and_nothing_is_cut(
         assert code == 0 and max(map(len, out.split("\n"))) == width
         # A description that does not fit is broken, not cut; dots are of metavars and of ranges.
         assert "…" not in out and not re.search(r"[a-z]\.\.\. *│", out)
+        assert "<bool>" not in out and "Path>" not in out  # a switch has no value
     assert "$ steer eval frontier" in out and "<str>" not in out and "<int>" not in out
     listed = said("--help")[1]
     assert all(f"│ {name.split()[0]} " in listed for name in COMMANDS)
@@ -152,3 +156,23 @@ def test_the_readme_has_what_makes_its_examples_short_and_readable() -> None:
         cells = line.split("|")
         here = cells[2] if len(cells) > 3 else line
         assert "install 'steer-engine" not in here, line
+
+
+# ------------------------------------------------------------------------------------------------------------- serving
+
+
+def test_a_server_says_what_it_has_and_where_and_makes_no_folder(tiny_lm_dir: Path, tmp_path: Path) -> None:
+    """A folder that is not there is perhaps a slip of the pen; three addresses; a line for each request where asked."""
+    missing = tmp_path / "typo"
+    with serving(tiny_lm_dir, "--name", "tiny", "--artifacts", missing, "--log-requests") as server:
+        told = "".join(server.log)
+        assert f"{missing} is not there; the first that a client registers makes it" in told
+        assert not missing.exists()
+        assert all(f"{server.url}{path}" in told for path in ("/v1", "/health", "/openapi.json"))
+        assert httpx.get(f"{server.url}/docs").status_code == 200
+        assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"] == "tiny"
+        assert httpx.get(f"{server.url}/").status_code in (200, 307, 404)
+        end = time.monotonic() + 10
+        while not any('"GET /v1/models HTTP/1.1" 200' in line for line in server.log) and time.monotonic() < end:
+            time.sleep(0.02)
+        assert any('"GET /v1/models HTTP/1.1" 200' in line for line in server.log), server.log

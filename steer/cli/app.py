@@ -20,24 +20,47 @@ from steer.cli.verbosity import talking
 __all__ = ["app"]
 
 
+def _switches_alone(params: list[Any]) -> list[Any]:
+    """Options of which those without a value have no word for one in the help, typer's own among them."""
+    for param in params:
+        if getattr(param, "is_flag", False) and param.metavar is None:
+            param.metavar = ""
+    return params
+
+
+class _Command(typer.core.TyperCommand):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _switches_alone(super().get_params(ctx))
+
+
+class _Group(typer.core.TyperGroup):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _switches_alone(super().get_params(ctx))
+
+
 _HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     name="steer",
+    cls=_Group,
     help="Steer and align open-weight models at inference time.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings=_HELP,
 )
-models = typer.Typer(help="Models that come with steer.", no_args_is_help=True)
+models = typer.Typer(cls=_Group, help="Models that come with steer.", no_args_is_help=True)
 train = typer.Typer(
-    help="Train a vector, a controller, a value head, a reward, a stimulus, a policy or a router.", no_args_is_help=True
+    cls=_Group,
+    help="Train a vector, a controller, a value head, a reward, a stimulus, a policy or a router.",
+    no_args_is_help=True,
 )
 evaluation = typer.Typer(
-    help="Measure edits, samplers, rewards and policies: each a page, a table and a recipe.", no_args_is_help=True
+    cls=_Group,
+    help="Measure edits, samplers, rewards and policies: each a page, a table and a recipe.",
+    no_args_is_help=True,
 )
 app.add_typer(models, name="models")
-imports = typer.Typer(help="Make artifacts of what other tools wrote.", no_args_is_help=True)
+imports = typer.Typer(cls=_Group, help="Make artifacts of what other tools wrote.", no_args_is_help=True)
 app.add_typer(evaluation, name="eval")
 app.add_typer(imports, name="import")
 app.add_typer(train, name="train")
@@ -104,7 +127,7 @@ def _command(name: str) -> Callable[..., None]:
     declared = [*(parameter(f) for f in fields(options)), *_RUN]
     call.__signature__ = inspect.Signature(declared)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in declared}
-    call.__doc__ = options.__doc__
+    call.__doc__ = "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(options.__doc__ or "").split("\n\n"))
     return call
 
 
@@ -138,7 +161,7 @@ _VALUES = {bool: "", int: "N", float: "NUMBER", str: "NAME"}
 def _as_shown(option: Any, kind: Any, title: str) -> Any:
     """The option under a title, with a word for its value."""
     shown = copy(option)
-    shown.rich_help_panel = title
+    shown.rich_help_panel = title if isinstance(option, typer.models.OptionInfo) else "Arguments"
     if shown.metavar is None:
         kinds = [one for one in (get_args(kind) or (kind,)) if one is not type(None)]
         shown.metavar = _VALUES.get(kinds[0])
@@ -149,10 +172,10 @@ _GROUPS = {"": app, "train": train, "eval": evaluation}
 for _name in COMMANDS:
     _group, _, _last = _name.rpartition(" ")
     _epilog = "\n\n".join(f"$ {line}" for line in EXAMPLES.get(_name, ()))
-    _GROUPS[_group].command(_last, epilog=_epilog or None)(_command(_name))
+    _GROUPS[_group].command(_last, cls=_Command, epilog=_epilog or None)(_command(_name))
 
 
-@app.command("help")
+@app.command("help", cls=_Command)
 def explain_topic(
     topic: Annotated[
         list[str] | None,
@@ -180,7 +203,10 @@ def _is_command(words: list[str]) -> bool:
 
 
 @app.command(
-    "lm-eval", context_settings={**_HELP, "ignore_unknown_options": True, "allow_extra_args": True}, epilog=_LM_EVAL
+    "lm-eval",
+    cls=_Command,
+    context_settings={**_HELP, "ignore_unknown_options": True, "allow_extra_args": True},
+    epilog=_LM_EVAL,
 )
 def lm_eval(
     context: typer.Context,
@@ -197,7 +223,7 @@ def lm_eval(
     run_harness(model, edit or [], engine, dtype, context.args)
 
 
-@app.command("recipes")
+@app.command("recipes", cls=_Command)
 def list_recipes() -> None:
     """Recipes that come with steer."""
     from steer.cli.help import list_recipes as listed
@@ -205,7 +231,7 @@ def list_recipes() -> None:
     typer.echo(listed())
 
 
-@app.command("rewards")
+@app.command("rewards", cls=_Command)
 def list_rewards() -> None:
     """Rewards that come with steer, and how they are written."""
     from steer.cli.help import list_rewards as listed
@@ -213,7 +239,7 @@ def list_rewards() -> None:
     typer.echo(listed())
 
 
-@app.command()
+@app.command(cls=_Command)
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of text.")] = False,
 ) -> None:
@@ -227,7 +253,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-@models.command("list")
+@models.command("list", cls=_Command)
 def list_models() -> None:
     """What can be fetched, and what is here."""
     from steer.embedded import list_models as entries
@@ -239,7 +265,7 @@ def list_models() -> None:
         )
 
 
-@models.command("fetch")
+@models.command("fetch", cls=_Command)
 def fetch_model(name: Annotated[str, typer.Argument(metavar="NAME", help="See `steer models list`.")]) -> None:
     """Download a model and convert it, once."""
     from steer.embedded import fetch
@@ -247,7 +273,7 @@ def fetch_model(name: Annotated[str, typer.Argument(metavar="NAME", help="See `s
     typer.echo(str(fetch(name, lambda message: print(message, file=sys.stderr))))
 
 
-@app.command()
+@app.command(cls=_Command)
 def show(
     file: Annotated[
         Path, typer.Argument(metavar="FILE or DIR", help="An artifact, a policy or a model; or a log of training.")
@@ -278,7 +304,7 @@ def show(
     typer.echo(described(read_card(file)))
 
 
-@app.command()
+@app.command(cls=_Command)
 def export(
     file: Edits,
     out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.")],
@@ -293,7 +319,7 @@ def export(
     typer.echo(export_vector(file, out, layers, hint))
 
 
-@app.command()
+@app.command(cls=_Command)
 def push(
     file: Edits,
     repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="A repository of models, made if it is new.")],
@@ -309,7 +335,7 @@ def push(
     typer.echo(share(file, repository, name, private, report))
 
 
-@imports.command("sae")
+@imports.command("sae", cls=_Command)
 def import_sae(
     source: Annotated[Path, typer.Argument(metavar="DIR or FILE", help="SAELens: cfg.json; Gemma Scope: params.npz.")],
     model: Annotated[str, typer.Option(metavar="MODEL", help="The model that it was trained on.")],
@@ -326,7 +352,7 @@ def import_sae(
     typer.echo(import_feature(source, model, feature, out, layer, overwrite))
 
 
-@app.command()
+@app.command(cls=_Command)
 def run(
     recipe: Annotated[
         str | None, typer.Argument(metavar="RECIPE", help="The name of a shipped recipe, or a YAML file.")

@@ -230,6 +230,8 @@ def _default(value: Any, hint: Any) -> str:
         return "none" if inner is Any or type(None) in get_args(inner) else "preset"
     if isinstance(value, tuple):
         return ", ".join(map(str, value))
+    if is_dataclass(value):  # Preview(), on the command line preview
+        return type(value).__name__.lower()
     return str(value).lower() if isinstance(value, bool) else str(value) or '""'
 
 
