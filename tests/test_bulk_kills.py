@@ -52,17 +52,19 @@ def answer(model: LanguageModel, source: str, out: Path, tokens: int, shard: Sha
         engine.close()
 
 
-def killed(job: Callable[..., None], given: tuple[Any, ...], out: Path, kills: int, whole: int) -> None:
-    """Start the job `kills` times, and kill it each time when a random number of bytes was added to what is there;
-    `whole` are those of all records, and no kill comes when all are written.
+def killed(job: Callable[..., None], given: tuple[Any, ...], out: Path, kills: int, whole: int, lasted: float) -> None:
+    """Start the job `kills` times, and kill it each time: when a random number of bytes was added to what is there, and
+    once six tenths of all `whole` are there, at a random moment before it can be at its end; it took `lasted` seconds.
     """
-    drawn = random.Random(0)
+    drawn, most = random.Random(0), int(0.6 * whole)
     for left in range(kills, 0, -1):
         before = size(out)
-        wanted = before + drawn.randrange(1, max(2, (whole - before) // (left + 1)))
+        late = before >= most
+        wanted = before + (1 if late else drawn.randrange(1, max(2, (most - before) // (left + 1))))
         process = multiprocessing.get_context("fork").Process(target=job, args=given)
         process.start()
-        while process.is_alive() and size(out) < wanted:
+        until = time.monotonic() + (drawn.random() * lasted / 40 if late else 600)
+        while process.is_alive() and size(out) < wanted and time.monotonic() < until:
             time.sleep(0.005)
         time.sleep(drawn.random() * 0.01)
         assert process.is_alive(), "it was not to end by itself"
@@ -85,8 +87,9 @@ def same(found: dict[str, Any], wanted: dict[str, Any]) -> int:
 
 def check_kills(model: LanguageModel, tmp_path: Path, count: int, tokens: int, kills: int) -> int:
     source, whole, out = prompts(tmp_path / "in.jsonl", count), tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    began = time.monotonic()
     answer(model, source, whole, tokens)
-    killed(answer, (model, source, out, tokens), out, kills, size(whole))
+    killed(answer, (model, source, out, tokens), out, kills, size(whole), time.monotonic() - began)
     answer(model, source, out, tokens)
     return same(records(out), records(whole))
 

@@ -16,7 +16,7 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,7 +130,7 @@ Handler = Callable[[Asked], Any]
 """A function, a coroutine function or an async generator function of what was asked; gives `{component: value}`."""
 
 
-def told(page: Page, line: Any, names: Sequence[str] = ()) -> Callable[[Handler], Callable[..., AsyncIterator[Any]]]:
+def told(page: Page, line: Any, names: Collection[str] = ()) -> Callable[[Handler], Callable[..., AsyncIterator[Any]]]:
     """A handler whose errors end as one line in `line`, as what takes too long does and what its visitor stops.
 
     Gradio calls it with the values of an event's inputs, which are called `names`, as the named endpoint's arguments.
@@ -221,11 +221,13 @@ def quiet(line: Any) -> dict[str, Any]:
     return {"show_progress": "hidden", "show_progress_on": line}
 
 
-def plain(fields: Sequence[Any]) -> list[Any]:
-    """Fields whose values come as they are: what is wrong in them is said in the tab's line, and not by Gradio."""
-    for each in fields:
+def plain(**fields: Any) -> dict[str, Any]:
+    """Fields, by what a recipe and the named endpoint call them, whose values come as they are: what is wrong in them
+    is said in the tab's line, and not by Gradio.
+    """
+    for each in fields.values():
         each.preprocess = lambda value: value
-    return list(fields)
+    return fields
 
 
 def shown_facts(facts: dict[str, Any]) -> list[list[str]]:

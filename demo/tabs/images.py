@@ -31,26 +31,7 @@ def build(page: Page) -> Opening:
     gr.Markdown(_HELP, elem_classes=["terms"])
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=300):
-            prompt = gr.Textbox(
-                label="Class or prompt", info="Empty: any. fashion-ddpm: boot, bag, dress ...", elem_id="images-prompt"
-            )
-            reward = gr.Textbox(
-                label="Reward",
-                info="An expression, such as class:bag, brightness or class:bag,boot - symmetry",
-                value="class:bag",
-                elem_id="images-reward",
-            )
-            methods = gr.CheckboxGroup(
-                [(title, name) for name, title in METHODS.items()],
-                value=["plain", "best-of-n", "fk", "dts-star"],
-                label="Methods (RL guidance first tunes a policy for the reward: minutes, once)",
-                elem_id="images-methods",
-            )
-            particles = gr.Slider(2, 32, value=8, step=1, label="Images that the budget pays for")
-            steps = gr.Slider(2, 100, value=25, step=1, label="Steps from noise to image")
-            beta = gr.Number(1.0, label="beta", elem_id="images-beta")
-            w = gr.Slider(-1, 6, value=2, step=0.25, label="w of RL guidance")
-            seed = gr.Number(0, precision=0, label="Seed")
+            fields = _fields()
             with gr.Row():
                 go = gr.Button("Draw", variant="primary", elem_id="images-go")
                 stop = gr.Button("Stop", elem_id="images-stop")
@@ -58,10 +39,8 @@ def build(page: Page) -> Opening:
             line = note(elem_id="images-note")
             shown = parts.part("images", None, elem_id="images")
             code = reproduce()
-    fields = plain([prompt, reward, methods, particles, steps, beta, w, seed])
-    names = ("prompt", "reward", "methods", "particles", "steps", "beta", "w", "seed")
 
-    @told(page, line, names)
+    @told(page, line, fields)
     async def draw(asked: Asked) -> AsyncGenerator[dict[Any, Any]]:
         recipe = ImagesRecipe.parse({"model": page.shared.image_model, **asked.given})
         yield {**reproduced(code, recipe), shown: None, line: said("")}
@@ -72,13 +51,40 @@ def build(page: Page) -> Opening:
                     made[shown] = {**{key: update[key] for key in ("columns", "count", "methods")}, "w": recipe.w}
                 yield made
 
-    outputs = [line, shown, *code.all()]
-    go.click(draw, fields, outputs, api_name="images", concurrency_limit=None, **quiet(line))
+    inputs = list(fields.values())
+    go.click(draw, inputs, [line, shown, *code.all()], api_name="images", concurrency_limit=None, **quiet(line))
     stopping(page, stop, line)
 
     def fill(visitor: Visitor, recipe: Recipe | None) -> Sequence[Any]:
         if not isinstance(recipe, ImagesRecipe):
             return [gr.skip()] * len(fields)
-        return [list(recipe.methods) if name == "methods" else getattr(recipe, name) for name in names]
+        return [list(recipe.methods) if name == "methods" else getattr(recipe, name) for name in fields]
 
-    return Opening(fields, fill)
+    return Opening(inputs, fill)
+
+
+def _fields() -> dict[str, Any]:
+    """What is drawn, by which methods, for which reward."""
+    prompt = gr.Textbox(
+        label="Class or prompt", info="Empty: any. fashion-ddpm: boot, bag, dress ...", elem_id="images-prompt"
+    )
+    reward = gr.Textbox(
+        label="Reward",
+        info="An expression, such as class:bag, brightness or class:bag,boot - symmetry",
+        value="class:bag",
+        elem_id="images-reward",
+    )
+    methods = gr.CheckboxGroup(
+        [(title, name) for name, title in METHODS.items()],
+        value=["plain", "best-of-n", "fk", "dts-star"],
+        label="Methods (RL guidance first tunes a policy for the reward: minutes, once)",
+        elem_id="images-methods",
+    )
+    particles = gr.Slider(2, 32, value=8, step=1, label="Images that the budget pays for")
+    steps = gr.Slider(2, 100, value=25, step=1, label="Steps from noise to image")
+    beta = gr.Number(1.0, label="beta", elem_id="images-beta")
+    w = gr.Slider(-1, 6, value=2, step=0.25, label="w of RL guidance")
+    seed = gr.Number(0, precision=0, label="Seed")
+    return plain(
+        prompt=prompt, reward=reward, methods=methods, particles=particles, steps=steps, beta=beta, w=w, seed=seed
+    )

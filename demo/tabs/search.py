@@ -52,25 +52,7 @@ def build(page: Page) -> Opening:
     gr.Markdown(_HELP, elem_classes=["terms"])
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=300):
-            prompt = gr.Textbox(label="Prompt", value="How was your day?", lines=2, elem_id="search-prompt")
-            reward = gr.Textbox(
-                label="Reward",
-                info="An expression, such as sentiment - 0.3*profanity; the sliders write one",
-                value="sentiment",
-                elem_id="search-reward",
-            )
-            with gr.Accordion("Build the reward by sliders", open=False, elem_id="search-sliders"):
-                sliders = [
-                    gr.Slider(-2, 2, value=start, step=0.1, label=name, info=what)
-                    for name, (start, what) in WEIGHED.items()
-                ]
-            sampler = gr.Radio(_SAMPLERS, value="fk", label="How to search")
-            budget = gr.Number(320, label="Budget in tokens, of all candidates", precision=0, elem_id="search-budget")
-            length = gr.Slider(1, 256, value=32, step=1, label="Tokens at most, of one text")
-            with gr.Accordion("How to weigh and draw", open=False):
-                beta = gr.Number(0.1, label="beta", info="Reward that one nat of drift has to bring; smaller is bolder")
-                temperature = gr.Slider(0.05, 2, value=0.7, step=0.05, label="Temperature")
-                seed = gr.Number(0, precision=0, label="Seed", info="Same seed, same search")
+            fields, sliders = _fields()
             with gr.Row():
                 go = gr.Button("Search", variant="primary", elem_id="search-go")
                 stop = gr.Button("Stop", elem_id="search-stop")
@@ -82,8 +64,6 @@ def build(page: Page) -> Opening:
             tree = parts.part("tree", None, elem_id="search-tree")
             table = parts.part("candidates", {"rows": [], "facts": []}, elem_id="search-table")
             code = reproduce()
-    fields = plain([prompt, reward, sampler, budget, length, beta, temperature, seed])
-    names = ("prompt", "reward", "sampler", "budget", "max_tokens", "beta", "temperature", "seed")
     outputs = [line, best, curve, lineage, tree, table, *code.all()]
 
     def shown(update: dict[str, Any]) -> dict[Any, Any]:
@@ -101,7 +81,7 @@ def build(page: Page) -> Opening:
             made |= {line: said("Done.")}
         return made
 
-    @told(page, line, names)
+    @told(page, line, fields)
     async def search(asked: Asked) -> AsyncGenerator[dict[Any, Any]]:
         recipe = SearchRecipe.parse({"model": page.shared.text_model, **asked.given})
         empty: dict[Any, Any] = {best: "", curve: None, lineage: None, tree: None, table: {"rows": [], "facts": []}}
@@ -110,14 +90,43 @@ def build(page: Page) -> Opening:
             async for update in updates:
                 yield shown(update)
 
-    go.click(search, fields, outputs, api_name="search", concurrency_limit=None, **quiet(line))
+    inputs = list(fields.values())
+    go.click(search, inputs, outputs, api_name="search", concurrency_limit=None, **quiet(line))
     stopping(page, stop, line)
     for slider in sliders:
-        slider.change(lambda *weights: expression(weights), sliders, reward, api_name=False, queue=False, **quiet(line))
+        slider.change(
+            lambda *weights: expression(weights), sliders, fields["reward"], api_name=False, queue=False, **quiet(line)
+        )
 
     def fill(visitor: Visitor, recipe: Recipe | None) -> Sequence[Any]:
         if not isinstance(recipe, SearchRecipe):
             return [gr.skip()] * len(fields)
-        return [getattr(recipe, name) for name in names]
+        return [getattr(recipe, name) for name in fields]
 
-    return Opening(fields, fill)
+    return Opening(inputs, fill)
+
+
+def _fields() -> tuple[dict[str, Any], list[Any]]:
+    """What is searched for and how; and the sliders that write the reward."""
+    prompt = gr.Textbox(label="Prompt", value="How was your day?", lines=2, elem_id="search-prompt")
+    reward = gr.Textbox(
+        label="Reward",
+        info="An expression, such as sentiment - 0.3*profanity; the sliders write one",
+        value="sentiment",
+        elem_id="search-reward",
+    )
+    with gr.Accordion("Build the reward by sliders", open=False, elem_id="search-sliders"):
+        sliders = [
+            gr.Slider(-2, 2, value=start, step=0.1, label=name, info=what) for name, (start, what) in WEIGHED.items()
+        ]
+    sampler = gr.Radio(_SAMPLERS, value="fk", label="How to search")
+    budget = gr.Number(320, label="Budget in tokens, of all candidates", precision=0, elem_id="search-budget")
+    length = gr.Slider(1, 256, value=32, step=1, label="Tokens at most, of one text")
+    with gr.Accordion("How to weigh and draw", open=False):
+        drawn = {
+            "beta": gr.Number(0.1, label="beta", info="Reward that one nat of drift has to bring; smaller is bolder"),
+            "temperature": gr.Slider(0.05, 2, value=0.7, step=0.05, label="Temperature"),
+            "seed": gr.Number(0, precision=0, label="Seed", info="Same seed, same search"),
+        }
+    made = plain(prompt=prompt, reward=reward, sampler=sampler, budget=budget, max_tokens=length, **drawn)
+    return made, sliders

@@ -48,22 +48,7 @@ def build(page: Page) -> Opening:
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=300):
             gr.Markdown("### What steers", elem_classes=["plain"])
-            dose = parts.dose({"available": [], "cards": []}, elem_id="dose")
-            page.parts["dose"] = dose
-            system = gr.Textbox(
-                label="The same wish as a system prompt (empty: no third column)", lines=2, elem_id="system"
-            )
-            reward = gr.Textbox(
-                label="Reward",
-                info="An expression, such as sentiment - 0.3*profanity",
-                value="sentiment",
-                elem_id="reward",
-            )
-            with gr.Accordion("How to draw", open=False):
-                raw = gr.Checkbox(label="Continue the text as it stands, without the chat template")
-                temperature = gr.Slider(0, 2, value=0.7, step=0.05, label="Temperature (0: always the likeliest token)")
-                length = gr.Slider(1, MAX_TOKENS, value=60, step=1, label="Tokens at most")
-                seed = gr.Number(value=0, precision=0, label="Seed", info="Same seed, same texts")
+            beside = _beside()
         with gr.Column(scale=3, min_width=320):
             prompt = gr.Textbox(label="Prompt", value=_PROMPT, lines=2, max_lines=8, elem_id="prompt")
             with gr.Row():
@@ -73,9 +58,8 @@ def build(page: Page) -> Opening:
             tokens = parts.tokens(elem_id="tokens")
             gr.Markdown(_TERMS, elem_classes=["terms"])
             code = reproduce()
-    inputs = plain([prompt, raw, dose, system, reward, temperature, length, seed])
-    names = ("prompt", "raw", "edits", "system", "reward", "temperature", "max_tokens", "seed")
-    outputs = [tokens, line, *code.all()]
+    fields = plain(prompt=prompt, **beside)
+    inputs, outputs = list(fields.values()), [tokens, line, *code.all()]
 
     def recipe_of(asked: Asked, script: Sequence[int] = (), branch: int = 1) -> SteerRecipe:
         edits = asked.given["edits"]
@@ -105,13 +89,13 @@ def build(page: Page) -> Opening:
                     value = {**value, "add": [], **shown, "done": done}
                     yield {tokens: value, line: said(_ending(update))}
 
-    @told(page, line, names)
+    @told(page, line, fields)
     async def steer(asked: Asked) -> AsyncGenerator[dict[Any, Any]]:
         async with aclosing(stream(recipe_of(asked), asked.visitor)) as updates:
             async for update in updates:
                 yield update
 
-    @told(page, line, names)
+    @told(page, line, fields)
     async def fork(asked: Asked) -> AsyncGenerator[dict[Any, Any]]:
         data = asked.data if isinstance(asked.data, dict) else {}
         script, branch = data.get("script"), data.get("column")
@@ -130,22 +114,39 @@ def build(page: Page) -> Opening:
     def fill(visitor: Visitor, recipe: Recipe | None) -> Sequence[Any]:
         return values_of(page, visitor, recipe if isinstance(recipe, SteerRecipe) else None)
 
-    page.parts["steer"] = [dose, system, prompt, raw, reward, temperature, length, seed]
-    return Opening(page.parts["steer"], fill)
+    page.parts.update(dose=fields["edits"], steer=inputs)
+    return Opening(inputs, fill)
+
+
+def _beside() -> dict[str, Any]:
+    """What steers and how texts are drawn: all but the prompt."""
+    dose = parts.dose({"available": [], "cards": []}, elem_id="dose")
+    system = gr.Textbox(label="The same wish as a system prompt (empty: no third column)", lines=2, elem_id="system")
+    reward = gr.Textbox(
+        label="Reward", info="An expression, such as sentiment - 0.3*profanity", value="sentiment", elem_id="reward"
+    )
+    with gr.Accordion("How to draw", open=False):
+        raw = gr.Checkbox(label="Continue the text as it stands, without the chat template")
+        drawn = {
+            "temperature": gr.Slider(0, 2, value=0.7, step=0.05, label="Temperature (0: always the likeliest token)"),
+            "max_tokens": gr.Slider(1, MAX_TOKENS, value=60, step=1, label="Tokens at most"),
+            "seed": gr.Number(value=0, precision=0, label="Seed", info="Same seed, same texts"),
+        }
+    return {"raw": raw, "edits": dose, "system": system, "reward": reward, **drawn}
 
 
 def values_of(page: Page, visitor: Visitor, recipe: SteerRecipe | None) -> list[Any]:
-    """Values for the tab's inputs: those of a recipe, or the first ones."""
+    """Values for the tab's inputs, in their order: those of a recipe, or the first ones."""
     known = action.available(page.shared, visitor)
     if recipe is None:
         preset = PRESETS["sentiment"]
         cards = [{"name": preset.name, "strength": 0.15, "layers": "", "scope": ""}]
-        return [{"available": known, "cards": cards}, preset.system_high, *[gr.skip()] * 6]
+        return [*[gr.skip()] * 2, {"available": known, "cards": cards}, preset.system_high, *[gr.skip()] * 4]
     return [
-        {"available": known, "cards": [edit.model_dump(exclude={"pairs", "policy"}) for edit in recipe.edits]},
-        recipe.system,
         recipe.prompt,
         recipe.raw,
+        {"available": known, "cards": [edit.model_dump(exclude={"pairs", "policy"}) for edit in recipe.edits]},
+        recipe.system,
         recipe.reward,
         recipe.temperature,
         recipe.max_tokens,

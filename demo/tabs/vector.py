@@ -70,9 +70,9 @@ def build(page: Page) -> Opening:
     code = reproduce()
     outputs = [line, chart, card, use, take, *code.all()]
 
-    fields = plain([more, less, name, method])
+    fields = plain(positive=more, negative=less, name=name, method=method)
 
-    @told(page, line, ("positive", "negative", "name", "method"))
+    @told(page, line, fields)
     async def make(asked: Asked) -> AsyncGenerator[dict[Any, Any]]:
         sides = {side: action.sentences(asked.text(side)) for side in ("positive", "negative")}
         recipe = VectorRecipe.parse({**asked.given, **sides, "model": page.shared.text_model})
@@ -110,16 +110,16 @@ def build(page: Page) -> Opening:
             line: said(f"The vector {named} is in the tab Steer."),
         }
 
-    events = {"api_name": False, **quiet(line)}
+    events, inputs = {"api_name": False, **quiet(line)}, list(fields.values())
     file.upload(read, file, [more, less, line], **events)
-    go.click(make, fields, outputs, api_name="make_vector", concurrency_limit=None, **quiet(line))
+    go.click(make, inputs, outputs, api_name="make_vector", concurrency_limit=None, **quiet(line))
     stopping(page, stop, line)
     dose = page.parts["dose"]
     use.click(place, [name, chart, dose], [dose, page.parts["tabs"], line], **events)
 
     def fill(visitor: Visitor, recipe: Recipe | None) -> Sequence[Any]:
         if not isinstance(recipe, VectorRecipe):
-            return [gr.skip()] * 4
+            return [gr.skip()] * len(fields)
         return ["\n".join(recipe.positive), "\n".join(recipe.negative), recipe.name, recipe.method]
 
-    return Opening(fields, fill)
+    return Opening(inputs, fill)
