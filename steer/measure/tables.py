@@ -31,7 +31,8 @@ def ranged(mean: float, half: float, shape: str = "{:.3f}") -> str:
 
 def few(prompts: int, what: str = "prompts") -> str:
     """A line of warning where a table stands on little; the empty text elsewhere."""
-    return "" if prompts >= FEW else f"{prompts} {what} are few: differences may be chance"
+    counted = f"1 {what.removesuffix('s')} is" if prompts == 1 else f"{prompts} {what} are"
+    return "" if prompts >= FEW else f"{counted} few: differences may be chance"
 
 
 def aligned(rows: Sequence[Sequence[str]], left: bool = False) -> str:

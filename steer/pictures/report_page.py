@@ -25,7 +25,7 @@ p {{ margin: .3em 0 }} .faint {{ color: {FAINT} }} img {{ max-width: 100%; borde
 .wide {{ overflow-x: auto }} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87em }}
 th, td {{ padding: .22em .7em; text-align: right; white-space: nowrap; border-bottom: 1px solid {GRID} }}
 th:first-child, td:first-child {{ text-align: left }} th {{ color: {FAINT}; font-weight: 600; vertical-align: bottom }}
-td.text {{ text-align: left; white-space: normal; min-width: 16em }}
+th.words, td.words {{ text-align: left }} td.long {{ white-space: normal; min-width: 16em }}
 pre {{ background: #f6f8fa; padding: .8em 1em; overflow-x: auto; font-size: .83em; line-height: 1.4 }}
 """
 
@@ -92,8 +92,10 @@ def _unknown(value: Any) -> bool:
 
 
 def _table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Numbers stand to the right of their columns, words to the left."""
     columns = _columns(records)
-    head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in columns)
+    words = {name for name in columns if any(isinstance(row.get(name), str) for row in records)}
+    head = "".join(f"<th{' class=words' if n in words else ''}>{escape(n.replace('_', ' '))}</th>" for n in columns)
     rows = "".join(f"<tr>{''.join(_cell(row.get(name)) for name in columns)}</tr>" for row in records)
     return f"<div class=wide><table><tr>{head}</tr>{rows}</table></div>"
 
@@ -104,7 +106,9 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"<td>{value:.4g}</td>"
     text = str(value)
-    return f"<td{' class=text' if len(text) > 40 else ''}>{escape(text)}</td>"
+    kind = ("words long" if len(text) > 40 else "words") if isinstance(value, str) else ""
+    marked = f' class="{kind}"' if kind else ""
+    return f"<td{marked}>{escape(text)}</td>"
 
 
 def _picture(path: Path) -> str:
