@@ -154,9 +154,10 @@ def _parquet(field: str, path: Path, allowed: str) -> list[dict[str, Any]]:
 
 
 def prompt_of(row: Any) -> Any:
-    """The prompt of a row, its column `prompt` or `messages`; a row that is no mapping is one itself."""
-    named = (row[name] for name in ("prompt", "messages") if name in row) if isinstance(row, Mapping) else iter(())
-    return next(named, row)
+    """The prompt of a row, its column `prompt`, `messages` or `text`; a row that is no mapping is one itself."""
+    if not isinstance(row, Mapping):
+        return row
+    return next((row[name] for name in ("prompt", "messages", "text") if name in row), row)
 
 
 def plain_row(row: Any, field: str) -> Any:

@@ -71,11 +71,18 @@ CHAT = [{"role": "user", "content": "hello"}]
         f'"Hello"\n{json.dumps(CHAT)}\n',
         f'{{"prompt": "Hello"}}\n{json.dumps({"prompt": CHAT, "id": 3})}',
         f'{{"prompt": "Hello"}}\n{json.dumps({"messages": CHAT})}',
+        f'{{"text": "Hello", "id": 3}}\n{json.dumps({"messages": CHAT, "text": "not this"})}',
     ],
 )
 def test_prompts_as_a_list_as_lines_and_as_rows(text: str, tmp_path: Path) -> None:
     (tmp_path / "prompts").write_text(text)
     assert read_prompts(tmp_path / "prompts") == ["Hello", CHAT]
+
+
+def test_a_row_without_a_prompt_is_told_what_it_may_have(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"question": "Hello"}')
+    with pytest.raises(InputError, match=r"line 1: got .*question.* a row with one as prompt, messages or text"):
+        read_prompts(tmp_path / "prompts.jsonl")
 
 
 def test_prompts_of_chats_a_line(tmp_path: Path) -> None:

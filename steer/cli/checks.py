@@ -145,8 +145,8 @@ def check_generation_config(given: str | None) -> None:
 
 
 def read_prompts(path: Path, field: str = "prompts", empty: bool = False) -> list[Any]:
-    """Prompts of a file: texts or chats, or rows with a column `prompt` or `messages`; `empty` where a text may be "",
-    which leaves an image model free.
+    """Prompts of a file: texts or chats, or rows with a column `prompt`, `messages` or `text`; `empty` where a text may
+    be "", which leaves an image model free.
     """
     rows = [(where, prompt_of(row)) for where, row in read_table(field, path, _PROMPTS)]
     check(bool(rows), field, f"{path} (no prompts)", _PROMPTS)
@@ -161,7 +161,8 @@ def check_prompt(field: str, prompt: Any) -> None:
     if isinstance(prompt, str):
         check(bool(prompt.strip()), field, prompt, "text that is not empty")
         return
-    check(isinstance(prompt, list) and bool(prompt), field, prompt, "text or messages")
+    allowed = "a text, a list of messages, or a row with one as prompt, messages or text"
+    check(isinstance(prompt, list) and bool(prompt), field, prompt, allowed)
     for message in prompt:
         fits = isinstance(message, dict) and {"role", "content"} <= set(message)
         check(fits, field, message, "messages with role and content")
