@@ -88,14 +88,21 @@ class Reliability:
             f"Spearman {number(sum(self.monotone) / n)}"
         )
 
+    def span(self, setting: Setting, name: str) -> tuple[float, float]:
+        """Wilson's 95% interval of the accuracy on a set."""
+        return wilson(setting.accuracy[name], self.settings["prompts"][name])
+
     def table(self) -> str:
-        """Plain text."""
+        """Plain text; accuracies with their 95% intervals."""
         names = list(self.strengths[0].accuracy)
         rows = [["strength", "propensity", "effectiveness", "entanglement", *names]]
         for s in self.strengths:
             beside = "-" if s.entanglement is None else number(s.entanglement)
             cells = [f"{s.strength:+g}", ranged(s.propensity, s.propensity_half), number(s.effectiveness), beside]
-            rows.append(cells + [f"{s.accuracy[name]:.1%}" for name in names])
+            for name in names:
+                low, high = self.span(s, name)
+                cells.append(f"{s.accuracy[name]:.1%} ({low:.1%} .. {high:.1%})")
+            rows.append(cells)
         return "\n".join(filter(None, [aligned(rows), self.summary(), few(len(self.slopes))]))
 
     def records(self) -> list[dict[str, Any]]:

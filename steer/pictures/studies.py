@@ -79,9 +79,10 @@ def draw_reliability(found: Reliability, path: Path) -> None:
         moves.set_title("Propensity, nats, 95% interval", fontsize=10)
         for i, name in enumerate(found.strengths[0].accuracy):
             shares = [s.accuracy[name] for s in found.strengths]
-            right.plot(xs, shares, marker="o", markersize=4, color=_COLOURS[i % 3], label=name)
-        right.set_title("Accuracy by set", fontsize=10)
-        right.set_ylim(0, 1.02)
+            spans = _spans([(s.accuracy[name], *found.span(s, name)) for s in found.strengths])
+            right.errorbar(xs, shares, spans, marker="o", markersize=4, color=_COLOURS[i % 3], capsize=3, label=name)
+        right.set_title("Accuracy by set, 95% interval", fontsize=10)
+        right.set_ylim(-0.02, 1.02)
         _legend(right)
         for axis in (moves, right):
             axis.set_xlabel("strength")
