@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from steer.bench import __main__ as bench
-from steer.bench import language
+from steer.bench import bulk, language
 from steer.bench.harness import Bench, Figure, alternate, interval, ratios
 
 
@@ -50,6 +50,19 @@ def test_figures_of_a_tiny_model_run(tiny_lm: Any, capsys: pytest.CaptureFixture
     assert all(row.median > 0 for row in rows)
     assert capsys.readouterr().out.count("batch 8") == 3
     assert tiny_lm.network.generation_config.eos_token_id == 3  # put back
+
+
+def test_a_bulk_job_and_a_loop_run_the_same_rows(tiny_lm: Any) -> None:
+    (row,) = bulk.rate(Bench(repeats=1, given=tiny_lm), rows=4)
+    assert row.median > 0 and row.at_least == 0.97
+
+
+def test_a_share_of_a_bulk_job_says_how_long_it_took(
+    tiny_lm: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bulk, "Bench", lambda: Bench(given=tiny_lm))
+    bulk.main("12", "0/2")
+    assert float(capsys.readouterr().out.splitlines()[-1]) > 0
 
 
 def test_one_prompt_pass_serves_the_pool(tiny_lm: Any) -> None:

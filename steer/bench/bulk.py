@@ -33,7 +33,7 @@ _MOST = 1 << 30
 
 def rate(bench: Bench, rows: int = 32) -> Iterator[Figure]:
     """Rows a second of a bulk job over those of a loop over `generate`, with batches and texts of the same sizes."""
-    given = [{"id": str(i), "prompt": prompt.text} for i, prompt in enumerate(_repeated(bench, rows))]
+    given = [{"id": str(i), "prompt": str(prompt)} for i, prompt in enumerate(_repeated(bench, rows))]
     with tempfile.TemporaryDirectory() as folder, _endless(bench.model.network):
         loop, job = bench.compare([_loop(bench, given), _job(bench.model, given, Path(folder))])
     yield Figure("batch", f"steer batch / loop over generate, rows/s, batch {BATCH}", ratios(loop, job), at_least=0.97)
@@ -108,7 +108,7 @@ def main(rows: str, shard: str) -> None:
     """What `spread` starts."""
     torch.set_num_threads(1)
     bench = Bench()
-    given = [{"id": str(i), "prompt": prompt.text} for i, prompt in enumerate(_repeated(bench, int(rows)))]
+    given = [{"id": str(i), "prompt": str(prompt)} for i, prompt in enumerate(_repeated(bench, int(rows)))]
     with tempfile.TemporaryDirectory() as folder, _endless(bench.model.network):
         _job(bench.model, given[:BATCH], Path(folder))()
         run = _job(bench.model, given, Path(folder), Shard.parse(shard))
