@@ -82,7 +82,8 @@ class ImagesRecipe(Recipe):
         made = []
         if "rlg" in self.methods:
             own = dict(POLICY)
-            given = {"model": self.model, "method": own.pop("method"), "reward": self.reward, "prompts": _PROMPTS}
+            given = {"model": self.model, "method": own.pop("method"), "beta": own.pop("beta")}
+            given |= {"reward": self.reward, "prompts": _PROMPTS}
             given |= {"out": _FOLDER, "set": [f"{key}={value}" for key, value in own.items()]}
             made.append(Job("tune", "train policy", given))
         for method in self.methods:

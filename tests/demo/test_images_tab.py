@@ -175,6 +175,15 @@ def test_bad_fields_are_named(page: Any, given: dict[str, Any], field: str) -> N
         last(images.run(_recipe(**given), page.page.shared))
 
 
+def test_the_tuning_of_a_policy_is_a_command_that_steer_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steer.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    head, _, lines = _recipe(methods=["plain", "rlg"]).commands().partition("\nPROMPTS\n")
+    Path("tuning_prompts.json").write_text(head.partition("\n")[2])
+    assert main([*shlex.split(lines.splitlines()[0])[1:], "--dry-run"]) == 0
+
+
 @pytest.mark.slow
 def test_guidance_goes_towards_the_policy(
     page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
