@@ -174,7 +174,6 @@ def test_vectors_of_one_name_stay_with_their_makers(page: Any, chromium: Any) ->
         before = page.page.visitors.sessions()
         visits.append(Visit(chromium, page.url))
         tab = visits[-1].tab
-        sessions += page.page.visitors.sessions() - before
         open_tab(tab, "Make a vector")
         sides = [[pair[side] for pair in PAIRS] for side in ("positive", "negative")][::turn]
         tab.fill("#more textarea", "\n".join(sides[0]))
@@ -184,6 +183,7 @@ def test_vectors_of_one_name_stay_with_their_makers(page: Any, chromium: Any) ->
         tab.click("#use")
         tab.wait_for_selector(".steer-dose .card[aria-label='Edit mine']")
         tab.locator(".steer-dose .card:not([aria-label='Edit mine']) .drop").click()
+        sessions += page.page.visitors.sessions() - before
     assert len(sessions) == 2
     for visit in visits:
         ask(visit.tab, "tell me about the house", edit="mine")
