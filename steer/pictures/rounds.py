@@ -62,4 +62,6 @@ def _panels(path: Path, count: int, title: str) -> Iterator[list[Any]]:
         )
         for axis in axes.flat[count:]:
             axis.set_visible(False)
+        for axis in axes.flat[:count]:
+            axis.xaxis.get_major_locator().set_params(integer=True)  # rounds, steps and entries are counted
         yield list(axes.flat[:count])
