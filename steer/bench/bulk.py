@@ -33,7 +33,7 @@ _MOST = 1 << 30
 
 def rate(bench: Bench, rows: int = 32) -> Iterator[Figure]:
     """Rows a second of a bulk job over those of a loop over `generate`, with batches and texts of the same sizes."""
-    given = [{"id": str(i), "prompt": str(prompt)} for i, prompt in enumerate(_repeated(bench, rows))]
+    given = _rows(bench, rows)
     with tempfile.TemporaryDirectory() as folder, _endless(bench.model.network):
         loop, job = bench.compare([_loop(bench, given), _job(bench.model, given, Path(folder))])
     yield Figure("batch", f"steer batch / loop over generate, rows/s, batch {BATCH}", ratios(loop, job), at_least=0.97)
@@ -63,9 +63,9 @@ def _endless(network: Any) -> Iterator[None]:
         config.eos_token_id = kept
 
 
-def _repeated(bench: Bench, rows: int) -> list[Any]:
-    prompts = bench.prompts(rows)
-    return [prompts[i % len(prompts)] for i in range(rows)]
+def _rows(bench: Bench, count: int) -> list[dict[str, Any]]:
+    prompts = bench.prompts(count)
+    return [{"id": str(i), "prompt": str(prompts[i % len(prompts)])} for i in range(count)]
 
 
 def _loop(bench: Bench, given: Sequence[dict[str, Any]]) -> Task:
@@ -108,7 +108,7 @@ def main(rows: str, shard: str) -> None:
     """What `spread` starts."""
     torch.set_num_threads(1)
     bench = Bench()
-    given = [{"id": str(i), "prompt": str(prompt)} for i, prompt in enumerate(_repeated(bench, int(rows)))]
+    given = _rows(bench, int(rows))
     with tempfile.TemporaryDirectory() as folder, _endless(bench.model.network):
         _job(bench.model, given[:BATCH], Path(folder))()
         run = _job(bench.model, given, Path(folder), Shard.parse(shard))
