@@ -37,10 +37,11 @@ def replacing(path: Path | str) -> Iterator[Path]:
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
+        mode = _new(temporary)
         yield temporary
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
-        _open_to_others(temporary)
+        _open_to_others(temporary, mode)
         os.replace(temporary, final)
     except OSError as error:
         raise SteerError(f"cannot write {final}: {error.strerror or error}") from error
@@ -49,12 +50,18 @@ def replacing(path: Path | str) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _open_to_others(path: Path) -> None:
+def _new(path: Path) -> int:
+    """Make an empty file; returns the permissions that it got. (To ask for the umask is to change it, and while it is
+    changed other threads write files open to all.)
+    """
+    path.touch()
+    return path.stat().st_mode & 0o777
+
+
+def _open_to_others(path: Path, mode: int) -> None:
     """Give a file the permissions of any new one: some libraries write what nobody but the owner can read."""
-    mask = os.umask(0)
-    os.umask(mask)
     if path.is_file() and not path.is_symlink():
-        path.chmod(0o666 & ~mask | path.stat().st_mode & 0o111)
+        path.chmod(mode | path.stat().st_mode & 0o111)
 
 
 # ------------------------------------------------------------------------------------------------------------- JSON
@@ -86,9 +93,11 @@ def replacing_folder(final: Path) -> Iterator[Path]:
     temporary, before = (final.with_name(f".{final.name}.{mark}.{end}") for end in ("tmp", "old"))
     try:
         temporary.mkdir(parents=True)
+        mode = _new(temporary / mark)
+        (temporary / mark).unlink()
         yield temporary
         for path in temporary.rglob("*"):
-            _open_to_others(path)
+            _open_to_others(path, mode)
         if final.exists():
             os.rename(final, before)
         os.rename(temporary, final)

@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from steer.cli import generating, main
 from steer.cli import training as training_jobs
 from steer.core.edit import Scope
 from steer.edits import parse_edit
+from steer.files import write_text
 from steer.gguf import load_gguf, save_gguf
 from steer.methods.samplers import SAMPLERS
 from steer.train.controller import ControllerSettings
@@ -563,6 +565,19 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_the_umask_stays_while_threads_write(tmp_path: Path) -> None:
+    before = _umask()
+
+    def write(i: int) -> None:
+        for j in range(20):
+            write_text(tmp_path / f"{i}-{j}", "text")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert _umask() == before
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~before}
 
 
 def test_files_have_the_names_that_say_what_is_in_them(steer: Steer, tiny_lm_dir: Path) -> None:

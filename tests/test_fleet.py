@@ -17,6 +17,7 @@ from steer import FKSteering
 from steer.adapters.transformers.serving.engine import TransformersEngine
 from steer.cli import main
 from steer.core import InputError
+from steer.serving import artifact_store
 from steer.serving.artifact_store import Store, UnknownArtifactError, digest
 from steer.serving.reward_store import Rewards, UnknownRewardError
 
@@ -113,6 +114,39 @@ def test_many_register_at_once(tmp_path: Path) -> None:
     for i in range(20):
         assert stores[(i + 1) % 2].get(f"own-{i}").digest == digest(sources[i])
     assert not list((tmp_path / "store" / "registered").glob(".*"))
+
+
+def test_another_server_sends_the_same_name_at_the_same_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a file's taking its place and the next step of the server that sent it."""
+    first, second = (write_vector(tmp_path / f"{i}.safetensors", seed=i) for i in range(2))
+    a, b = two(tmp_path / "store")
+    put = os.replace
+
+    def and_then(source: Path, final: Path) -> None:
+        put(source, final)
+        monkeypatch.undo()
+        b.add("common", second)
+
+    monkeypatch.setattr(os, "replace", and_then)
+    a.add("common", first)
+    assert a.get("common").digest == b.get("common").digest == digest(second)
+
+
+def test_a_file_that_is_changed_while_it_is_adopted_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = two(tmp_path / "store")
+    mine = write_vector(tmp_path / "store" / "mine.safetensors", seed=1)
+
+    def and_then(path: Path) -> str:
+        found = digest(path)
+        monkeypatch.undo()
+        write_vector(mine, seed=2)
+        return found
+
+    monkeypatch.setattr(artifact_store, "digest", and_then)
+    a.adopt("mine.safetensors")
+    assert a.get("mine").digest == b.get("mine").digest == digest(mine)
 
 
 def test_room_is_counted_over_all_servers(tmp_path: Path) -> None:

@@ -249,9 +249,10 @@ class Store:
                 before = self._entries.get(name)
                 check(before is None or not before.fixed, "name", name, "a name that no file of the folder has")
                 names += self._make_room(size, 0 if before is None else before.size, name)
+                # Of this file: the moment that it is in its place, another server may put its own there.
+                entry = replace(entry, path=final, stamp=_stamp(staged))
                 os.replace(staged, final)
                 _sync_folder(self._own)
-                entry = replace(entry, path=final, created=int(final.stat().st_mtime), stamp=_stamp(final))
                 self._entries[name] = entry
                 self._entries.move_to_end(name)
                 names.append(name)
@@ -289,7 +290,8 @@ class Store:
         check(path.is_file() and not path.is_symlink(), "file", file, "a file in the folder of artifacts")
         if name not in (None, stem):
             return self.add(str(name), path)
-        entry = replace(self._checked(stem, path, fixed=True), stamp=_stamp(path))
+        stamp = _stamp(path)  # before it is read: a file that is changed meanwhile is read again
+        entry = replace(self._checked(stem, path, fixed=True), stamp=stamp)
         self.sync()
         with self._changing() as names:
             with suppress(OSError):

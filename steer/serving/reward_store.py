@@ -112,7 +112,8 @@ class Rewards:
         return self._read(text, "steer.reward")
 
     def _read(self, text: str, where: str) -> Reward:
-        names = {name: entry.scorer for name, entry in self._named.items()}
+        with self._lock:  # not while another thread is reading what is remembered
+            names = {name: entry.scorer for name, entry in self._named.items()}
         try:
             reward = parse_reward(text, trusted=False, names=names)
             check_reward(reward, images=False)
@@ -271,9 +272,11 @@ class Rewards:
         """Register what is remembered, in its order (what an expression is made of came before it), where it is not
         what was read before; what is no longer there is forgotten.
         """
-        if self.folder is None or (stamp := _stamp(self._file)) == self._seen:
+        if self.folder is None:
             return
         with self._lock:
+            if (stamp := _stamp(self._file)) == self._seen:
+                return
             before, self._seen = dict(self._named), stamp
             self._named = {name: entry for name, entry in before.items() if entry.fixed}
             for name, given in self._remembered():
