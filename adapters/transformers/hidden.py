@@ -153,14 +153,15 @@ def _then(program: dict[int, RowEdit], layer: int, step: RowEdit) -> None:
 
 
 def adding(constant: Tensor) -> RowEdit:
-    """Adds `[1 or N, 1, D]`, which goes once to where the hidden state is: a block's own weights may be elsewhere
-    between passes (offloading).
+    """Adds `[1 or N, 1, D]`, which goes in the first pass to where the hidden state is, and stays: a block's own
+    weights may be elsewhere between passes (offloading), what it returns is always in one place.
     """
+    placed = False
 
     def apply(hidden: Tensor) -> Tensor:
-        nonlocal constant
-        if constant.device != hidden.device or constant.dtype != hidden.dtype:
-            constant = constant.to(hidden.device, hidden.dtype)
+        nonlocal constant, placed
+        if not placed:  # once: to ask a tensor where it is costs a fifth of the addition
+            constant, placed = constant.to(hidden), True
         return hidden + constant
 
     return apply

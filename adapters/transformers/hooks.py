@@ -67,16 +67,14 @@ class Hooks:
             step = self._slots[layer]
             if step is None:
                 return output
-            if output.__class__ is tuple:
-                return (_on_streams(step, output[0]), *output[1:])
-            return _on_streams(step, output)
+            hidden = output[0] if output.__class__ is tuple else output
+            if hidden.dim() == 3:
+                changed = step(hidden)
+            else:  # several residual streams [S, N, T, D]
+                changed = torch.stack([step(stream) for stream in hidden])
+            return (changed, *output[1:]) if hidden is not output else changed
 
         return hooked
-
-
-def _on_streams(step: RowEdit, hidden: Tensor) -> Tensor:
-    """A step on the residual stream `[N, T, D]`, or on each of several `[S, N, T, D]`."""
-    return step(hidden) if hidden.dim() == 3 else torch.stack([step(stream) for stream in hidden])
 
 
 @contextmanager
