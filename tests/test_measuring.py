@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_train_stimulus import Echo
 
 import steer
 from steer.cli import main
@@ -22,6 +23,7 @@ from steer.methods.best_of_n import Ancestral
 from steer.methods.fk import FKSteering
 from steer.rewards import lift
 from steer.toy import GaussianProcess, markov_lm
+from steer.train.stimulus import train_stimulus
 
 
 def points(mean: float, spread: float, n: int = 4000, seed: int = 0) -> torch.Tensor:
@@ -298,16 +300,23 @@ def test_methods_by_reward_against_kl_on_the_command_line(
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps(["the sun", "hello world", "a dog"]), encoding="utf-8")
     line = f"eval frontier --model {tiny_lm_dir} --dtype float32 --prompts {prompts} --reward keywords:dog,sun --n 4"
-    more = f"--edit {tmp_path / 'up.safetensors'} --strengths 0.2,0.4 --max-new-tokens 6 --out {tmp_path / 'f'}"
+    rows = [{"input": f"the {a} of {b}", "hint": b} for a in ("sun", "rain", "dog", "cat", "tree") for b in "abcde"]
+    hints = train_stimulus(Echo(), rows, stage="sft", evaluate=0, force=True)
+    hints.save(tmp_path / "hints.safetensors")
+    more = f"--edit {tmp_path / 'hints.safetensors'} --edit {tmp_path / 'up.safetensors'} --strengths 0.2,0.4"
+    more += f" --max-new-tokens 6 --out {tmp_path / 'f'}"
     code, out, err = run(capsys, *line.split(), *more.split())
     assert code == 0, err
     found = json.loads((tmp_path / "f/frontier.json").read_text())["points"]
-    assert [p["method"] for p in found] == ["base", *["best-of-n"] * 4, *["fk"] * 3, "up", "up"]
+    assert [p["method"] for p in found] == ["base", *["best-of-n"] * 4, *["fk"] * 3, "hints", "up", "up"]
     assert (tmp_path / "f/frontier.png").read_bytes()[:4] == b"\x89PNG" and "kind of KL" in out
     up = steer.load_edit(tmp_path / "up.safetensors", strength=0.4, model=model)
     again = model.generate(
         ["the sun", "hello world", "a dog"], edits=up, reward="keywords:dog,sun", n=4, seed=0, max_new_tokens=6
     )
+    # What has no strength is one point.
+    hinted = model.generate(["the sun", "hello world", "a dog"], edits=hints(), n=4, seed=0, max_new_tokens=6)
+    assert found[-3]["kls"] == pytest.approx(hinted.mean(hinted.kl).tolist(), rel=1e-5)
     assert found[-1]["kls"] == pytest.approx(again.mean(again.kl).tolist(), rel=1e-5)
     assert found[-1]["rewards"] == pytest.approx(again.mean_reward().tolist())
     assert run(capsys, *line.split(), "--method", "magic", "--out", str(tmp_path / "g"))[0] == 2

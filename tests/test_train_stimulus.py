@@ -297,7 +297,8 @@ def artifacts_equal(a: Any, b: Any) -> bool:
 
 def test_the_reward_alone_teaches(tmp_path: Path) -> None:
     """From equal scores, without a reference: a hint that names a place is worth more."""
-    plain = [{"input": row["input"]} for row in rows()]
+    plain = [row["input"] for row in rows()]
+    assert read_rows(plain, StimulusSettings()) == read_rows([{"input": text} for text in plain], StimulusSettings())
     reward = parse_reward("keywords:" + ",".join(PLACES))
     long = {**SHORT, "rounds": 25, "inputs": 16, "hints": 6, "calls": 4000}
     made: Any = train_stimulus(Echo(), plain, reward, stage="rl", force=True, beta=0.001, target_kl=2.0, **long)

@@ -337,7 +337,8 @@ class _Sweeps:
             found[folder.name] = [{"edits": RLGuidance(policy.process(**drawn), w)} for w in self.ws]
         for text, make in self.edits.items():
             edit: Any = make(model)
-            found[Path(text.partition(":")[0]).stem] = [{"edits": replace(edit, strength=x)} for x in self.strengths]
+            doses = [replace(edit, strength=x) for x in self.strengths] if hasattr(edit, "strength") else [edit]
+            found[Path(text.partition(":")[0]).stem] = [{"edits": dosed} for dosed in doses]
         for text, make in self.heads.items():
             head = make(model)
             found[Path(text.partition(":")[0]).stem] = [{"edits": head, "beta": beta} for beta in self.betas]

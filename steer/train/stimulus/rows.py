@@ -42,9 +42,12 @@ class Split:
 
 
 def read_rows(data: Sequence[Any], settings: StimulusSettings, field: str = "data") -> list[Row]:
-    """Raises `InputError` for a row without input, or whose reference or hint is no text."""
+    """A text is a row of an input alone. Raises `InputError` for a row without input, or whose reference or hint is no
+    text.
+    """
     found = []
-    for i, row in enumerate(data):
+    for i, given in enumerate(data):
+        row = {settings.input: given} if isinstance(given, str) else given
         check(isinstance(row, Mapping), f"{field}[{i}]", row, f"a row with the column {settings.input}")
         text = row.get(settings.input)
         where = f"{field}[{i}].{settings.input}"
