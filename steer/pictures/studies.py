@@ -53,7 +53,7 @@ def draw_concept(found: ConceptReport, path: Path) -> None:
         curve.set_title("Score, on the half that chooses the factor", fontsize=10)
         curve.set_xlabel("factor")
         curve.set_ylim(bottom=0)
-        _legend(curve)
+        _legend(curve, above=True)
         names = [r.method for r in found.rows]
         for i, part in enumerate(("concept", "instruction", "fluency")):
             places = [j + 0.22 * (i - 1) for j in range(len(names))]
@@ -63,9 +63,9 @@ def draw_concept(found: ConceptReport, path: Path) -> None:
         bars.errorbar(scores, range(len(names)), xerr=spans, fmt="D", color=INK, capsize=3, label="score, 95% interval")
         bars.set_yticks(range(len(names)), names)
         bars.invert_yaxis()
-        bars.set_xlim(0, 2)
+        bars.set_xlim(-0.05, 2.05)  # marks of 0 and of 2 are seen whole
         bars.set_title("On the half that is reported", fontsize=10)
-        bars.legend(fontsize=8, ncols=4, loc="lower right", bbox_to_anchor=(1.0, 1.06), columnspacing=1.0)
+        _legend(bars, above=True)
 
 
 def draw_reliability(found: Reliability, path: Path) -> None:
@@ -116,7 +116,9 @@ def _spans(intervals: Sequence[tuple[float, float, float]]) -> list[list[float]]
     return [[max(x - low, 0.0) for x, low, _ in intervals], [max(high - x, 0.0) for x, _, high in intervals]]
 
 
-def _legend(axis: Any) -> None:
+def _legend(axis: Any, above: bool = False) -> None:
+    """Where there is anything to name: in the panel, or above its title, where no line can run through it."""
     handles, _ = axis.get_legend_handles_labels()
+    outside: dict[str, Any] = {"ncols": 4, "loc": "lower right", "bbox_to_anchor": (1.0, 1.06), "columnspacing": 1.0}
     if handles:
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, **(outside if above else {}))
