@@ -95,6 +95,7 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
             default=None if default is None else default.request,
             unsaid=Sampling() if options.generation_config is None else engine.own_sampling(),
             require=options.require,
+            inline_vectors=options.inline_vectors,
         )
         app = create_app(engine, settings, rewards)
         if options.artifacts is not None and not options.artifacts.exists():
@@ -273,6 +274,6 @@ def _edit(text: str) -> tuple[dict[str, Any], Path]:
     path = str(download(path)) if path.startswith(PREFIX) else path
     check(Path(path).is_file(), "edit", path, "a file that is there")
     hints = {k: v for k, v in get_type_hints(EditRequest).items() if k in EditRequest.model_fields}
-    del hints["name"], hints["strength"]
+    del hints["name"], hints["vector"], hints["strength"]
     made = {"name": Path(path).stem, "strength": strength, **typed(options, hints, "edit")}
     return {k: v for k, v in made.items() if v is not None}, Path(path)

@@ -19,6 +19,7 @@ from steer.serving.engine import Engine, Sampling
 from steer.serving.gate import Gate
 from steer.serving.guard import Guard
 from steer.serving.idle import Idle
+from steer.serving.inline import Inline
 from steer.serving.limits import Limits
 from steer.serving.metrics import CountedRequests, Metrics
 from steer.serving.protocol import RegisterRequest
@@ -46,6 +47,7 @@ class AppSettings:
         unsaid: how tokens are drawn where a request does not say; default: by the whole law at temperature 1.
         names: further names of the model.
         presets: steering by name, each of which is a model `NAME:PRESET` of its own, for clients that send no more.
+        inline_vectors: whether a request may bring a vector of its own.
         require: artifacts that must be registered before `/health` says that the server is ready.
         alone: False leaves the models, health and metrics to a server that this application is part of; its own metrics
             are at `/v1/steer/metrics`.
@@ -62,6 +64,7 @@ class AppSettings:
     names: Sequence[str] = ()
     presets: Mapping[str, SteerRequest] = field(default_factory=dict)
     alone: bool = True
+    inline_vectors: bool = False
     require: Sequence[str] = ()
 
 
@@ -115,7 +118,8 @@ def _server(engine: Engine, settings: AppSettings, rewards: Rewards) -> Server:
     )
     gate = Gate(limits.requests, Idle(engine.give_back_memory))
     rewards.follow(lambda name: store.get(name).path)
-    tasks = Tasks(store, rewards, limits, settings.default, engine.own_edits, settings.unsaid)
+    inline = Inline(lambda: engine.info, limits.vector_bytes) if settings.inline_vectors else None
+    tasks = Tasks(store, rewards, limits, settings.default, engine.own_edits, settings.unsaid, inline)
     steered = {f"{engine.name}:{name}": asked for name, asked in settings.presets.items()}
     known = tuple(dict.fromkeys((engine.name, *settings.names, *steered)))
     for name, asked in steered.items():
