@@ -152,6 +152,7 @@ class EditRequest(_Strict):
     strength: Strength | None = None
     layers: Word | Annotated[list[Annotated[int, Field(ge=0, lt=100_000)]], Field(max_length=1024)] | None = None
     scope: Word | None = None
+    position: Word | None = None
     operator: Word | None = None
     unit: Word | None = None
     keep_norm: bool | None = None
