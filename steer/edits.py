@@ -462,7 +462,7 @@ def _reft(tensors: dict[str, Tensor], card: Card, strength: float | None, option
     given = {name: settings.get(name) for name in ("position", "scope")}
     one = (given["position"] is None) is not (given["scope"] is None)
     check(one, "position", given["position"], f"{POSITIONS}; or a scope in its place")
-    where = Scope.parse(given["scope"]) if given["position"] is None else position(given["position"])
+    where = Scope.parse(settings["scope"]) if given["position"] is None else position(given["position"])
     group = _groups(tensors)
     two = len(group) > 1
     check(not two or isinstance(where, Ends), "scope", given["scope"], "position: each end has its own weights")

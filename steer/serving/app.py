@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
@@ -29,6 +30,9 @@ from steer.serving.server import Server
 from steer.serving.tasks import Tasks
 from steer.serving.wire import SteerRequest
 
+if TYPE_CHECKING:
+    from steer.serving.traces import Traces
+
 __all__ = ["AppSettings", "create_app"]
 
 
@@ -48,6 +52,7 @@ class AppSettings:
         names: further names of the model.
         presets: steering by name, each of which is a model `NAME:PRESET` of its own, for clients that send no more.
         inline_vectors: whether a request may bring a vector of its own.
+        traces: begins a span for each request, such as `steer.serving.traces.exported(url)`; closed with the server.
         require: artifacts that must be registered before `/health` says that the server is ready.
         alone: False leaves the models, health and metrics to a server that this application is part of; its own metrics
             are at `/v1/steer/metrics`.
@@ -65,6 +70,7 @@ class AppSettings:
     presets: Mapping[str, SteerRequest] = field(default_factory=dict)
     alone: bool = True
     inline_vectors: bool = False
+    traces: Traces | None = None
     require: Sequence[str] = ()
 
 
@@ -85,6 +91,8 @@ def create_app(engine: Engine, settings: AppSettings | None = None, rewards: Rew
         server.gate.draining = True
         server.files.shutdown(wait=False, cancel_futures=True)
         engine.close()
+        if settings.traces is not None:
+            await asyncio.to_thread(settings.traces.close)
 
     app = FastAPI(
         title="steer",
@@ -137,6 +145,7 @@ def _server(engine: Engine, settings: AppSettings, rewards: Rewards) -> Server:
         known,
         steered,
         require=tuple(settings.require),
+        traces=settings.traces,
     )
 
 

@@ -94,6 +94,10 @@ class ServeOptions(ListenOptions):
     log_requests: Annotated[
         bool, typer.Option("--log-requests", help="A line for each request on standard error: who, what, status.")
     ] = False
+    otlp: Annotated[
+        str | None, typer.Option(metavar="URL", help="OpenTelemetry collector for a span of each request; no texts.")
+    ] = None
+    otlp_text: Annotated[bool, typer.Option("--otlp-text", help="Prompts and answers in the spans, too.")] = False
     drain: Annotated[float, typer.Option(metavar="SECONDS", help="For running requests when told to stop.")] = 30.0
 
 
