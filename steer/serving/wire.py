@@ -135,7 +135,9 @@ class VectorRequest(_Strict):
     """
 
     where: ClassVar[str] = "steer.edits.vector"
-    layers: dict[LayerNumber, list[float] | Base64] = Field(min_length=1, max_length=1024)
+    layers: dict[LayerNumber, list[float] | Base64] = Field(
+        min_length=1, max_length=1024, description='`{"12": [0.1, ...]}`, or base64 in place of each list.'
+    )
 
 
 class EditRequest(_Strict):
@@ -146,9 +148,9 @@ class EditRequest(_Strict):
     """
 
     where: ClassVar[str] = "steer.edits"
-    vector: VectorRequest | None = None
-    name: str = Field(default="", validate_default=True)
-    """Needed where there is no `vector`."""
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["name"]}, {"required": ["vector"]}]})
+    vector: VectorRequest | None = Field(default=None, description="In place of `name`, where the server takes them.")
+    name: str = Field(default="", validate_default=True, description="Needed where there is no `vector`.")
     strength: Strength | None = None
     layers: Word | Annotated[list[Annotated[int, Field(ge=0, lt=100_000)]], Field(max_length=1024)] | None = None
     scope: Word | None = None
