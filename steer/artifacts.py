@@ -24,7 +24,7 @@ from steer.core.edit import ranges
 from steer.files import check_file, check_finite, replacing
 from steer.headers import check_safetensors
 
-__all__ = ["Card", "FORMAT", "data_hash", "load", "read_card", "read_folder_card", "save"]
+__all__ = ["Card", "FORMAT", "data_hash", "encode", "load", "read_card", "read_folder_card", "save"]
 
 
 FORMAT = 1
@@ -82,6 +82,13 @@ def save(path: Path | str, tensors: Mapping[str, Tensor], card: Card) -> None:
 
     Raises `InputError` for NaN or infinity in a tensor and for a card that is not JSON.
     """
+    data = encode(tensors, card)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def encode(tensors: Mapping[str, Tensor], card: Card) -> bytes:
+    """What `save` writes: the same bytes for the same tensors and card. Raises `InputError`."""
     for name, tensor in tensors.items():
         check_finite(name, tensor)
     try:
@@ -89,8 +96,7 @@ def save(path: Path | str, tensors: Mapping[str, Tensor], card: Card) -> None:
     except (TypeError, ValueError) as error:
         raise InputError("card", str(error), "strings, finite numbers, lists and dictionaries of them") from error
     copies = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
-    with replacing(path) as temporary:
-        temporary.write_bytes(to_bytes(copies, {_KEY: text}))
+    return to_bytes(copies, {_KEY: text})
 
 
 def load(path: Path | str) -> tuple[dict[str, Tensor], Card]:

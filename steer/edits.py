@@ -21,11 +21,13 @@ from steer.gguf import load_gguf
 from steer.hub import PREFIX, address_of, download, model_page, upload
 from steer.methods.controller import Controller, ControllerNetwork
 from steer.methods.extract import Extractor
-from steer.methods.operators import Probe
+from steer.methods.operators import LowRank, Probe
 from steer.methods.prompt import DirectionalStimulus, FolderPolicy, Template
+from steer.methods.reft import POSITIONS, Ends, Reft, position
 from steer.methods.value import HeadValue, QHead, ValueGuidance, ValueHead
 from steer.methods.vector import Gate, SteeringVector, check_model
 from steer.progress import note
+from steer.pyreft import is_pyreft, read_pyreft
 
 __all__ = ["KINDS", "OPTIONS", "PROMPTS", "as_edit", "as_edits", "edit_of", "load_artifact", "load_edit", "parse_edit"]
 
@@ -184,6 +186,8 @@ def load_artifact(path: str | Path) -> Artifact:
 def _read(path: str | Path) -> tuple[dict[str, Tensor], Card]:
     if isinstance(path, str) and path.startswith(PREFIX):
         path = download(path)
+    if is_pyreft(path):
+        return read_pyreft(path)
     if not str(path).endswith(".gguf"):
         return load(path)
     directions, hint = load_gguf(path)
@@ -204,9 +208,10 @@ def load_edit(path: str | Path, strength: float | None = None, *, model: Any = N
     `scope`, `operator`, `unit`, `keep_norm`, `low` and `high` (the interval of `operator="clamp"`), `gate` (a probe's
     file), `gate_layer`, `tokens` (a probe's file); of controllers: `threshold`, `scope`; of value heads: `beta`,
     `top_k`, `tail`. `model_check="any"` (`model=any` on the command line) takes an artifact of a model with another
-    fingerprint. A stimulus, also one in a folder, has no options and fits every model.
+    fingerprint. A stimulus, also one in a folder, has no options and fits every model. Interventions of pyreft, a
+    folder or one of its files (see `steer.pyreft`), need `position` or `scope`.
     """
-    if not str(path).startswith(PREFIX) and Path(path).is_dir():
+    if not str(path).startswith(PREFIX) and Path(path).is_dir() and not is_pyreft(path):
         card = read_folder_card(path)
         check(
             card.kind == "stimulus", "edit", f"{path} (the folder of a {card.kind})", "a file, or a stimulus's folder"
@@ -322,6 +327,11 @@ OPTIONS: dict[str, dict[str, str]] = {
         "tail": "of the other tokens: mean (their base law, the default) or mask (none)",
     },
     "stimulus": {},
+    "reft": {
+        "position": f"{POSITIONS}, as pyreft has it; its files do not say",
+        "scope": f"in place of position: {Scope.NAMES}",
+        "layers": "10-19, or 3,5,8, or all, the default",
+    },
 }
 """What `FILE[:strength][:key=value]` takes for an artifact of each kind, and what it means."""
 
@@ -447,7 +457,45 @@ def _filled(made: Callable[[], torch.nn.Module], weights: dict[str, Tensor]) -> 
     return network.eval().requires_grad_(False)
 
 
-KINDS = {"vector": _vector, "controller": _controller, "value": _value, "stimulus": _stimulus}
+def _reft(tensors: dict[str, Tensor], card: Card, strength: float | None, options: dict[str, Any], model: Any) -> Edit:
+    settings = _settings(card, options, tuple(OPTIONS["reft"]), "reft")
+    given = {name: settings.get(name) for name in ("position", "scope")}
+    one = (given["position"] is None) is not (given["scope"] is None)
+    check(one, "position", given["position"], f"{POSITIONS}; or a scope in its place")
+    where = Scope.parse(settings["scope"]) if given["position"] is None else position(given["position"])
+    group = _groups(tensors)
+    two = len(group) > 1
+    check(not two or isinstance(where, Ends), "scope", given["scope"], "position: each end has its own weights")
+    made = group[max(group) if two and isinstance(where, Ends) and where.last else min(group)]
+    layers = parse_layers(settings.get("layers", sorted(made)), sorted(made))
+    operators = {layer: made[layer] for layer in layers}
+    edit = Reft(operators, 1.0 if strength is None else strength, where, card.model)
+    if model is not None:
+        edit.terms(model.info)
+    return edit
+
+
+def _groups(tensors: dict[str, Tensor]) -> dict[int, dict[int, LowRank]]:
+    """Operators by end of the prompt and layer."""
+    found: dict[int, dict[int, LowRank]] = {}
+    for name in tensors:
+        kind, _, place = name.partition(".")
+        group, _, layer = place.partition(".")
+        right = kind in ("reads", "bias", "writes") and group in ("0", "1") and layer.isascii() and layer.isdecimal()
+        check(right and len(layer) <= 5, "artifact", f"tensor {name}", "reads.G.L, bias.G.L and writes.G.L")
+        parts = [tensors.get(f"{part}.{group}.{layer}") for part in ("reads", "bias", "writes")]
+        check(
+            all(p is not None for p in parts), "artifact", f"tensor {name} alone", "reads, bias and writes of a layer"
+        )
+        reads, bias, writes = (p for p in parts if p is not None)
+        dims = (reads.dim(), bias.dim(), writes.dim())
+        check(dims == (2, 1, 2), "artifact", f"tensors of {dims} dimensions", "reads [r, D], bias [r], writes [r, D]")
+        found.setdefault(int(group), {})[int(layer)] = LowRank(reads, bias, writes)
+    check(bool(found), "artifact", "no tensors", "reads.G.L, bias.G.L and writes.G.L")
+    return found
+
+
+KINDS = {"vector": _vector, "controller": _controller, "value": _value, "stimulus": _stimulus, "reft": _reft}
 """How an artifact of each kind becomes an edit."""
 PROMPTS = ("stimulus",)
 """Kinds that edit the prompt: they act before any engine."""

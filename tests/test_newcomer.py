@@ -107,7 +107,7 @@ def test_a_strength_beyond_all_bounds(tmp_path: Path, tiny_lm: Any) -> None:
             made(-dose)
     with pytest.raises(InputError, match="did you mean layers"):
         made(0.1, layer=1)
-    assert set(OPTIONS) == {"vector", "controller", "value", "stimulus"}
+    assert set(OPTIONS) == {"vector", "controller", "value", "stimulus", "reft"}
 
 
 def test_methods_have_one_name_everywhere(said: Any) -> None:

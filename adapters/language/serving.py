@@ -112,7 +112,7 @@ class Preparer(ABC, Generic[P]):
             check(ours == theirs, "artifact", given, f"one for {self.text.name} (fingerprint {ours})")
             trained(str(path), [], {}, path.name)
             return
-        with edit_errors(path, {}):
+        with edit_errors(path.stem, {}):
             self.try_artifact(path)
 
     # ---- what an engine gives
@@ -175,6 +175,10 @@ class ServedModel(Generic[P]):
     @property
     def context_length(self) -> int | None:
         return self.preparer.text.context_length
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.preparer.text.info
 
     def own_sampling(self) -> Sampling:
         """How the checkpoint's own `generation_config.json` draws. Raises `InputError` for what a server does not."""

@@ -15,14 +15,14 @@ from torch import Tensor
 from steer import artifacts
 from steer.artifacts import Card
 from steer.core import Edit, InputError, ModelInfo, Scope, check
-from steer.edits import KINDS, PROMPTS, load_edit
+from steer.edits import KINDS, PROMPTS, Artifact, load_edit
 from steer.hub import PREFIX, download
 from steer.methods.controller import Controller
 from steer.methods.operators import Probe
 from steer.methods.value import HeadValue, QHead, ValueGuidance
 from steer.methods.vector import Gate, SteeringVector
 
-__all__ = ["PackedArtifact", "pack", "read_artifact"]
+__all__ = ["PackedArtifact", "Source", "pack", "read_artifact"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +88,16 @@ class PackedArtifact:
         return replace(self, card=replace(self.card, model=model))
 
 
-def read_artifact(source: str | Path | Edit) -> bytes:
-    """The bytes of a file (also a GGUF control vector), or of an edit. Raises `InputError`."""
+Source = str | Path | Edit | Artifact
+"""What an artifact comes from: a file (also a GGUF control vector), an edit, or tensors with their card."""
+
+
+def read_artifact(source: Source) -> bytes:
+    """The bytes of an artifact. Raises `InputError`."""
     if isinstance(source, Edit):
         return pack(source)
+    if isinstance(source, Artifact):
+        return artifacts.encode(*source)
     if isinstance(source, str) and source.startswith(PREFIX):
         source = download(source)
     if str(source).endswith(".gguf"):
@@ -110,10 +116,7 @@ def pack(edit: Edit) -> bytes:
         tensors, card = _guidance(edit)
     else:
         raise InputError("edit", type(edit).__name__, "a steering vector, a controller, or guidance by a Q-head")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "artifact.safetensors"
-        artifacts.save(file, tensors, replace(card, version="packed"))
-        return file.read_bytes()
+    return artifacts.encode(tensors, replace(card, version="packed"))
 
 
 def _vector(edit: SteeringVector) -> tuple[dict[str, Tensor], Card]:

@@ -13,7 +13,7 @@ from typing import Any
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.generation import own_settings
 from steer.adapters.language.model import TextModel
-from steer.adapters.vllm.artifacts import PackedArtifact, digest_of, read_artifact
+from steer.adapters.vllm.artifacts import PackedArtifact, Source, digest_of, read_artifact
 from steer.adapters.vllm.client import Blocking, Client
 from steer.adapters.vllm.plugin.compiled import Compiled
 from steer.adapters.vllm.process import Named, VLLMProcess, scored_early
@@ -117,8 +117,8 @@ class VLLMModel(TextModel):
 
     # ---- artifacts
 
-    def register(self, name: str, artifact: str | Path | Edit, *, model_check: str = "same") -> str:
-        """Make a file or an edit known to the engine as `name`, in place of what had that name; returns the digest of
+    def register(self, name: str, artifact: Source, *, model_check: str = "same") -> str:
+        """Make an artifact known to the engine as `name`, in place of what had that name; returns the digest of
         its content. `model_check="any"` takes an artifact of a model with another fingerprint. Raises `InputError`.
         """
         check(model_check in ("same", "any"), "model", model_check, "same, any")
@@ -134,7 +134,7 @@ class VLLMModel(TextModel):
         with self._registering:
             self.client.remove(name, self._used())
 
-    def inspect(self, artifact: str | Path | Edit) -> Edit:
+    def inspect(self, artifact: Source) -> Edit:
         """The edit that an artifact would be under its own settings; nothing is registered. Raises `InputError` where
         it does not fit the model or the engine.
         """
@@ -153,7 +153,7 @@ class VLLMModel(TextModel):
         """The card of a registered artifact."""
         return self.front.artifacts[self.front.names[name]].card
 
-    def hold(self, artifacts: Mapping[str, Path]) -> None:
+    def hold(self, artifacts: Mapping[str, Source]) -> None:
         """Have files registered under these names, and keep them until `release`: they make no room for others."""
         with self._registering:
             with self._holding:
@@ -166,7 +166,7 @@ class VLLMModel(TextModel):
                 self.release(artifacts)
                 raise
 
-    def hold_now(self, artifacts: Mapping[str, Path]) -> bool:
+    def hold_now(self, artifacts: Mapping[str, Source]) -> bool:
         """Hold them without waiting; False, and nothing held, where one is missing or somebody registers."""
         if not self._registering.acquire(blocking=False):
             return False
@@ -179,7 +179,7 @@ class VLLMModel(TextModel):
         finally:
             self._registering.release()
 
-    def release(self, artifacts: Mapping[str, Path]) -> None:
+    def release(self, artifacts: Mapping[str, Source]) -> None:
         """Undo one `hold`."""
         with self._holding:
             self._held.subtract(artifacts.keys())

@@ -173,6 +173,8 @@ class ServerSettings:
     """Control tokens that messages of steered requests spell are text; vLLM parses them in its own."""
     presets: Mapping[str, Any] = field(default_factory=dict)
     """Steering by name, as a request's field `steer` has it: each is a model `SERVED:PRESET` of its own."""
+    inline_vectors: bool = False
+    """Whether the field `steer` of a request may bring a vector of its own."""
 
     @classmethod
     def of(cls, given: Any, artifacts: int, artifact_bytes: int) -> ServerSettings:
@@ -188,8 +190,9 @@ class ServerSettings:
         check(texts, f"{_WHERE}.allow_reward", rewards, "a list of rewards")
         room = {"artifacts": artifacts, "artifact_bytes": artifact_bytes}
         limits = _limits(given.get("limits", {}), room)
-        split = given.get("split_special_tokens", True)
-        check(isinstance(split, bool), f"{_WHERE}.split_special_tokens", split, "true, false")
+        split, inline = given.get("split_special_tokens", True), given.get("inline_vectors", False)
+        for name, value in (("split_special_tokens", split), ("inline_vectors", inline)):
+            check(isinstance(value, bool), f"{_WHERE}.{name}", value, "true, false")
         require = given.get("require", [])
         named = isinstance(require, list) and all(isinstance(name, str) and NAME.fullmatch(name) for name in require)
         check(named, f"{_WHERE}.require", require, "a list of artifacts' names")
@@ -197,7 +200,8 @@ class ServerSettings:
         presets = given.get("presets", {})
         told = isinstance(presets, dict) and all(NAME.fullmatch(k) and isinstance(v, dict) for k, v in presets.items())
         check(told, f"{_WHERE}.presets", presets, 'names with what a request\'s field "steer" says, {"edits": [...]}')
-        return cls(None if folder is None else Path(folder), tuple(require), tuple(rewards), limits, split, presets)
+        path = None if folder is None else Path(folder)
+        return cls(path, tuple(require), tuple(rewards), limits, split, presets, inline)
 
 
 def _limits(given: Any, room: dict[str, int]) -> Limits:

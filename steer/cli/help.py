@@ -127,6 +127,7 @@ _EDITS = {
     "vector": "A direction for each of some layers, which is added to the residual stream there.",
     "controller": "A network that reads the prompt and weighs a direction at every layer.",
     "value": "A head whose values of the next tokens tilt their law; the strength multiplies them.",
+    "reft": "A low-rank change that pyreft trained: its config.json and safetensors. Strength 1 is all of it.",
     "stimulus": "A policy of hints that stand in the prompt. It has no strength and no keys.",
 }
 
@@ -138,7 +139,12 @@ def _artifact(kind: str) -> str:
     keys = "\n".join(line for key, told in OPTIONS[kind].items() for line in (key, *_wrapped(told, "    ")))
     about, more = "\n".join(_wrapped(_EDITS[kind])), ":KEY=VALUE" if keys else ""
     example = f'steer generate --model smollm2-135m --prompt "Hi" --edit FILE.safetensors{more}'
-    parts = (about, keys, _continued(example), f"How one is made: steer train {kind} --help")
+    origin = (
+        "pyreft's save(); its pickles are to be saved again as safetensors"
+        if kind == "reft"
+        else f"steer train {kind} --help"
+    )
+    parts = (about, keys, _continued(example), f"How one is made: {origin}")
     return "\n\n".join(part for part in parts if part)
 
 

@@ -29,11 +29,13 @@ from steer.serving.wire import NAME, EditRequest, SteerRequest, is_loopback
 
 if TYPE_CHECKING:
     from steer.serving.engine import Engine
+    from steer.serving.traces import Traces
 
 __all__ = ["Default", "check_engine", "default_steering", "keys_of", "serve", "start_engine"]
 
 
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client", "multipart")
+_TRACING = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
 _ENGINES = ("transformers", "vllm")
 
 
@@ -73,6 +75,7 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
     if default is not None and default.request.reward is not None:
         rewards.parse(default.request.reward)
     _check_installed()
+    _check_traces(options)
     check_engine(options)
     _limits(options)
 
@@ -95,6 +98,8 @@ def serve(options: ServeOptions, coming: Coming = frozenset()) -> Run:
             default=None if default is None else default.request,
             unsaid=Sampling() if options.generation_config is None else engine.own_sampling(),
             require=options.require,
+            inline_vectors=options.inline_vectors,
+            traces=_traces(options),
         )
         app = create_app(engine, settings, rewards)
         if options.artifacts is not None and not options.artifacts.exists():
@@ -127,6 +132,20 @@ def _check_installed() -> None:
         raise SteerError(f"steer serve needs {', '.join(missing)}: pip install steer-engine[serve]")
 
 
+def _check_traces(options: ServeOptions) -> None:
+    if options.otlp is None:
+        check(not options.otlp_text, "otlp_text", True, "unset, or with --otlp URL")
+        return
+    at = re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", options.otlp)
+    check(at is not None, "otlp", options.otlp, "the address of a collector over HTTP, such as http://127.0.0.1:4318")
+    try:
+        missing = any(find_spec(name) is None for name in _TRACING)
+    except ModuleNotFoundError:  # of a package that they are in
+        missing = True
+    if missing:
+        raise SteerError("--otlp needs opentelemetry: pip install 'steer-engine[otel]'")
+
+
 def check_engine(options: ServeOptions) -> None:
     """The engine of a language model, and settings of its own."""
     check(options.engine in _ENGINES, "engine", options.engine, ", ".join(_ENGINES))
@@ -135,6 +154,14 @@ def check_engine(options: ServeOptions) -> None:
         from steer.adapters.vllm.settings import check_version
 
         check_version()
+
+
+def _traces(options: ServeOptions) -> Traces | None:
+    if options.otlp is None:
+        return None
+    from steer.serving.traces import exported
+
+    return exported(options.otlp, options.otlp_text)
 
 
 def _is_pool(model: str) -> bool:
@@ -273,6 +300,6 @@ def _edit(text: str) -> tuple[dict[str, Any], Path]:
     path = str(download(path)) if path.startswith(PREFIX) else path
     check(Path(path).is_file(), "edit", path, "a file that is there")
     hints = {k: v for k, v in get_type_hints(EditRequest).items() if k in EditRequest.model_fields}
-    del hints["name"], hints["strength"]
+    del hints["name"], hints["vector"], hints["strength"]
     made = {"name": Path(path).stem, "strength": strength, **typed(options, hints, "edit")}
     return {k: v for k, v in made.items() if v is not None}, Path(path)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steer.core import Operator
 
-__all__ = ["Ablate", "Add", "Clamp", "KeepNorm", "Probe", "Rotate", "Where"]
+__all__ = ["Ablate", "Add", "Clamp", "KeepNorm", "LowRank", "Probe", "Rotate", "Where"]
 
 
 def _in_float32(function: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, direction: Tensor) -> Tensor:
@@ -85,6 +85,31 @@ class Rotate(Operator):
             return h + (radius * angle.cos() - x).unsqueeze(-1) * e + (radius * angle.sin() - y).unsqueeze(-1) * d
 
         return _in_float32(rotate, hidden, self.direction)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Operator):
+    """`h + s U^T (A h + b)`: a change within `r` directions that depends linearly on the row.
+
+    With rows of U orthonormal, A = W - U and s = 1 it is LoReFT, `h + R^T (W h + b - R h)` with R = U: afterwards the
+    coordinates `U h` are `W h + b` (Wu et al. 2024, ReFT, equation 3); A = W is DiReFT.
+
+    Attributes:
+        reads: A, `[r, D]`.
+        bias: b, `[r]`.
+        writes: U, `[r, D]`.
+        strength: s; at 0 nothing changes.
+    """
+
+    reads: Tensor
+    bias: Tensor
+    writes: Tensor
+    strength: float = 1.0
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        h = hidden.float()
+        reads, bias, writes = (x.to(h.device, torch.float32) for x in (self.reads, self.bias, self.writes))
+        return (h + self.strength * ((h @ reads.T + bias) @ writes)).to(hidden.dtype)
 
 
 @dataclass(frozen=True, eq=False)

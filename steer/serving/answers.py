@@ -45,6 +45,8 @@ class Answer(ABC):
 
     prefix = ""
     chunk_object = ""
+    operation = ""
+    """What traces call it."""
 
     def __init__(self, model: str, task: Task, usage: bool = False) -> None:
         self.model, self.task, self.usage_wanted = model, task, usage
@@ -72,6 +74,11 @@ class Answer(ABC):
     def ended(self) -> list[Ended]:
         """Choices that are complete."""
         return [choice.ended for choice in self._choices if choice.ended is not None]
+
+    @property
+    def texts(self) -> list[str]:
+        """Of all choices, as far as they have come."""
+        return ["".join(choice.text) for choice in self._choices]
 
     def usage(self) -> Usage:
         """As OpenAI counts: tokens of the choices that come back."""
@@ -162,7 +169,7 @@ class Answer(ABC):
 class Chat(Answer):
     """Of `/v1/chat/completions`."""
 
-    prefix, chunk_object = "chatcmpl", "chat.completion.chunk"
+    prefix, chunk_object, operation = "chatcmpl", "chat.completion.chunk", "chat"
 
     def whole(self) -> ChatAnswer:
         choices = [
@@ -209,7 +216,7 @@ class Chat(Answer):
 class Completion(Answer):
     """Of `/v1/completions`."""
 
-    prefix, chunk_object = "cmpl", "text_completion"
+    prefix, chunk_object, operation = "cmpl", "text_completion", "text_completion"
 
     def whole(self) -> CompletionAnswer:
         choices = [

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
@@ -19,6 +20,7 @@ from steer.serving.engine import Engine, Sampling
 from steer.serving.gate import Gate
 from steer.serving.guard import Guard
 from steer.serving.idle import Idle
+from steer.serving.inline import Inline
 from steer.serving.limits import Limits
 from steer.serving.metrics import CountedRequests, Metrics
 from steer.serving.protocol import RegisterRequest
@@ -27,6 +29,9 @@ from steer.serving.routes import completions, docs, models, registry
 from steer.serving.server import Server
 from steer.serving.tasks import Tasks
 from steer.serving.wire import SteerRequest
+
+if TYPE_CHECKING:
+    from steer.serving.traces import Traces
 
 __all__ = ["AppSettings", "create_app"]
 
@@ -46,6 +51,8 @@ class AppSettings:
         unsaid: how tokens are drawn where a request does not say; default: by the whole law at temperature 1.
         names: further names of the model.
         presets: steering by name, each of which is a model `NAME:PRESET` of its own, for clients that send no more.
+        inline_vectors: whether a request may bring a vector of its own.
+        traces: begins a span for each request, such as `steer.serving.traces.exported(url)`; closed with the server.
         require: artifacts that must be registered before `/health` says that the server is ready.
         alone: False leaves the models, health and metrics to a server that this application is part of; its own metrics
             are at `/v1/steer/metrics`.
@@ -62,6 +69,8 @@ class AppSettings:
     names: Sequence[str] = ()
     presets: Mapping[str, SteerRequest] = field(default_factory=dict)
     alone: bool = True
+    inline_vectors: bool = False
+    traces: Traces | None = None
     require: Sequence[str] = ()
 
 
@@ -82,6 +91,8 @@ def create_app(engine: Engine, settings: AppSettings | None = None, rewards: Rew
         server.gate.draining = True
         server.files.shutdown(wait=False, cancel_futures=True)
         engine.close()
+        if settings.traces is not None:
+            await asyncio.to_thread(settings.traces.close)
 
     app = FastAPI(
         title="steer",
@@ -115,7 +126,8 @@ def _server(engine: Engine, settings: AppSettings, rewards: Rewards) -> Server:
     )
     gate = Gate(limits.requests, Idle(engine.give_back_memory))
     rewards.follow(lambda name: store.get(name).path)
-    tasks = Tasks(store, rewards, limits, settings.default, engine.own_edits, settings.unsaid)
+    inline = Inline(lambda: engine.info, limits.vector_bytes) if settings.inline_vectors else None
+    tasks = Tasks(store, rewards, limits, settings.default, engine.own_edits, settings.unsaid, inline)
     steered = {f"{engine.name}:{name}": asked for name, asked in settings.presets.items()}
     known = tuple(dict.fromkeys((engine.name, *settings.names, *steered)))
     for name, asked in steered.items():
@@ -133,6 +145,7 @@ def _server(engine: Engine, settings: AppSettings, rewards: Rewards) -> Server:
         known,
         steered,
         require=tuple(settings.require),
+        traces=settings.traces,
     )
 
 

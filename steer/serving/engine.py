@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from steer.core import Cost, Prompt, Reward, Sampler, SteerError
+from steer.core import Cost, ModelInfo, Prompt, Reward, Sampler, SteerError
+from steer.edits import Artifact
 from steer.serving.wire import EditRequest
 
 __all__ = [
@@ -71,9 +72,16 @@ class NamedEdit:
     """A registered artifact with the settings of one request. `digest` is the sha256 of the file."""
 
     path: Path | None
-    """None for an edit of the engine's own."""
+    """None for an edit of the engine's own, and for a vector that came with the request."""
     digest: str
     request: EditRequest
+    inline: Artifact | None = field(default=None, repr=False, compare=False)
+    """The vector that came with the request; `digest` is that of the file which it would be."""
+
+    @property
+    def title(self) -> str:
+        """What errors call it."""
+        return "vector" if self.inline is not None else self.request.name
 
 
 @dataclass(frozen=True)
@@ -196,6 +204,10 @@ class Engine(Protocol):
     @property
     def kind(self) -> str:
         """The library that generates."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """What edits may ask of the model. Raises `InputError` where there are several."""
 
     def own_sampling(self) -> Sampling:
         """How the checkpoint's own `generation_config.json` draws. Raises `InputError` for what the engine does not."""

@@ -25,6 +25,8 @@ class Limits:
     """That one request may draw in all, of every candidate."""
     requests: int = 256
     """That run or wait at one time; one more is answered 429."""
+    vector_bytes: int = 4 << 20
+    """Of the vectors that come with one request, as float32."""
     artifacts: int = 256
     artifact_bytes: int = 1 << 30
     """Of all artifacts together, and so of any one."""

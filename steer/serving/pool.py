@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steer.core import InputError, Prompt, Reward, Samples, check
+from steer.core import InputError, ModelInfo, Prompt, Reward, Samples, check
 from steer.routing.model import Pool
 from steer.serving.engine import Delta, Ended, Event, Finished, Load, Sampling, Started, Task, TokenPrompt
 
@@ -46,6 +46,11 @@ class PoolEngine:
     def own_sampling(self) -> Sampling:
         """Raises `InputError`: each model would have its own."""
         raise InputError("generation_config", "checkpoint", "unset: several models are behind the router")
+
+    @property
+    def info(self) -> ModelInfo:
+        """Raises `InputError`: an edit fits one model."""
+        raise InputError("steer.edits", "edits", "unset: an edit fits one model, and here are several")
 
     def check_artifact(self, path: Path) -> None:
         """Raises `InputError`: an artifact fits one model."""

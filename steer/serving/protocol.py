@@ -477,6 +477,8 @@ class Capabilities(BaseModel):
     """Kinds of artifacts that can be registered and named."""
     own_edits: list[str]
     """Edits that the engine has by itself."""
+    inline_vectors: bool
+    """Whether requests may bring vectors of their own."""
     rewards: list[str]
     limits: dict[str, int]
     registering: bool

@@ -247,7 +247,8 @@ def unchanged(named: NamedEdit) -> Iterator[None]:
 
 
 def _check_unchanged(named: NamedEdit) -> None:
-    assert named.path is not None
+    if named.path is None:
+        return
     name = named.request.name
     try:
         same = digest(named.path) == named.digest
@@ -259,18 +260,18 @@ def _check_unchanged(named: NamedEdit) -> None:
 
 
 @contextmanager
-def edit_errors(path: Path, options: Any) -> Iterator[None]:
+def edit_errors(name: str, options: Any) -> Iterator[None]:
     """Whatever is wrong with an artifact under a request's `options` becomes an `InputError` of `steer.edits`."""
     try:
         yield
     except SteerError as error:
         if isinstance(error, InputError) and error.field.startswith("steer."):
             raise
-        given, allowed = (error.given, error.allowed) if isinstance(error, InputError) else (path.stem, str(error))
+        given, allowed = (error.given, error.allowed) if isinstance(error, InputError) else (name, str(error))
         where = f"steer.edits.{error.field}" if isinstance(error, InputError) and options else "steer.edits"
         raise InputError(where, given, allowed) from error
     except Exception as error:  # whatever somebody's file is made to lead to
-        why = f"{path.stem} (cannot be used: {type(error).__name__}: {error})"
+        why = f"{name} (cannot be used: {type(error).__name__}: {error})"
         raise InputError("steer.edits", why, "an artifact as steer writes it") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from steer.serving.artifact_store import Store
 from steer.serving.engine import Engine
@@ -12,6 +13,9 @@ from steer.serving.gate import Gate
 from steer.serving.metrics import Metrics
 from steer.serving.tasks import Tasks
 from steer.serving.wire import SteerRequest
+
+if TYPE_CHECKING:
+    from steer.serving.traces import Traces
 
 __all__ = ["Server"]
 
@@ -36,6 +40,8 @@ class Server:
     """Steering of the names that stand for a steered model."""
     require: tuple[str, ...] = ()
     """Artifacts that must be registered before the server says that it is ready."""
+    traces: Traces | None = None
+    """What begins the span of each request, where there are spans."""
 
     def waiting(self) -> list[str]:
         """Those that are not yet."""

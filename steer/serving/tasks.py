@@ -16,6 +16,7 @@ from steer.methods.samplers import SAMPLERS, sampler_fields, with_preset
 from steer.sampling.lookahead import Lookahead, Preview, Rollouts
 from steer.serving.artifact_store import Store, UnknownArtifactError
 from steer.serving.engine import NamedEdit, Sampling, Steering, Task, TokenPrompt, TooLargeError
+from steer.serving.inline import OFF, Inline
 from steer.serving.limits import Limits
 from steer.serving.protocol import ChatRequest, CompletionRequest
 from steer.serving.reward_store import Rewards
@@ -43,6 +44,8 @@ class Tasks:
     """Names of edits that are the engine's own."""
     unsaid: Sampling = field(default_factory=Sampling)
     """How tokens are drawn where a request does not say."""
+    inline: Inline | None = None
+    """What reads vectors that come with a request; None refuses them."""
 
     def chat(self, request: ChatRequest) -> Task:
         """Raises `InputError` that names the field, and `TooLargeError`."""
@@ -112,6 +115,8 @@ class Tasks:
     # ---- steering
 
     def _steering(self, asked: SteerRequest, sampling: Sampling, prompts: int, n: int) -> Steering:
+        if self.inline is not None:
+            self.inline.check_all(asked.edits)
         edits = tuple(self._edit(asked, i) for i in range(len(asked.edits)))
         reward = None if asked.reward is None else self._reward(asked.reward)
         named = asked.sampler if asked.sampler in SAMPLERS else None
@@ -136,6 +141,11 @@ class Tasks:
 
     def _edit(self, asked: SteerRequest, i: int) -> NamedEdit:
         request = asked.edits[i]
+        if request.vector is not None:
+            if self.inline is None:
+                layers = len(request.vector.layers)
+                raise InputError(f"steer.edits.{i}.vector", f"a vector of {layers} layer{'s'[: layers > 1]}", OFF)
+            return self.inline.named(request, f"steer.edits.{i}")
         if request.name in self.own_edits:
             return NamedEdit(None, "", request)
         try:

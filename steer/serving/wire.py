@@ -11,12 +11,23 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from steer.artifacts import MAX_STRENGTH
 from steer.core import InputError
 
-__all__ = ["NAME", "EditRequest", "SteerRequest", "encodable", "field_of", "is_loopback", "nearest", "wanted"]
+__all__ = [
+    "NAME",
+    "EditRequest",
+    "SteerRequest",
+    "VectorRequest",
+    "encodable",
+    "field_of",
+    "is_loopback",
+    "nearest",
+    "wanted",
+]
 
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -35,6 +46,8 @@ def encodable(text: str) -> str:
 _MOST = 2**31 - 1
 Word = Annotated[str, Field(max_length=1024), AfterValidator(encodable)]
 """A short text: names, layers, scopes."""
+LayerNumber = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,4})$")]
+Base64 = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+={0,2}$")]
 Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
 Beta = Annotated[float, Field(ge=1e-6, le=1e6)]
 Count = Annotated[int, Field(ge=1, le=_MOST)]
@@ -116,17 +129,32 @@ class _Strict(BaseModel):
             raise InputError(field, first.get("input"), allowed) from None
 
 
+class VectorRequest(_Strict):
+    """A steering vector in the request itself: a direction for each of some layers, 0 the first block, as numbers or as
+    base64 of little-endian float32. Servers take it where they were started with `--inline-vectors`.
+    """
+
+    where: ClassVar[str] = "steer.edits.vector"
+    layers: dict[LayerNumber, list[float] | Base64] = Field(
+        min_length=1, max_length=1024, description='`{"12": [0.1, ...]}`, or base64 in place of each list.'
+    )
+
+
 class EditRequest(_Strict):
-    """A registered vector, controller or value head, with settings in place of its card's (see `steer.load_edit`).
+    """A registered vector, controller or value head by its `name`, or a `vector` of the request's own, with settings in
+    place of its card's (see `steer.load_edit`).
 
     Strengths are at most a million either way, beta between a millionth and a million.
     """
 
     where: ClassVar[str] = "steer.edits"
-    name: str
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["name"]}, {"required": ["vector"]}]})
+    vector: VectorRequest | None = Field(default=None, description="In place of `name`, where the server takes them.")
+    name: str = Field(default="", validate_default=True, description="Needed where there is no `vector`.")
     strength: Strength | None = None
     layers: Word | Annotated[list[Annotated[int, Field(ge=0, lt=100_000)]], Field(max_length=1024)] | None = None
     scope: Word | None = None
+    position: Word | None = None
     operator: Word | None = None
     unit: Word | None = None
     keep_norm: bool | None = None
@@ -139,14 +167,19 @@ class EditRequest(_Strict):
 
     @field_validator("name")
     @classmethod
-    def _named(cls, name: str) -> str:
-        if not NAME.fullmatch(name):
+    def _named(cls, name: str, about: ValidationInfo) -> str:
+        inline = about.data.get("vector", "wrong") is not None
+        if not name and not inline:
+            raise PydanticCustomError("missing", "a name, or a vector")
+        if name and about.data.get("vector") is not None:
+            raise ValueError("unset beside a vector")
+        if name and not NAME.fullmatch(name):
             raise ValueError("letters, digits, dot, dash and underscore, at most 128 of them")
         return name
 
     def options(self) -> dict[str, Any]:
         """The settings that were given, but for the strength."""
-        return self.model_dump(exclude_none=True, exclude={"name", "strength"})
+        return self.model_dump(exclude_none=True, exclude={"name", "vector", "strength"})
 
 
 class SteerRequest(_Strict):

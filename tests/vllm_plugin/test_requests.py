@@ -92,6 +92,7 @@ def front() -> Registry:
         ({"edits": [{"name": "calm", "beta": 1.0}]}, "option of a vector"),
         ({"edits": [], "resolved": True}, "steer.resolved"),
         ({"edits": [], "sampler": "best-of-n"}, "steer.sampler"),
+        ({"edits": [{"vector": {"layers": {"0": [1.0]}}}]}, "steer.edits.0.vector"),
         ({"edits": [], "beta": 0}, "steer.beta"),
         ("{", "steer"),
         (7, "steer"),

@@ -268,6 +268,14 @@ def test_no_web_page_steers_a_server_without_a_key(small_engine: Any) -> None:
     assert beside(small_engine).get("/v1/steer/artifacts").status_code == 200, "one that listens to all has other names"
 
 
+def test_vectors_of_a_request_are_off_unless_they_are_turned_on(small_engine: Any) -> None:
+    client = beside(small_engine)
+    vector = {"layers": {"0": [1.0] * 32}}
+    asked = {**STEERED, "steer": {"edits": [{"vector": vector}]}}
+    told = client.post("/v1/chat/completions", json=asked)
+    assert told.status_code == 400 and '"inline_vectors": true' in told.json()["error"]["message"]
+
+
 def test_the_model_has_all_the_names_that_vllm_gave_it(small_engine: Any) -> None:
     client = beside(small_engine)
     for name, status in (("tiny", 200), ("small", 200), ("other", 404)):
@@ -289,6 +297,7 @@ WRONG_SETTINGS: list[tuple[Any, str]] = [
     ({"limits": {"tokens": 0}}, "steer.server.limits.tokens"),
     ({"limits": {"artifacts": 21}}, "steer.server.limits.artifacts"),
     ({"split_special_tokens": 1}, "steer.server.split_special_tokens"),
+    ({"inline_vectors": "yes"}, "steer.server.inline_vectors"),
     ({"presets": ["calm"]}, "steer.server.presets"),
     ({"presets": {"a b": {}}}, "steer.server.presets"),
     ({"presets": {"calm": "calm"}}, "steer.server.presets"),
@@ -307,6 +316,8 @@ def test_settings_of_the_server(tiny_lm_dir: Any, tmp_path: Any) -> None:
     from steer.adapters.vllm.server.endpoints import _settings
 
     server = {"artifacts": str(tmp_path), "allow_reward": ["mine=sentiment"], "limits": {"tokens": 7}}
+    assert not _settings(config(tiny_lm_dir, {"server": server})).inline_vectors
+    assert _settings(config(tiny_lm_dir, {"server": {"inline_vectors": True}})).inline_vectors
     vllm_config = config(tiny_lm_dir, {"artifacts": 20, "server": server})
     settings = _settings(vllm_config)
     assert settings.require == ()

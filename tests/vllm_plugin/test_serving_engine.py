@@ -38,6 +38,7 @@ from steer.serving.engine import (
     Task,
     TokenPrompt,
 )
+from steer.serving.inline import Inline
 from steer.serving.wire import EditRequest
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING or "vLLM is there")
@@ -166,6 +167,23 @@ def test_greedy_events_are_those_of_the_other_engine(kind: str, ours: Any, their
         same(found, events(theirs, task))
         changed.append(texts(found) != texts(events(theirs, Task((prompt,), 1, GREEDY))))
     assert any(changed) == bool(edits)
+
+
+def test_a_vector_of_the_request_is_the_one_of_the_file(ours: Any, theirs: Any, files: Any) -> None:
+    """On both engines, also where it was evicted meanwhile (there is room for two)."""
+    tensors, _ = steer.load_artifact(files["vector"])
+    layers = {k.removeprefix("direction."): v.tolist() for k, v in tensors.items()}
+    settings = {"strength": 2.0, "operator": "clamp"}
+    request = EditRequest.parse({"vector": {"layers": layers}, **settings})
+    for engine in (ours, theirs):
+        inline = Inline(lambda engine=engine: engine.info, 1 << 20).named(request, "steer.edits.0")
+        edits = (inline, named(files["vector"], **settings))
+        found = [texts(events(engine, Task((CHAT,), 1, GREEDY, Steering((edit,), kl=False)))) for edit in edits]
+        prepared = engine.prepare(Task((CHAT,), 1, GREEDY, Steering((inline,), kl=False)))
+        for other in ("other", "clamp"):
+            events(engine, Task((CHAT,), 1, Sampling(max_tokens=1), Steering((named(files[other]),), kl=False)))
+        again = texts(events(engine, prepared.task, prepared))
+        assert found[0] == found[1] == again != texts(events(engine, Task((CHAT,), 1, GREEDY)))
 
 
 def test_settings_mean_the_same(ours: Any, theirs: Any) -> None:

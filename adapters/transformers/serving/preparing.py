@@ -109,9 +109,13 @@ class Preparer(language.Preparer[Prepared]):
             if key in self._edits:
                 self._edits.move_to_end(key)
                 return self._edits[key]
-        assert named.path is not None, "a language model has no edits of its own"
-        with unchanged(named), edit_errors(named.path, asked.options()):
-            made = load_edit(named.path, asked.strength, model=self.model, **asked.options()).with_beta(beta)
+        given: dict[str, Any] = {"model": self.model, **asked.options()}
+        with unchanged(named), edit_errors(named.title, asked.options()):
+            if named.inline is not None:
+                made = named.inline(asked.strength, **given).with_beta(beta)
+            else:
+                assert named.path is not None, "a language model has no edits of its own"
+                made = load_edit(named.path, asked.strength, **given).with_beta(beta)
         with self._lock:
             made = self._edits.setdefault(key, made)
             while len(self._edits) > _KEPT_EDITS:

@@ -82,6 +82,8 @@ class Compiled:
         layers = torch.tensor([term.layer for term in terms], dtype=torch.long)
         constants = [term.operator.constant for term in terms]
         if any(c is None for c in constants):
+            for _, operator in operators:
+                form(operator, model.width)  # refused here, before anything runs, where it has none
             return cls(edit, operators, layers, None)
         rows = [c.detach().float().cpu() for c in constants if c is not None]
         return cls(edit, operators, layers, torch.stack(rows) if rows else torch.zeros(0, model.width))

@@ -165,6 +165,9 @@ class Registry:
             allowed = "truncated: without a sampler nothing is weighed"
             check(request.base == "truncated", "steer.base", request.base, allowed)
             check(not request.settings, "steer.settings", request.settings, "unset: there is no sampler to set")
+            for i, edit in enumerate(request.edits):
+                allowed = 'a name: vectors of a request\'s own go in its field "steer", not in vllm_xargs'
+                check(edit.vector is None, f"steer.edits.{i}.vector", "a vector", allowed)
             asked = Inside(tuple(request.edits), request.beta)
         need(self.settings, stages=stages_of([m.compiled for m in self._of(asked) if m.compiled is not None]))
         return asked

@@ -128,6 +128,7 @@ def _application(client: Any, loop: asyncio.AbstractEventLoop, names: Sequence[s
         presets=_read_presets(settings.presets),
         alone=False,
         require=settings.require,
+        inline_vectors=settings.inline_vectors,
     )
     app = create_app(engine, own, rewards)
     store = app.state.server.store

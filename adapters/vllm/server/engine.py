@@ -9,10 +9,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from steer.adapters.language.serving import ServedModel
+from steer.adapters.vllm.artifacts import Source
 from steer.adapters.vllm.client import Asynchronous, Stopped
 from steer.adapters.vllm.model import VLLMModel
 from steer.adapters.vllm.server.preparing import Prepared, Preparer, hold
@@ -173,7 +173,7 @@ class VLLMEngine(ServedModel[Prepared]):
             branch.stop()
 
     @asynccontextmanager
-    async def _holding(self, files: Mapping[str, Path]) -> AsyncIterator[None]:
+    async def _holding(self, files: Mapping[str, Source]) -> AsyncIterator[None]:
         """Keep artifacts registered meanwhile; those that are gone are registered again, which takes a thread."""
         if not self.model.hold_now(files):
             held = asyncio.get_running_loop().run_in_executor(None, hold, self.model, files)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from steer.adapters.language import serving as language
 from steer.adapters.language.model import check_lengths
+from steer.adapters.vllm.artifacts import Source
 from steer.adapters.vllm.model import VLLMModel
 from steer.adapters.vllm.plugin.requests import Inside
 from steer.adapters.vllm.process import Named, VLLMProcess, VLLMState
@@ -48,9 +49,9 @@ class Prepared(language.Prepared):
     """A task, ready to run."""
 
     @property
-    def files(self) -> dict[str, Path]:
+    def files(self) -> dict[str, Source]:
         """What the edits need, by the name that the engine knows it by."""
-        return {name_of(edit): edit.path for edit in self.steering.edits if edit.path is not None}
+        return {name_of(edit): s for edit in self.steering.edits if (s := source_of(edit)) is not None}
 
     @property
     def drift(self) -> Drift | None:
@@ -141,15 +142,15 @@ class Preparer(language.Preparer[Prepared]):
         """The edit, registered and checked; one of the prompt acts before the engine. Raises `InputError` with
         `steer.edits`.
         """
-        request, name = named.request, name_of(named)
-        if named.path is None:
+        request, name, source = named.request, name_of(named), source_of(named)
+        if source is None:
             return _Read(self.model.edit(name, request.strength, **request.options()).request, guides=True)
-        with edit_errors(named.path, request.options()):
-            if read_card(named.path).kind in PROMPTS:
+        with edit_errors(named.title, request.options()):
+            if isinstance(source, Path) and read_card(source).kind in PROMPTS:
                 with unchanged(named):
-                    return load_edit(named.path, request.strength, model=self.model, **request.options())
-        with edit_errors(named.path, request.options()):
-            files = {name: named.path}
+                    return load_edit(source, request.strength, model=self.model, **request.options())
+        with edit_errors(named.title, request.options()):
+            files = {name: source}
             hold(self.model, files)
             try:
                 card = self.model.card(name)
@@ -162,22 +163,29 @@ class Preparer(language.Preparer[Prepared]):
                 self.model.release(files)
 
 
+def source_of(named: NamedEdit) -> Source | None:
+    """What an edit is registered from; None for one of the engine's own."""
+    return named.inline or named.path
+
+
 def name_of(named: NamedEdit) -> str:
     """What the engine knows an artifact by: its content, so that a name that changes hands is no matter."""
-    return named.request.name if named.path is None else f"{_PREFIX}{named.digest[:32]}"
+    return named.request.name if source_of(named) is None else f"{_PREFIX}{named.digest[:32]}"
 
 
-def hold(model: VLLMModel, files: Mapping[str, Path]) -> None:
+def hold(model: VLLMModel, files: Mapping[str, Source]) -> None:
     """Have artifacts registered, and kept until `release`. Raises `InputError` where a file is not what it was."""
-    for name, path in files.items():
-        there = name in model.registered or path.is_file()
-        check(there, "steer.edits.name", f"{path.stem} (its file is gone)", f"an artifact whose file is there; {AGAIN}")
+    for name, source in files.items():
+        if isinstance(source, Path):
+            there = name in model.registered or source.is_file()
+            given, allowed = f"{source.stem} (its file is gone)", f"an artifact whose file is there; {AGAIN}"
+            check(there, "steer.edits.name", given, allowed)
     model.hold(files)
-    for name, path in files.items():
+    for name, source in files.items():
         if f"{_PREFIX}{model.registered[name]}" != name:
             model.release(files)
             model.unregister(name)
-            given = f"{path.stem} (its file was replaced)"
+            given = f"{source.stem if isinstance(source, Path) else name} (its file was replaced)"
             raise InputError("steer.edits.name", given, f"an artifact whose file is the one registered; {AGAIN}")
 
 

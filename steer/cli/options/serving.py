@@ -68,6 +68,9 @@ class ServeOptions(ListenOptions):
         list[str],
         typer.Option(metavar="NAME=FILE[:STRENGTH]", help="A steered model of its own, MODEL:NAME; repeatable."),
     ] = field(default_factory=list)
+    inline_vectors: Annotated[
+        bool, typer.Option("--inline-vectors", help="Requests may bring vectors of their own, as numbers.")
+    ] = False
     allow_reward: Annotated[
         list[str], typer.Option(metavar="[NAME=]REWARD", help="A reward that requests may name; repeatable.")
     ] = field(default_factory=list)
@@ -85,11 +88,16 @@ class ServeOptions(ListenOptions):
     max_tokens: Annotated[int, typer.Option(help="Tokens of one text.")] = 2048
     max_total_tokens: Annotated[int, typer.Option(help="Tokens that a request may draw, of every candidate.")] = 131_072
     max_requests: Annotated[int, typer.Option(help="Requests that run or wait; one more is answered 429.")] = 256
+    max_vector_bytes: Annotated[int, typer.Option(help="Of the vectors that come with one request.")] = 4 << 20
     max_artifacts: Annotated[int, typer.Option(help="Registered artifacts.")] = 256
     max_artifact_bytes: Annotated[int, typer.Option(help="Of all registered artifacts together.")] = 1 << 30
     log_requests: Annotated[
         bool, typer.Option("--log-requests", help="A line for each request on standard error: who, what, status.")
     ] = False
+    otlp: Annotated[
+        str | None, typer.Option(metavar="URL", help="OpenTelemetry collector for a span of each request; no texts.")
+    ] = None
+    otlp_text: Annotated[bool, typer.Option("--otlp-text", help="Prompts and answers in the spans, too.")] = False
     drain: Annotated[float, typer.Option(metavar="SECONDS", help="For running requests when told to stop.")] = 30.0
 
 

@@ -23,6 +23,7 @@ from steer.serving.protocol import ChatAnswer, ChatRequest, CompletionAnswer, Co
 
 if TYPE_CHECKING:
     from steer.serving.server import Server
+    from steer.serving.traces import Trace
 
 __all__ = ["router"]
 
@@ -70,6 +71,24 @@ def router(server: Server) -> APIRouter:
 async def _written(
     server: Server, request: Request, body: Any, read: Callable[[Any], Task], kind: type[Answer]
 ) -> Response:
+    if server.traces is None:
+        return await _answered(server, request, body, read, kind)
+    trace = server.traces.begin(kind.operation, body.model, request.headers)
+    try:
+        return await _answered(server, request, body, read, kind, trace)
+    except BaseException as error:
+        trace.failed(type(error).__name__, str(error))
+        raise
+
+
+async def _answered(
+    server: Server,
+    request: Request,
+    body: Any,
+    read: Callable[[Any], Task],
+    kind: type[Answer],
+    trace: Trace | None = None,
+) -> Response:
     if body.model not in server.names:
         allowed = ", ".join(server.names)
         raise Refused(404, f"model: got {body.model!r}; allowed: {allowed}", "model", "model_not_found")
@@ -77,13 +96,13 @@ async def _written(
         if body.steer is not None:
             raise Refused(400, f"steer: got a field; allowed: none with model {body.model!r}, a preset", "steer")
         body = body.model_copy(update={"steer": preset})
-    job = await _Job.begin(server, body, read, kind)
+    job = await _Job.begin(server, body, read, kind, trace)
     if job.task.stream:
         return _Stream(job)
     try:
         return await while_wanted(job.whole(), request.receive)
     except Gone:
-        server.metrics.left.inc()
+        job.left()
         return Response(status_code=499)
     finally:
         job.end()
@@ -92,15 +111,17 @@ async def _written(
 class _Job:
     """One request that was let in. `end` must be called."""
 
-    def __init__(self, server: Server, since: float) -> None:
-        self.server, self._since = server, since
+    def __init__(self, server: Server, since: float, trace: Trace | None) -> None:
+        self.server, self._since, self.trace = server, since, trace
         self._held = ExitStack()
         self._held.callback(server.gate.leave, since)
         self.kind = "plain"
 
     @classmethod
-    async def begin(cls, server: Server, body: Any, read: Callable[[Any], Task], kind: type[Answer]) -> _Job:
-        job = cls(server, server.gate.enter())
+    async def begin(
+        cls, server: Server, body: Any, read: Callable[[Any], Task], kind: type[Answer], trace: Trace | None
+    ) -> _Job:
+        job = cls(server, server.gate.enter(), trace)
         try:
             await job._prepare(body, read, kind)
         except BaseException:
@@ -113,7 +134,7 @@ class _Job:
         asked = body.steer or server.tasks.default
         if asked is not None:
             self.kind = "steered" if asked.token_level else "search"
-            self._held.enter_context(server.store.using([edit.name for edit in asked.edits]))
+            self._held.enter_context(server.store.using([edit.name for edit in asked.edits if edit.vector is None]))
 
         def work() -> tuple[Task, Any]:
             task = read(body)
@@ -124,10 +145,18 @@ class _Job:
         named = body.model if body.model in server.presets else server.engine.name
         self.answer = kind(named, self.task, usage)
         server.metrics.requests.labels(self.kind).inc()
+        if self.trace is not None:
+            self.trace.prepared(self.task, asked)
 
     def end(self) -> None:
         """Give everything back."""
         self._held.close()
+
+    def left(self) -> None:
+        """The client went away."""
+        self.server.metrics.left.inc()
+        if self.trace is not None:
+            self.trace.failed("client_left")
 
     async def events(self) -> AsyncGenerator[Any]:
         """The engine's events, counted."""
@@ -139,6 +168,8 @@ class _Job:
                 elif isinstance(event, Delta) and first:
                     first = False
                     metrics.first_token.labels(self.kind).observe(time.monotonic() - self._since)
+                    if self.trace is not None and self.task.stream:
+                        self.trace.began(time.monotonic() - self._since)
                 elif isinstance(event, Finished):
                     metrics.seconds.labels(self.kind).observe(time.monotonic() - self._since)
                     metrics.generated_tokens.inc(event.cost.generated_tokens)
@@ -150,6 +181,8 @@ class _Job:
             async for event in events:
                 self.answer.collect(event)
         answer = self.answer.whole()
+        if self.trace is not None:
+            self.trace.ended(self.answer)
         self.server.metrics.returned_tokens.inc(answer.usage.completion_tokens)
         return JSONResponse(answer.model_dump(exclude_none=False))
 
@@ -160,8 +193,12 @@ class _Job:
                     for chunk in self.answer.add(event):
                         yield chunk
         except Exception as error:
+            if self.trace is not None:
+                self.trace.failed(type(error).__name__, str(error))
             yield errors.body(error)
             return
+        if self.trace is not None:
+            self.trace.ended(self.answer)
         self.server.metrics.returned_tokens.inc(self.answer.usage().completion_tokens)
 
 
@@ -179,7 +216,11 @@ class _Stream(Response):
         try:
             await while_wanted(self._send(send), receive)
         except (Gone, OSError):
-            self._job.server.metrics.left.inc()
+            self._job.left()
+        except BaseException as error:
+            if self._job.trace is not None:
+                self._job.trace.failed(type(error).__name__, str(error))
+            raise
         finally:
             self._job.end()
 

@@ -107,6 +107,7 @@ def _capabilities(server: Server) -> Capabilities:
         samplers={name: sampler_settings(name) for name in SAMPLERS},
         edits=sorted(KINDS),
         own_edits=list(engine.own_edits),
+        inline_vectors=server.tasks.inline is not None,
         rewards=sorted(server.tasks.rewards.usages()),
         limits=asdict(server.tasks.limits),
         registering=store.folder is not None,
