@@ -72,8 +72,8 @@ MUTATIONS = [
     ),
     Mutation(
         "added vectors stay on the CPU",
-        "constant = constant.to(hidden.device, hidden.dtype)",
-        "constant = constant.to(hidden.dtype)",
+        "constant, placed = constant.to(hidden), True",
+        "constant, placed = constant.to(hidden.dtype), True",
         "test_edits and vector",
     ),
     Mutation(
