@@ -7,7 +7,6 @@ nothing in a request is a path.
 from __future__ import annotations
 
 import ipaddress
-import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -15,12 +14,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from steer.artifacts import MAX_STRENGTH
 from steer.core import InputError
+from steer.core.names import NAME
 
 __all__ = ["NAME", "EditRequest", "SteerRequest", "encodable", "field_of", "is_loopback", "nearest", "wanted"]
-
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-"""Names of artifacts."""
 
 
 def encodable(text: str) -> str:
