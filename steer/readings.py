@@ -23,8 +23,10 @@ _ALLOWED = "a vector, a probe (a vector fitted with method=probe), a gate, or th
 
 def as_readings(given: Any, stop_if: Any, info: ModelInfo) -> Readings | None:
     """Readings by name, from a dictionary, or a list or a single one of artifacts or files, which are called by the
-    file's stem or the artifact's kind; None where none are asked for. Raises `InputError`.
+    file's stem or the artifact's kind, or made before; None where none are asked for. Raises `InputError`.
     """
+    if isinstance(given, Readings):
+        return given
     named = _named(given)
     if not named:
         check(stop_if is None, "stop_if", stop_if, "unset without readings")

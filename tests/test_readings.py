@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from serving_tools import Running, serving_here
 from torch import Tensor
 
 import steer
@@ -194,7 +199,7 @@ def test_readings_travel_with_their_samples(tiny_lm: Any, vector: Any, tmp_path:
     ("given", "message"),
     [
         ({"stop_if": "calm < 0"}, "stop_if: got 'calm < 0'; allowed: unset without readings"),
-        ({"stop_if": "clam < 0"}, "stop_if: reading: got 'clam'; allowed: calm; did you mean calm?"),
+        ({"stop_if": "clam < 0"}, "stop_if: got 'clam'; allowed: calm; did you mean calm?"),
         ({"stop_if": "calm < nan"}, "stop_if: got 'calm < nan'; allowed: one comparison"),
         ({"stop_if": "calm"}, "stop_if: got 'calm'; allowed: one comparison"),
         ({"stop_if": "calm < 0 or calm > 1"}, "stop_if: got"),
@@ -233,3 +238,96 @@ def test_a_rule_is_one_comparison() -> None:
     for text, value, ends in (("a < 1", 1, False), ("a <= 1", 1, True), ("a>-2.5e0", -2.4, True), ("a >= 3", 2, False)):
         assert StopIf.parse(text, ["a"]).met(value) is ends
     assert str(StopIf.parse("a.b-c<1", ["a.b-c"])) == "a.b-c < 1"
+
+
+# ------------------------------------------------------------------------------------------------------------ servers
+
+
+CHATS = [[{"role": "user", "content": text}] for text in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def server(
+    tiny_lm_dir: Path, tmp_path_factory: pytest.TempPathFactory, vector: Any, probe: Any
+) -> Iterator[tuple[Running, Path]]:
+    folder = tmp_path_factory.mktemp("artifacts")
+    vector.save(folder / "calm.safetensors")
+    probe.save(folder / "odds.safetensors")
+    with serving_here(tiny_lm_dir, "--artifacts", folder, "--no-key", "--name", "tiny") as running:
+        yield running, folder
+
+
+def asked(server: Running, chat: Any, steer: dict[str, Any] | None, **more: Any) -> Any:
+    given = {"model": "tiny", "messages": chat, "max_tokens": 8, "temperature": 0, **more}
+    return server.post("/v1/chat/completions", json=given | ({} if steer is None else {"steer": steer}))
+
+
+def test_the_servers_readings_are_pythons(server: Any, tiny_lm: Any, vector: Any, probe: Any) -> None:
+    """Requests with other readings, other edits and none at all, decoded together; one of them in a stream."""
+    running, _ = server
+    wishes = [
+        {"readings": ["calm", "odds"]},
+        {"readings": ["odds"], "edits": [{"name": "calm", "strength": 0.5}]},
+        None,
+        {"readings": ["odds", "calm"], "edits": [{"name": "calm", "strength": -0.4, "scope": "generated"}]},
+    ]
+    chats = [CHATS[0], CHATS[1], CHATS[2], CHATS[1]]
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(asked, running, c, w, n=2) for c, w in zip(chats, wishes, strict=True)]
+        answers = [job.result().json() for job in jobs]
+    known = {"calm": vector, "odds": probe}
+    for chat, wish, answer in zip(chats, wishes, answers, strict=True):
+        if wish is None:
+            assert all(choice["steer"] is None for choice in answer["choices"])
+            continue
+        mine = [known[e["name"]](e["strength"], scope=e.get("scope", "all")) for e in wish.get("edits", ())]
+        own = tiny_lm.generate(
+            chat, edits=mine, readings={n: known[n] for n in wish["readings"]}, temperature=0, max_new_tokens=8
+        )
+        for choice in answer["choices"]:
+            assert choice["message"]["content"] == own.texts[0] and choice["steer"]["stopped"] is False
+            assert list(choice["steer"]["readings"]) == wish["readings"]
+            for name, values in choice["steer"]["readings"].items():
+                assert torch.allclose(torch.tensor(values), own.readings[name][0], atol=1e-4)
+    lines = asked(running, CHATS[0], wishes[0], stream=True).text.split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    last = next(c["choices"][0] for c in chunks if c["choices"] and c["choices"][0]["finish_reason"])
+    told = answers[0]["choices"][0]["steer"]["readings"]["calm"]
+    assert last["steer"]["readings"]["calm"] == pytest.approx(told, abs=1e-4)
+
+
+def test_a_servers_text_ends_by_a_reading(server: Any, tiny_lm: Any, vector: Any) -> None:
+    running, _ = server
+    free = tiny_lm.generate(CHATS[1], readings=[vector], temperature=0, max_new_tokens=8).readings["vector"][0]
+    at = int(free[1:].argmin()) + 1
+    rule = f"calm <= {float(free[at]) + 1e-3}"
+    first = int((free <= float(free[at]) + 1e-3).nonzero()[0])
+    (choice,) = asked(running, CHATS[1], {"readings": ["calm"], "stop_if": rule}).json()["choices"]
+    assert choice["finish_reason"] == "stop" and choice["steer"]["stopped"] is True
+    assert choice["steer"]["readings"]["calm"] == pytest.approx(free[: first + 1].tolist(), abs=1e-4)
+    own = tiny_lm.generate(CHATS[1], readings={"calm": vector}, stop_if=rule, temperature=0, max_new_tokens=8)
+    assert choice["message"]["content"] == own.texts[0] and len(own.tokens[0]) == first + 1
+    search = {"sampler": "best-of-n", "candidates": 3, "reward": "length", "readings": ["calm"], "stop_if": rule}
+    (best,) = asked(running, CHATS[1], search, temperature=1, seed=0).json()["choices"]
+    read = best["steer"]["readings"]["calm"]
+    bound = float(free[at]) + 1e-3
+    assert all(x > bound for x in read[:-1]) and best["steer"]["stopped"] is (read[-1] <= bound)
+
+
+def test_a_servers_bad_readings_are_refused_by_name(server: Any) -> None:
+    running, _ = server
+    for given, field, message in (
+        ({"readings": ["clam"]}, "steer.readings.0", "a registered artifact: odds, calm"),
+        ({"readings": ["calm", "calm"]}, "steer.readings", "each name once"),
+        ({"readings": ["../calm"]}, "steer.readings.0", "letters, digits"),
+        ({"readings": [{"name": "calm"}]}, "steer.readings.0", ""),
+        ({"stop_if": "calm < 1"}, "steer.stop_if", "unset without readings"),
+        ({"readings": ["calm"], "stop_if": "odds < 1"}, "steer.stop_if", "calm"),
+        ({"readings": ["calm"], "stop_if": "calm < nan"}, "steer.stop_if", "one comparison"),
+        ({"readings": ["calm"], "sampler": "dts", "reward": "length"}, "steer.readings", "unset with sampler dts"),
+        ({"reading": ["calm"]}, "steer.reading", ""),
+    ):
+        answer = asked(running, CHATS[0], given)
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and error["param"] == field, answer.text
+        assert message in error["message"]

@@ -5,7 +5,7 @@ Letters: `N` rows, `T` positions, `K` readings, `D` width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,9 +33,9 @@ class Reader:
     def __len__(self) -> int:
         return len(self.readings.items)
 
-    def begin(self, keep: int = 1) -> PassReading:
-        """What reads the last `keep` positions of one pass; 0 reads all."""
-        return PassReading(self, keep)
+    def begin(self, keep: int = 1, rows: Tensor | None = None) -> PassReading:
+        """What reads the last `keep` positions of one pass, 0 for all, of some of its rows, None for all."""
+        return PassReading(self, keep, rows)
 
     def values(self, layer: int, states: Tensor) -> Tensor:
         """This layer's share `[..., K]` of the readings of states `[..., D]`, in float32."""
@@ -54,16 +54,17 @@ class Reader:
 class PassReading:
     """The sum over layers of one pass."""
 
-    def __init__(self, reader: Reader, keep: int) -> None:
-        self._reader, self._keep = reader, keep
+    def __init__(self, reader: Reader, keep: int, rows: Tensor | None = None) -> None:
+        self._reader, self._keep, self._rows = reader, keep, rows
         self._total: Tensor | None = None
         self.taps: dict[int, Tap] = {layer: self._tap(layer) for layer in reader.readings.layers}
 
     def _tap(self, layer: int) -> Tap:
-        reader, keep = self._reader, self._keep
+        reader, keep, rows = self._reader, self._keep, self._rows
 
         def tap(output: Tensor) -> None:
             states = residual_stream(output, reader.stream)
+            states = states if rows is None else states[rows.to(states.device)]
             share = reader.values(layer, states[:, -keep:] if keep else states)
             self._total = share if self._total is None else self._total + share.to(self._total.device)
 
@@ -74,3 +75,48 @@ class PassReading:
         """The readings `[N, keep, K]`, once the pass is over."""
         assert self._total is not None
         return self._reader.biased(self._total)
+
+
+class RowReaders:
+    """Readers of rows that ask for different readings; None for rows that ask for none."""
+
+    def __init__(self, readers: Sequence[Reader | None], device: torch.device) -> None:
+        self.count = len(readers)
+        places: dict[int, list[int]] = {}
+        for row, reader in enumerate(readers):
+            if reader is not None:
+                places.setdefault(id(reader.readings), []).append(row)
+        self._groups = [
+            (reader, rows, None if len(rows) == self.count else torch.tensor(rows, device=device))
+            for rows in places.values()
+            if (reader := readers[rows[0]]) is not None
+        ]
+
+    def begin(self) -> list[tuple[list[int], PassReading]]:
+        """What reads each group of rows in one pass of one position."""
+        return [(rows, reader.begin(1, at)) for reader, rows, at in self._groups]
+
+    @staticmethod
+    def taps(begun: Sequence[tuple[list[int], PassReading]]) -> dict[int, Tap]:
+        """What all of them want to see."""
+        found: dict[int, list[Tap]] = {}
+        for _, reading in begun:
+            for layer, tap in reading.taps.items():
+                found.setdefault(layer, []).append(tap)
+        return {layer: taps[0] if len(taps) == 1 else _all(taps) for layer, taps in found.items()}
+
+    def found(self, begun: Sequence[tuple[list[int], PassReading]]) -> list[list[float] | None]:
+        """The readings of every row, once the pass is over."""
+        values: list[list[float] | None] = [None] * self.count
+        for rows, reading in begun:
+            for row, mine in zip(rows, reading.found[:, 0].tolist(), strict=True):
+                values[row] = mine
+        return values
+
+
+def _all(taps: Sequence[Tap]) -> Tap:
+    def tap(output: Tensor) -> None:
+        for one in taps:
+            one(output)
+
+    return tap

@@ -56,7 +56,7 @@ class StopIf:
             bound = math.nan
         check(math.isfinite(bound), field, text, allowed)
         check(bool(names), field, text, "unset without readings")
-        check_known(f"{field}: reading", name, names)
+        check_known(field, name, names)
         return cls(name, sign, bound)
 
     def met(self, value: Any) -> Any:

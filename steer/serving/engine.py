@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from steer.core import Cost, Prompt, Reward, Sampler, SteerError
+from steer.core.readings import StopIf
 from steer.serving.wire import EditRequest
 
 __all__ = [
@@ -81,6 +82,10 @@ class Steering:
     """The `steer` field with its names resolved."""
 
     edits: tuple[NamedEdit, ...] = ()
+    readings: tuple[NamedEdit, ...] = ()
+    """Artifacts that are read where each token is chosen."""
+    stop: StopIf | None = None
+    """Which of the readings ends a text."""
     sampler: Sampler | None = None
     """What chooses between texts; None draws each choice on its own, token by token."""
     repeats: int = 1
@@ -158,6 +163,10 @@ class Ended:
     reward: float | None = None
     kl: float | None = None
     """Nats by which the law of this choice drifted from the unsteered model; None where it was not measured."""
+    readings: dict[str, list[float]] | None = None
+    """A number for each of the tokens, by name."""
+    stopped: bool = False
+    """Whether it ended by a reading."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import ipaddress
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from steer.artifacts import MAX_STRENGTH
 from steer.core import InputError
@@ -112,6 +112,12 @@ class _Strict(BaseModel):
             raise InputError(field, first.get("input"), allowed) from None
 
 
+def _artifact_name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise ValueError("letters, digits, dot, dash and underscore, at most 128 of them")
+    return name
+
+
 class EditRequest(_Strict):
     """A registered vector, controller or value head, with settings in place of its card's (see `steer.load_edit`).
 
@@ -119,7 +125,7 @@ class EditRequest(_Strict):
     """
 
     where: ClassVar[str] = "steer.edits"
-    name: str
+    name: Annotated[str, AfterValidator(_artifact_name)]
     strength: Strength | None = None
     layers: Word | Annotated[list[Annotated[int, Field(ge=0, lt=100_000)]], Field(max_length=1024)] | None = None
     scope: Word | None = None
@@ -133,13 +139,6 @@ class EditRequest(_Strict):
     top_k: Count | None = None
     tail: Word | None = None
 
-    @field_validator("name")
-    @classmethod
-    def _named(cls, name: str) -> str:
-        if not NAME.fullmatch(name):
-            raise ValueError("letters, digits, dot, dash and underscore, at most 128 of them")
-        return name
-
     def options(self) -> dict[str, Any]:
         """The settings that were given, but for the strength."""
         return self.model_dump(exclude_none=True, exclude={"name", "strength"})
@@ -149,6 +148,12 @@ class SteerRequest(_Strict):
     """How one request is to be steered."""
 
     edits: list[EditRequest] = Field(default=[], max_length=64)
+    readings: list[Annotated[str, AfterValidator(_artifact_name)]] = Field(default=[], max_length=16)
+    """Registered vectors and probes, by name: each gives a number for each token, read where the token is chosen."""
+    stop_if: Annotated[str, Field(max_length=256), AfterValidator(encodable)] | None = None
+    """A comparison of one of the readings with a number, such as `calm < -1.5`: a text ends with the first token whose
+    reading fulfils it.
+    """
     sampler: Word | None = None
     """By name, of `steer.SAMPLERS`; None draws each choice on its own."""
     candidates: Count | None = None
@@ -168,6 +173,11 @@ class SteerRequest(_Strict):
     """What samplers weigh against under top-k, top-p and min-p: the truncated law, or the full one before."""
     kl: bool = True
     """Measure the drift of every choice. For hidden-state edits that takes two more passes over the finished text."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of all that it names, edits and readings."""
+        return [*(edit.name for edit in self.edits), *self.readings]
 
     @property
     def token_level(self) -> bool:

@@ -164,6 +164,9 @@ class Registry:
                 )
             allowed = "truncated: without a sampler nothing is weighed"
             check(request.base == "truncated", "steer.base", request.base, allowed)
+            for name in ("readings", "stop_if"):
+                given = getattr(request, name)
+                check(not given, f"steer.{name}", given, "unset on vLLM; steer serve on transformers gives readings")
             check(not request.settings, "steer.settings", request.settings, "unset: there is no sampler to set")
             asked = Inside(tuple(request.edits), request.beta)
         need(self.settings, stages=stages_of([m.compiled for m in self._of(asked) if m.compiled is not None]))

@@ -81,6 +81,10 @@ class Preparer(language.Preparer[Prepared]):
         self.model = model
         self.raw = str(model.config.model_config.logprobs_mode) == "raw_logprobs"
 
+    def readings(self, steering: Steering) -> None:
+        names = [named.request.name for named in steering.readings]
+        check(not names, "steer.readings", names, "unset on vLLM; steer serve on transformers gives them")
+
     def process(self, read: Request, edits: Sequence[_Read]) -> ServedProcess:
         asked = read.task.steering is not None and read.steering.kl
         drift = self._drift(read, [edit.guides for edit in edits]) if asked else None
