@@ -48,7 +48,8 @@ def _watched(process: Process, sampler: Sampler, readings: Any, stop_if: Any, mo
     if readings is None and stop_if is None:
         return process
     if not process.reads:
-        raise UnsupportedError(f"readings: {type(process).__name__} gives none; language models do, on transformers")
+        allowed = "language models through transformers and vLLM do"
+        raise UnsupportedError(f"readings: {type(process).__name__} gives none; {allowed}")
     owner: Any = process if model is None else model
     wanted = as_readings(readings, stop_if, (owner.model if model is None else owner).info)
     if wanted is None:
@@ -334,7 +335,7 @@ def generate(source: Model | Process, prompts: Prompts = "", **settings: Any) ->
             numbers, so that other prompts beside a prompt, another `n` or another `max_rows` change its outputs. None
             draws one. (Rows of `steer serve` repeat in any company.)
         max_rows: rows generated at once; it belongs to the seed.
-        readings: of language models through transformers: what to read where each token is chosen, into
+        readings: of language models (transformers, vLLM): what to read where each token is chosen, into
             `samples.readings`, by name: `{"calm": vector, "asked": "probe.safetensors"}`, or a list of them. A vector
             reads the component of the residual stream along its direction, after edits, in units of the layer's median
             residual norm, as the mean over its layers; a vector fitted with `method="probe"` its log-odds. A token's

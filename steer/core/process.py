@@ -198,7 +198,8 @@ class Process(ABC):
 
     def watched(self: P, readings: Readings) -> P:
         """The process that reads vectors and probes on its way, into `Samples.readings`."""
-        raise UnsupportedError(f"readings: {type(self).__name__} gives none; language models through transformers do")
+        allowed = "language models through transformers and vLLM do"
+        raise UnsupportedError(f"readings: {type(self).__name__} gives none; {allowed}")
 
     def finished(self, state: Any) -> Tensor:
         """Rows that take no further step `[N]`."""

@@ -82,10 +82,6 @@ class Steering:
     """The `steer` field with its names resolved."""
 
     edits: tuple[NamedEdit, ...] = ()
-    readings: tuple[NamedEdit, ...] = ()
-    """Artifacts that are read where each token is chosen."""
-    stop: StopIf | None = None
-    """Which of the readings ends a text."""
     sampler: Sampler | None = None
     """What chooses between texts; None draws each choice on its own, token by token."""
     repeats: int = 1
@@ -97,6 +93,10 @@ class Steering:
     block: int | None = None
     kl: bool = True
     base: str = "truncated"
+    readings: tuple[NamedEdit, ...] = ()
+    """Artifacts that are read where each token is chosen."""
+    stop: StopIf | None = None
+    """Which of the readings ends a text."""
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class Tasks:
             check(not asked.settings, "steer.settings", asked.settings, "unset without a sampler that chooses")
             most = prompts * n * sampling.max_tokens
             _check_budget(asked, most)
-            return Steering(edits, *read, reward=reward, beta=asked.beta, kl=asked.kl)
+            return Steering(edits, reward=reward, beta=asked.beta, kl=asked.kl, readings=read[0], stop=read[1])
         name = str(asked.sampler)
         check_known("steer.sampler", name, SAMPLERS)
         kind = SAMPLERS[name]
@@ -133,9 +133,8 @@ class Tasks:
         check(reward is not None or not kind.needs_reward, "steer.reward", None, f"a reward: {name} chooses by it")
         sampler, candidates = self._sampler(asked, name, sampling, prompts, n)
         repeats = n if kind.population == "n" else 1  # one output from all its candidates
-        return Steering(
-            edits, *read, sampler, repeats, candidates, reward, asked.beta, asked.block, asked.kl, asked.base
-        )
+        chosen = Steering(edits, sampler, repeats, candidates, reward, asked.beta, asked.block, asked.kl, asked.base)
+        return replace(chosen, readings=read[0], stop=read[1])
 
     def _readings(self, asked: SteerRequest) -> tuple[tuple[NamedEdit, ...], StopIf | None]:
         """What is read of each text, and what ends it."""
