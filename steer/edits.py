@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -280,19 +280,23 @@ def parse_number(name: str, value: Any, kind: type = float) -> Any:
 
 def _probe(path: str | Path, layer: Any = None) -> tuple[dict[int, Probe], int]:
     """Probes by layer of a vector fitted with `method=probe`, and the layer that separated best (or `layer`)."""
-    tensors, card = load(path)
-    probes = {
-        int(name.split(".")[1]): Probe(w, float(tensors[f"bias.{name.split('.')[1]}"]))
-        for name, w in tensors.items()
-        if name.startswith("probe.")
-    }
+    probes, best = probes_of(*load(path))
     check(bool(probes), "gate", str(path), "a vector fitted with --method probe")
-    best = int(card.metrics.get("best_layer", max(probes))) if layer is None else int(layer)
+    best = best if layer is None else int(layer)
     check(best in probes, "gate_layer", best, f"layers of the probe: {sorted(probes)}")
     return probes, best
 
 
-def _by_layer(tensors: dict[str, Tensor], kind: str) -> dict[int, Tensor]:
+def probes_of(tensors: Mapping[str, Tensor], card: Card) -> tuple[dict[int, Probe], int]:
+    """Probes by layer of a vector fitted with `method=probe`, and the layer that separated best; none of others."""
+    found = by_layer(tensors, "probe")
+    for layer in found:
+        check(f"bias.{layer}" in tensors, "artifact", f"tensor probe.{layer} alone", f"bias.{layer} beside it")
+    probes = {layer: Probe(w, float(tensors[f"bias.{layer}"])) for layer, w in found.items()}
+    return probes, parse_number("best_layer", card.metrics.get("best_layer", max(probes, default=0)), int)
+
+
+def by_layer(tensors: Mapping[str, Tensor], kind: str) -> dict[int, Tensor]:
     """Tensors named `kind.N` by their layer N."""
     found = {}
     for name, tensor in tensors.items():
@@ -340,7 +344,7 @@ def _vector(
     tensors: dict[str, Tensor], card: Card, strength: float | None, options: dict[str, Any], model: Any
 ) -> Edit:
     settings = _settings(card, options, tuple(OPTIONS["vector"]), "vector")
-    directions, references = _by_layer(tensors, "direction"), _by_layer(tensors, "reference")
+    directions, references = by_layer(tensors, "direction"), by_layer(tensors, "reference")
     check(bool(directions), "artifact", f"tensors {list(tensors)[:5]}", "a vector with tensors direction.N")
     depth = card.model.get("num_layers")
     layers = parse_layers(settings.get("layers", sorted(directions)), sorted(directions))

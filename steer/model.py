@@ -22,6 +22,7 @@ from steer.edits import as_edits
 from steer.methods.prompt import SystemPrompt
 from steer.methods.samplers import SAMPLERS, make_sampler, sampler_fields, sampler_name
 from steer.progress import ticking
+from steer.readings import as_readings
 from steer.rewards import as_reward
 
 __all__ = ["Model", "Plan", "execute", "generate", "prepare"]
@@ -42,6 +43,23 @@ class Plan:
     edits: list[tuple[Edit, frozenset[int] | None]] = field(default_factory=list)
 
 
+def _watched(process: Process, sampler: Sampler, readings: Any, stop_if: Any, model: Any) -> Process:
+    """The process with what it is to read on its way. Raises `InputError` and `UnsupportedError`."""
+    if readings is None and stop_if is None:
+        return process
+    if not process.reads:
+        allowed = "language models through transformers and vLLM do"
+        raise UnsupportedError(f"readings: {type(process).__name__} gives none; {allowed}")
+    owner: Any = process if model is None else model
+    wanted = as_readings(readings, stop_if, (owner.model if model is None else owner).info)
+    if wanted is None:
+        return process
+    if not sampler.reads:
+        able = ", ".join(name for name, kind in SAMPLERS.items() if kind.reads)
+        raise UnsupportedError(f"readings: {sampler.title} keeps none of its texts; {able} do")
+    return process.watched(wanted)
+
+
 def prepare(
     process: Process,
     prompts: Prompts,
@@ -54,6 +72,8 @@ def prepare(
     seed: int | None = None,
     max_rows: int = 64,
     progress: bool = False,
+    readings: Any = None,
+    stop_if: str | None = None,
     model: Any = None,
 ) -> Plan:
     """Check everything that can be checked before work starts; see `generate`."""
@@ -70,6 +90,7 @@ def prepare(
         scored = scored.bind(model)
     if model is not None:
         chosen = chosen.bind(model)
+    process = _watched(process, chosen, readings, stop_if, model)
     mounted = [(edit.with_beta(float(beta)), wanted) for edit, wanted in as_edits(edits, len(several), model)]
     for edit, wanted in mounted:
         process.edited(edit, None if wanted is None else sorted(wanted))  # refused here, not in the middle of a run
@@ -166,6 +187,8 @@ class Model(ABC):
         max_rows: int | None = None,
         progress: bool = False,
         stream: bool | Any = False,
+        readings: Any = None,
+        stop_if: str | None = None,
         **settings: Any,
     ) -> Any:
         """Generate for every prompt: `Samples`. See `steer.generate` for what the arguments mean; `settings` are those
@@ -196,6 +219,8 @@ class Model(ABC):
             beta=beta,
             seed=seed,
             progress=progress,
+            readings=readings,
+            stop_if=stop_if,
             model=self,
             max_rows=self.max_rows if max_rows is None else max_rows,
         )
@@ -310,6 +335,14 @@ def generate(source: Model | Process, prompts: Prompts = "", **settings: Any) ->
             numbers, so that other prompts beside a prompt, another `n` or another `max_rows` change its outputs. None
             draws one. (Rows of `steer serve` repeat in any company.)
         max_rows: rows generated at once; it belongs to the seed.
+        readings: of language models (transformers, vLLM): what to read where each token is chosen, into
+            `samples.readings`, by name: `{"calm": vector, "asked": "probe.safetensors"}`, or a list of them. A vector
+            reads the component of the residual stream along its direction, after edits, in units of the layer's median
+            residual norm, as the mean over its layers; a vector fitted with `method="probe"` its log-odds. A token's
+            number is read at the position that it was predicted from: that of the token before it, for the first one
+            the end of the prompt. (`model.readings` reads given texts at their own tokens.)
+        stop_if: one comparison of a reading with a number, such as "calm < -1.5": a text ends with the first token
+            whose reading fulfils it.
         progress: show a bar on standard error.
 
     Raises:

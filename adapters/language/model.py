@@ -42,6 +42,8 @@ class TextSettings(SamplerSettings, total=False):
     n: int | None
     seed: int | None
     system: str | None
+    readings: Any
+    stop_if: str | None
     max_rows: int | None
     progress: bool
     generation_config: GenerationConfig | str | None
@@ -99,6 +101,8 @@ class TextModel(Model):
         max_rows: int | None = None,
         progress: bool = False,
         stream: Any = False,
+        readings: Any = None,
+        stop_if: str | None = None,
         generation_config: GenerationConfig | str | None = None,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
@@ -134,6 +138,8 @@ class TextModel(Model):
             progress: show a bar on standard error.
             stream: True returns an iterator of pieces of text, whose `samples` are there when it has ended; a
                 transformers streamer is fed with tokens.
+            readings: vectors and probes, by name, to be read where each token is chosen (see `steer.generate`).
+            stop_if: "calm < -1.5": a text ends with the first token whose reading fulfils this.
             generation_config: of transformers, or "checkpoint" for the checkpoint's own `generation_config.json`; what
                 is named here goes before it. None: the model's whole law at temperature 1.
             max_new_tokens: of each text; 64 unless given.
@@ -187,6 +193,8 @@ class TextModel(Model):
             max_rows=max_rows,
             progress=progress,
             stream=stream,
+            readings=readings,
+            stop_if=stop_if,
             **given,
         )
 

@@ -4,6 +4,7 @@ become tokens, everything is checked.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,14 +15,20 @@ from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.generation import sampling_settings
 from steer.artifacts import read_card
 from steer.core import Edit, ModelInfo, PromptEdit, Reward, check
+from steer.core.readings import Reading, Readings
+from steer.edits import load_artifact
 from steer.model import Plan, prepare
+from steer.readings import reading_of
 from steer.rewards.trained import trained
 from steer.serving import requests
 from steer.serving.engine import NamedEdit, Sampling, Steering, Task
 from steer.serving.idle import give_back_memory
-from steer.serving.requests import Request, Words, check_card, check_rows, check_search, edit_errors, seed_of
+from steer.serving.requests import Request, Words, check_card, check_rows, check_search, edit_errors, seed_of, unchanged
 
 __all__ = ["Prepared", "Preparer", "ServedModel"]
+
+
+_KEPT_READINGS = 64
 
 
 class ServableModel(Words, Protocol):
@@ -47,6 +54,7 @@ class Prepared(Request):
     edits: tuple[Any, ...]
     reward: Reward | None
     seed: int
+    readings: Readings | None = None
     plan: Plan | None = None
     """For searches."""
 
@@ -63,6 +71,8 @@ class Preparer(ABC, Generic[P]):
 
     def __init__(self, model: ServableModel, max_rows: int, cache_tokens: int | None = None) -> None:
         self.text, self.max_rows, self.cache_tokens = model, max_rows, cache_tokens
+        self._readings: dict[Any, Readings] = {}
+        self._lock = threading.Lock()
 
     def __call__(self, task: Task) -> P:
         read = requests.read(task, self.text)
@@ -75,8 +85,9 @@ class Preparer(ABC, Generic[P]):
             steering, sampling = read.steering, read.sampling
             edits = tuple(edit for edit in edits if not isinstance(edit, PromptEdit))
         reward = None if steering.reward is None else steering.reward.bind(self.text)
+        process, readings = self.process(read, edits), self.readings(steering)
         made = self.kind(
-            read.task, read.prompts, read.ids, sampling, self.process(read, edits), edits, reward, seed_of(sampling)
+            read.task, read.prompts, read.ids, sampling, process, edits, reward, seed_of(sampling), readings
         )
         if steering.sampler is not None:
             return replace(made, plan=self._plan(made))
@@ -98,8 +109,29 @@ class Preparer(ABC, Generic[P]):
             beta=steering.beta,
             seed=made.seed,
             max_rows=self.max_rows,
+            readings=made.readings,
             model=self.text,
         )
+
+    def readings(self, steering: Steering) -> Readings | None:
+        """What a request reads, the same object for the same request. Raises `InputError` with `steer.readings`."""
+        if not steering.readings:
+            return None
+        key = (tuple((named.request.name, named.digest) for named in steering.readings), steering.stop)
+        with self._lock:
+            if key in self._readings:
+                return self._readings[key]
+        made = Readings(tuple(map(self._reading, steering.readings)), steering.stop)
+        with self._lock:
+            if len(self._readings) >= _KEPT_READINGS:
+                self._readings.clear()
+            return self._readings.setdefault(key, made)
+
+    def _reading(self, named: NamedEdit) -> Reading:
+        assert named.path is not None
+        field = "steer.readings"
+        with edit_errors(named.title, {}, field), unchanged(named, field):
+            return reading_of(named.request.name, load_artifact(named.path), self.text.info)
 
     def check_artifact(self, path: Path) -> None:
         """Raise `InputError` where an artifact does not fit the model, or asks for other files."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +19,8 @@ from transformers.cache_utils import Cache
 
 from steer.adapters.transformers.cache import cache_argument, full_attention, held_states, new_cache
 from steer.adapters.transformers.hidden import RowEdit
-from steer.adapters.transformers.hooks import Hooks, recording
+from steer.adapters.transformers.hooks import NO_TAPS, Hooks, recording
+from steer.adapters.transformers.reader import Tap
 from steer.core import ModelInfo, UnsupportedError
 
 __all__ = ["Body", "Layout", "bare", "taken"]
@@ -206,9 +207,11 @@ class Body:
         *,
         keep: int = 1,
         hidden: bool = False,
+        taps: Mapping[int, Tap] = NO_TAPS,
     ) -> tuple[Tensor, Tensor | None]:
         """Logits `[N, keep, V]` of tokens `[N, T]` (0 keeps every position) and, if asked, the final hidden states
-        `[N, T, D]`, on which the output head works. `program` says what is done to the residual stream at each layer.
+        `[N, T, D]`, on which the output head works. `program` says what is done to the residual stream at each layer,
+        `taps` are shown what comes of it.
         """
         given: dict[str, Any] = {
             "attention_mask": mask,
@@ -223,7 +226,7 @@ class Body:
         seen: list[Tensor] = []
         handle = self.trunk.register_forward_hook(lambda m, args, out: seen.append(out[0])) if hidden else None
         try:
-            with self.hooks.running(program), self._holding(cache):
+            with self.hooks.running(program, taps), self._holding(cache):
                 out: Any = self.network(input_ids=tokens, **{k: v for k, v in given.items() if k in self.takes})
         finally:
             if handle is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -12,8 +12,12 @@ from torch import Tensor, nn
 
 from steer.adapters.language.blocks import residual_stream
 from steer.adapters.transformers.hidden import RowEdit
+from steer.adapters.transformers.reader import Tap
 
 # ------------------------------------------------------------------------------------------------------------ hooks
+
+
+NO_TAPS: Mapping[int, Tap] = {}
 
 
 class Hooks:
@@ -29,12 +33,13 @@ class Hooks:
     def __init__(self, blocks: nn.ModuleList) -> None:
         self.blocks = blocks
         self._slots: list[RowEdit | None] = [None] * len(blocks)
+        self._taps: Mapping[int, Tap] = {}
         self._before: dict[int, Any] = {}
 
     @contextmanager
     def installed(self, layers: Iterable[int]) -> Iterator[None]:
         """Keep hooks on `layers`; calls nest, the outermost removes them."""
-        mine = [layer for layer in layers if layer not in self._before]
+        mine = {layer for layer in layers if layer not in self._before}
         for layer in mine:
             block = self.blocks[layer]
             self._before[layer] = block.__dict__.get("forward")
@@ -50,28 +55,34 @@ class Hooks:
                     self.blocks[layer].forward = before
 
     @contextmanager
-    def running(self, program: dict[int, RowEdit]) -> Iterator[None]:
-        """Do exactly this during the passes inside; what ran outside comes back after."""
-        with self.installed(program):
-            before = self._slots
-            self._slots = [program.get(layer) for layer in range(len(before))]
+    def running(self, program: Mapping[int, RowEdit], taps: Mapping[int, Tap] = NO_TAPS) -> Iterator[None]:
+        """Do exactly this during the passes inside, and show `taps` what comes of it; what ran outside comes back
+        after.
+        """
+        with self.installed((*program, *taps)):
+            before = self._slots, self._taps
+            self._slots, self._taps = [program.get(layer) for layer in range(len(before[0]))], taps
             try:
                 yield
             finally:
-                self._slots = before
+                self._slots, self._taps = before
 
     def _hooked(self, layer: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
         def hooked(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
-            step = self._slots[layer]
-            if step is None:
+            step, tap = self._slots[layer], self._taps.get(layer)
+            if step is None and tap is None:
                 return output
             hidden = output[0] if output.__class__ is tuple else output
-            if hidden.dim() == 3:
-                changed = step(hidden)
-            else:  # several residual streams [S, N, T, D]
-                changed = torch.stack([step(stream) for stream in hidden])
+            changed = hidden
+            if step is not None:
+                # Several residual streams are [S, N, T, D].
+                changed = step(hidden) if hidden.dim() == 3 else torch.stack([step(stream) for stream in hidden])
+            if tap is not None:
+                tap(changed)
+            if step is None:
+                return output
             return (changed, *output[1:]) if hidden is not output else changed
 
         return hooked

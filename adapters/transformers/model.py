@@ -34,15 +34,17 @@ from steer.adapters.transformers.checkpoint import check_causal, check_files, ch
 from steer.adapters.transformers.hooks import Hooks
 from steer.adapters.transformers.layouts import Trial
 from steer.adapters.transformers.process import TextProcess
+from steer.adapters.transformers.reader import Reader
 from steer.adapters.transformers.reading import Opening, means_of, same_lengths, token_readings
 from steer.core import ModelInfo, Prompt, Samples, SteerError
 from steer.core import check as require
 from steer.core.edit import Prompts
 from steer.core.errors import first_line
-from steer.edits import Artifact, load_artifact
+from steer.core.readings import Readings
+from steer.edits import Artifact
 from steer.embedded import resolve
-from steer.methods.vector import check_model
 from steer.model import Plan, as_prompts
+from steer.readings import reading_of
 
 __all__ = ["LanguageModel", "load"]
 
@@ -298,35 +300,26 @@ class LanguageModel(TextModel):
         """What a vector or a probe reads at each token of given texts, unsteered: a tensor `[T]` for each text.
 
         A vector fitted with `method="probe"` reads log-odds of its positive side; others the component of the residual
-        stream along the direction, in units of the layer's median residual norm, as strengths are.
+        stream along the direction, in units of the layer's median residual norm, as strengths are, and the mean over
+        their layers. (`generate(readings=)` reads while texts are drawn, a token's number one position earlier: where
+        it was chosen.)
 
         Args:
             prompts: one for all texts, or one for each.
             artifact: a vector, or its file.
-            layer: after which block; default: the one that separated best, or the middle one of the vector's.
+            layer: after which block alone; default: of a probe the one that separated best, of others all of theirs.
 
         Raises `InputError`.
         """
-        read = artifact if isinstance(artifact, Artifact) else load_artifact(artifact)
-        require(read.card.kind == "vector", "artifact", f"a {read.card.kind}", "a vector")
-        check_model(read.card.model, self.info, "vector")
-        available = sorted(int(name.split(".")[1]) for name in read.tensors if name.startswith("direction."))
-        chosen = int(read.card.metrics.get("best_layer", available[len(available) // 2])) if layer is None else layer
-        require(chosen in available, "layer", chosen, f"layers of the vector: {available}")
-        weight, bias = read.tensors.get(f"probe.{chosen}"), 0.0
-        if weight is None:
-            direction = read.tensors[f"direction.{chosen}"].float()
-            weight = direction / direction.norm() / float(self.residual_norms()[chosen])
-        else:
-            bias = float(read.tensors[f"bias.{chosen}"])
+        reading = reading_of("artifact", artifact, self.info, None if layer is None else [layer])
         several = as_prompts(prompts)
         several = several * len(texts) if len(several) == 1 else several
         require(len(several) == len(texts), "texts", f"{len(texts)} texts", f"one for each of {len(several)} prompts")
-        found = []
+        reader, found = Reader(Readings((reading,)), self.body.stream), []
         for prompt, text in zip(several, texts, strict=True):
             ids, tail = self.encode(prompt), self.tokenizer(text, add_special_tokens=False)["input_ids"]
             check_lengths([[*ids, *tail]], 0, self.context_length)
-            found.append(token_readings(self.body, [*ids, *tail], len(ids), chosen, weight.float(), bias))
+            found.append(token_readings(self.body, [*ids, *tail], len(ids), reader))
         return found
 
     @torch.inference_mode()

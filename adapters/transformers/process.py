@@ -16,6 +16,7 @@ from steer.adapters.language.texts import pieces_of
 from steer.adapters.transformers import endings, tracking
 from steer.adapters.transformers.body import Body
 from steer.adapters.transformers.processing import Processing
+from steer.adapters.transformers.reader import Reader
 from steer.adapters.transformers.scoring import (
     divergence,
     likelihoods,
@@ -23,7 +24,15 @@ from steer.adapters.transformers.scoring import (
     steps_are_exact,
     token_divergences,
 )
-from steer.adapters.transformers.state import TextContext, TextState, begin, reread, tokens_of, without_rows
+from steer.adapters.transformers.state import (
+    TextContext,
+    TextState,
+    begin,
+    read_at,
+    reread,
+    tokens_of,
+    without_rows,
+)
 from steer.adapters.transformers.tracking import AnyTrack
 from steer.core import (
     Ability,
@@ -43,6 +52,7 @@ from steer.core import (
     check_whole,
 )
 from steer.core.context import aimed, among
+from steer.core.readings import Readings
 from steer.core.samples import TokenDrift
 from steer.sampling import laws
 
@@ -106,8 +116,11 @@ class TextProcess(Process):
     """Whether weights correct for its edits (`as_proposal`)."""
     observe: bool = False
     """Whether `context` shows hidden states although no edit asks for them."""
+    readings: Readings | None = None
+    """What is read where each token is chosen."""
 
     consumes = True
+    reads = True
 
     sites = frozenset({Site.PROMPT, Site.HIDDEN, Site.TRANSITION})
 
@@ -141,6 +154,9 @@ class TextProcess(Process):
 
     def observed(self) -> TextProcess:
         return replace(self, observe=True)
+
+    def watched(self, readings: Readings) -> TextProcess:
+        return replace(self, readings=readings)
 
     def copy(self, edits: Mounted) -> TextProcess:
         return replace(self, edits=edits)
@@ -203,13 +219,16 @@ class TextProcess(Process):
         processing = Processing.of(self.decoding, ids, bool(self.until), device)
         watched = bool(processing or self.decoding.stopping_criteria)
         seen = processing.padded.repeat_interleave(n, 0) if watched else None
-        return replace(state, processing=processing if processing else None, ids=seen)
+        room = None if self.readings is None else torch.zeros(*state.prefix.shape, len(self.readings.items))
+        kept = None if room is None else room.to(device)
+        return replace(state, processing=processing if processing else None, ids=seen, readings=kept)
 
     def _tracks(self, ids: Sequence[Sequence[int]], n: int) -> tuple[list[AnyTrack], Cost]:
         """This model's rows and those of every companion, `n` for each prompt."""
         shown = self.observe or bool(self.mounted(TransitionEdit))
         new = self.columns
-        track, cost = tracking.start(self.body, ids, self.mounted(HiddenEdit), n, hidden=shown, new=new)
+        reader = None if self.readings is None else Reader(self.readings, self.body.stream)
+        track, cost = tracking.start(self.body, ids, self.mounted(HiddenEdit), n, hidden=shown, new=new, reader=reader)
         tracks = [track]
         for process in self.companions():
             other, spent = tracking.start(process.body, ids, process.mounted(HiddenEdit), n, hidden=True, new=new)
@@ -230,7 +249,8 @@ class TextProcess(Process):
         with ExitStack() as stack:
             for process in (self, *self.companions()):
                 terms = [term for edit, _ in process.mounted(HiddenEdit) for term in edit.terms(process.model.info)]
-                stack.enter_context(process.body.hooks.installed({term.layer for term in terms}))
+                read = set() if process.readings is None else process.readings.layers
+                stack.enter_context(process.body.hooks.installed({term.layer for term in terms} | read))
             yield
 
     def done(self, state: TextState) -> bool:
@@ -266,6 +286,9 @@ class TextProcess(Process):
         length = state.length + alive
         filled = state.filled + 1
         finished = state.finished | (alive & endings.ended(state, token, filled, self.decoding))
+        if self.readings is not None and state.readings is not None and state.track.readings is not None:
+            state.readings[:, state.filled] = state.track.readings
+            finished |= alive & self.readings.met(state.track.readings)
         if self.until:
             finished |= length >= self.decoding.max_new_tokens
         state = replace(
@@ -465,5 +488,6 @@ class TextProcess(Process):
             tilt=state.tilt.double().cpu(),
             kl_estimate=later if state.kl is None else state.kl.double().cpu(),
             token_drift=drift if steps_are_exact(self) else None,
+            readings=None if self.readings is None else read_at(state, self.readings.names),
             cost=self._spent(state),
         )

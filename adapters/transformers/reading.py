@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from steer.adapters.transformers.body import Body
 from steer.adapters.transformers.cache import full_attention
+from steer.adapters.transformers.reader import Reader
 from steer.core import InputError
 
 
@@ -87,10 +88,9 @@ def same_lengths(ids: Sequence[Sequence[int]], max_tokens: int) -> list[list[int
 
 
 @torch.inference_mode()
-def token_readings(body: Body, ids: Sequence[int], first: int, layer: int, weight: Tensor, bias: float) -> Tensor:
-    """`h . weight + bias` `[T]` of the residual stream after block `layer` at each token from position `first` on."""
-    tokens = torch.tensor([list(ids)], device=body.device)
-    with body.recording([layer]) as seen:
+def token_readings(body: Body, ids: Sequence[int], first: int, reader: Reader) -> Tensor:
+    """The reader's first reading `[T]` at each token from position `first` on."""
+    tokens, reading = torch.tensor([list(ids)], device=body.device), reader.begin(len(ids) - first)
+    with body.hooks.running({}, reading.taps):
         body.read(tokens)
-    states = seen[layer][0, first:].float()
-    return (states @ weight.to(states.device) + bias).cpu()
+    return reading.found[0, :, 0].cpu()

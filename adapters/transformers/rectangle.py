@@ -1,13 +1,14 @@
 """Rows of one network in one rectangle of positions: prompt pass, next tokens, forks and lookahead, under a plan of
 hidden edits. Padding is on the left, or in the middle where the network's layout allows gaps.
 
-Letters: `B` prompts, `N` rows, `T` positions, `K` candidates, `D` width, `V` vocabulary.
+Letters: `B` prompts, `N` rows, `T` positions, `K` candidates, `D` width, `V` vocabulary, `R` readings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +17,26 @@ from transformers.cache_utils import Cache
 from steer.adapters.transformers.body import Body
 from steer.adapters.transformers.cache import copy_rows, crop_last, full_attention, join_rows
 from steer.adapters.transformers.hidden import HiddenProgram, RowEdit
+from steer.adapters.transformers.reader import Reader
 from steer.core import Cost, HiddenEdit
 
 Mounted = Sequence[tuple[HiddenEdit, frozenset[int] | None]]
+
+
+class Pass(NamedTuple):
+    """What a pass gave: logits `[N, T, V]`, and where they were asked for hidden states and readings `[N, T, R]`."""
+
+    logits: Tensor
+    hidden: Tensor | None
+    readings: Tensor | None
+
+    def at(self, rows: Tensor, choice: Tensor) -> dict[str, Tensor | None]:
+        """Its position `choice` `[N]` of each of `rows` `[N]`, as the fields of a track."""
+        return {name: None if x is None else x[rows, choice] for name, x in self._asdict().items()}
+
+    def last(self) -> dict[str, Tensor | None]:
+        """Its last position, as the fields of a track."""
+        return {name: None if x is None else x[:, -1] for name, x in self._asdict().items()}
 
 
 @dataclass
@@ -36,8 +54,11 @@ class Track:
     logits: Tensor
     hidden: Tensor | None
     plan: HiddenProgram | None
-    branch: tuple[Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
-    """Candidates `[N, K]`, their logits `[N, K, V]` and hidden states, while they hang from the cache."""
+    reader: Reader | None = None
+    readings: Tensor | None = None
+    """What the reader makes of the last token of each row `[N, R]`."""
+    branch: tuple[Tensor, Pass] | None = field(default=None, repr=False)
+    """Candidates `[N, K]` and the pass over them, while they hang from the cache."""
 
 
 def left_padded(ids: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -51,21 +72,27 @@ def left_padded(ids: Sequence[Sequence[int]], pad: int, device: torch.device) ->
 def _forward(
     body: Body,
     tokens: Tensor,
-    mask: Tensor,
-    padded: bool,
+    seen: Tensor | None,
     position: Tensor,
     cache: Cache,
     program: dict[int, RowEdit],
+    *,
     keep: int = 1,
     hidden: bool = False,
-    attention: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    seen = attention if attention is not None else (mask if padded else None)
+    reader: Reader | None = None,
+) -> Pass:
+    """A pass over tokens that attend to what `seen` says, None for everything; it reads what it keeps logits of."""
     position = position if position.dim() == 2 else position.unsqueeze(1)
-    return body.forward(tokens, seen, position, cache, program, keep=keep, hidden=hidden)
+    if reader is None:
+        return Pass(*body.forward(tokens, seen, position, cache, program, keep=keep, hidden=hidden), None)
+    reading = reader.begin(keep)
+    found = body.forward(tokens, seen, position, cache, program, keep=keep, hidden=hidden, taps=reading.taps)
+    return Pass(*found, reading.found.to(found[0].device))
 
 
-def start(body: Body, ids: Sequence[Sequence[int]], edits: Mounted, hidden: bool) -> tuple[Track, Cost]:
+def start(
+    body: Body, ids: Sequence[Sequence[int]], edits: Mounted, hidden: bool, reader: Reader | None = None
+) -> tuple[Track, Cost]:
     """The prompt pass: every prompt is read once."""
     tokens, mask = left_padded(ids, body.pad_token_id, body.device)
     position = (mask.cumsum(1) - 1).clamp_min(0)
@@ -73,41 +100,35 @@ def start(body: Body, ids: Sequence[Sequence[int]], edits: Mounted, hidden: bool
     lengths = [len(row) for row in ids]
     cost = Cost(prompt_tokens=sum(lengths), model_calls=1, nfe=sum(lengths))
     cache = body.new_cache()
-    args = (mask, padded)
+    seen = mask if padded else None
     reads = sorted({layer for edit, _ in edits for layer in edit.reads})
     if not reads:
         plan = HiddenProgram.compile(edits, body.info, lengths, [None] * len(edits)) if edits else None
         program = plan.chunk(position.cpu()) if plan else {}
-        logits, last = _forward(body, tokens, *args, position, cache, program, hidden=hidden)
+        found = _forward(body, tokens, seen, position, cache, program, hidden=hidden, reader=reader)
     else:
-        with body.recording(reads) as seen:
-            logits, last = _forward(body, tokens, *args, position, cache, {}, hidden=hidden)
-        at_end = {layer: x[:, -1].float() for layer, x in seen.items()}
+        with body.recording(reads) as states:
+            found = _forward(body, tokens, seen, position, cache, {}, hidden=hidden, reader=reader)
+        at_end = {layer: x[:, -1].float() for layer, x in states.items()}
         weights = [
             edit.weights({layer: at_end[layer] for layer in edit.reads}) if edit.reads else None for edit, _ in edits
         ]
         plan = HiddenProgram.compile(edits, body.info, lengths, weights)
-        logits, last, cache, more = _read_again(body, tokens, mask, padded, position, cache, plan, logits, last, hidden)
+        found, cache, more = _read_again(body, tokens, seen, position, cache, plan, found, reader)
         cost = cost + more
-    return Track(body, cache, mask, padded, position[:, -1] + 1, logits[:, -1], _last(last), plan or None), cost
-
-
-def _last(hidden: Tensor | None) -> Tensor | None:
-    return None if hidden is None else hidden[:, -1]
+    return Track(body, cache, mask, padded, position[:, -1] + 1, **found.last(), plan=plan or None, reader=reader), cost
 
 
 def _read_again(
     body: Body,
     tokens: Tensor,
-    mask: Tensor,
-    padded: bool,
+    seen: Tensor | None,
     position: Tensor,
     cache: Cache,
     plan: HiddenProgram,
-    logits: Tensor,
-    last: Tensor | None,
-    hidden: bool,
-) -> tuple[Tensor, Tensor | None, Cache, Cost]:
+    found: Pass,
+    reader: Reader | None,
+) -> tuple[Pass, Cache, Cost]:
     """Now that the prompt has been read and its edits are known, redo what they change of it: nothing, the last
     position alone, or the whole prompt.
     """
@@ -115,7 +136,7 @@ def _read_again(
     end = position[:, -1].cpu()
     acts = first <= end
     if not bool(acts.any()):
-        return logits, last, cache, Cost()
+        return found, cache, Cost()
     old = [(layer.keys, layer.values) for layer in cache.layers] if full_attention(cache) else []
     if old and bool((first >= end).all()):
         crop_last(cache, 1)
@@ -123,17 +144,17 @@ def _read_again(
     else:
         cache = body.new_cache()
     program = plan.chunk(position.cpu())
-    again, last_again = _forward(body, tokens, mask, padded, position, cache, program, hidden=hidden)
+    again = _forward(body, tokens, seen, position, cache, program, hidden=found.hidden is not None, reader=reader)
     # Rows on which nothing acts keep every bit of the first pass.
-    idle = (~acts).nonzero().squeeze(1).to(logits.device)
+    idle = (~acts).nonzero().squeeze(1).to(found.logits.device)
     if len(idle):
-        again[idle] = logits[idle]
-        if last is not None and last_again is not None:
-            last_again[idle, -1] = last[idle, -1]
+        for new, before in zip(again, found, strict=True):
+            if new is not None and before is not None:
+                new[idle, -1] = before[idle, -1]
         for layer, (keys, values) in zip(cache.layers, old, strict=bool(old)):
             at = idle.to(keys.device)
             layer.keys[at], layer.values[at] = keys[at], values[at]
-    return again, last_again, cache, Cost(model_calls=1)
+    return again, cache, Cost(model_calls=1)
 
 
 def fork(track: Track, index: Tensor) -> Track:
@@ -146,9 +167,14 @@ def fork(track: Track, index: Tensor) -> Track:
         position=track.position[at],
         logits=track.logits[at],
         hidden=None if track.hidden is None else track.hidden[at],
+        readings=None if track.readings is None else track.readings[at],
         plan=track.plan.rows(index) if track.plan else None,
-        branch=None if track.branch is None else tuple(x[at] for x in track.branch),  # type: ignore[arg-type]
+        branch=None if track.branch is None else (track.branch[0][at], _rows(track.branch[1], at)),
     )
+
+
+def _rows(found: Pass, at: Tensor) -> Pass:
+    return Pass(*(None if x is None else x[at] for x in found))  # type: ignore[arg-type]
 
 
 def advance(track: Track, tokens: Tensor, real: Tensor | None = None) -> tuple[Track, int]:
@@ -161,15 +187,18 @@ def advance(track: Track, tokens: Tensor, real: Tensor | None = None) -> tuple[T
         taken = _take_branch(track, tokens)
         if taken is not None:
             return taken, 0
-    hidden = track.hidden is not None
     mask = torch.cat([track.mask, track.mask.new_ones(len(track.mask), 1)], 1)
     program = track.plan.decode(track.position) if track.plan else {}
-    logits, last = _forward(
-        track.body, tokens.unsqueeze(1), mask, track.padded, track.position, track.cache, program, hidden=hidden
-    )
-    return replace(
-        track, mask=mask, position=track.position + 1, logits=logits[:, -1], hidden=_last(last), branch=None
-    ), 1
+    found = _moved(track, tokens.unsqueeze(1), mask if track.padded else None, track.position, program)
+    return replace(track, mask=mask, position=track.position + 1, **found.last(), branch=None), 1
+
+
+def _moved(
+    track: Track, tokens: Tensor, seen: Tensor | None, position: Tensor, program: dict[int, RowEdit], **more: Any
+) -> Pass:
+    """A pass over further tokens of a track that gives what the track keeps."""
+    given = {"hidden": track.hidden is not None, "reader": track.reader, **more}
+    return _forward(track.body, tokens, seen, position, track.cache, program, **given)
 
 
 def _advance_some(track: Track, tokens: Tensor, real: Tensor) -> tuple[Track, int]:
@@ -181,28 +210,10 @@ def _advance_some(track: Track, tokens: Tensor, real: Tensor) -> tuple[Track, in
     # A waiting row must still attend to something: its junk key, which no later step will see.
     seen = mask.clone()
     seen[:, -1] = 1
-    logits, last = _forward(
-        track.body,
-        tokens.unsqueeze(1),
-        seen,
-        True,
-        track.position,
-        track.cache,
-        program,
-        hidden=track.hidden is not None,
-    )
-    hidden = _last(last)
+    found = _moved(track, tokens.unsqueeze(1), seen, track.position, program).last()
     keep = real.unsqueeze(1)
-    moved = replace(
-        track,
-        mask=mask,
-        padded=True,
-        position=track.position + real,
-        branch=None,
-        logits=torch.where(keep, logits[:, -1], track.logits),
-        hidden=hidden if hidden is None or track.hidden is None else torch.where(keep, hidden, track.hidden),
-    )
-    return moved, 1
+    kept = {name: None if x is None else torch.where(keep, x, getattr(track, name)) for name, x in found.items()}
+    return replace(track, mask=mask, padded=True, position=track.position + real, branch=None, **kept), 1
 
 
 def replay(track: Track, tokens: Tensor, real: Tensor) -> Track:
@@ -211,28 +222,10 @@ def replay(track: Track, tokens: Tensor, real: Tensor) -> Track:
     """
     position = track.position.unsqueeze(1) + (real.long().cumsum(1) - 1).clamp_min(0)
     mask = torch.cat([track.mask, real.to(track.mask)], 1)
-    whole = bool(real.all())
+    padded = track.padded or not bool(real.all())
     program = track.plan.chunk(position.cpu()) if track.plan else {}
-    logits, hidden = _forward(
-        track.body,
-        tokens,
-        mask,
-        track.padded or not whole,
-        position,
-        track.cache,
-        program,
-        keep=1,
-        hidden=track.hidden is not None,
-    )
-    return replace(
-        track,
-        mask=mask,
-        padded=track.padded or not whole,
-        position=track.position + real.sum(1),
-        logits=logits[:, -1],
-        hidden=_last(hidden),
-        branch=None,
-    )
+    found = _moved(track, tokens, mask if padded else None, position, program)
+    return replace(track, mask=mask, padded=padded, position=track.position + real.sum(1), **found.last(), branch=None)
 
 
 def stack(tracks: Sequence[Track]) -> Track:
@@ -266,6 +259,7 @@ def _as_one(tracks: Sequence[Track], cache: Cache, mask: Tensor, padded: bool) -
         position=torch.cat([t.position for t in tracks]),
         logits=torch.cat([t.logits for t in tracks]),
         hidden=None if first.hidden is None else torch.cat([t.hidden for t in tracks if t.hidden is not None]),
+        readings=None if first.readings is None else torch.cat([t.readings for t in tracks if t.readings is not None]),
         plan=HiddenProgram.stack([p for p in plans if p is not None]) if any(plans) else None,
         branch=None,
     )
@@ -283,27 +277,16 @@ def look(track: Track, candidates: Tensor) -> Tensor:
     blocked[..., old:].masked_fill_(torch.eye(k, dtype=torch.bool, device=blocked.device), 0.0)
     position = track.position.unsqueeze(1).expand(n, k)
     program = track.plan.decode(track.position) if track.plan else {}
-    logits, hidden = _forward(
-        track.body,
-        candidates,
-        track.mask,
-        True,
-        position,
-        track.cache,
-        program,
-        keep=0,
-        hidden=True,
-        attention=blocked,
-    )
-    assert hidden is not None
-    track.branch = (candidates, logits, hidden)
-    return hidden
+    found = _moved(track, candidates, blocked, position, program, keep=0, hidden=True)
+    assert found.hidden is not None
+    track.branch = (candidates, found)
+    return found.hidden
 
 
 def _take_branch(track: Track, tokens: Tensor) -> Track | None:
     """The track after `tokens` where each is among the candidates that were looked at; otherwise drop the branch."""
     assert track.branch is not None
-    candidates, logits, hidden = track.branch
+    candidates, looked = track.branch
     found = candidates == tokens.unsqueeze(1)
     width = candidates.shape[1]
     track.branch = None
@@ -318,8 +301,7 @@ def _take_branch(track: Track, tokens: Tensor) -> Track | None:
         track,
         mask=torch.cat([track.mask, track.mask.new_ones(len(track.mask), 1)], 1),
         position=track.position + 1,
-        logits=logits[rows, choice],
-        hidden=hidden[rows, choice],
+        **looked.at(rows, choice),
         branch=None,
     )
 
@@ -328,22 +310,21 @@ def continuation_logits(track: Track, tokens: Tensor) -> Tensor:
     """Logits `[N, T, V]` that each of `tokens` `[N, T]` was predicted from, in one pass. Consumes the track."""
     if tokens.shape[1] == 1:
         return track.logits.unsqueeze(1)
-    logits, _ = _continued(track, tokens[:, :-1], hidden=False)
-    return torch.cat([track.logits.unsqueeze(1), logits], 1)
+    found = _continued(track, tokens[:, :-1], hidden=False)
+    return torch.cat([track.logits.unsqueeze(1), found.logits], 1)
 
 
 def continuation_hidden(track: Track, tokens: Tensor) -> Tensor:
     """Final hidden states `[N, T + 1, D]` before the first of `tokens` `[N, T]` and after each. Consumes the track."""
     assert track.hidden is not None
-    _, hidden = _continued(track, tokens, hidden=True)
+    hidden = _continued(track, tokens, hidden=True).hidden
     assert hidden is not None
     return torch.cat([track.hidden.unsqueeze(1), hidden], 1)
 
 
-def _continued(track: Track, fed: Tensor, hidden: bool) -> tuple[Tensor, Tensor | None]:
+def _continued(track: Track, fed: Tensor, hidden: bool) -> Pass:
     position = track.position.unsqueeze(1) + torch.arange(fed.shape[1], device=fed.device)
     mask = torch.cat([track.mask, track.mask.new_ones(fed.shape)], 1)
     program = track.plan.chunk(position.cpu()) if track.plan else {}
-    return _forward(
-        track.body, fed, mask, track.padded, position, track.cache, program, keep=1 if hidden else 0, hidden=hidden
-    )
+    given = {"keep": 1 if hidden else 0, "hidden": hidden, "reader": None}
+    return _moved(track, fed, mask if track.padded else None, position, program, **given)

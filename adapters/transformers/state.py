@@ -25,7 +25,7 @@ class TextState(Rows):
     device, which is asked once a token whether any row goes on.
     """
 
-    each = ("prefix", "real", "length", "finished", "ids")
+    each = ("prefix", "real", "length", "finished", "readings", "ids")
     packed = each[:-1]
 
     filled: int
@@ -42,6 +42,8 @@ class TextState(Rows):
     """Whether the last column is still to be read by the model."""
     ids: Tensor | None = field(default=None, repr=False)
     """Prompt ids `[N, T]`, only kept for processors and criteria that want to see them."""
+    readings: Tensor | None = field(default=None, repr=False)
+    """What was read where each token was chosen `[N, columns, R]`."""
     waiting: Tensor | None = field(default=None, repr=False)
     """Within a block, rows `[N]` that wait for the others."""
     over: bool | None = None
@@ -153,6 +155,15 @@ def tokens_of(state: TextState) -> list[list[int]]:
     return [[token for token, there in zip(*row, strict=True) if there] for row in pairs]
 
 
+def read_at(state: TextState, names: Sequence[str]) -> dict[str, list[Tensor]] | None:
+    """What was read where each token of every row was chosen: by name, a tensor `[T]` for each row."""
+    if state.readings is None:
+        return None
+    kept = zip(state.readings[:, : state.filled].cpu(), state.real[:, : state.filled].cpu(), strict=True)
+    rows = [values[there] for values, there in kept]
+    return {name: [row[:, k] for row in rows] for k, name in enumerate(names)}
+
+
 def reread(state: TextState) -> TextState:
     """The state with its tracks, one row for each prompt, grown to its rows and after all their tokens, in one pass."""
     real, group = state.real, state.group
@@ -160,8 +171,11 @@ def reread(state: TextState) -> TextState:
     # Aligned on the right, so that one pass ends with every row's last token.
     order = real[:, :filled].long().argsort(dim=1, stable=True)
     tokens, there = state.prefix[:, :filled].gather(1, order), real[:, :filled].gather(1, order)
-    prefix, real = state.prefix.clone(), real.clone()
+    prefix, real, readings = state.prefix.clone(), real.clone(), state.readings
     prefix[:, :filled], real[:, :filled] = tokens, there
+    if readings is not None:
+        inner = readings[:, :filled].gather(1, order.unsqueeze(2).expand(-1, -1, readings.shape[2]))
+        readings = torch.cat([inner, readings[:, filled:]], 1)
     tracks = [tracking.fork(track, group) for track in state.tracks]
     if filled:
         tracks = [tracking.replay(track, tokens, there) for track in tracks]
@@ -173,6 +187,7 @@ def reread(state: TextState) -> TextState:
         filled=filled,
         prefix=prefix,
         real=real,
+        readings=readings,
         track=tracks[0],
         companions=tuple(tracks[1:]),
         cost=cost,

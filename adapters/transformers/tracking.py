@@ -16,6 +16,7 @@ from steer.adapters.transformers import rectangle
 from steer.adapters.transformers.body import Body
 from steer.adapters.transformers.cache import full_attention
 from steer.adapters.transformers.cache import nbytes as cache_bytes
+from steer.adapters.transformers.reader import Reader
 from steer.adapters.transformers.rectangle import Mounted, Track, left_padded
 from steer.core import Cost, UnsupportedError
 
@@ -55,6 +56,11 @@ class Groups:
         found = [part.hidden for _, part in self.parts if part.hidden is not None]
         return self.ordered(found) if found else None
 
+    @property
+    def readings(self) -> Tensor | None:
+        found = [part.readings for _, part in self.parts if part.readings is not None]
+        return self.ordered(found) if found else None
+
     def ordered(self, values: Sequence[Tensor]) -> Tensor:
         """One value for each row of each part, by the rows' numbers."""
         numbers = torch.cat([rows for rows, _ in self.parts])
@@ -65,19 +71,27 @@ AnyTrack = Track | Groups
 
 
 def start(
-    body: Body, ids: Sequence[Sequence[int]], edits: Mounted, n: int, hidden: bool, new: int = 0
+    body: Body,
+    ids: Sequence[Sequence[int]],
+    edits: Mounted,
+    n: int,
+    hidden: bool,
+    new: int = 0,
+    reader: Reader | None = None,
 ) -> tuple[AnyTrack, Cost]:
-    """The prompt pass: every prompt is read once, then its cache serves `n` rows, of up to `new` more tokens."""
+    """The prompt pass: every prompt is read once, then its cache serves `n` rows, of up to `new` more tokens. `reader`
+    reads every position from which a token is predicted.
+    """
     body.layout.check(body)
     lengths = sorted({len(row) for row in ids})
     if len(lengths) == 1 or (body.alike(lengths[-1] + new) and body.allows("pads")):
-        track, cost = rectangle.start(body, ids, edits, hidden)
+        track, cost = rectangle.start(body, ids, edits, hidden, reader)
         whole: AnyTrack = track
     else:
         parts, cost = [], Cost()
         for length in lengths:
             rows = [i for i, row in enumerate(ids) if len(row) == length]
-            part, more = rectangle.start(body, [ids[i] for i in rows], _numbered(edits, rows), hidden)
+            part, more = rectangle.start(body, [ids[i] for i in rows], _numbered(edits, rows), hidden, reader)
             parts.append((torch.tensor(rows), part))
             cost = cost + more
         whole = Groups(tuple(parts))

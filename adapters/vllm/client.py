@@ -20,10 +20,12 @@ from filelock import FileLock
 
 from steer.adapters.language.facts import CALIBRATION, fingerprint
 from steer.adapters.vllm.artifacts import PackedArtifact
+from steer.adapters.vllm.plugin.reading import check_engine, packed
 from steer.adapters.vllm.plugin.registry import Registry
 from steer.adapters.vllm.plugin.requests import Inside
 from steer.adapters.vllm.settings import model_info
 from steer.core import ModelInfo
+from steer.core.readings import Readings
 
 __all__ = ["Asynchronous", "Blocking", "Client", "Stopped", "Took", "together"]
 
@@ -33,6 +35,8 @@ Took = Callable[[int, Any], None]
 """Called with the number of a request and its output, as soon as it is complete."""
 
 
+_TAUGHT = 64
+"""Sets of readings that are sent once; each worker keeps several times as many."""
 PATIENCE = 20.0
 """Seconds that an engine's processes get to end by themselves, and to give back what they share."""
 
@@ -95,6 +99,19 @@ class Client(ABC):
         gone = self.front.remove(name, used)
         if gone:
             self.rpc("steer_evict", gone, self.front.mark)
+
+    def teach(self, readings: Readings) -> str:
+        """Send what requests may read to the workers; returns the digest by which they name it. Raises
+        `UnsupportedError` where the engine's passes are not read.
+        """
+        check_engine(self.front.settings)
+        digest, data = packed(readings)
+        if digest not in self.front.taught:
+            self.rpc("steer_learn", digest, data)
+            self.front.taught[digest] = None
+            while len(self.front.taught) > _TAUGHT:
+                self.front.taught.pop(next(iter(self.front.taught)))
+        return digest
 
     @abstractmethod
     def draw(self, prompts: Sequence[Any], params: Sequence[Any], took: Took | None = None) -> list[Any]:
@@ -205,6 +222,10 @@ class Asynchronous(Client):
     def rpc(self, method: str, *args: Any) -> list[Any]:
         with self._calling(self._everywhere(method, args)) as call:
             return call.result()
+
+    async def ask(self, method: str, *args: Any) -> list[Any]:
+        """`rpc` on the engine's loop."""
+        return await self._everywhere(method, args)
 
     async def _everywhere(self, method: str, args: tuple[Any, ...]) -> list[Any]:
         """vLLM's own `collective_rpc` reaches all data-parallel engines, too, but tells what the first one answers."""

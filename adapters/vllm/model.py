@@ -7,8 +7,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.generation import own_settings
@@ -95,7 +98,13 @@ class VLLMModel(TextModel):
 
     @property
     def info(self) -> ModelInfo:
-        return self.front.info
+        """Facts; the residual stream's norms are measured when they are first asked for."""
+        return replace(self.front.info, residual_norms=self._residual_norms)
+
+    def _residual_norms(self) -> Tensor:
+        with self._registering:
+            self.client.introduce(norms=True)
+        return self.front.info.residual_norms()
 
     @property
     def context_length(self) -> int:

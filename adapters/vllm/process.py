@@ -17,6 +17,7 @@ from steer.adapters.language.decoding import Decoding
 from steer.adapters.language.model import check_lengths
 from steer.adapters.language.packing import pack_texts, pack_tokens, unpack_texts, unpack_tokens
 from steer.adapters.vllm.client import Client, Took
+from steer.adapters.vllm.plugin.reading import check_engine, values_of
 from steer.adapters.vllm.plugin.registry import Registry
 from steer.adapters.vllm.plugin.requests import Inside
 from steer.core import (
@@ -35,6 +36,7 @@ from steer.core import (
     check,
     check_whole,
 )
+from steer.core.readings import Readings
 from steer.core.rows import Rows, beginning
 from steer.model import Plan
 from steer.rewards.early import Early
@@ -42,6 +44,12 @@ from steer.serving.wire import EditRequest
 
 _MISSING = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "logits_processor", "stopping_criteria")
 """Settings of `Decoding` that vLLM has no counterpart of."""
+
+
+def check_rule(readings: Readings) -> None:
+    """Raise `InputError` for a rule that ends texts: vLLM's scheduler, which ends them, sees no reading."""
+    allowed = "unset on vLLM, whose scheduler sees no readings; transformers ends texts by them"
+    check(readings.stop is None, "stop_if", str(readings.stop), allowed)
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Named(Edit):
 class VLLMState(Rows):
     """Rows of texts in mid-generation; the engine's prefix cache holds what can be held of them."""
 
-    each = ("tokens", "finished", "weights")
+    each = ("tokens", "finished", "weights", "readings")
     packed = ("finished",)
 
     ids: list[list[int]] = field(repr=False)
@@ -70,6 +78,8 @@ class VLLMState(Rows):
     finished: Tensor
     weights: list[tuple[Any, ...]] = field(repr=False)
     """What each row's gates and controllers decided."""
+    readings: list[list[list[float]]] | None = field(default=None, repr=False)
+    """What was read where each token of every row was chosen."""
     run: str = ""
     """Tells its requests from those of other runs."""
 
@@ -119,7 +129,11 @@ class VLLMProcess(Process):
     proposal: bool = False
     """Whether its weights refer to the law that unedited texts are drawn from (`as_proposal`)."""
 
+    readings: Readings | None = None
+    """What is read where each token is chosen."""
+
     sites = frozenset({Site.PROMPT, Site.HIDDEN, Site.TRANSITION})
+    reads = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "decoding", self.decoding.with_eos(self.model.eos_token_ids))
@@ -143,6 +157,11 @@ class VLLMProcess(Process):
     @property
     def num_steps(self) -> int:
         return -(-self.decoding.max_new_tokens // self.block)
+
+    def watched(self, readings: Readings) -> VLLMProcess:
+        check_rule(readings)
+        check_engine(self.model.front.settings)
+        return replace(self, readings=readings)
 
     def copy(self, edits: Mounted) -> VLLMProcess:
         return replace(self, edits=edits)
@@ -184,6 +203,7 @@ class VLLMProcess(Process):
             tokens=[[] for _ in range(rows)],
             finished=torch.zeros(rows, dtype=torch.bool),
             weights=[()] * rows,
+            readings=None if self.readings is None else [[] for _ in range(rows)],
             run=uuid4().hex,
         )
 
@@ -201,6 +221,7 @@ class VLLMProcess(Process):
         rows = (~state.finished).nonzero().squeeze(1).tolist()
         seeds = torch.randint(2**31, (len(state),), generator=generator).tolist()
         outputs = self._run(state, rows, seeds, partial(self._announced, state, rows) if self.announce else None)
+        readings = self._read(state, rows, [len(output.outputs[0].token_ids) for output in outputs])
         tokens, finished, gained = list(state.tokens), state.finished.clone(), torch.zeros_like(state.log_prob)
         drawn = 0
         for i, output in zip(rows, outputs, strict=True):
@@ -211,7 +232,12 @@ class VLLMProcess(Process):
             finished[i] = self._ended(tokens[i], completion.finish_reason)
         spent = Cost(generated_tokens=drawn, nfe=drawn, model_calls=1)
         moved = replace(
-            state.add(gained), step=state.step + 1, tokens=tokens, finished=finished, cost=state.cost + spent
+            state.add(gained),
+            step=state.step + 1,
+            tokens=tokens,
+            finished=finished,
+            readings=readings,
+            cost=state.cost + spent,
         )
         return moved if self.done(moved) else self._decided(moved, rows)
 
@@ -224,6 +250,7 @@ class VLLMProcess(Process):
 
     def _run(self, state: VLLMState, rows: Sequence[int], seeds: Sequence[int], took: Took | None) -> list[Any]:
         asked = {b: self._inside(b) for b in {int(state.group[i]) for i in rows}}
+        digest = None if self.readings is None else self._client.teach(self.readings)
         prompts, params = [], []
         for i in rows:
             b, mine = int(state.group[i]), state.tokens[i]
@@ -233,6 +260,7 @@ class VLLMProcess(Process):
                 prompt_length=len(state.ids[b]),
                 weights=state.weights[i],
                 tag=tag,
+                read=None if digest is None else (digest, self._read_tag(state, i)),
                 ends=len(state.ids[b]) + self.decoding.max_new_tokens,
             )
             prompts.append(_tokens_prompt([*state.ids[b], *mine]))
@@ -242,18 +270,34 @@ class VLLMProcess(Process):
     def _reads(self, asked: Sequence[EditRequest]) -> bool:
         return any(edit.reads for edit in self.model.front.hidden(Inside(tuple(asked))))
 
+    def _read_tag(self, state: VLLMState, row: int) -> str:
+        return f"{state.run}-{state.step}-{row}"
+
+    def _read(self, state: VLLMState, rows: Sequence[int], counts: Sequence[int]) -> list[list[list[float]]] | None:
+        """The readings of every row with those of the tokens that were just drawn, `counts` of each of `rows`."""
+        if self.readings is None or state.readings is None:
+            return None
+        parts = self._client.rpc("steer_readings", [self._read_tag(state, i) for i in rows])
+        found, names = list(state.readings), self.readings.names
+        for i, told, count in zip(rows, zip(*parts, strict=True), counts, strict=True):
+            first = len(state.ids[int(state.group[i])]) + len(state.tokens[i]) - 1
+            found[i] = [*state.readings[i], *values_of(told, names, first, count).tolist()]
+        return found
+
     def _tag(self, state: VLLMState, row: int) -> str | None:
         return None if state.weights[row] else f"{state.run}-{row}"
 
-    def request(self, prompt: Prompt | Sequence[int], new: int, seed: int = 0) -> tuple[Any, Any]:
+    def request(
+        self, prompt: Prompt | Sequence[int], new: int, seed: int = 0, tag: str | None = None
+    ) -> tuple[Any, Any]:
         """A prompt, or its token ids, and the sampling parameters of a request for `new` tokens under the edits of the
-        first prompt: what `LLM.generate` and `LLMEngine.add_request` take.
+        first prompt: what `LLM.generate` and `LLMEngine.add_request` take. Its readings are kept under `tag`.
         """
         given = [token for token in prompt if isinstance(token, int)]
         ids = given or self.encode([prompt])[0]  # type: ignore[list-item]
-        params = replace(self, block=new)._params(
-            seed, self.decoding.max_new_tokens - new, Inside(tuple(self._inside(0)))
-        )
+        read = None if tag is None or self.readings is None else (self._client.teach(self.readings), tag)
+        inside = Inside(tuple(self._inside(0)), read=read)
+        params = replace(self, block=new)._params(seed, self.decoding.max_new_tokens - new, inside)
         return _tokens_prompt(ids), params
 
     def _params(self, seed: int, length: int, inside: Inside) -> Any:
@@ -278,7 +322,7 @@ class VLLMProcess(Process):
             seed=None if d.greedy else seed,
             detokenize=bool(d.stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={"steer": inside} if inside.edits else None,
+            extra_args={"steer": inside} if inside.edits or inside.read else None,
         )
 
     def _ended(self, tokens: list[int], reason: str | None) -> bool:
@@ -353,9 +397,17 @@ class VLLMProcess(Process):
             log_prob=state.log_prob if self.weighs else None,
             base_log_prob=state.base_log_prob if self.weighs else None,
             tilt=state.tilt,
+            readings=self._named_readings(state),
             kl_estimate=state.kl if known else later if plain else None,
             cost=state.cost,
         )
+
+    def _named_readings(self, state: VLLMState) -> dict[str, list[Tensor]] | None:
+        if self.readings is None or state.readings is None:
+            return None
+        names = self.readings.names
+        rows = [torch.tensor(row).reshape(len(row), len(names)) for row in state.readings]
+        return {name: [row[:, k] for row in rows] for k, name in enumerate(names)}
 
     def _divergence(
         self, prompts: Sequence[Prompt], group: Tensor, tokens: Sequence[Sequence[int]], log_prob: Tensor

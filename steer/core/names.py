@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from steer.core.errors import check
 
-__all__ = ["check_known", "check_meant", "meant", "nearby", "our_names"]
+__all__ = ["NAME", "check_known", "check_meant", "meant", "nearby", "our_names"]
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""Names of artifacts and of readings."""
 
 _SAME = {
     "max_tokens": "max_new_tokens",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from steer.core.edit import Edit, Prompt, PromptEdit, Site
 from steer.core.errors import UnsupportedError
+from steer.core.readings import Readings
 from steer.core.samples import Cost, Samples
 
 __all__ = ["Ability", "Context", "Mounted", "Process", "State", "TransitionEdit"]
@@ -176,6 +177,8 @@ class Process(ABC):
     """Whether `init` draws (noise) rather than starting every row alike (a prompt)."""
     noise_by_row: ClassVar[bool] = False
     """Whether all that `propose` draws is noise with a row's own part, so that rows can lie in several processes."""
+    reads: ClassVar[bool] = False
+    """Whether it can read vectors and probes where each token is chosen (`watched`)."""
     consumes: ClassVar[bool] = False
     """Whether `propose` changes the state that it is given, so that a state to be kept must be copied first."""
 
@@ -192,6 +195,11 @@ class Process(ABC):
     def observed(self: P) -> P:
         """The process with hidden states at hand in `context`, where it has any."""
         return self
+
+    def watched(self: P, readings: Readings) -> P:
+        """The process that reads vectors and probes on its way, into `Samples.readings`."""
+        allowed = "language models through transformers and vLLM do"
+        raise UnsupportedError(f"readings: {type(self).__name__} gives none; {allowed}")
 
     def finished(self, state: Any) -> Tensor:
         """Rows that take no further step `[N]`."""

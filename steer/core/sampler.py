@@ -76,6 +76,8 @@ class Sampler(ABC):
     """Whether all outputs for a prompt come from one set of candidates (a tree), and not each from its own."""
     keeps_all: ClassVar[bool] = False
     """Whether every row that it starts is an output, so that they can be shown as they come."""
+    reads: ClassVar[bool] = False
+    """Whether its samples keep the readings of their tokens, and texts may end by them."""
     shows: ClassVar[frozenset[str]] = frozenset()
     """Pictures that can be drawn of a run: "previews" of unfinished rows, "lineage" (which takes the setting
     `keep_previews`), "tree".

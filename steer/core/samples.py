@@ -53,6 +53,8 @@ class Sample:
     """Its share of its prompt's population; those of one prompt sum to 1."""
     kl: float | None
     tokens: list[int] | None = field(default=None, repr=False)
+    readings: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
+    """What was read where each token was chosen, by name `[T]`."""
 
     @property
     def text(self) -> str:
@@ -113,6 +115,10 @@ class Samples:
     """Which row of the pool each sample is, or its ancestors, by sampler."""
     tokens: list[list[int]] | None = field(default=None, repr=False)
     """Generated token ids (language models), end-of-sequence included where it was drawn."""
+    readings: dict[str, list[Tensor]] | None = field(default=None, repr=False)
+    """By name, a tensor `[T]` for each row: what was read where each of its tokens was chosen, which is after the token
+    before it (see `generate`'s `readings`).
+    """
     cost: Cost = field(default_factory=Cost)
     pool: Samples | None = field(default=None, repr=False)
     """Every candidate that was scored, where the sampler returns only some."""
@@ -144,6 +150,7 @@ class Samples:
             reward=None if self.reward is None else float(self.reward[i]),
             kl=None if kl is None else float(kl[i]),
             tokens=None if self.tokens is None else self.tokens[i],
+            readings=None if self.readings is None else {name: rows[i] for name, rows in self.readings.items()},
         )
 
     @property
@@ -245,6 +252,7 @@ class Samples:
             self,
             outputs=self.outputs[index] if isinstance(self.outputs, Tensor) else [self.outputs[i] for i in at],
             tokens=None if self.tokens is None else [self.tokens[i] for i in at],
+            readings=self.readings and {name: [rows[i] for i in at] for name, rows in self.readings.items()},
             group=self.group[index],
             log_weight=self.log_weight[index],
             reward=pick(self.reward),
@@ -284,6 +292,7 @@ class Samples:
             prompts=[prompt for p in parts for prompt in p.prompts],
             outputs=torch.cat([p.outputs for p in parts]) if tensors else [o for p in parts for o in p.outputs],
             tokens=None if any(p.tokens is None for p in parts) else [t for p in parts for t in (p.tokens or [])],
+            readings=_joined_readings([p.readings for p in parts]),
             group=torch.cat([p.group + o for p, o in zip(parts, offsets, strict=True)]),
             log_weight=torch.cat([p.log_weight for p in parts]),
             reward=joined("reward"),
@@ -309,8 +318,9 @@ class Samples:
     def to_dict(self) -> dict[str, Any]:
         """Plain data: `{"prompts": [{"prompt", "samples": [{"text", "reward", "log_weight", "kl"}], ...}], "cost"}`.
 
-        `text` is None for images; `kl_kind` says what `kl` is. A prompt also has `log_z` and, for a population with
-        weights, its `ess`, where the sampler has them.
+        A sample also has `readings`, a list for each name, where some were asked for. `text` is None for images;
+        `kl_kind` says what `kl` is. A prompt also has `log_z` and, for a population with weights, its `ess`, where the
+        sampler has them.
         """
         kl = self.kl
 
@@ -326,6 +336,7 @@ class Samples:
                     "log_weight": number(self.log_weight, i),
                     "kl": number(kl, i),
                 }
+                | ({"readings": {k: v[i].tolist() for k, v in self.readings.items()}} if self.readings else {})
             )
         prompts: list[dict[str, Any]] = [{"prompt": p, "samples": r} for p, r in zip(self.prompts, rows, strict=True)]
         population = self.pool or self
@@ -338,7 +349,7 @@ class Samples:
 
     def to_pandas(self) -> DataFrame:
         """A table with a row for each sample: `prompt`, `text`, `reward`, `weight`, `kl`, `num_tokens`, as far as they
-        are known. Needs pandas.
+        are known, and `readings.NAME`, a list with a number for each token. Needs pandas.
         """
         try:
             import pandas
@@ -352,6 +363,7 @@ class Samples:
             "weight": self.weights,
             "kl": self.kl,
             "num_tokens": self.tokens and [len(t) for t in self.tokens],
+            **{f"readings.{name}": [row.tolist() for row in rows] for name, rows in (self.readings or {}).items()},
         }
         return pandas.DataFrame(
             {k: v.tolist() if isinstance(v, Tensor) else v for k, v in columns.items() if v is not None}
@@ -401,6 +413,13 @@ def _joined_trace(parts: Sequence[Samples]) -> list[Any] | None:
     entries = [entry for p in parts for entry in p.trace or ()]
     whole = all(p.trace is not None for p in parts) and all(getattr(e, "stands_alone", False) for e in entries)
     return entries if whole else None
+
+
+def _joined_readings(parts: Sequence[dict[str, list[Tensor]] | None]) -> dict[str, list[Tensor]] | None:
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    return {name: [row for part in known for row in part[name]] for name in known[0]}
 
 
 def _pictures(images: Any) -> list[Image]:

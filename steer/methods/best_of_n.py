@@ -29,6 +29,7 @@ class Ancestral(Sampler):
 
     title = "plain sampling"
     keeps_all = True
+    reads = True
     shows = frozenset({"previews"})
 
     @property
@@ -70,6 +71,7 @@ class BestOfN(Sampler):
     answer: str = ""
 
     title = "best-of-n"
+    reads = True
     needs_reward = True
     kl_kind = "bound"
 

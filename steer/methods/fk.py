@@ -123,6 +123,7 @@ class FKSteering(Sampler):
     tilts = True
     population = "num_particles"
     chooses_whole = False
+    reads = True
     shows = frozenset({"lineage"})
     own_settings = frozenset({"keep_previews", "over_ranks"})
     kl_kind = "population"

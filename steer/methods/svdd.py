@@ -40,6 +40,7 @@ class SVDD(Sampler):
     needs_reward = True
     population = "num_candidates"
     chooses_whole = False
+    reads = True
     shows = frozenset({"previews"})
     kl_kind = "none: the law of what is chosen among candidates at every step is not known"
 

@@ -20,6 +20,7 @@ from steer.serving.protocol import (
     CompletionChoice,
     CompletionLogprobs,
     CostAnswer,
+    ReadChoice,
     SteerAnswer,
     SteerChoice,
     TopLogprob,
@@ -102,7 +103,11 @@ class Answer(ABC):
         """The same for one choice."""
         if self.task.steering is None:
             return None
-        return SteerChoice(reward=_finite(ended.reward), kl=_finite(ended.kl))
+        told = {"reward": _finite(ended.reward), "kl": _finite(ended.kl)}
+        if ended.readings is None:
+            return SteerChoice(**told)
+        read = {name: [_finite(x) for x in row] for name, row in ended.readings.items()}
+        return ReadChoice(**told, readings=read, stopped=ended.stopped)
 
     @abstractmethod
     def whole(self) -> ChatAnswer | CompletionAnswer:

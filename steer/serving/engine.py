@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from steer.core import Cost, ModelInfo, Prompt, Reward, Sampler, SteerError
+from steer.core.readings import StopIf
 from steer.edits import Artifact
 from steer.serving.wire import EditRequest
 
@@ -100,6 +101,10 @@ class Steering:
     block: int | None = None
     kl: bool = True
     base: str = "truncated"
+    readings: tuple[NamedEdit, ...] = ()
+    """Artifacts that are read where each token is chosen."""
+    stop: StopIf | None = None
+    """Which of the readings ends a text."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,10 @@ class Ended:
     reward: float | None = None
     kl: float | None = None
     """Nats by which the law of this choice drifted from the unsteered model; None where it was not measured."""
+    readings: dict[str, list[float]] | None = None
+    """A number for each of the tokens, by name."""
+    stopped: bool = False
+    """Whether it ended by a reading."""
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class PoolEngine:
         steering, sampling = task.steering, task.sampling
         if steering is not None:
             check(not steering.edits, "steer.edits", "edits", "unset: an edit fits one model, and here are several")
+            check(not steering.readings, "steer.readings", "readings", "unset: an artifact fits one model")
             check(steering.sampler is None, "steer.sampler", steering.sampler, "unset: the router chooses a model")
         for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
             check(not getattr(sampling, name), name, getattr(sampling, name), "unset: not every model has it")

@@ -309,6 +309,15 @@ class SteerChoice(BaseModel):
     kl: float | None
 
 
+class ReadChoice(SteerChoice):
+    """The same of a choice with readings."""
+
+    readings: dict[str, list[float | None]]
+    """A number for each token that was drawn, the end of the text included, by name."""
+    stopped: bool
+    """Whether `stop_if` ended it."""
+
+
 class SteerAnswer(BaseModel):
     """The best reward and the mean drift over the choices, the texts that were drawn, and what it took."""
 
@@ -347,7 +356,7 @@ class ChatChoice(BaseModel):
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: Reason
-    steer: SteerChoice | None = None
+    steer: ReadChoice | SteerChoice | None = None
 
 
 class ChatAnswer(BaseModel):
@@ -374,7 +383,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: Reason
-    steer: SteerChoice | None = None
+    steer: ReadChoice | SteerChoice | None = None
 
 
 class CompletionAnswer(BaseModel):

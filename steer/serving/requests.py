@@ -239,14 +239,14 @@ AGAIN = "register it again, or restart the server"
 
 
 @contextmanager
-def unchanged(named: NamedEdit) -> Iterator[None]:
+def unchanged(named: NamedEdit, field: str = "steer.edits") -> Iterator[None]:
     """Have an artifact's file read. Raises `InputError` where it is not what was registered, before and after."""
-    _check_unchanged(named)
+    _check_unchanged(named, field)
     yield
-    _check_unchanged(named)
+    _check_unchanged(named, field)
 
 
-def _check_unchanged(named: NamedEdit) -> None:
+def _check_unchanged(named: NamedEdit, field: str) -> None:
     if named.path is None:
         return
     name = named.request.name
@@ -254,25 +254,25 @@ def _check_unchanged(named: NamedEdit) -> None:
         same = digest(named.path) == named.digest
     except OSError:
         given = f"{name} (its file is gone)"
-        raise InputError("steer.edits.name", given, f"an artifact whose file is there; {AGAIN}") from None
+        raise InputError(f"{field}.name", given, f"an artifact whose file is there; {AGAIN}") from None
     allowed = f"an artifact whose file is the one registered; {AGAIN}"
-    check(same, "steer.edits.name", f"{name} (its file was replaced)", allowed)
+    check(same, f"{field}.name", f"{name} (its file was replaced)", allowed)
 
 
 @contextmanager
-def edit_errors(name: str, options: Any) -> Iterator[None]:
-    """Whatever is wrong with an artifact under a request's `options` becomes an `InputError` of `steer.edits`."""
+def edit_errors(name: str, options: Any, field: str = "steer.edits") -> Iterator[None]:
+    """Whatever is wrong with an artifact under a request's `options` becomes an `InputError` of `field`."""
     try:
         yield
     except SteerError as error:
         if isinstance(error, InputError) and error.field.startswith("steer."):
             raise
         given, allowed = (error.given, error.allowed) if isinstance(error, InputError) else (name, str(error))
-        where = f"steer.edits.{error.field}" if isinstance(error, InputError) and options else "steer.edits"
+        where = f"{field}.{error.field}" if isinstance(error, InputError) and options else field
         raise InputError(where, given, allowed) from error
     except Exception as error:  # whatever somebody's file is made to lead to
         why = f"{name} (cannot be used: {type(error).__name__}: {error})"
-        raise InputError("steer.edits", why, "an artifact as steer writes it") from error
+        raise InputError(field, why, "an artifact as steer writes it") from error
 
 
 # ------------------------------------------------------------------------------------------------------------ events
@@ -318,13 +318,15 @@ def scored(
 
 def choice_events(request: Request, words: Words, samples: Samples, kl: torch.Tensor | None) -> Iterator[Delta | Ended]:
     """The choices that a search came to, prompt by prompt; `kl` `[N]` as far as it is known."""
-    limit, eos = request.sampling.max_tokens, frozenset(words.eos_token_ids)
+    limit, eos, stop = request.sampling.max_tokens, frozenset(words.eos_token_ids), request.steering.stop
     assert samples.tokens is not None
     for choice, i in enumerate(samples.group.argsort(stable=True).tolist()):
         tokens, text = samples.tokens[i], samples.texts[i]
-        cut = words.decode(tokens) != text
+        read = samples.readings and {name: rows[i].tolist() for name, rows in samples.readings.items()}
+        stopped = stop is not None and bool(read) and stop.met(read[stop.name][-1])
+        cut = stopped or words.decode(tokens) != text
         whole = len(tokens) >= limit and tokens[-1] not in eos and not cut
         reason: Literal["stop", "length"] = "length" if whole else "stop"
         yield Delta(choice, text)
         reward = None if samples.reward is None else float(samples.reward[i])
-        yield Ended(choice, reason, len(tokens), reward, None if kl is None else float(kl[i]))
+        yield Ended(choice, reason, len(tokens), reward, None if kl is None else float(kl[i]), read, stopped)

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from steer.core import InputError, Prompt, RawText, Reward, Sampler, check
 from steer.core.names import check_known
+from steer.core.readings import StopIf
 from steer.critique.critics import Critic
 from steer.critique.reading import parse_critic
 from steer.methods.samplers import SAMPLERS, sampler_fields, with_preset
@@ -20,7 +21,7 @@ from steer.serving.inline import OFF, Inline
 from steer.serving.limits import Limits
 from steer.serving.protocol import ChatRequest, CompletionRequest
 from steer.serving.reward_store import Rewards
-from steer.serving.wire import SteerRequest
+from steer.serving.wire import EditRequest, SteerRequest
 
 __all__ = ["Tasks", "sampler_settings"]
 
@@ -70,11 +71,8 @@ class Tasks:
 
     def check_edits(self, asked: SteerRequest, where: str) -> None:
         """Raise `InputError` where an edit is not registered."""
-        for i in range(len(asked.edits)):
-            try:
-                self._edit(asked, i)
-            except InputError as error:
-                raise InputError(where, error.given, error.allowed) from error
+        for edit in [*asked.edits, *(EditRequest(name=name) for name in asked.readings)]:
+            self._named(edit, where)
 
     def _task(
         self, request: Any, prompts: tuple[Prompt | TokenPrompt, ...], wanted: int | None, logprobs: int | None
@@ -118,6 +116,7 @@ class Tasks:
         if self.inline is not None:
             self.inline.check_all(asked.edits)
         edits = tuple(self._edit(asked, i) for i in range(len(asked.edits)))
+        read = self._readings(asked)
         reward = None if asked.reward is None else self._reward(asked.reward)
         named = asked.sampler if asked.sampler in SAMPLERS else None
         takes_critic = named is not None and "critic" in sampler_fields(named)
@@ -130,14 +129,17 @@ class Tasks:
             check(not asked.settings, "steer.settings", asked.settings, "unset without a sampler that chooses")
             most = prompts * n * sampling.max_tokens
             _check_budget(asked, most)
-            return Steering(edits, reward=reward, beta=asked.beta, kl=asked.kl)
+            return Steering(edits, reward=reward, beta=asked.beta, kl=asked.kl, readings=read[0], stop=read[1])
         name = str(asked.sampler)
         check_known("steer.sampler", name, SAMPLERS)
         kind = SAMPLERS[name]
+        allowed = f"unset with sampler {name}: {', '.join(k for k, other in SAMPLERS.items() if other.reads)} keep them"
+        check(kind.reads or not read[0], "steer.readings", asked.readings, allowed)
         check(reward is not None or not kind.needs_reward, "steer.reward", None, f"a reward: {name} chooses by it")
         sampler, candidates = self._sampler(asked, name, sampling, prompts, n)
         repeats = n if kind.population == "n" else 1  # one output from all its candidates
-        return Steering(edits, sampler, repeats, candidates, reward, asked.beta, asked.block, asked.kl, asked.base)
+        chosen = Steering(edits, sampler, repeats, candidates, reward, asked.beta, asked.block, asked.kl, asked.base)
+        return replace(chosen, readings=read[0], stop=read[1])
 
     def _edit(self, asked: SteerRequest, i: int) -> NamedEdit:
         request = asked.edits[i]
@@ -146,13 +148,27 @@ class Tasks:
                 layers = len(request.vector.layers)
                 raise InputError(f"steer.edits.{i}.vector", f"a vector of {layers} layer{'s'[: layers > 1]}", OFF)
             return self.inline.named(request, f"steer.edits.{i}")
+        return self._named(request, f"steer.edits.{i}.name")
+
+    def _readings(self, asked: SteerRequest) -> tuple[tuple[NamedEdit, ...], StopIf | None]:
+        """What is read of each text, and what ends it."""
+        names, rule = asked.readings, asked.stop_if
+        twice = next((name for name in names if names.count(name) > 1), None)
+        check(twice is None, "steer.readings", twice, "each name once")
+        for name in names:
+            given = f"{name}, which is no artifact"
+            check(name not in self.own_edits, "steer.readings", given, "registered vectors and probes")
+        read = tuple(self._named(EditRequest(name=name), f"steer.readings.{i}") for i, name in enumerate(names))
+        return read, None if rule is None else StopIf.parse(rule, names, "steer.stop_if")
+
+    def _named(self, request: EditRequest, field: str) -> NamedEdit:
         if request.name in self.own_edits:
             return NamedEdit(None, "", request)
         try:
             entry = self.store.get(request.name)
         except UnknownArtifactError:
             known = ", ".join([*self.own_edits, *(e.name for e in self.store.entries())]) or "none is registered"
-            raise InputError(f"steer.edits.{i}.name", request.name, f"a registered artifact: {known}") from None
+            raise InputError(field, request.name, f"a registered artifact: {known}") from None
         return NamedEdit(entry.path, entry.digest, request)
 
     def _critic(self, text: str) -> Critic:

@@ -7,7 +7,6 @@ nothing in a request is a path.
 from __future__ import annotations
 
 import ipaddress
-import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -16,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from steer.artifacts import MAX_STRENGTH
 from steer.core import InputError
+from steer.core.names import NAME
 
 __all__ = [
     "NAME",
@@ -28,10 +28,6 @@ __all__ = [
     "nearest",
     "wanted",
 ]
-
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-"""Names of artifacts."""
 
 
 def encodable(text: str) -> str:
@@ -129,6 +125,12 @@ class _Strict(BaseModel):
             raise InputError(field, first.get("input"), allowed) from None
 
 
+def _artifact_name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise ValueError("letters, digits, dot, dash and underscore, at most 128 of them")
+    return name
+
+
 class VectorRequest(_Strict):
     """A steering vector in the request itself: a direction for each of some layers, 0 the first block, as numbers or as
     base64 of little-endian float32. Servers take it where they were started with `--inline-vectors`.
@@ -173,9 +175,7 @@ class EditRequest(_Strict):
             raise PydanticCustomError("missing", "a name, or a vector")
         if name and about.data.get("vector") is not None:
             raise ValueError("unset beside a vector")
-        if name and not NAME.fullmatch(name):
-            raise ValueError("letters, digits, dot, dash and underscore, at most 128 of them")
-        return name
+        return _artifact_name(name) if name else name
 
     def options(self) -> dict[str, Any]:
         """The settings that were given, but for the strength."""
@@ -186,6 +186,12 @@ class SteerRequest(_Strict):
     """How one request is to be steered."""
 
     edits: list[EditRequest] = Field(default=[], max_length=64)
+    readings: list[Annotated[str, AfterValidator(_artifact_name)]] = Field(default=[], max_length=16)
+    """Registered vectors and probes, by name: each gives a number for each token, read where the token is chosen."""
+    stop_if: Annotated[str, Field(max_length=256), AfterValidator(encodable)] | None = None
+    """A comparison of one of the readings with a number, such as `calm < -1.5`: a text ends with the first token whose
+    reading fulfils it.
+    """
     sampler: Word | None = None
     """By name, of `steer.SAMPLERS`; None draws each choice on its own."""
     candidates: Count | None = None
@@ -205,6 +211,11 @@ class SteerRequest(_Strict):
     """What samplers weigh against under top-k, top-p and min-p: the truncated law, or the full one before."""
     kl: bool = True
     """Measure the drift of every choice. For hidden-state edits that takes two more passes over the finished text."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of all registered artifacts that it names, edits and readings."""
+        return [*(edit.name for edit in self.edits if edit.vector is None), *self.readings]
 
     @property
     def token_level(self) -> bool:

@@ -22,6 +22,7 @@ from vllm_tools import MISSING, controller, guide, vector
 
 import steer
 from steer.core import InputError, RawText, RewardError, SteerError
+from steer.core.readings import StopIf
 from steer.methods.best_of_n import BestOfN
 from steer.methods.fk import FKSteering
 from steer.rewards import as_reward
@@ -184,6 +185,35 @@ def test_a_vector_of_the_request_is_the_one_of_the_file(ours: Any, theirs: Any, 
             events(engine, Task((CHAT,), 1, Sampling(max_tokens=1), Steering((named(files[other]),), kl=False)))
         again = texts(events(engine, prepared.task, prepared))
         assert found[0] == found[1] == again != texts(events(engine, Task((CHAT,), 1, GREEDY)))
+
+
+def test_readings_are_those_of_the_other_engine(ours: Any, theirs: Any, files: Any) -> None:
+    """Beside requests without, in streams and in a search; what cannot be done is refused by name."""
+    read, edits = (named(files["other"]), named(files["clamp"])), (named(files["vector"], strength=0.3),)
+    tasks = [
+        Task((CHAT,), 2, GREEDY, Steering(edits, readings=read)),
+        Task((RAW, RawText("The sun was")), 1, GREEDY, Steering(readings=read[:1]), stream=True),
+        Task((CHAT,), 1, GREEDY, Steering(edits)),
+        Task((CHAT,), 1, GREEDY, Steering(readings=read, sampler=BestOfN(1), repeats=1, reward=as_reward("length"))),
+    ]
+
+    async def together(engine: Any) -> list[list[Event]]:
+        return list(await asyncio.gather(*(collected(engine, task) for task in tasks)))
+
+    mine, other = asyncio.run(together(ours)), asyncio.run(together(theirs))
+    for told, wanted in zip(mine, other, strict=True):
+        ends = [sorted((e for e in found if isinstance(e, Ended)), key=lambda e: e.choice) for found in (told, wanted)]
+        for a, b in zip(*ends, strict=True):
+            assert (a.choice, a.reason, a.tokens, a.stopped) == (b.choice, b.reason, b.tokens, b.stopped)
+            assert (a.readings or {}).keys() == (b.readings or {}).keys()
+            for name, values in (b.readings or {}).items():
+                assert len(values) == b.tokens and a.readings[name] == pytest.approx(values, abs=1e-4)
+    firsts = [next(e for e in found if isinstance(e, Ended)) for found in mine]
+    assert [bool(first.readings) for first in firsts] == [True, True, False, True]
+    with pytest.raises(InputError, match=r"steer\.stop_if: got 'other < 1'; allowed: unset on vLLM"):
+        ours.prepare(Task((CHAT,), 1, GREEDY, Steering(readings=read, stop=StopIf.parse("other < 1", ["other"]))))
+    with pytest.raises(InputError, match=r"steer\.readings: got 'a controller'"):
+        ours.prepare(Task((CHAT,), 1, GREEDY, Steering(readings=(named(files["controller"]),))))
 
 
 def test_settings_mean_the_same(ours: Any, theirs: Any) -> None:

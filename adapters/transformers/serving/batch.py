@@ -21,8 +21,9 @@ from steer.adapters.transformers.serving.slots import SlotRows, TrackRows
 from steer.adapters.transformers.state import TextContext
 from steer.adapters.transformers.tracking import AnyTrack, Track
 from steer.core import Context, InputError, Process, Samples, SteerError, TransitionEdit, UnsupportedError
+from steer.core.readings import Readings
 from steer.sampling.laws import divergence
-from steer.serving.engine import Sampling, TokenLogprob
+from steer.serving.engine import Ended, Sampling, TokenLogprob
 
 __all__ = ["Batch", "BatchRow", "Trace"]
 
@@ -79,6 +80,11 @@ class BatchRow:
         """Under the law that was drawn from, and that law's exact KL to the one before transition edits and truncation,
         where they are `measured`.
         """
+        self.readings: Readings | None = None
+        self.read: list[list[float]] = []
+        """What was read where each token was chosen."""
+        self.stopped = False
+        """Whether a reading ended it."""
         self.reason: Literal["stop", "length"] | None = None
         """Why it ended."""
         self.error: SteerError | None = None
@@ -99,8 +105,8 @@ class BatchRow:
     def ended(self) -> bool:
         return self.reason is not None or self.error is not None
 
-    def take(self, token: int, logprob: TokenLogprob | None) -> None:
-        """Add a drawn token, and end where it ends the text."""
+    def take(self, token: int, logprob: TokenLogprob | None, read: list[float] | None = None) -> None:
+        """Add a drawn token with what was read where it was chosen, and end where either ends the text."""
         self.tokens.append(token)
         self.counts[token] += 1
         if self.leader is not None:
@@ -109,7 +115,10 @@ class BatchRow:
             return
         over = token in self._eos
         text = "" if over else self._text.feed(token)
-        if over or self._text.stopped:
+        if self.readings is not None and read is not None:
+            self.read.append(read)
+            self.stopped = bool(self.readings.met(read))
+        if over or self._text.stopped or self.stopped:
             self.reason = "stop"
         elif len(self.tokens) >= (self.sampling.max_tokens or 0):
             self.reason = "length"
@@ -118,6 +127,14 @@ class BatchRow:
             if self._text.stopped:
                 self.reason = "stop"
         self._taken(self, text, () if over or logprob is None else (logprob,))
+
+    def ending(self, reward: float | None, kl: float | None) -> Ended:
+        """What is said of it once it has ended."""
+        read = None
+        if self.readings is not None:
+            columns = zip(*self.read, strict=True)
+            read = {name: list(values) for name, values in zip(self.readings.names, columns, strict=True)}
+        return Ended(self.choice, self.reason or "stop", len(self.tokens), reward, kl, read, self.stopped)
 
     def fail(self, error: SteerError) -> None:
         """End without a text."""
@@ -187,12 +204,12 @@ class Batch:
         self._trace(base, law, token)
         broken = law.amax(-1).isnan().tolist()
         shown = self._logprobs(raw, token)
-        drawn = token.tolist()
+        drawn, read = token.tolist(), self._view.readings
         for i in sorted(range(len(drawn)), key=lambda i: self.rows[i].leader is not None):  # leaders first
             if broken[i]:
                 self.rows[i].fail(_overflow())
             else:
-                self.rows[i].take(drawn[i], shown.get(i))
+                self.rows[i].take(drawn[i], shown.get(i), read[i])
         order = self._keep([i for i, row in enumerate(self.rows) if not row.ended])
         if order:
             self._view.advance(token[torch.tensor(order, device=token.device)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -81,7 +80,6 @@ class Preparer(language.Preparer[Prepared]):
         super().__init__(model, max_rows, cache_tokens)
         self.model = model
         self._edits: OrderedDict[Any, Edit] = OrderedDict()
-        self._lock = threading.Lock()
 
     def process(self, read: Request, edits: Sequence[Edit]) -> ServedProcess:
         return ServedProcess(self.model, language.decoding(read.sampling))

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from steer.adapters.transformers import tracking
+from steer.adapters.transformers.reader import Reader
 from steer.adapters.transformers.serving.batch import Batch, BatchRow
 from steer.adapters.transformers.serving.tickets import OwnPass, Ticket, report
 from steer.adapters.transformers.serving.turns import FairShare, Stretches
 from steer.core import Cost, HiddenEdit, SteerError
-from steer.serving.engine import Ended, Load, Started, TokenLogprob
+from steer.serving.engine import Load, Started, TokenLogprob
 
 if TYPE_CHECKING:
     from steer.adapters.transformers.model import LanguageModel
@@ -177,7 +178,9 @@ class Scheduler:
         first = list(accumulate((len(t.prepared.ids) for t in group), initial=0))
         hidden, new = bool(group[0].prepared.guided), max(t.prepared.sampling.max_tokens for t in group)
         try:
-            track, cost = tracking.start(self.model.body, ids, _mounted(group, first), 1, hidden=hidden, new=new)
+            body, readings = self.model.body, group[0].prepared.readings
+            reader = None if readings is None else Reader(readings, body.stream)
+            track, cost = tracking.start(body, ids, _mounted(group, first), 1, hidden=hidden, new=new, reader=reader)
             owners = [
                 at + choice // t.prepared.task.n
                 for t, at in zip(group, first, strict=False)
@@ -226,7 +229,7 @@ class Scheduler:
 
     def _row(self, ticket: Ticket, choice: int) -> BatchRow:
         prepared, steering = ticket.prepared, ticket.prepared.task.steering
-        return BatchRow(
+        row = BatchRow(
             self.model,
             prepared.sampling,
             choice,
@@ -235,6 +238,8 @@ class Scheduler:
             measured=steering is not None and steering.kl,
             taken=lambda *new: self._taken(ticket, *new),
         )
+        row.readings = prepared.readings
+        return row
 
     def _taken(self, ticket: Ticket, row: BatchRow, text: str, logprobs: Sequence[TokenLogprob]) -> None:
         if ticket.gone:
@@ -280,7 +285,7 @@ class Scheduler:
             report(ticket, error)
             return
         for row, reward, kl in zip(ticket.texts, rewards, kls, strict=True):
-            ticket.emit(Ended(row.choice, row.reason or "stop", len(row.tokens), reward, kl))
+            ticket.emit(row.ending(reward, kl))
         ticket.finish(len(ticket.texts), ticket.spent + cost)
 
 
@@ -298,6 +303,8 @@ def _read_together(group: Sequence[Ticket]) -> bool:
     lengths = [len(row) for ticket in group for row in ticket.prepared.ids]
     body = first.process.model.body
     if not (first.shares and last.shares) or bool(first.guided) != bool(last.guided):
+        return False
+    if first.readings is not last.readings:
         return False
     if len(set(lengths)) > 1 and not (body.allows("pads") and body.alike(max(t.prepared.columns for t in group))):
         return False

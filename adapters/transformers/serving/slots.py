@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from steer.adapters.transformers import tracking
 from steer.adapters.transformers.body import Body
 from steer.adapters.transformers.hidden import HiddenProgram, RowEdit, adding
+from steer.adapters.transformers.reader import Reader, RowReaders
 from steer.adapters.transformers.rectangle import Track
 
 
@@ -66,7 +67,7 @@ class SlotLayer(DynamicLayer):
 
 class SlotRows:
     """The network's view of a batch: `logits` `[N, V]` from which every row's next token is drawn, `hidden` `[N, D]`
-    where some row asked for it.
+    where some row asked for it, and `readings` of every row at the same position, None of those that have none.
     """
 
     def __init__(self, body: Body) -> None:
@@ -75,6 +76,9 @@ class SlotRows:
         """Columns of the rectangle at least."""
         self.logits: Tensor | None = None
         self.hidden: Tensor | None = None
+        self.readings: list[list[float] | None] = []
+        self._readers: list[Reader | None] = []
+        self._reading: RowReaders | None = None
         self._layout = _Layout()
         self._layers = [SlotLayer(self._layout) for _ in body.new_cache().layers]
         self._lengths: list[int] = []
@@ -106,11 +110,14 @@ class SlotRows:
             width = self.body.info.width
             mine = track.hidden[at] if track.hidden is not None else track.logits.new_zeros(len(owners), width)
             self.hidden = _joined(self.hidden, mine, first)
+        read = [] if track.readings is None else track.readings.tolist()
         for row in owners:
+            self._readers.append(track.reader)
+            self.readings.append(read[row] if read else None)
             self._lengths.append(filled[row])
             self._watching.append(watched)
             self._plans.append(_RowPlan(track.plan.rows(torch.tensor([row]))) if track.plan else None)
-        self._program = None
+        self._program = self._reading = None
 
     def keep(self, staying: Sequence[int]) -> list[int]:
         """Drop the other rows. Returns which old row each row now is: rows from the end fill the gaps."""
@@ -125,10 +132,10 @@ class SlotRows:
                 if slot != row:
                     for room in layer.rooms:
                         room[slot] = room[row]
-        for name in ("_lengths", "_watching", "_plans"):
+        for name in ("_lengths", "_watching", "_plans", "_readers", "readings"):
             old = getattr(self, name)
             setattr(self, name, [old[i] for i in order])
-        self._program = None
+        self._program = self._reading = None
         if not order:
             self.logits = self.hidden = None
             for layer in self._layers:
@@ -151,6 +158,9 @@ class SlotRows:
         self._layout.rows = torch.arange(len(self), device=device)
         self._layout.columns, self._layout.width = position, width
         mask = (torch.arange(width, device=device) <= position.unsqueeze(1)).long()
+        if self._reading is None:
+            self._reading = RowReaders(self._readers, device)
+        begun = self._reading.begin()
         logits, hidden = self.body.forward(
             tokens.unsqueeze(1),
             mask if min(self._lengths) + 1 < width else None,
@@ -158,7 +168,9 @@ class SlotRows:
             Cache(layers=self._layers),
             self._steps(),
             hidden=any(self._watching),
+            taps=RowReaders.taps(begun),
         )
+        self.readings = self._reading.found(begun)
         self.logits, self.hidden = logits[:, -1], None if hidden is None else hidden[:, -1]
         self._lengths = [length + 1 for length in self._lengths]
 
@@ -268,6 +280,11 @@ class TrackRows:
     @property
     def hidden(self) -> Tensor | None:
         return self.track.hidden
+
+    @property
+    def readings(self) -> list[list[float] | None]:
+        found = self.track.readings
+        return [None] * len(self.track.logits) if found is None else found.tolist()
 
     @property
     def nbytes(self) -> int:

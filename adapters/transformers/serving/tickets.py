@@ -18,7 +18,7 @@ from steer.adapters.transformers.serving.preparing import Prepared
 from steer.core import Cost, Samples, SteerError
 from steer.critique.rounds import Round
 from steer.model import execute
-from steer.serving.engine import Delta, Ended, Finished, Progress, Started, TokenLogprob
+from steer.serving.engine import Delta, Finished, Progress, Started, TokenLogprob
 from steer.serving.requests import Emit, choice_events, scored
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Ticket:
             self.emit(Delta(row.choice, shown, tuple(named)))
             self._held[row.choice] = ([], [])
         if row.ended and not self.measures:
-            self.emit(Ended(row.choice, row.reason or "stop", len(row.tokens), None, row.kl if row.measured else None))
+            self.emit(row.ending(None, row.kl if row.measured else None))
 
     def finish(self, candidates: int, cost: Cost) -> None:
         """Everything has been said but what it took."""

@@ -154,6 +154,8 @@ class Live:
         """Tokens whose state is read."""
         self.reads: frozenset[int] = frozenset()
         self.seen: dict[int, Tensor] = {}
+        self.taps: dict[int, list[Any]] = {}
+        """What reads the rows of requests with readings, by block (see `reading`)."""
         self.measured: dict[int, list[Tensor]] | None = None
         """Where norms are being measured: norms of the tokens in `measuring`, by block."""
         self.measuring: Tensor | None = None
@@ -164,7 +166,8 @@ def eager_hook(layer: int, live: Live) -> Callable[[Any, Any, Any], Any]:
 
     def hook(module: Any, args: Any, output: Any) -> Any:
         read = live.reading is not None and layer in live.reads
-        if not (live.added[layer] or live.staged[layer] or read or live.measuring is not None):
+        taps = live.taps.get(layer)
+        if not (live.added[layer] or live.staged[layer] or read or taps or live.measuring is not None):
             return None
         own: BlockSteering = module.steering
         hidden, residual = read_stream(output)
@@ -187,6 +190,8 @@ def eager_hook(layer: int, live: Live) -> Callable[[Any, Any, Any], Any]:
                 if live.keeps:
                     live.rows[layer] = rows
             hidden = hidden + rows
+        for tap in taps or ():
+            tap.take(layer, _rows_of(hidden, residual, tap.rows))
         return _replaced(output, hidden)
 
     return hook

@@ -215,7 +215,8 @@ def _worker() -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 
     wrap(BaseModelLoader, "create_model", _create_model)
-    for name in ("register", "evict", "facts", "introduce", "measure", "weights", "give_back_memory"):
+    artifacts, readings = ("register", "evict"), ("learn", "readings")
+    for name in (*artifacts, *readings, "facts", "introduce", "measure", "weights", "give_back_memory"):
         setattr(WorkerBase, f"steer_{name}", _forwarded(name))
 
 

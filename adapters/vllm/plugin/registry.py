@@ -61,6 +61,8 @@ class Registry:
     info: ModelInfo
     names: dict[str, str] = field(default_factory=dict)
     artifacts: OrderedDict[str, PackedArtifact] = field(default_factory=OrderedDict)
+    taught: dict[str, None] = field(default_factory=dict)
+    """Digests of readings that the workers were sent."""
     measured: bool = False
     """Whether the residual stream's norms are known."""
     mark: str = field(default_factory=lambda: uuid4().hex)
@@ -164,6 +166,10 @@ class Registry:
                 )
             allowed = "truncated: without a sampler nothing is weighed"
             check(request.base == "truncated", "steer.base", request.base, allowed)
+            for name in ("readings", "stop_if"):
+                given = getattr(request, name)
+                allowed = "unset here: answers of vLLM's own have no place for them; a steer field's have"
+                check(not given, f"steer.{name}", given, allowed)
             check(not request.settings, "steer.settings", request.settings, "unset: there is no sampler to set")
             for i, edit in enumerate(request.edits):
                 allowed = 'a name: vectors of a request\'s own go in its field "steer", not in vllm_xargs'
@@ -237,6 +243,7 @@ class Registry:
             private=rewind is not None and rewind < prompt - 1,
             measure=asked.measure,
             tag=asked.tag,
+            read=asked.read,
         )
         need(self.settings, rows=resolved.rows)
         return resolved

@@ -29,6 +29,8 @@ class Inside:
     """Whether the norms of its tokens are measured."""
     tag: str | None = None
     """Under which the worker keeps what its edits decide, to be asked for it."""
+    read: tuple[str, str] | None = None
+    """Digest of what is read where its tokens are chosen, and the tag under which the worker keeps it."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Resolved:
     """Whether its blocks of the cache are its own: for a while they hold what was there before it was steered."""
     measure: bool = False
     tag: str | None = None
+    read: tuple[str, str] | None = None
 
     def pack(self) -> dict[str, Any]:
         """Plain data."""
@@ -135,6 +138,9 @@ class SteeredRequest:
     measure: bool
     tag: str | None
     params: Any = field(repr=False)
+    length: int = 0
+    """Tokens before it draws any."""
+    read: tuple[str, str] | None = None
 
     def key(self, segment: int) -> tuple[str | None, tuple[str, ...]] | None:
         """What the segment's row is known by, None where nothing acts; rows of requests that read are their own."""

@@ -23,6 +23,7 @@ from steer.adapters.vllm.artifacts import PackedArtifact
 from steer.adapters.vllm.plugin.blocks import BlockSteering, Host, Live, eager_hook, graph_hook, measuring_hook
 from steer.adapters.vllm.plugin.compiled import NEVER, Compiled, Spans, SteeringRow
 from steer.adapters.vllm.plugin.mixture import Mixture
+from steer.adapters.vllm.plugin.reading import Readers
 from steer.adapters.vllm.plugin.requests import Resolved, ResolvedEdit, SteeredRequest
 from steer.adapters.vllm.plugin.slots import RowBank
 from steer.adapters.vllm.settings import Settings, model_info
@@ -68,6 +69,7 @@ class Worker:
         self._decided: OrderedDict[str, list[list[float] | None]] = OrderedDict()
         self._undo: list[Callable[[], None]] = []
         self._arm()
+        self.readers = Readers(self._slot.device)
         self._forget_batch()
         _WORKERS[:] = [*(held for held in _WORKERS if held() is not None), ref(self)]
 
@@ -152,6 +154,16 @@ class Worker:
         """What the edits of tagged requests decided when they read their prompts; each can be asked for once."""
         return [self._decided.pop(tag, None) for tag in tags]
 
+    def learn(self, digest: str, data: bytes) -> None:
+        """Keep what requests may read."""
+        self.readers.learn(digest, data)
+
+    def readings(self, tags: Sequence[str]) -> list[tuple[list[int], list[list[float]]] | None]:
+        """Positions and readings of tagged requests; each can be asked for once."""
+        told = self.readers.tell(tags)
+        self.live.taps = {}
+        return told
+
     def give_back_memory(self) -> None:
         """Return to the system what finished requests have freed."""
         give_back_memory()
@@ -175,7 +187,7 @@ class Worker:
         if known is not None and known.params is params:
             return known
         resolved = Resolved.of(params)
-        if resolved is None or not (resolved.hidden or resolved.measure):
+        if resolved is None or not (resolved.hidden or resolved.measure or resolved.read):
             return None
         edits = resolved.hidden
         made = SteeredRequest(
@@ -190,6 +202,8 @@ class Worker:
             measure=resolved.measure,
             tag=resolved.tag,
             params=params,
+            length=resolved.length,
+            read=resolved.read,
         )
         if known is not None:  # the same request, come back with a copy of its parameters
             made.weights, made.reading = known.weights, known.reading
@@ -221,6 +235,7 @@ class Worker:
     def _forget_batch(self) -> None:
         self._ids: list[str] = []
         self._batch: list[tuple[int, SteeredRequest]] = []
+        self._watching: list[tuple[int, SteeredRequest]] = []
         self._current = self._since = self._until = np.zeros(0, dtype=np.int64)
         self._counts = np.zeros(0, dtype=np.int64)
         self._stale = True
@@ -239,13 +254,23 @@ class Worker:
             if bool((starts >= self._since).all()) and bool((starts + counts <= self._until).all()):
                 if not np.array_equal(counts, self._counts):
                     self._fill(counts)
+                self._watch(starts, counts)
                 return []
-        return self._rebuild(list(ids), starts.astype(np.int64), counts.astype(np.int64), params_of)
+        dropped = self._rebuild(list(ids), starts.astype(np.int64), counts.astype(np.int64), params_of)
+        self._watch(starts, counts)
+        return dropped
+
+    def _watch(self, starts: np.ndarray, counts: np.ndarray) -> None:
+        """Have the coming pass read the last tokens of the requests that want it."""
+        if self._watching:
+            self.readers.watch(self._watching, starts + counts, np.cumsum(counts) - 1)
+            self.live.taps = self.readers.taps
 
     def _rebuild(self, ids: list[str], starts: np.ndarray, counts: np.ndarray, params_of: Params) -> list[int]:
         self._ids, self._stale, n = ids, False, len(ids)
         found = [(i, self._request(request_id, params_of)) for i, request_id in enumerate(ids)]
         self._batch = [(i, request) for i, request in found if request is not None]
+        self._watching = [(i, request) for i, request in self._batch if request.read is not None]
         self._current = np.zeros(n, dtype=np.int64)
         self._since, self._until = np.zeros(n, dtype=np.int64), np.full(n, NEVER, dtype=np.int64)
         offsets = np.cumsum(counts) - counts
@@ -333,7 +358,10 @@ class Worker:
         return dropped
 
     def _settle(self) -> None:
-        """Let the edits of requests that read in the last pass decide."""
+        """Keep what was read in the last pass, and let the edits of requests that read in it decide."""
+        if self.live.taps:
+            self.readers.settle()
+            self.live.taps = {}
         if not self._reads:
             return
         reads, self._reads = self._reads, []

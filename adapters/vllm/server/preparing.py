@@ -15,6 +15,7 @@ from steer.adapters.vllm.plugin.requests import Inside
 from steer.adapters.vllm.process import Named, VLLMProcess, VLLMState
 from steer.artifacts import read_card
 from steer.core import Edit, InputError, Prompt, Samples, UnsupportedError, check
+from steer.core.readings import Readings
 from steer.edits import PROMPTS, load_edit
 from steer.serving.engine import NamedEdit, Sampling, Steering
 from steer.serving.requests import AGAIN, Request, edit_errors, token_ids, unchanged
@@ -81,6 +82,14 @@ class Preparer(language.Preparer[Prepared]):
         super().__init__(model, max_rows)
         self.model = model
         self.raw = str(model.config.model_config.logprobs_mode) == "raw_logprobs"
+
+    def readings(self, steering: Steering) -> Readings | None:
+        made = super().readings(steering)
+        if made is not None:
+            allowed = "unset on vLLM, whose scheduler sees no readings; steer serve on transformers ends texts by them"
+            check(made.stop is None, "steer.stop_if", str(made.stop), allowed)
+            self.model.client.teach(made)
+        return made
 
     def process(self, read: Request, edits: Sequence[_Read]) -> ServedProcess:
         asked = read.task.steering is not None and read.steering.kl
@@ -189,6 +198,6 @@ def hold(model: VLLMModel, files: Mapping[str, Source]) -> None:
             raise InputError("steer.edits.name", given, f"an artifact whose file is the one registered; {AGAIN}")
 
 
-def extra_args(edits: Sequence[Named]) -> dict[str, Any] | None:
-    """What a request under these edits carries."""
-    return {"steer": Inside(tuple(edit.request for edit in edits))} if edits else None
+def extra_args(edits: Sequence[Named], read: tuple[str, str] | None = None) -> dict[str, Any] | None:
+    """What a request under these edits carries; `read` is what is read, and the tag under which it is kept."""
+    return {"steer": Inside(tuple(edit.request for edit in edits), read=read)} if edits or read else None

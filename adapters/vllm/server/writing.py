@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Literal
+from uuid import uuid4
 
 import torch
 
 from steer.adapters.language.texts import token_text
 from steer.adapters.vllm.client import Asynchronous, together
 from steer.adapters.vllm.model import VLLMModel
+from steer.adapters.vllm.plugin.reading import packed, values_of
 from steer.adapters.vllm.process import scored_early
 from steer.adapters.vllm.server.preparing import Prepared, extra_args
 from steer.core import Cost, InputError, SteerError
@@ -34,6 +36,8 @@ class Choice:
         self.log_prob = 0.0
         """Of its tokens, where they were asked for."""
         self._model, self._prepared, self._emit = model, prepared, emit
+        self.readings: dict[str, list[float]] | None = None
+        self._read = None if prepared.readings is None else (packed(prepared.readings)[0], f"read-{uuid4().hex}")
         self._held: list[str] = []
         self._named: list[TokenLogprob] = []
 
@@ -53,11 +57,17 @@ class Choice:
         if reason not in ("stop", "length"):
             raise SteerError(f"the engine ended a request ({reason})")
         self.reason = "length" if reason == "length" else "stop"
+        if self._read is not None and prepared.readings is not None:
+            parts = await client.ask("steer_readings", [self._read[1]])
+            first = len(prompt["prompt_token_ids"]) - 1
+            names = prepared.readings.names
+            values = values_of([part[0] for part in parts], names, first, len(self.tokens)).unbind(1)
+            self.readings = {name: column.tolist() for name, column in zip(names, values, strict=True)}
         return self
 
     def ended(self, reward: float | None, kl: float | None) -> Ended:
         """Its last event."""
-        return Ended(self.number, self.reason, len(self.tokens), reward, kl)
+        return Ended(self.number, self.reason, len(self.tokens), reward, kl, self.readings)
 
     def _echo(self, output: Any) -> None:
         """Show the prompt, with what the engine says of its tokens."""
@@ -113,7 +123,7 @@ class Choice:
             stop_token_ids=list(self._model.eos_token_ids),
             seed=choice_seed(s, self.number),
             output_kind=kind,
-            extra_args=extra_args(prepared.edits),
+            extra_args=extra_args(prepared.edits, self._read),
         )
 
 
@@ -197,7 +207,8 @@ def search(model: VLLMModel, client: Asynchronous, prepared: Prepared, emit: Emi
     plan, steering = prepared.plan, prepared.steering
     assert plan is not None
     began = time.perf_counter()
-    process = replace(prepared.process, model=model)
+    process: Any = plan.process
+    process = replace(process, model=model)
     plan = replace(plan, process=process, reward=None if plan.reward is None else plan.reward.bind(model))
     emit(Started(sum(map(len, prepared.ids))))
     steps, told = 0, 0.0

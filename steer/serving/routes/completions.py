@@ -134,7 +134,7 @@ class _Job:
         asked = body.steer or server.tasks.default
         if asked is not None:
             self.kind = "steered" if asked.token_level else "search"
-            self._held.enter_context(server.store.using([edit.name for edit in asked.edits if edit.vector is None]))
+            self._held.enter_context(server.store.using(asked.names))
 
         def work() -> tuple[Task, Any]:
             task = read(body)
