@@ -30,11 +30,11 @@ class Pass(NamedTuple):
     hidden: Tensor | None
     readings: Tensor | None
 
-    def at(self, rows: Tensor, choice: Tensor) -> dict[str, Tensor | None]:
+    def at(self, rows: Tensor, choice: Tensor) -> dict[str, Any]:
         """Its position `choice` `[N]` of each of `rows` `[N]`, as the fields of a track."""
         return {name: None if x is None else x[rows, choice] for name, x in self._asdict().items()}
 
-    def last(self) -> dict[str, Tensor | None]:
+    def last(self) -> dict[str, Any]:
         """Its last position, as the fields of a track."""
         return {name: None if x is None else x[:, -1] for name, x in self._asdict().items()}
 
@@ -212,7 +212,9 @@ def _advance_some(track: Track, tokens: Tensor, real: Tensor) -> tuple[Track, in
     seen[:, -1] = 1
     found = _moved(track, tokens.unsqueeze(1), seen, track.position, program).last()
     keep = real.unsqueeze(1)
-    kept = {name: None if x is None else torch.where(keep, x, getattr(track, name)) for name, x in found.items()}
+    kept: dict[str, Any] = {
+        name: None if x is None else torch.where(keep, x, getattr(track, name)) for name, x in found.items()
+    }
     return replace(track, mask=mask, padded=True, position=track.position + real, branch=None, **kept), 1
 
 

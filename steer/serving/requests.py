@@ -322,8 +322,10 @@ def choice_events(request: Request, words: Words, samples: Samples, kl: torch.Te
     assert samples.tokens is not None
     for choice, i in enumerate(samples.group.argsort(stable=True).tolist()):
         tokens, text = samples.tokens[i], samples.texts[i]
-        read = samples.readings and {name: rows[i].tolist() for name, rows in samples.readings.items()}
-        stopped = stop is not None and bool(read) and stop.met(read[stop.name][-1])
+        read: dict[str, list[float]] | None = None
+        if samples.readings is not None:
+            read = {name: rows[i].tolist() for name, rows in samples.readings.items()}
+        stopped = stop is not None and read is not None and bool(stop.met(read[stop.name][-1]))
         cut = stopped or words.decode(tokens) != text
         whole = len(tokens) >= limit and tokens[-1] not in eos and not cut
         reason: Literal["stop", "length"] = "length" if whole else "stop"
