@@ -33,7 +33,7 @@ class Hooks:
     def __init__(self, blocks: nn.ModuleList) -> None:
         self.blocks = blocks
         self._slots: list[RowEdit | None] = [None] * len(blocks)
-        self._taps: Mapping[int, Tap] = {}
+        self._taps = NO_TAPS
         self._before: dict[int, Any] = {}
 
     @contextmanager
@@ -71,19 +71,15 @@ class Hooks:
         @wraps(forward)
         def hooked(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
-            step, tap = self._slots[layer], self._taps.get(layer)
-            if step is None and tap is None:
-                return output
-            hidden = output[0] if output.__class__ is tuple else output
-            changed = hidden
+            step, taps = self._slots[layer], self._taps
             if step is not None:
+                hidden = output[0] if output.__class__ is tuple else output
                 # Several residual streams are [S, N, T, D].
                 changed = step(hidden) if hidden.dim() == 3 else torch.stack([step(stream) for stream in hidden])
-            if tap is not None:
-                tap(changed)
-            if step is None:
-                return output
-            return (changed, *output[1:]) if hidden is not output else changed
+                output = changed if hidden is output else (changed, *output[1:])
+            if taps and layer in taps:
+                taps[layer](output)
+            return output
 
         return hooked
 

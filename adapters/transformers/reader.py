@@ -6,6 +6,7 @@ Letters: `N` rows, `T` positions, `K` readings, `D` width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from torch import Tensor
 from steer.adapters.language.blocks import residual_stream
 from steer.core.readings import Readings
 
-Tap = Callable[[Tensor], None]
-"""Is shown what a block returned, after edits: `[N, T, D]`, or several residual streams of that shape."""
+Tap = Callable[[Any], None]
+"""Is shown what a block returns, after edits (see `residual_stream`)."""
 
 
 class Reader:
@@ -62,7 +63,7 @@ class PassReading:
     def _tap(self, layer: int) -> Tap:
         reader, keep, rows = self._reader, self._keep, self._rows
 
-        def tap(output: Tensor) -> None:
+        def tap(output: Any) -> None:
             states = residual_stream(output, reader.stream)
             states = states if rows is None else states[rows.to(states.device)]
             share = reader.values(layer, states[:, -keep:] if keep else states)
@@ -115,7 +116,7 @@ class RowReaders:
 
 
 def _all(taps: Sequence[Tap]) -> Tap:
-    def tap(output: Tensor) -> None:
+    def tap(output: Any) -> None:
         for one in taps:
             one(output)
 
