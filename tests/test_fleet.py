@@ -184,7 +184,7 @@ def engine(tiny_lm: Any) -> Iterator[TransformersEngine]:
 def test_capabilities(engine: TransformersEngine, tmp_path: Path) -> None:
     found = http(engine, tmp_path / "store").get("/v1/steer/capabilities").json()
     assert found["version"] == steer.__version__ and found["engine"] == "transformers" and found["model"] == "tiny"
-    assert "sentiment" in found["rewards"] and found["edits"] == ["controller", "stimulus", "value", "vector"]
+    assert "sentiment" in found["rewards"] and found["edits"] == ["controller", "reft", "stimulus", "value", "vector"]
     assert found["registering"] and found["shared"] and found["limits"]["choices"] == 32
     assert {"ancestral", "best-of-n", "fk"} <= found["samplers"].keys()
     fk = found["samplers"]["fk"]

@@ -193,11 +193,16 @@ def test_it_is_an_artifact_like_others(tiny_lm: Any, tmp_path: Path) -> None:
 
 
 def test_vllm_refuses_it_by_name(tmp_path: Path, tiny_lm: Any) -> None:
+    from steer.adapters.vllm.artifacts import PackedArtifact
     from steer.adapters.vllm.plugin.compiled import Compiled
 
     edit = steer.load_edit(written(tmp_path, {(0, 0): loreft()}), position="l1", model=tiny_lm)
     with pytest.raises(UnsupportedError, match="LowRank has no closed form in vLLM"):
         Compiled.of(edit, tiny_lm.info)
+    saved = tmp_path / "saved.safetensors"
+    steer.load_artifact(tmp_path).save(saved)
+    with pytest.raises(InputError, match="got \"kind 'reft'\"; allowed: vector, controller, value: .* transformers"):
+        PackedArtifact.parse(saved.read_bytes())
 
 
 # ------------------------------------------------------------------------------------------------------------ refused

@@ -16,7 +16,7 @@ from steer.adapters.language.generation import sampling_settings
 from steer.artifacts import read_card
 from steer.core import Edit, ModelInfo, PromptEdit, Reward, check
 from steer.core.readings import Reading, Readings
-from steer.edits import load_artifact
+from steer.edits import KINDS, load_artifact
 from steer.model import Plan, prepare
 from steer.readings import reading_of
 from steer.rewards.trained import trained
@@ -219,6 +219,10 @@ class ServedModel(Generic[P]):
     @property
     def own_edits(self) -> tuple[str, ...]:
         return ()
+
+    @property
+    def edit_kinds(self) -> tuple[str, ...]:
+        return tuple(sorted(KINDS))
 
     def check_artifact(self, path: Path) -> None:
         self.preparer.check_artifact(path)

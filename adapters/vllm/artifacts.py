@@ -22,7 +22,7 @@ from steer.methods.operators import Probe
 from steer.methods.value import HeadValue, QHead, ValueGuidance
 from steer.methods.vector import Gate, SteeringVector
 
-__all__ = ["PackedArtifact", "Source", "pack", "read_artifact"]
+__all__ = ["INNER", "PackedArtifact", "Source", "pack", "read_artifact"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +53,9 @@ class PackedArtifact:
             except InputError as error:
                 allowed = "an artifact saved by steer (safetensors with a card)"
                 raise InputError("artifact", str(error.given).removeprefix(str(file)).strip(" ()"), allowed) from None
-        inner = [kind for kind in KINDS if kind not in PROMPTS]
-        given = f"kind {card.kind!r}"
-        check(card.kind in inner, "artifact", given, f"{', '.join(inner)}: others act before the engine, as edits=")
+        check(card.kind != "reft", "artifact", "kind 'reft'", f"{', '.join(INNER)}: it is an edit on transformers alone")
+        allowed = f"{', '.join(INNER)}: others act before the engine, as edits="
+        check(card.kind in INNER, "artifact", f"kind {card.kind!r}", allowed)
         inside = any(card.settings.get(name) for name in ("gate", "tokens"))
         check(not inside, "artifact", "a card that names a probe's file", "a vector that was loaded with its gate")
         return cls(digest_of(data), len(data), tensors, card)
@@ -87,6 +87,9 @@ class PackedArtifact:
         model = {k: v for k, v in self.card.model.items() if k != "fingerprint"}
         return replace(self, card=replace(self.card, model=model))
 
+
+INNER = tuple(kind for kind in KINDS if kind not in (*PROMPTS, "reft"))
+"""Kinds of artifacts that the engine's workers apply."""
 
 Source = str | Path | Edit | Artifact
 """What an artifact comes from: a file (also a GGUF control vector), an edit, or tensors with their card."""

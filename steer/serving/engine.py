@@ -225,6 +225,10 @@ class Engine(Protocol):
     def own_edits(self) -> tuple[str, ...]:
         """Names of edits that the engine has without an artifact, such as tuned models that it runs beside its own."""
 
+    @property
+    def edit_kinds(self) -> tuple[str, ...]:
+        """Kinds of artifacts that it takes as edits."""
+
     def check_artifact(self, path: Path) -> None:
         """Raise `InputError` where the artifact does not fit the model."""
 

@@ -40,6 +40,7 @@ class PoolEngine:
         known = [limit for limit in limits if limit is not None]
         self.context_length: int | None = min(known) if known else None
         self.own_edits: tuple[str, ...] = ()
+        self.edit_kinds: tuple[str, ...] = ()
         self._turn = asyncio.Lock()
         self._waiting = 0
 

@@ -12,12 +12,13 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from steer.adapters.language.serving import ServedModel
-from steer.adapters.vllm.artifacts import Source
+from steer.adapters.vllm.artifacts import INNER, Source
 from steer.adapters.vllm.client import Asynchronous, Stopped
 from steer.adapters.vllm.model import VLLMModel
 from steer.adapters.vllm.server.preparing import Prepared, Preparer, hold
 from steer.adapters.vllm.server.writing import measured, search, spent, written
 from steer.core import Cost, InputError, SteerError, check_whole
+from steer.edits import PROMPTS
 from steer.serving.engine import Event, Finished, Load
 from steer.serving.requests import Emit, relayed
 
@@ -75,6 +76,10 @@ class VLLMEngine(ServedModel[Prepared]):
     @property
     def own_edits(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.model.front.settings.tuned)
+
+    @property
+    def edit_kinds(self) -> tuple[str, ...]:
+        return tuple(sorted((*INNER, *PROMPTS)))
 
     def warm(self) -> None:
         """Have the engine compile what it only does once log-probabilities are asked for: it takes seconds, in which

@@ -10,7 +10,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 import steer
-from steer.edits import KINDS
 from steer.methods.samplers import SAMPLERS
 from steer.serving.errors import Refused
 from steer.serving.protocol import Capabilities, ErrorAnswer, Health, Model, ModelList
@@ -105,7 +104,7 @@ def _capabilities(server: Server) -> Capabilities:
         model=engine.name,
         max_model_len=engine.context_length,
         samplers={name: sampler_settings(name) for name in SAMPLERS},
-        edits=sorted(KINDS),
+        edits=list(engine.edit_kinds),
         own_edits=list(engine.own_edits),
         inline_vectors=server.tasks.inline is not None,
         rewards=sorted(server.tasks.rewards.usages()),
