@@ -45,10 +45,10 @@ def test_a_bar_is_met_by_the_median_and_missed_by_the_whole_interval() -> None:
 
 
 def test_figures_of_a_tiny_model_run(tiny_lm: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = bench.run(Bench(repeats=1, tokens=4, given=tiny_lm), ["steered", "unsteered", "value"])
-    assert [row.name for row in rows] == ["steered"] * 3 + ["unsteered"] * 2 + ["value"] * 2
+    rows = bench.run(Bench(repeats=1, tokens=4, given=tiny_lm), ["steered", "readings", "unsteered", "value"])
+    assert [row.name for row in rows] == ["steered"] * 3 + ["readings"] * 2 + ["unsteered"] * 2 + ["value"] * 2
     assert all(row.median > 0 for row in rows)
-    assert capsys.readouterr().out.count("batch 8") == 3
+    assert capsys.readouterr().out.count("batch 8") == 4
     assert tiny_lm.network.generation_config.eos_token_id == 3  # put back
 
 

@@ -53,8 +53,8 @@ class PackedArtifact:
             except InputError as error:
                 allowed = "an artifact saved by steer (safetensors with a card)"
                 raise InputError("artifact", str(error.given).removeprefix(str(file)).strip(" ()"), allowed) from None
-        check(card.kind != "reft", "artifact", "kind 'reft'", f"{', '.join(INNER)}: it is an edit on transformers alone")
-        allowed = f"{', '.join(INNER)}: others act before the engine, as edits="
+        others = "on transformers alone" if card.kind == "reft" else "before the engine, as edits="
+        allowed = f"{', '.join(INNER)}: others act {others}"
         check(card.kind in INNER, "artifact", f"kind {card.kind!r}", allowed)
         inside = any(card.settings.get(name) for name in ("gate", "tokens"))
         check(not inside, "artifact", "a card that names a probe's file", "a vector that was loaded with its gate")

@@ -21,6 +21,7 @@ from steer.bench.harness import Bench, Figure
 
 FIGURES: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "steered": language.steered,
+    "readings": language.readings,
     "unsteered": language.unsteered,
     "hook": language.hook,
     "extraction": language.extraction,

@@ -8,7 +8,7 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,43 @@ WIDTH, DEPTH = 4096, 30  # of the stack of trivial blocks
 def steered(bench: Bench) -> Iterator[Figure]:
     """Tokens a second with a vector on the middle third of the layers, over those without."""
     vectors = [bench.vector(seed) for seed in range(8)]
-    plain, one = _in_turns(bench, 1, [[], [(vectors[0], None)]])
+    plain, one = _in_turns(bench, 1, [_mounted(), _mounted((vectors[0], None))])
     yield Figure("steered", "steered / unsteered tokens/s, batch 1", ratios(plain, one), at_least=0.97)
     each = [(vector, [row]) for row, vector in enumerate(vectors)]
-    plain, same, different = _in_turns(bench, 8, [[], [(vectors[0], None)], each])
+    plain, same, different = _in_turns(bench, 8, [_mounted(), _mounted((vectors[0], None)), _mounted(*each)])
     yield Figure("steered", "steered / unsteered tokens/s, batch 8", ratios(plain, same), at_least=0.97)
     yield Figure("steered", "the same with eight different vectors", ratios(plain, different))
 
 
-def _in_turns(bench: Bench, rows: int, edits: Sequence[Sequence[tuple[Any, Any]]]) -> list[list[float]]:
-    """Seconds of every decode step under each set of edits. The runs take their steps in turns, so that each pair
+def readings(bench: Bench) -> Iterator[Figure]:
+    """Tokens a second with two vectors read at every token, over those without."""
+    from steer.readings import as_readings
+
+    read = as_readings({f"vector-{seed}": bench.vector(seed) for seed in range(2)}, None, bench.model.info)
+    for rows in (1, 8):
+        plain, watched = _in_turns(bench, rows, [_mounted(), lambda process: process.watched(read)])
+        name = f"two readings of ten layers / none, tokens/s, batch {rows}"
+        yield Figure("readings", name, ratios(plain, watched), at_least=0.98)
+
+
+def _mounted(*edits: tuple[Any, Any]) -> Callable[[Any], Any]:
+    """A process under edits, each for some rows or for all."""
+
+    def mount(process: Any) -> Any:
+        for edit, wanted in edits:
+            process = process.edited(edit, wanted)
+        return process
+
+    return mount
+
+
+def _in_turns(bench: Bench, rows: int, kinds: Sequence[Callable[[Any], Any]]) -> list[list[float]]:
+    """Seconds of every decode step of each kind of process. The runs take their steps in turns, so that each pair
     of times is a fraction of a second apart.
     """
-    seen: list[list[float]] = [[] for _ in edits]
+    seen: list[list[float]] = [[] for _ in kinds]
     for seed in range(-(-bench.repeats // 4)):
-        steps = [_decoding(bench, rows, mounted, seed) for mounted in edits]
+        steps = [_decoding(bench, rows, kind, seed) for kind in kinds]
         for step in steps:
             step()
         for mine, times in zip(seen, alternate(steps, bench.tokens - 2, bench.clock), strict=True):
@@ -45,11 +67,9 @@ def _in_turns(bench: Bench, rows: int, edits: Sequence[Sequence[tuple[Any, Any]]
     return seen
 
 
-def _decoding(bench: Bench, rows: int, edits: Sequence[tuple[Any, Any]], seed: int) -> Task:
+def _decoding(bench: Bench, rows: int, kind: Callable[[Any], Any], seed: int) -> Task:
     """Reads the prompts; each call then draws a token for every row and runs its pass (the last token has none)."""
-    process = bench.model.process(max_new_tokens=bench.tokens, eos_token_id=[])
-    for edit, wanted in edits:
-        process = process.edited(edit, wanted)
+    process = kind(bench.model.process(max_new_tokens=bench.tokens, eos_token_id=[]))
     generator = torch.Generator().manual_seed(seed)
     state = process.init(bench.prompts(rows), 1, generator)
 
@@ -265,7 +285,7 @@ def value(bench: Bench) -> Iterator[Figure]:
     nn.init.normal_(head.outer.weight, std=0.02)
     guidance = ValueGuidance(HeadValue(head.to(bench.model.device), bench.model.info.unembedding()), beta=1.0, top_k=20)
     for rows in (1, 8):
-        plain, guided = _in_turns(bench, rows, [[], [(guidance, None)]])
+        plain, guided = _in_turns(bench, rows, [_mounted(), _mounted((guidance, None))])
         yield Figure("value", f"Q-head / plain, cost of a token, batch {rows}", ratios(guided, plain), at_most=1.1)
 
 
