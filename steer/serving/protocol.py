@@ -89,6 +89,13 @@ class TextPart(_FromClients):
     cache_control: dict[str, Any] | None = _ignored()
 
 
+_NULL_FROM_THE_ASSISTANT: list[dict[str, Any]] = [
+    {"properties": {"role": {"enum": ["system", "developer", "user"]}, "content": {"type": ["string", "array"]}}},
+    {"properties": {"role": {"const": "assistant"}}},
+]
+"""For the server's description: whose content may be null."""
+
+
 class Message(_FromClients):
     """One message of a chat. A chat that ends with the assistant's own words is continued there.
 
@@ -96,6 +103,7 @@ class Message(_FromClients):
     is empty, and a content that is null is an empty text.
     """
 
+    model_config = ConfigDict(json_schema_extra={"oneOf": _NULL_FROM_THE_ASSISTANT})
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart] | None
     name: Text | None = None

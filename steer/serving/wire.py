@@ -131,6 +131,9 @@ def _artifact_name(name: str) -> str:
     return name
 
 
+ArtifactName = Annotated[str, Field(json_schema_extra={"pattern": f"^{NAME.pattern}$"}), AfterValidator(_artifact_name)]
+
+
 class VectorRequest(_Strict):
     """A steering vector in the request itself: a direction for each of some layers, 0 the first block, as numbers or as
     base64 of little-endian float32. Servers take it where they were started with `--inline-vectors`.
@@ -142,6 +145,13 @@ class VectorRequest(_Strict):
     )
 
 
+_NAMED_OR_INLINE: list[dict[str, Any]] = [
+    {"required": ["name"], "properties": {"name": {"pattern": f"^{NAME.pattern}$"}, "vector": {"type": "null"}}},
+    {"required": ["vector"], "properties": {"name": {"const": ""}, "vector": {"type": "object"}}},
+]
+"""For the server's description: one of the two, and the other not at all."""
+
+
 class EditRequest(_Strict):
     """A registered vector, controller or value head by its `name`, or a `vector` of the request's own, with settings in
     place of its card's (see `steer.load_edit`).
@@ -150,7 +160,7 @@ class EditRequest(_Strict):
     """
 
     where: ClassVar[str] = "steer.edits"
-    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["name"]}, {"required": ["vector"]}]})
+    model_config = ConfigDict(json_schema_extra={"oneOf": _NAMED_OR_INLINE})
     vector: VectorRequest | None = Field(default=None, description="In place of `name`, where the server takes them.")
     name: str = Field(default="", validate_default=True, description="Needed where there is no `vector`.")
     strength: Strength | None = None
@@ -186,7 +196,7 @@ class SteerRequest(_Strict):
     """How one request is to be steered."""
 
     edits: list[EditRequest] = Field(default=[], max_length=64)
-    readings: list[Annotated[str, AfterValidator(_artifact_name)]] = Field(default=[], max_length=16)
+    readings: list[ArtifactName] = Field(default=[], max_length=16)
     """Registered vectors and probes, by name: each gives a number for each token, read where the token is chosen."""
     stop_if: Annotated[str, Field(max_length=256), AfterValidator(encodable)] | None = None
     """A comparison of one of the readings with a number, such as `calm < -1.5`: a text ends with the first token whose
