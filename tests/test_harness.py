@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,42 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval_tools import ROWS, evaluated, write_tasks
 
 import steer
 from steer.cli import main
 from steer.core import InputError
 
-lm_eval = pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval")
 
 PAIRS = [{"positive": "the sun is good", "negative": "the rain is bad"}, {"positive": "happy", "negative": "sad"}]
-ROWS = [
-    {"question": "the sun is", "choices": ["good", "bad dog"], "gold": 0, "line": "good"},
-    {"question": "a dog in the rain", "choices": ["is sad", "is happy"], "gold": 1, "line": "happy"},
-    {"question": "why hello world", "choices": ["the cat", "sat on a mat"], "gold": 0, "line": "the"},
-]
-CHOICES = """
-task: toy_choices
-dataset_path: json
-dataset_kwargs: {data_files: ROWS}
-test_split: train
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: gold
-target_delimiter: " "
-metric_list: [{metric: acc}]
-"""
-WRITTEN = """
-task: toy_written
-dataset_path: json
-dataset_kwargs: {data_files: ROWS}
-test_split: train
-output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "{{line}}"
-generation_kwargs: {until: ["."], max_gen_toks: 4, do_sample: false}
-metric_list: [{metric: exact_match}]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +27,7 @@ def vector(tiny_lm: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tasks")
-    rows = folder / "rows.jsonl"
-    rows.write_text("\n".join(map(json.dumps, ROWS)))
-    for name, text in (("choices", CHOICES), ("written", WRITTEN)):
-        (folder / f"{name}.yaml").write_text(text.replace("ROWS", str(rows)))
-    return folder
-
-
-def evaluated(model: Any, tasks: Path, *names: str) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    return lm_eval.simple_evaluate(
-        model=model, tasks=list(names), task_manager=manager, log_samples=True, bootstrap_iters=0, batch_size=1
-    )
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 def test_a_toy_task_is_what_a_hand_computation_gives(tiny_lm: Any, vector: Any, tasks: Path) -> None:

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from steer.core import Edit, PromptEdit, RawText, SteerError, check
 from steer.loading import load
 
@@ -34,7 +36,8 @@ class SteerLM(TemplateLM):
         model: a name for `steer.load`, or a model.
         edit: edits for every text: `FILE[:strength][:key=value]...`, or edit objects.
         engine: transformers or vllm.
-        dtype, device: of loading; the harness's own `device` is taken where it names one.
+        dtype, device: of loading. The harness's own `device` is a GPU unless it is told another: without one it is the
+            processor.
         max_gen_toks: the longest continuation of a task that does not say.
         batch_size, max_batch_size: taken from the harness; rows are batched by their length.
 
@@ -55,7 +58,7 @@ class SteerLM(TemplateLM):
         super().__init__()
         named = isinstance(model, str)
         settings: dict[str, Any] = {"dtype": dtype}
-        if engine == "transformers" and device not in (None, "", "cuda", "cpu"):
+        if engine == "transformers" and _is_here(device):
             settings["device"] = device
         opened: Any = load  # its overloads are for engines that are written out
         self.model: Any = opened(model, engine=engine, **settings) if named else model
@@ -175,6 +178,10 @@ class SteerLM(TemplateLM):
         ids, room = self.tok_encode(text), self.max_length - new
         check(room > 0, "max_gen_toks", new, f"fewer than {self.max_length}, the model's context")
         return RawText(text if len(ids) <= room else self.tokenizer.decode(ids[-room:]))
+
+
+def _is_here(device: str | None) -> bool:
+    return bool(device) and not (str(device).startswith("cuda") and not torch.cuda.is_available())
 
 
 def _fitted(context: list[int], continuation: list[int], longest: int) -> tuple[list[int], list[int]]:
