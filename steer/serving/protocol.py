@@ -9,6 +9,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     StrictBool,
     StrictFloat,
     StrictInt,
@@ -89,7 +90,7 @@ class TextPart(_FromClients):
     cache_control: dict[str, Any] | None = _ignored()
 
 
-_NULL_FROM_THE_ASSISTANT: list[dict[str, Any]] = [
+_NULL_FROM_THE_ASSISTANT: list[JsonValue] = [
     {"properties": {"role": {"enum": ["system", "developer", "user"]}, "content": {"type": ["string", "array"]}}},
     {"properties": {"role": {"const": "assistant"}}},
 ]

@@ -10,7 +10,16 @@ import ipaddress
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from steer.artifacts import MAX_STRENGTH
@@ -145,7 +154,7 @@ class VectorRequest(_Strict):
     )
 
 
-_NAMED_OR_INLINE: list[dict[str, Any]] = [
+_NAMED_OR_INLINE: list[JsonValue] = [
     {"required": ["name"], "properties": {"name": {"pattern": f"^{NAME.pattern}$"}, "vector": {"type": "null"}}},
     {"required": ["vector"], "properties": {"name": {"const": ""}, "vector": {"type": "object"}}},
 ]
