@@ -14,9 +14,10 @@ from torch import Tensor
 
 from steer.artifacts import MAX_STRENGTH, Card, load, read_folder_card, save
 from steer.core import Edit, InputError, check
-from steer.core.edit import Scope, ranges
+from steer.core.edit import ranges
 from steer.core.names import check_known
 from steer.core.notebook import text_html
+from steer.core.scope import Scope
 from steer.gguf import load_gguf
 from steer.hub import PREFIX, address_of, download, model_page, upload
 from steer.methods.controller import Controller, ControllerNetwork
@@ -146,6 +147,10 @@ def parse_edit(text: str, model: Any = None) -> Edit:
     return load_edit(path, strength, model=model, **options)
 
 
+_HOLD_A_COLON = ("=from", "=first", "=inside", "=outside")
+"""Beginnings of scopes: `scope=from:K`."""
+
+
 def split_spec(text: str) -> tuple[str, float | None, dict[str, str]]:
     """The parts of an edit's specification; raises `InputError`."""
     parts = text.split(":")
@@ -153,9 +158,7 @@ def split_spec(text: str) -> tuple[str, float | None, dict[str, str]]:
     options: dict[str, str] = {}
     while len(parts) > 1:
         last = parts[-1]
-        if len(parts) > 2 and parts[-2].endswith(
-            ("=from", "=first")
-        ):  # values that hold a colon: scope=from:K, first:N
+        if len(parts) > 2 and parts[-2].endswith(_HOLD_A_COLON):
             last = f"{parts.pop(-2)}:{last}"
         key, equals, value = last.partition("=")
         if equals and key.isidentifier():

@@ -19,7 +19,7 @@ from steer import artifacts
 from steer.artifacts import Card
 from steer.cli import generating, main
 from steer.cli import training as training_jobs
-from steer.core.edit import Scope
+from steer.core.scope import Scope
 from steer.edits import parse_edit
 from steer.files import write_text
 from steer.gguf import load_gguf, save_gguf

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -32,3 +33,12 @@ def fingerprint(model_type: str, num_layers: int, width: int, shape: Sequence[in
     if sample is not None:
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def token_of(tokenizer: Any, text: str) -> int | None:
+    """Id of the one token that is written so, whether control token or piece of text; None where there is none."""
+    own = tokenizer.convert_tokens_to_ids(text)
+    if own is not None and own != tokenizer.unk_token_id:
+        return int(own)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return int(ids[0]) if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None

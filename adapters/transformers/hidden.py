@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from steer.core import HiddenEdit, ModelInfo, Operator
+from steer.core.scope import Marks
 
 RowEdit = Callable[[Tensor], Tensor]
 
@@ -29,15 +30,31 @@ class Act:
     """`[N]`; zero for rows that did not ask for it."""
     start: Tensor
     stop: Tensor
+    opened: Tensor
+    """Whether the part that `marks` mark is open after what each row has read `[N]`."""
+    marks: Marks | None = None
 
-    def at(self, position: Tensor) -> Tensor:
-        """Weight at each of `position` `[N]` or `[N, T]`, zero outside the scope."""
+    def at(self, position: Tensor, opened: Tensor | None = None) -> Tensor:
+        """Weight at each of `position` `[N]` or `[N, T]`, zero outside the scope; `opened` is what holds there."""
         shape = (-1,) + (1,) * (position.dim() - 1)
         inside = (position >= self.start.view(shape)) & (position < self.stop.view(shape))
+        if self.marks is not None:
+            inside &= (self.opened.view(shape) if opened is None else opened) == self.marks.inside
         return inside * self.weight.view(shape)
 
+    def after(self, tokens: Tensor) -> Tensor:
+        """Whether the part is open after each of `tokens` `[N, T]`, read one after another; -1 is no token."""
+        assert self.marks is not None
+        opens = torch.isin(tokens, torch.tensor(self.marks.opening))
+        marks = opens | torch.isin(tokens, torch.tensor(self.marks.closing))
+        place = torch.where(marks, torch.arange(tokens.shape[1]), -1).cummax(1).values
+        return torch.where(place >= 0, opens.gather(1, place.clamp_min(0)), self.opened.unsqueeze(1))
+
     def rows(self, index: Tensor) -> Act:
-        return replace(self, weight=self.weight[index], start=self.start[index], stop=self.stop[index])
+        return replace(self, **{name: getattr(self, name)[index] for name in _OF_ROWS})
+
+
+_OF_ROWS = ("weight", "start", "stop", "opened")
 
 
 class HiddenProgram:
@@ -45,6 +62,8 @@ class HiddenProgram:
 
     def __init__(self, entries: Sequence[Act]) -> None:
         self.entries = tuple(entries)
+        self.marked = any(entry.marks is not None for entry in self.entries)
+        """Whether what acts depends on the tokens that are read."""
         self._decode: dict[int, RowEdit] = {}
         self._steps_left = 0.0
 
@@ -53,17 +72,19 @@ class HiddenProgram:
         cls,
         edits: Sequence[tuple[HiddenEdit, frozenset[int] | None]],
         info: ModelInfo,
-        lengths: Sequence[int],
+        ids: Sequence[Sequence[int]],
         weights: Sequence[Tensor | None],
     ) -> HiddenProgram:
-        """Entries for prompts of these `lengths`; `weights[i]` is `[B, terms]` for an edit that reads the prompt."""
+        """Entries for prompts `ids`; `weights[i]` is `[B, terms]` for an edit that reads the prompt."""
         entries = []
         for (edit, wanted), weight in zip(edits, weights, strict=True):
-            asked = torch.tensor([wanted is None or b in wanted for b in range(len(lengths))], dtype=torch.float32)
-            start, stop = torch.tensor([edit.scope.bounds(n) for n in lengths], dtype=torch.float64).unbind(1)
+            asked = torch.tensor([wanted is None or b in wanted for b in range(len(ids))], dtype=torch.float32)
+            start, stop = torch.tensor([edit.scope.bounds(len(row)) for row in ids], dtype=torch.float64).unbind(1)
+            marks = edit.scope.marks(info.token_id)
+            opened = torch.tensor([marks is not None and bool(marks.last(row)) for row in ids])
             for i, term in enumerate(edit.terms(info)):
                 scale = asked if weight is None else torch.where(asked > 0, weight[:, i].float().cpu(), 0.0)
-                entries.append(Act(term.layer, term.operator, scale, start, stop))
+                entries.append(Act(term.layer, term.operator, scale, start, stop, opened, marks))
         return cls(entries)
 
     def __bool__(self) -> bool:
@@ -91,24 +112,64 @@ class HiddenProgram:
             return torch.cat([getattr(plan.entries[i], name) for plan in plans])
 
         entries = [
-            replace(entry, **{name: joined(i, name) for name in ("weight", "start", "stop")})
-            for i, entry in enumerate(plans[0].entries)
+            replace(entry, **{name: joined(i, name) for name in _OF_ROWS}) for i, entry in enumerate(plans[0].entries)
         ]
         return cls(entries)
 
-    def chunk(self, position: Tensor) -> dict[int, RowEdit]:
-        """What to do at each layer in a pass over `position` `[N, T]`."""
-        program: dict[int, RowEdit] = {}
-        for entry in self.entries:
-            weight = entry.at(position)
-            if bool((weight != 0).any()):
-                _then(program, entry.layer, _weighted(entry.operator, weight))
+    def prompt(self, position: Tensor) -> dict[int, RowEdit]:
+        """What to do at each layer in a pass over the prompts, or their ends, at `position` `[N, T]`."""
+        return _chunk(self.entries, position, [None] * len(self.entries))
+
+    def chunk(self, position: Tensor, tokens: Tensor, real: Tensor | None = None) -> dict[int, RowEdit]:
+        """What to do at each layer in a pass over further `tokens` `[N, T]` at `position`, which are read where they
+        are `real` `[N, T]`.
+        """
+        opened = self._after(tokens, real)
+        program = _chunk(self.entries, position.cpu(), opened)
+        self._read(opened)
+        self._steps_left = 0
         return program
 
-    def decode(self, position: Tensor) -> dict[int, RowEdit]:
-        """What to do at each layer for one more token of every row, at `position` `[N]`. Rebuilt only when a scope
-        begins or ends.
+    def branches(self, position: Tensor, candidates: Tensor) -> dict[int, RowEdit]:
+        """What to do at each layer for `candidates` `[N, K]` of the next token at `position` `[N]`; `take` says which
+        was taken.
         """
+        if not self.marked:
+            return self.decode(position, candidates)
+        self._steps_left = 0
+        each = [self._after(column, None) for column in candidates.split(1, 1)]
+        opened = [None if parts[0] is None else torch.cat(list(parts), 1) for parts in zip(*each, strict=True)]
+        return _chunk(self.entries, position.unsqueeze(1).expand_as(candidates).cpu(), opened)
+
+    def take(self, tokens: Tensor, real: Tensor | None = None) -> bool:
+        """Read the next token of every row `[N]`; whether a part begins or ends with one of them."""
+        if not self.marked:
+            return False
+        opened = self._after(tokens.unsqueeze(1), None if real is None else real.unsqueeze(1))
+        before = [entry.opened for entry in self.entries]
+        self._read(opened)
+        return any(bool((old != new.opened).any()) for old, new in zip(before, self.entries, strict=True))
+
+    def _after(self, tokens: Tensor, real: Tensor | None) -> list[Tensor | None]:
+        """For each entry with marks whether its part is open after each of `tokens` `[N, T]`."""
+        if not self.marked:
+            return [None] * len(self.entries)
+        read = (tokens if real is None else torch.where(real.bool(), tokens, -1)).cpu()
+        return [None if entry.marks is None else entry.after(read) for entry in self.entries]
+
+    def _read(self, opened: Sequence[Tensor | None]) -> None:
+        if self.marked:
+            self.entries = tuple(
+                entry if after is None else replace(entry, opened=after[:, -1])
+                for entry, after in zip(self.entries, opened, strict=True)
+            )
+
+    def decode(self, position: Tensor, tokens: Tensor, real: Tensor | None = None) -> dict[int, RowEdit]:
+        """What to do at each layer for one more token of every row `[N]`, at `position` `[N]`. Rebuilt only when a
+        scope begins or ends.
+        """
+        if self.marked and self.take(tokens, real):
+            self._steps_left = 0
         if self._steps_left <= 0:
             position = position.double().cpu()
             self._decode = self._merged(position)
@@ -145,6 +206,15 @@ class HiddenProgram:
             if constant is not None:
                 _then(program, layer, adding(constant))
         return program
+
+
+def _chunk(entries: Sequence[Act], position: Tensor, opened: Sequence[Tensor | None]) -> dict[int, RowEdit]:
+    program: dict[int, RowEdit] = {}
+    for entry, state in zip(entries, opened, strict=True):
+        weight = entry.at(position, state)
+        if bool((weight != 0).any()):
+            _then(program, entry.layer, _weighted(entry.operator, weight))
+    return program
 
 
 def _then(program: dict[int, RowEdit], layer: int, step: RowEdit) -> None:

@@ -23,7 +23,7 @@ from transformers.utils import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE, cached_file
 
 from steer.adapters.language.blocks import decoder_blocks, trunk_of
 from steer.adapters.language.decoding import Decoding
-from steer.adapters.language.facts import CALIBRATION, fingerprint
+from steer.adapters.language.facts import CALIBRATION, fingerprint, token_of
 from steer.adapters.language.generation import own_settings
 from steer.adapters.language.model import TextModel, check_lengths
 from steer.adapters.transformers import learning, tracking
@@ -234,6 +234,7 @@ class LanguageModel(TextModel):
             model_type=str(self.config.model_type),
             residual_norms=self.residual_norms,
             unembedding=lambda: _weight(self.network.get_output_embeddings()),
+            token_id=lambda text: token_of(self.tokenizer, text),
         )
 
     def _fingerprint(self) -> str:

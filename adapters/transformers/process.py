@@ -172,6 +172,7 @@ class TextProcess(Process):
 
     def validate(self, edit: Edit) -> None:
         if isinstance(edit, HiddenEdit):
+            edit.scope.marks(self.model.info.token_id)
             depth = self.model.info.num_layers
             for layer in (*(term.layer for term in edit.terms(self.model.info)), *edit.reads):
                 check(0 <= layer < depth, "layer", layer, f"0 to {depth - 1}, the blocks of {self.model.info.name}")

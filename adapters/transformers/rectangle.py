@@ -103,8 +103,8 @@ def start(
     seen = mask if padded else None
     reads = sorted({layer for edit, _ in edits for layer in edit.reads})
     if not reads:
-        plan = HiddenProgram.compile(edits, body.info, lengths, [None] * len(edits)) if edits else None
-        program = plan.chunk(position.cpu()) if plan else {}
+        plan = HiddenProgram.compile(edits, body.info, ids, [None] * len(edits)) if edits else None
+        program = plan.prompt(position.cpu()) if plan else {}
         found = _forward(body, tokens, seen, position, cache, program, hidden=hidden, reader=reader)
     else:
         with body.recording(reads) as states:
@@ -113,7 +113,7 @@ def start(
         weights = [
             edit.weights({layer: at_end[layer] for layer in edit.reads}) if edit.reads else None for edit, _ in edits
         ]
-        plan = HiddenProgram.compile(edits, body.info, lengths, weights)
+        plan = HiddenProgram.compile(edits, body.info, ids, weights)
         found, cache, more = _read_again(body, tokens, seen, position, cache, plan, found, reader)
         cost = cost + more
     return Track(body, cache, mask, padded, position[:, -1] + 1, **found.last(), plan=plan or None, reader=reader), cost
@@ -143,7 +143,7 @@ def _read_again(
         tokens, position = tokens[:, -1:], position[:, -1:]
     else:
         cache = body.new_cache()
-    program = plan.chunk(position.cpu())
+    program = plan.prompt(position.cpu())
     again = _forward(body, tokens, seen, position, cache, program, hidden=found.hidden is not None, reader=reader)
     # Rows on which nothing acts keep every bit of the first pass.
     idle = (~acts).nonzero().squeeze(1).to(found.logits.device)
@@ -188,7 +188,7 @@ def advance(track: Track, tokens: Tensor, real: Tensor | None = None) -> tuple[T
         if taken is not None:
             return taken, 0
     mask = torch.cat([track.mask, track.mask.new_ones(len(track.mask), 1)], 1)
-    program = track.plan.decode(track.position) if track.plan else {}
+    program = track.plan.decode(track.position, tokens) if track.plan else {}
     found = _moved(track, tokens.unsqueeze(1), mask if track.padded else None, track.position, program)
     return replace(track, mask=mask, position=track.position + 1, **found.last(), branch=None), 1
 
@@ -206,7 +206,7 @@ def _advance_some(track: Track, tokens: Tensor, real: Tensor) -> tuple[Track, in
         crop_last(track.cache, track.branch[0].shape[1])
         track.branch = None
     mask = torch.cat([track.mask, real.to(track.mask).unsqueeze(1)], 1)
-    program = track.plan.decode(track.position) if track.plan else {}
+    program = track.plan.decode(track.position, tokens, real) if track.plan else {}
     # A waiting row must still attend to something: its junk key, which no later step will see.
     seen = mask.clone()
     seen[:, -1] = 1
@@ -225,7 +225,7 @@ def replay(track: Track, tokens: Tensor, real: Tensor) -> Track:
     position = track.position.unsqueeze(1) + (real.long().cumsum(1) - 1).clamp_min(0)
     mask = torch.cat([track.mask, real.to(track.mask)], 1)
     padded = track.padded or not bool(real.all())
-    program = track.plan.chunk(position.cpu()) if track.plan else {}
+    program = track.plan.chunk(position, tokens, real) if track.plan else {}
     found = _moved(track, tokens, mask if padded else None, position, program)
     return replace(track, mask=mask, padded=padded, position=track.position + real.sum(1), **found.last(), branch=None)
 
@@ -278,7 +278,7 @@ def look(track: Track, candidates: Tensor) -> Tensor:
     blocked[..., :old].masked_fill_(track.mask[:, None, None, :].bool(), 0.0)
     blocked[..., old:].masked_fill_(torch.eye(k, dtype=torch.bool, device=blocked.device), 0.0)
     position = track.position.unsqueeze(1).expand(n, k)
-    program = track.plan.decode(track.position) if track.plan else {}
+    program = track.plan.branches(track.position, candidates) if track.plan else {}
     found = _moved(track, candidates, blocked, position, program, keep=0, hidden=True)
     assert found.hidden is not None
     track.branch = (candidates, found)
@@ -296,6 +296,8 @@ def _take_branch(track: Track, tokens: Tensor) -> Track | None:
         crop_last(track.cache, width)
         return None
     choice = found.int().argmax(1)
+    if track.plan is not None:
+        track.plan.take(tokens)
     for layer in track.cache.layers:
         layer.keep_branch(width, choice)
     rows = torch.arange(len(choice), device=choice.device)
@@ -327,6 +329,6 @@ def continuation_hidden(track: Track, tokens: Tensor) -> Tensor:
 def _continued(track: Track, fed: Tensor, hidden: bool) -> Pass:
     position = track.position.unsqueeze(1) + torch.arange(fed.shape[1], device=fed.device)
     mask = torch.cat([track.mask, track.mask.new_ones(fed.shape)], 1)
-    program = track.plan.chunk(position.cpu()) if track.plan else {}
+    program = track.plan.chunk(position, fed) if track.plan else {}
     given = {"keep": 1 if hidden else 0, "hidden": hidden, "reader": None}
     return _moved(track, fed, mask if track.padded else None, position, program, **given)

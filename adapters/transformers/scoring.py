@@ -65,8 +65,8 @@ def prompt_logits(body: Body, ids: Sequence[int], edits: Sequence[HiddenEdit]) -
     tokens = torch.tensor([list(ids)], device=body.device)
     position = torch.arange(len(ids), device=body.device).unsqueeze(0)
     mounted = [(edit, None) for edit in edits]
-    plan = HiddenProgram.compile(mounted, body.info, [len(ids)], [None] * len(edits)) if edits else None
-    program = plan.chunk(position.cpu()) if plan else {}
+    plan = HiddenProgram.compile(mounted, body.info, [ids], [None] * len(edits)) if edits else None
+    program = plan.prompt(position.cpu()) if plan else {}
     return body.forward(tokens, None, position, body.new_cache(), program, keep=0)[0][0]
 
 

@@ -78,7 +78,7 @@ class Client(ABC):
                 self.draw(*_calibration(self.tokenizer))
                 values = _norms(self.rpc("steer_measure", False), front.info.num_layers)
             front.measured = front.measured or norms
-            front.info = model_info(self.config, mark, None if values is None else torch.tensor(values))
+            front.info = model_info(self.config, mark, None if values is None else torch.tensor(values), self.tokenizer)
             self.rpc("steer_introduce", mark, values)
 
     def register(self, name: str, data: bytes, any_model: bool, used: set[str]) -> str:

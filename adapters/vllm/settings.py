@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from steer.adapters.language.facts import token_of
 from steer.core import InputError, ModelInfo, SteerError, UnsupportedError, check
 from steer.edits import parse_layers
 from steer.serving.limits import Limits
@@ -220,7 +221,7 @@ def _limits(given: Any, room: dict[str, int]) -> Limits:
         raise InputError(f"{where}.{error.field}", error.given, error.allowed) from None
 
 
-def model_info(config: Any, fingerprint: str, norms: torch.Tensor | None) -> ModelInfo:
+def model_info(config: Any, fingerprint: str, norms: torch.Tensor | None, tokenizer: Any = None) -> ModelInfo:
     """The facts that an edit may ask for, from a `VllmConfig`. Norms are those that were measured, if they were."""
     text = config.model_config.hf_text_config
 
@@ -237,4 +238,5 @@ def model_info(config: Any, fingerprint: str, norms: torch.Tensor | None) -> Mod
         model_type=str(text.model_type),
         residual_norms=measured,
         unembedding=lambda: torch.empty(0),
+        token_id=lambda text: None if tokenizer is None else token_of(tokenizer, text),
     )

@@ -126,10 +126,10 @@ def hook(bench: Bench) -> Iterator[Figure]:
     from steer.adapters.transformers.hooks import Hooks
 
     blocks = _stack()
-    hooks, plan, position = Hooks(blocks), _plan(DEPTH), torch.tensor([100])
+    hooks, plan, position, token = Hooks(blocks), _plan(DEPTH), torch.tensor([100]), torch.tensor([0])
 
     def step() -> None:
-        program = plan.decode(position)
+        program = plan.decode(position, token)
         with hooks.running(program):
             _through(blocks, hidden)
 
@@ -175,7 +175,7 @@ def _plan(depth: int) -> Any:
         unembedding=lambda: torch.zeros(1, WIDTH),
     )
     vector = SteeringVector({layer: torch.randn(WIDTH) for layer in range(depth)}, 0.02)
-    return HiddenProgram.compile([(vector, None)], info, [5], [None])
+    return HiddenProgram.compile([(vector, None)], info, [range(5)], [None])
 
 
 def _added(step: Task, bench: Bench, steps: int = 500) -> list[float]:

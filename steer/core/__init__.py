@@ -13,11 +13,12 @@ Axis letters used in this package: `B` prompts, `N` rows (particles, candidates)
 
 from __future__ import annotations
 
-from steer.core.edit import Edit, HiddenEdit, ModelInfo, Operator, Prompt, PromptEdit, RawText, Scope, Site, Term
+from steer.core.edit import Edit, HiddenEdit, ModelInfo, Operator, Prompt, PromptEdit, RawText, Site, Term
 from steer.core.errors import InputError, RewardError, SteerError, UnsupportedError, check, check_whole
 from steer.core.process import Ability, Context, Mounted, Process, State, TransitionEdit
 from steer.core.sampler import Run, Sampler
 from steer.core.samples import Cost, Reward, Samples
+from steer.core.scope import Scope
 
 __all__ = [
     "Ability",

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from steer.core.errors import UnsupportedError, check
+from steer.core.errors import UnsupportedError
+from steer.core.scope import Scope
 
 Prompt = str | Sequence[dict[str, Any]]
 """Text, or a chat: `[{"role": "user", "content": "..."}]`."""
@@ -79,62 +80,6 @@ class Operator(ABC):
 
 
 @dataclass(frozen=True)
-class Scope:
-    """The token positions at which a hidden edit acts, absolute and without padding: `start <= position < stop`.
-
-    A bound counts from the start of the prompt, or, where `*_at_reply` is set, from the prompt's length.
-    """
-
-    start: int = 0
-    stop: int | None = None
-    start_at_reply: bool = False
-    stop_at_reply: bool = False
-
-    NAMES: ClassVar[str] = "all, prompt, last, generated, reply, from:K, first:N"
-
-    @classmethod
-    def parse(cls, text: str | Scope) -> Scope:
-        """`all`; `prompt`; `last` (the last prompt position, which chooses the first token); `generated` (positions
-        of generated tokens, so from the second token on); `reply` (last + generated: every choice of a token);
-        `from:K` (absolute position K and later); `first:N` (the choices of the first N generated tokens: the last
-        prompt position and the N - 1 after it).
-        """
-        if isinstance(text, Scope):
-            return text
-        named = {
-            "all": cls(),
-            "prompt": cls(stop=0, stop_at_reply=True),
-            "last": cls(start=-1, stop=0, start_at_reply=True, stop_at_reply=True),
-            "generated": cls(start_at_reply=True),
-            "reply": cls(start=-1, start_at_reply=True),
-        }
-        if text in named:
-            return named[text]
-        kind, _, number = str(text).partition(":")
-        good = kind in ("from", "first") and number.isascii() and number.isdecimal() and len(number) <= 9
-        check(good and (kind == "from" or int(number) >= 1), "scope", text, cls.NAMES)
-        if kind == "from":
-            return cls(start=int(number))
-        return cls(start=-1, stop=int(number) - 1, start_at_reply=True, stop_at_reply=True)
-
-    @property
-    def name(self) -> str | None:
-        """The text that parses to it; None for bounds that have none."""
-        names = ["all", "prompt", "last", "generated", "reply", f"from:{max(self.start, 0)}"]
-        names += [f"first:{self.stop + 1}"] if self.stop is not None and self.stop >= 0 else []
-        return next((name for name in names if Scope.parse(name) == self), None)
-
-    def __str__(self) -> str:
-        return self.name or repr(self)
-
-    def bounds(self, prompt_length: int) -> tuple[int, float]:
-        """`(start, stop)` for a prompt of this length; `stop` is infinite where the scope has no end."""
-        start = self.start + (prompt_length if self.start_at_reply else 0)
-        stop = float("inf") if self.stop is None else self.stop + (prompt_length if self.stop_at_reply else 0)
-        return max(start, 0), stop
-
-
-@dataclass(frozen=True)
 class Term:
     """What a hidden edit does after block `layer` (0 = the first block)."""
 
@@ -157,6 +102,8 @@ class ModelInfo:
     """Median norm of the residual stream after each block `[L]`, measured on first use."""
     unembedding: Callable[[], Tensor] = field(repr=False, compare=False)
     """Output embedding matrix `[V, D]`."""
+    token_id: Callable[[str], int | None] = field(default=lambda text: None, repr=False, compare=False)
+    """The id of the token that is written so, None where the tokenizer has no such token."""
 
     def entry(self) -> dict[str, Any]:
         """The facts that an artifact's card keeps about its model."""

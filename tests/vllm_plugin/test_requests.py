@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
+from dataclasses import replace
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,9 +20,9 @@ from steer import Gate, SteeringVector
 from steer.adapters.vllm.artifacts import PackedArtifact, digest_of, pack
 from steer.adapters.vllm.client import Asynchronous, _norms
 from steer.adapters.vllm.plugin.blocks import BlockSteering, closed_form
-from steer.adapters.vllm.plugin.compiled import Compiled, SteeringRow, form, merged, stages_of
+from steer.adapters.vllm.plugin.compiled import Compiled, Spans, SteeringRow, form, merged, stages_of
 from steer.adapters.vllm.plugin.registry import Registry
-from steer.adapters.vllm.plugin.requests import Inside
+from steer.adapters.vllm.plugin.requests import Inside, Resolved, SteeredRequest
 from steer.adapters.vllm.plugin.slots import RowBank
 from steer.adapters.vllm.plugin.worker import Worker
 from steer.adapters.vllm.settings import Settings
@@ -140,6 +143,79 @@ def test_prompts_that_are_read_run_again_from_where_they_are_steered(
     assert (resolved.reads, resolved.rewind, resolved.private) == (True, rewind, private)
     known = front.resolve(Inside((EditRequest(name="gated"),), prompt_length=10, weights=((1.0, 1.0),)), 10)
     assert (known.reads, known.rewind) == (False, None)
+
+
+def request(resolved: Resolved) -> SteeredRequest:
+    edits = resolved.hidden
+    return SteeredRequest(
+        id="r",
+        prompt=resolved.prompt,
+        edits=[],
+        keys=[edit.key for edit in edits],
+        spans=Spans.of(edit.stretches for edit in edits),
+        weights=[None] * len(edits),
+        reading=False,
+        first=None,
+        measure=False,
+        tag=None,
+        params=None,
+        length=resolved.length,
+        asked=edits,
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_marks_that_come_in_pieces_are_those_of_the_whole_text(seed: int, front: Registry) -> None:
+    """Where edits act after passes of any sizes, some of them run again, is where they act if all is known at first."""
+    random = Random(seed)
+    front.info = replace(front.info, token_id={"a": 1, "b": 2, "c": 3, ".": 0}.get)
+    scopes = ["inside:a,b", "outside:a,b", "inside:c,.", "first:3", "outside:b,c"]
+    asked = front.parse({"edits": [{"name": "calm", "scope": scope} for scope in scopes]})
+    text = [random.randrange(8) for _ in range(60)]
+    prompt, length = 10, random.choice([10, 17])
+    asked = Inside(asked.edits, prompt_length=prompt)
+    whole = request(front.resolve(asked, len(text), ids=text))
+    sent = json.loads(json.dumps(front.resolve(asked, length, ids=text[:length]).pack()))
+    told = Resolved.of(SimpleNamespace(extra_args={"steer": sent}))
+    assert told is not None
+    mine = request(told)
+    assert mine.marked
+    at = 0
+    while at < len(text):
+        count = random.randint(1, 7)
+        mine.take(at, text[at : at + count])
+        at += count if random.random() < 0.8 else -min(at, 3)
+    for position in range(len(text)):
+        acting = [r.spans.acting(r.spans.segment(position)) for r in (mine, whole)]
+        assert acting[0] == acting[1], position
+        opened = {pair: last(text[: position + 1], pair) for pair in ((1, 2), (3, 0), (2, 3))}
+        by_hand = [
+            position >= 9 and opened[1, 2],
+            position >= 9 and not opened[1, 2],
+            position >= 9 and opened[3, 0],
+            9 <= position < 12,
+            position >= 9 and not opened[2, 3],
+        ]
+        assert acting[0] == tuple(i for i, acts in enumerate(by_hand) if acts)
+
+
+def last(text: list[int], pair: tuple[int, int]) -> bool:
+    marks = [token for token in text if token in pair]
+    return bool(marks) and marks[-1] == pair[0]
+
+
+def test_marks_need_tokens_and_an_engine_that_shows_them(front: Registry) -> None:
+    front.info = replace(front.info, token_id={"a": 1, "b": 2}.get)
+    asked = front.parse({"edits": [{"name": "calm", "scope": "inside:a,b"}, {"name": "calm", "scope": "outside:a,b"}]})
+    resolved = front.resolve(asked, 10, ids=[1] * 10)
+    assert resolved.rows == 2 and [edit.turns for edit in resolved.hidden] == [(9,), ()]
+    with pytest.raises(InputError, match="embeddings"):
+        front.resolve(asked, 10)
+    for more in ({"parallel": (1, 2)}, {"speculative": True}):
+        other = Registry(settings(**more), front.info)
+        registered(other, "calm", vector())
+        with pytest.raises(UnsupportedError, match="scope=inside:a,b"):
+            other.parse({"edits": [{"name": "calm", "scope": "inside:a,b"}]})
 
 
 # -------------------------------------------------------------------------------------------------- keys of the cache

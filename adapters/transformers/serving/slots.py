@@ -166,7 +166,7 @@ class SlotRows:
             mask if min(self._lengths) + 1 < width else None,
             position.unsqueeze(1),
             Cache(layers=self._layers),
-            self._steps(),
+            self._steps(tokens),
             hidden=any(self._watching),
             taps=RowReaders.taps(begun),
         )
@@ -183,11 +183,14 @@ class SlotRows:
         for layer, source in zip(self._layers, track.cache.layers, strict=True):
             layer.reserve((source.keys, source.values), rows, columns)
 
-    def _steps(self) -> dict[int, RowEdit]:
-        """What each layer does to the rows at their next positions; made anew when rows change or a scope begins or
+    def _steps(self, tokens: Tensor) -> dict[int, RowEdit]:
+        """What each layer does to the rows' next `tokens` `[N]`; made anew when rows change or a scope begins or
         ends.
         """
-        due = [plan is not None and plan.due(length) for plan, length in zip(self._plans, self._lengths, strict=True)]
+        due = [
+            plan is not None and plan.due(length, tokens, i)
+            for i, (plan, length) in enumerate(zip(self._plans, self._lengths, strict=True))
+        ]
         if self._program is None or any(due):
             self._program = _merged(self._plans, len(self))
         return self._program
@@ -209,9 +212,12 @@ class _RowPlan:
         self.program: dict[int, RowEdit] = {}
         self._until = -1.0
 
-    def due(self, position: int) -> bool:
-        """Whether something changes at this position; if so, look it up again."""
-        if position < self._until:
+    def due(self, position: int, tokens: Tensor, row: int) -> bool:
+        """Whether something changes at this position, where the row numbered `row` reads its one of `tokens` `[N]`; if
+        so, look it up again.
+        """
+        marked = self.plan.marked and self.plan.take(tokens[row : row + 1])
+        if position < self._until and not marked:
             return False
         at = torch.tensor([position], dtype=torch.float64)
         self._until = position + self.plan._until_change(at)

@@ -155,20 +155,26 @@ def _staged(
     return pending, stages
 
 
+Stretch = tuple[int, int | None]
+"""Positions `start <= position < stop`; None is the end of the text."""
+
+
 @dataclass(frozen=True)
 class Spans:
-    """Where the edits of a request act: edit i at positions `starts[i] <= position < stops[i]`. What acts changes at
-    `bounds`; a segment lies between two of them, and the last one has no end.
+    """Where the edits of a request act: the one numbered `edits[i]` at positions `starts[i] <= position < stops[i]`.
+    What acts changes at `bounds`; a segment lies between two of them, and the last one has no end.
     """
 
+    edits: tuple[int, ...]
     starts: tuple[int, ...]
     stops: tuple[int, ...]
 
     @classmethod
-    def of(cls, bounds: Iterable[tuple[int, int | None]]) -> Spans:
-        """From where each edit begins and ends; None is the end of the text."""
-        pairs = list(bounds)
-        return cls(tuple(a for a, _ in pairs), tuple(NEVER if b is None else b for _, b in pairs))
+    def of(cls, stretches: Iterable[Sequence[Stretch]]) -> Spans:
+        """From the stretches of each edit, which do not overlap."""
+        each = [(number, stretch) for number, mine in enumerate(stretches) for stretch in mine]
+        stops = tuple(NEVER if stop is None else stop for _, (_, stop) in each)
+        return cls(tuple(number for number, _ in each), tuple(start for _, (start, _) in each), stops)
 
     @cached_property
     def bounds(self) -> list[int]:
@@ -183,8 +189,8 @@ class Spans:
 
     def acting(self, segment: int) -> tuple[int, ...]:
         """Numbers of the edits that act in a segment."""
-        at = self.bounds[segment]
-        return tuple(i for i in range(len(self.starts)) if self.starts[i] <= at < self.stops[i])
+        at, stretches = self.bounds[segment], zip(self.edits, self.starts, self.stops, strict=True)
+        return tuple(number for number, start, stop in stretches if start <= at < stop)
 
     def within(self, start: int, count: int) -> range:
         """Segments that positions `start <= position < start + count` touch."""

@@ -65,7 +65,7 @@ def front_end(input_processor: Any) -> Registry:
         settings = settings_of(config)
         if settings is None:
             raise UnsupportedError('steering is off: start the engine with additional_config={"steer": {}}')
-        held = input_processor.steer = Registry(settings, model_info(config, "", None))
+        held = input_processor.steer = Registry(settings, model_info(config, "", None, input_processor.tokenizer))
     return held
 
 
@@ -104,7 +104,8 @@ def _process_inputs(
     request = original(processor, request_id, prompt, params, *args, **more)
     own = request.sampling_params
     with _refusing():
-        resolved = front.resolve(asked, len(request.prompt_token_ids or request.prompt_embeds), own.max_tokens)
+        ids = request.prompt_token_ids
+        resolved = front.resolve(asked, len(ids or request.prompt_embeds), own.max_tokens, ids)
     own.extra_args = {**own.extra_args, "steer": resolved.pack()}
     return request
 

@@ -11,15 +11,15 @@ import hashlib
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 from uuid import uuid4
 
 from steer.adapters.vllm.artifacts import PackedArtifact
 from steer.adapters.vllm.plugin.compiled import Compiled, stages_of
-from steer.adapters.vllm.plugin.requests import Inside, Resolved, ResolvedEdit
+from steer.adapters.vllm.plugin.requests import Inside, Resolved, ResolvedEdit, turns_of
 from steer.adapters.vllm.settings import Settings, need
 from steer.core import Edit, HiddenEdit, InputError, ModelInfo, Site, TransitionEdit, UnsupportedError, check
 from steer.methods.value import ValueGuidance
@@ -205,12 +205,24 @@ class Registry:
             return ReadyEdit(key, digest, json.loads(options), edit, None)
         assert isinstance(edit, HiddenEdit)
         compiled = Compiled.of(edit, self.info)
+        if edit.scope.marks(self.info.token_id) is not None:
+            for wrong, what in (
+                (self.settings.parallel[1] != 1, "several pipeline ranks"),
+                (self.settings.speculative, "speculative decoding"),
+            ):
+                if wrong:
+                    raise UnsupportedError(
+                        f"scope={edit.scope} goes by the reply's tokens, which does not go with {what}"
+                    )
         need(self.settings, reads=edit.reads, layers=tuple({layer for layer, _ in compiled.operators}))
         return ReadyEdit(key, digest, json.loads(options), edit, compiled)
 
-    def resolve(self, asked: Inside, length: int, max_tokens: int | None = None) -> Resolved:
-        """What the engine is told, for a prompt of `length` tokens and at most `max_tokens` more. Raises `InputError`
-        where buffers of a fixed size could overflow.
+    def resolve(
+        self, asked: Inside, length: int, max_tokens: int | None = None, ids: Sequence[int] | None = None
+    ) -> Resolved:
+        """What the engine is told, for a prompt of `length` tokens `ids` and at most `max_tokens` more. Raises
+        `InputError` where buffers of a fixed size could overflow, or where marks are looked for in a prompt that has
+        no tokens.
         """
         prompt = asked.prompt_length or length
         hidden: list[ResolvedEdit] = []
@@ -226,7 +238,8 @@ class Registry:
                 values.append(ResolvedEdit(mounted.digest, mounted.options))
                 continue
             known = asked.weights[len(hidden)] if asked.weights else None
-            hidden.append(_resolved(mounted, mounted.edit, prompt, known))
+            one = _resolved(mounted, mounted.edit, prompt, known)
+            hidden.append(self._among(ids, one, mounted.edit))
             reads = reads or (known is None and bool(mounted.edit.reads))
         first = min((e.start for e in hidden if e.stop is None or e.stop > e.start), default=None)
         rewind = first if reads and first is not None and first < prompt else None
@@ -247,6 +260,14 @@ class Registry:
         )
         need(self.settings, rows=resolved.rows)
         return resolved
+
+    def _among(self, ids: Sequence[int] | None, edit: ResolvedEdit, made: HiddenEdit) -> ResolvedEdit:
+        """An edit with the marks that it goes by, and its turns in the tokens that the request brings."""
+        marks = made.scope.marks(self.info.token_id)
+        if marks is None:
+            return edit
+        check(ids is not None, "scope", str(made.scope), "for prompts of embeddings one that goes by positions")
+        return replace(edit, marks=marks, turns=turns_of(marks, ids or (), edit.start))
 
 
 def _resolved(mounted: ReadyEdit, edit: HiddenEdit, prompt: int, known: tuple[float, ...] | None) -> ResolvedEdit:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from typing import Any
 
 from torch import Tensor
 
-from steer.adapters.vllm.plugin.compiled import Compiled, Spans, SteeringRow, merged
+from steer.adapters.vllm.plugin.compiled import Compiled, Spans, SteeringRow, Stretch, merged
+from steer.core.scope import Marks
 from steer.serving.wire import EditRequest
 
 
@@ -45,6 +47,47 @@ class ResolvedEdit:
     stop: int | None = None
     weights: tuple[float, ...] | None = None
     """What it decided when it read the prompt, where that is known."""
+    marks: Marks | None = None
+    """Tokens between which it acts; those that the request brings are counted in `turns`."""
+    turns: tuple[int, ...] = ()
+    """With marks, the positions at which it begins and ceases to act, in turn."""
+
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """Where it acts, as far as that is known."""
+        return ((self.start, self.stop),) if self.marks is None else stretches_of(self.turns)
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> ResolvedEdit:
+        """From plain data."""
+        marks = plain.get("marks")
+        if marks is None:
+            return cls(**plain)
+        known = Marks(tuple(marks["opening"]), tuple(marks["closing"]), marks["inside"])
+        return cls(**{**plain, "marks": known})
+
+
+def stretches_of(turns: Sequence[int]) -> tuple[Stretch, ...]:
+    """From where something begins and ends in turn."""
+    ends: list[int | None] = [*turns[1::2]]
+    return tuple(zip(turns[::2], ends if len(turns) % 2 == 0 else [*ends, None], strict=True))
+
+
+def turns_of(marks: Marks, ids: Sequence[int], start: int) -> tuple[int, ...]:
+    """Positions from `start` on at which what goes by `marks` begins and ceases to act, in turn, in a text `ids`."""
+    turns = [start] if bool(marks.last(ids[: start + 1])) is marks.inside else []
+    for position in range(start + 1, len(ids)):
+        turned(turns, marks, position, ids[position])
+    return tuple(turns)
+
+
+def turned(turns: list[int], marks: Marks, position: int, token: int) -> bool:
+    """Note in `turns` that `token` was read at `position`, where that begins or ends something; whether it does."""
+    opened = marks.last((token,))
+    if opened is None or (opened is marks.inside) is (len(turns) % 2 == 1):
+        return False
+    turns.append(position)
+    return True
 
 
 @dataclass(frozen=True)
@@ -88,7 +131,7 @@ class Resolved:
             return None
         plain = {name: value for name, value in given.items() if name != "resolved"}
         for name in ("hidden", "values"):
-            plain[name] = tuple(ResolvedEdit(**edit) for edit in given.get(name, ()))
+            plain[name] = tuple(ResolvedEdit.of(edit) for edit in given.get(name, ()))
         return cls(**plain)
 
     @property
@@ -100,16 +143,22 @@ class Resolved:
     def rows(self) -> int:
         """The most rows that a step can need for it: the different combinations of edits that act somewhere along the
         text. A step that reads a prompt, or reads a text again after preemption, can touch every segment of it; equal
-        combinations share a row.
+        combinations share a row. Of parts that tokens mark, any may be open anywhere.
         """
-        spans = Spans.of((edit.start, edit.stop) for edit in self.hidden)
-        acting = (spans.acting(segment) for segment in range(len(spans.bounds)))
-        return len({tuple(self.hidden[i].key for i in numbers) for numbers in acting if numbers})
+        spans = Spans.of([(edit.start, edit.stop)] for edit in self.hidden)
+        acting = [spans.acting(segment) for segment in range(len(spans.bounds))]
+        parts = sorted({(edit.marks.opening, edit.marks.closing) for edit in self.hidden if edit.marks is not None})
+        found = set()
+        for opened in product((False, True), repeat=len(parts)):
+            holds = dict(zip(parts, opened, strict=True))
+            on = [e.marks is None or holds[e.marks.opening, e.marks.closing] is e.marks.inside for e in self.hidden]
+            found |= {tuple(self.hidden[i].key for i in numbers if on[i]) for numbers in acting}
+        return len(found - {()})
 
     def block_key(self, request_id: str, start: int, end: int) -> str | None:
         """What tells a block of the cache `start <= position < end` from the same tokens under other edits: every edit
         that acts inside, with the positions where it begins and ends. None where none does; blocks before are in the
-        chain.
+        chain. One that goes by marks counts as acting: the same tokens give it the same turns.
         """
         acting = []
         for edit in self.hidden:
@@ -141,6 +190,39 @@ class SteeredRequest:
     length: int = 0
     """Tokens before it draws any."""
     read: tuple[str, str] | None = None
+    asked: tuple[ResolvedEdit, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.seen = self.length
+        """Tokens whose marks are counted."""
+        self._turns = {i: list(edit.turns) for i, edit in enumerate(self.asked) if edit.marks is not None}
+
+    def come_back(self, known: SteeredRequest) -> None:
+        """Go on with what is known of the same request."""
+        self.weights, self.reading = known.weights, known.reading
+        self.spans, self.seen, self._turns = known.spans, known.seen, known._turns
+
+    @property
+    def marked(self) -> bool:
+        """Whether where its edits act depends on the tokens that it reads."""
+        return bool(self._turns)
+
+    def take(self, start: int, tokens: Sequence[int]) -> bool:
+        """Read tokens of a pass, the first one at position `start`; whether something begins or ends with one."""
+        changed = False
+        for position, token in enumerate(tokens, start):
+            if position >= self.seen:
+                for i, turns in self._turns.items():
+                    marks = self.asked[i].marks
+                    assert marks is not None
+                    changed |= turned(turns, marks, position, token)
+        self.seen = max(self.seen, start + len(tokens))
+        if changed:
+            self.spans = Spans.of(
+                stretches_of(self._turns[i]) if i in self._turns else edit.stretches
+                for i, edit in enumerate(self.asked)
+            )
+        return changed
 
     def key(self, segment: int) -> tuple[str | None, tuple[str, ...]] | None:
         """What the segment's row is known by, None where nothing acts; rows of requests that read are their own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from steer.adapters.vllm.plugin.wrapping import worker_of, wrap
+from steer.adapters.vllm.plugin.wrapping import tokens_of, worker_of, wrap
 
 __all__ = ["install"]
 
@@ -32,7 +32,9 @@ def _prepare_inputs(
     if worker is not None:
         batch, n = runner.input_batch, runner.input_batch.num_reqs
         starts = batch.num_computed_tokens_cpu[:n]
-        dropped = worker.step(batch.req_ids, starts, num_scheduled_tokens[:n], _params(runner.requests))
+        counts = num_scheduled_tokens[:n]
+        tokens = tokens_of(runner.input_ids.gpu, int(counts.sum()))
+        dropped = worker.step(batch.req_ids, starts, counts, _params(runner.requests), tokens)
         if dropped:
             runner.discard_request_mask.np[dropped] = True
             runner.discard_request_mask.copy_to_gpu(n)

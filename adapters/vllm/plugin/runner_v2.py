@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from steer.adapters.vllm.plugin.wrapping import worker_of, wrap
+from steer.adapters.vllm.plugin.wrapping import tokens_of, worker_of, wrap
 
 __all__ = ["install"]
 
@@ -43,7 +43,8 @@ def _prepare_inputs(original: Callable[..., Any], runner: Any, *args: Any, **mor
         n = len(batch.req_ids)
         counts = np.diff(batch.query_start_loc_np[: n + 1])
         starts = batch.num_computed_tokens_np[:n]
-        dropped = worker.step(batch.req_ids, starts, counts, worker.entered.__getitem__)
+        tokens = tokens_of(batch.input_ids, int(counts.sum()))
+        dropped = worker.step(batch.req_ids, starts, counts, worker.entered.__getitem__, tokens)
         worker.dropped = [(i, int(starts[i] + counts[i]), worker.requests[batch.req_ids[i]]) for i in dropped]
     return batch
 

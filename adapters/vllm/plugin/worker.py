@@ -36,6 +36,8 @@ __all__ = ["Worker", "of_config"]
 
 Params = Callable[[str], tuple[Any, int]]
 """Sampling parameters and prompt length of a request by its id."""
+Tokens = Callable[[], Sequence[int]]
+"""Token ids of a pass, one request after another."""
 
 _WORKERS: list[ref[Worker]] = []
 """Workers that are alive; each is kept by its model."""
@@ -195,7 +197,7 @@ class Worker:
             prompt=resolved.prompt or prompt,
             edits=[self._compile(edit) for edit in edits],
             keys=[edit.key for edit in edits],
-            spans=Spans.of((edit.start, edit.stop) for edit in edits),
+            spans=Spans.of(edit.stretches for edit in edits),
             weights=[None if edit.weights is None else torch.tensor(edit.weights) for edit in edits],
             reading=resolved.reads,
             first=resolved.rewind,
@@ -204,9 +206,10 @@ class Worker:
             params=params,
             length=resolved.length,
             read=resolved.read,
+            asked=edits,
         )
         if known is not None:  # the same request, come back with a copy of its parameters
-            made.weights, made.reading = known.weights, known.reading
+            made.come_back(known)
         self.requests[request_id] = made
         return made
 
@@ -236,13 +239,22 @@ class Worker:
         self._ids: list[str] = []
         self._batch: list[tuple[int, SteeredRequest]] = []
         self._watching: list[tuple[int, SteeredRequest]] = []
+        self._marked: list[tuple[int, SteeredRequest]] = []
         self._current = self._since = self._until = np.zeros(0, dtype=np.int64)
         self._counts = np.zeros(0, dtype=np.int64)
         self._stale = True
 
-    def step(self, ids: Sequence[str], starts: np.ndarray, counts: np.ndarray, params_of: Params) -> list[int]:
-        """Fill the buffers for a pass: request `ids[i]` has `counts[i]` tokens from position `starts[i]` on. Returns
-        the requests, by number, whose sample must be dropped because they read their prompt in this pass.
+    def step(
+        self,
+        ids: Sequence[str],
+        starts: np.ndarray,
+        counts: np.ndarray,
+        params_of: Params,
+        tokens: Tokens | None = None,
+    ) -> list[int]:
+        """Fill the buffers for a pass: request `ids[i]` has `counts[i]` tokens from position `starts[i]` on; `tokens`
+        gives those of the whole pass, and is called only where an edit goes by them. Returns the requests, by number,
+        whose sample must be dropped because they read their prompt in this pass.
         """
         self._settle()
         if self.mixture is not None:
@@ -251,12 +263,13 @@ class Worker:
         if not self._stale and len(self._ids) == n and self._ids == ids:
             if not self._batch:
                 return []
-            if bool((starts >= self._since).all()) and bool((starts + counts <= self._until).all()):
+            moved = bool(self._marked) and self._read_marks(starts, counts, tokens)
+            if not moved and bool((starts >= self._since).all()) and bool((starts + counts <= self._until).all()):
                 if not np.array_equal(counts, self._counts):
                     self._fill(counts)
                 self._watch(starts, counts)
                 return []
-        dropped = self._rebuild(list(ids), starts.astype(np.int64), counts.astype(np.int64), params_of)
+        dropped = self._rebuild(list(ids), starts.astype(np.int64), counts.astype(np.int64), params_of, tokens)
         self._watch(starts, counts)
         return dropped
 
@@ -266,11 +279,26 @@ class Worker:
             self.readers.watch(self._watching, starts + counts, np.cumsum(counts) - 1)
             self.live.taps = self.readers.taps
 
-    def _rebuild(self, ids: list[str], starts: np.ndarray, counts: np.ndarray, params_of: Params) -> list[int]:
+    def _read_marks(self, starts: np.ndarray, counts: np.ndarray, tokens: Tokens | None) -> bool:
+        """Have the requests whose edits go by the tokens of the pass read theirs; whether any edit begins or ends."""
+        assert tokens is not None
+        read, offsets = tokens(), np.cumsum(counts) - counts
+        moved = [
+            request.take(int(starts[i]), read[int(offsets[i]) : int(offsets[i] + counts[i])])
+            for i, request in self._marked
+        ]
+        return any(moved)
+
+    def _rebuild(
+        self, ids: list[str], starts: np.ndarray, counts: np.ndarray, params_of: Params, tokens: Tokens | None
+    ) -> list[int]:
         self._ids, self._stale, n = ids, False, len(ids)
         found = [(i, self._request(request_id, params_of)) for i, request_id in enumerate(ids)]
         self._batch = [(i, request) for i, request in found if request is not None]
         self._watching = [(i, request) for i, request in self._batch if request.read is not None]
+        self._marked = [(i, request) for i, request in self._batch if request.marked]
+        if self._marked:
+            self._read_marks(starts, counts, tokens)
         self._current = np.zeros(n, dtype=np.int64)
         self._since, self._until = np.zeros(n, dtype=np.int64), np.full(n, NEVER, dtype=np.int64)
         offsets = np.cumsum(counts) - counts

@@ -40,3 +40,8 @@ def worker_of(runner: Any) -> Any:
     if held is False:
         held = runner.__dict__["steer"] = of_config(runner.vllm_config)
     return held
+
+
+def tokens_of(ids: Any, count: int) -> Callable[[], list[int]]:
+    """The first `count` of a pass's token ids, once they are asked for: that waits for the device."""
+    return lambda: [int(token) for token in ids[:count].tolist()]
