@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from serving_tools import Running, serving_here
+from serving_tools import Running, serving_here, write_vector
 from torch import Tensor
 
 import steer
+from steer import RawText
+from steer.cli import main
 from steer.core import InputError, UnsupportedError
 from steer.core.readings import StopIf
 from steer.methods.operators import Probe
@@ -331,3 +333,47 @@ def test_a_servers_bad_readings_are_refused_by_name(server: Any) -> None:
         error = answer.json()["error"]
         assert answer.status_code == 400 and error["param"] == field, answer.text
         assert message in error["message"]
+
+
+def test_the_command_reads_and_ends_texts(
+    tiny_lm_dir: Path, tiny_lm: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_vector(tmp_path / "calm.safetensors", tiny_lm.info)
+    line = ["generate", "--model", str(tiny_lm_dir), "--dtype", "float32", "--prompt", "the sun", "--temperature", "0"]
+    line += ["--max-new-tokens", "8", "--seed", "0", "--raw"]
+    given = {"temperature": 0, "max_new_tokens": 8}
+    own = tiny_lm.generate(RawText("the sun"), readings={"calm": file, "late": f"{file}:layers=1"}, **given)
+    read = ["--reading", str(file), "--reading", f"late={file}:layers=1"]
+    assert main([*line, *read, "--json"]) == 0
+    (sample,) = json.loads(capsys.readouterr().out)["prompts"][0]["samples"]
+    assert sample["text"] == own.texts[0] and sample["readings"].keys() == {"calm", "late"}
+    for name, values in own.readings.items():
+        assert sample["readings"][name] == pytest.approx(values[0].tolist(), abs=1e-5)
+    assert main([*line, *read]) == 0
+    assert f"late {float(own.readings['late'][0].mean()):.3f}" in capsys.readouterr().out
+    rule = f"late >= {float(own.readings['late'][0].max()):.6f}"
+    assert main([*line, *read, "--stop-if", rule.replace(rule[8:], f"{float(rule[8:]) - 1e-4:.6f}"), "--json"]) == 0
+    (ended,) = json.loads(capsys.readouterr().out)["prompts"][0]["samples"]
+    end = int(own.readings["late"][0].argmax()) + 1
+    assert ended["tokens"] == own.tokens[0][:end] if "tokens" in ended else len(ended["readings"]["late"]) == end
+    for wrong, said in (
+        ([*read, "--reading", str(file)], "reading: got"),
+        (["--stop-if", "calm < 1"], "stop_if: got 'calm < 1'; allowed: unset without readings"),
+        ([*read, "--stop-if", "cal < 1"], "did you mean calm?"),
+        (["--reading", f"{file}:0.5"], "a reading has no strength"),
+        (["--reading", "nowhere.safetensors"], "nowhere.safetensors"),
+        ([*read, "--sampler", "dts", "--reward", "length"], "readings: "),
+    ):
+        assert main([*line, *wrong]) == 2
+        told = capsys.readouterr().err.strip()
+        assert said in told and len(told.splitlines()) == 1
+
+
+def test_a_data_set_is_read_row_by_row(tiny_lm: Any, tmp_path: Path) -> None:
+    file = write_vector(tmp_path / "calm.safetensors", tiny_lm.info)
+    rows = [{"id": str(i), "prompt": prompt} for i, prompt in enumerate(PROMPTS)]
+    given = {"temperature": 0, "max_new_tokens": 6}
+    for row, found in zip(rows, tiny_lm.map(rows, readings={"calm": file}, **given), strict=True):
+        own = tiny_lm.generate(row["prompt"], readings={"calm": file}, **given)
+        (sample,) = found["samples"]
+        assert sample["readings"]["calm"] == pytest.approx(own.readings["calm"][0].tolist(), abs=1e-5)

@@ -46,10 +46,8 @@ _MISSING = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "logits_
 """Settings of `Decoding` that vLLM has no counterpart of."""
 
 
-def check_rule(readings: Readings) -> None:
-    """Raise `InputError` for a rule that ends texts: vLLM's scheduler, which ends them, sees no reading."""
-    allowed = "unset on vLLM, whose scheduler sees no readings; transformers ends texts by them"
-    check(readings.stop is None, "stop_if", str(readings.stop), allowed)
+_READ_AFTER = 32
+"""Tokens that are drawn before a rule that ends texts by their readings looks at them."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +157,12 @@ class VLLMProcess(Process):
         return -(-self.decoding.max_new_tokens // self.block)
 
     def watched(self, readings: Readings) -> VLLMProcess:
-        check_rule(readings)
+        """The process that reads every token. vLLM's scheduler sees no reading: where a rule ends texts, at most 32
+        tokens are drawn at a time, and what was drawn after the end is dropped, though it is counted as drawn.
+        """
         check_engine(self.model.front.settings)
-        return replace(self, readings=readings)
+        most = self.block if readings.stop is None else min(self.block, _READ_AFTER)
+        return replace(self, readings=readings, block=most)
 
     def copy(self, edits: Mounted) -> VLLMProcess:
         return replace(self, edits=edits)
@@ -211,6 +212,11 @@ class VLLMProcess(Process):
     def _truncates(self) -> bool:
         return (self.decoding.truncates and not self.decoding.greedy) or self.decoding.repetition_penalty != 1
 
+    @property
+    def ruled(self) -> bool:
+        """Whether texts are ended by what is read of them, once it is."""
+        return self.readings is not None and self.readings.stop is not None
+
     def done(self, state: VLLMState) -> bool:
         return bool(state.finished.all())
 
@@ -221,15 +227,24 @@ class VLLMProcess(Process):
         rows = (~state.finished).nonzero().squeeze(1).tolist()
         seeds = torch.randint(2**31, (len(state),), generator=generator).tolist()
         outputs = self._run(state, rows, seeds, partial(self._announced, state, rows) if self.announce else None)
-        readings = self._read(state, rows, [len(output.outputs[0].token_ids) for output in outputs])
+        read = self._read(state, rows, [len(output.outputs[0].token_ids) for output in outputs])
+        readings = None if state.readings is None else list(state.readings)
         tokens, finished, gained = list(state.tokens), state.finished.clone(), torch.zeros_like(state.log_prob)
         drawn = 0
-        for i, output in zip(rows, outputs, strict=True):
+        for i, output, values in zip(rows, outputs, read, strict=True):
             completion = output.outputs[0]
             drawn += len(completion.token_ids)
-            tokens[i] = [*state.tokens[i], *completion.token_ids]
+            end = self._end(values)
+            taken = completion.token_ids[:end]
+            tokens[i] = [*state.tokens[i], *taken]
             gained[i] = float(completion.cumulative_logprob or 0.0)
             finished[i] = self._ended(tokens[i], completion.finish_reason)
+            if readings is not None:
+                readings[i] = [*readings[i], *values[:end]]
+            if end is not None:
+                finished[i] = True
+                told = zip(completion.logprobs or (), taken, strict=False)
+                gained[i] = sum(entry[token].logprob for entry, token in told)
         spent = Cost(generated_tokens=drawn, nfe=drawn, model_calls=1)
         moved = replace(
             state.add(gained),
@@ -273,16 +288,22 @@ class VLLMProcess(Process):
     def _read_tag(self, state: VLLMState, row: int) -> str:
         return f"{state.run}-{state.step}-{row}"
 
-    def _read(self, state: VLLMState, rows: Sequence[int], counts: Sequence[int]) -> list[list[list[float]]] | None:
-        """The readings of every row with those of the tokens that were just drawn, `counts` of each of `rows`."""
-        if self.readings is None or state.readings is None:
-            return None
+    def _read(self, state: VLLMState, rows: Sequence[int], counts: Sequence[int]) -> list[list[list[float]]]:
+        """The readings of the tokens that were just drawn, `counts` of each of `rows`; none where nothing is read."""
+        if self.readings is None:
+            return [[]] * len(rows)
         parts = self._client.rpc("steer_readings", [self._read_tag(state, i) for i in rows])
-        found, names = list(state.readings), self.readings.names
+        found, names = [], self.readings.names
         for i, told, count in zip(rows, zip(*parts, strict=True), counts, strict=True):
             first = len(state.ids[int(state.group[i])]) + len(state.tokens[i]) - 1
-            found[i] = [*state.readings[i], *values_of(told, names, first, count).tolist()]
+            found.append(values_of(told, names, first, count).tolist())
         return found
+
+    def _end(self, values: Sequence[Sequence[float]]) -> int | None:
+        """How many of a row's new tokens, with these readings, its text keeps where the rule ends it; else None."""
+        if self.readings is None or not self.ruled:
+            return None
+        return next((k + 1 for k, row in enumerate(values) if self.readings.met(row)), None)
 
     def _tag(self, state: VLLMState, row: int) -> str | None:
         return None if state.weights[row] else f"{state.run}-{row}"
@@ -468,7 +489,7 @@ def scored_early(plan: Plan) -> Iterator[Plan]:
     where the reward does not stand alone (see `Reward.alone`).
     """
     process, reward, sampler = plan.process, plan.reward, plan.sampler
-    if reward is None or not reward.alone or not isinstance(process, VLLMProcess):
+    if reward is None or not reward.alone or not isinstance(process, VLLMProcess) or process.ruled:
         yield plan
         return
     with Early(reward) as early:

@@ -17,8 +17,10 @@ from steer.cli.options import ImageOptions, ModelOptions, TextOptions
 from steer.cli.values import spelled
 from steer.core import Edit, InputError, check
 from steer.core.errors import first_line
+from steer.core.names import NAME
+from steer.core.readings import StopIf
 from steer.data import FORMATS, plain_pair, plain_row, prompt_of, read_json, read_table, read_text
-from steer.edits import load_edit, split_spec
+from steer.edits import load_artifact, load_edit, split_spec
 from steer.embedded import CARD_NAME, resolve
 from steer.loading import is_diffusion, is_endpoint, is_masked
 from steer.serving.artifact_store import digest
@@ -92,6 +94,8 @@ def check_causal(options: ModelOptions) -> None:
 
 _CAUSAL = (
     "edit",
+    "reading",
+    "stop_if",
     "repetition_penalty",
     "generation_config",
     "base",
@@ -270,7 +274,8 @@ def job_of(options: Any, apart: Collection[str]) -> dict[str, Any]:
     given = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in apart}
     job = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     rewards = " ".join([options.reward or "", *getattr(options, "allow_reward", ())])
-    files = [Path(split_spec(text)[0]) for text in options.edit] + [Path(x) for x in _REWARD_FILE.findall(rewards)]
+    named = [*options.edit, *(_named(text)[1] for text in getattr(options, "reading", ()))]
+    files = [Path(split_spec(text)[0]) for text in named] + [Path(x) for x in _REWARD_FILE.findall(rewards)]
     return job | {f"{path.name} within": digest(path)[:12] for path in files if path.is_file()}
 
 
@@ -316,6 +321,31 @@ def edit_maker(text: str, coming: Coming = frozenset()) -> Callable[[Any], Edit]
         if error.field != "model":  # a value head is complete only with its model
             raise
     return make
+
+
+def _named(text: str) -> tuple[str, str]:
+    """The name and the file of `[NAME=]FILE[:KEY=VALUE]`; a file without a name is called by its stem."""
+    name, equals, rest = text.partition("=")
+    return (name, rest) if equals and NAME.fullmatch(name) else (Path(split_spec(text)[0]).stem, text)
+
+
+def readings_of(texts: Sequence[str], rule: str | None, coming: Coming = frozenset()) -> dict[str, str]:
+    """What is to be read, by name, from `[NAME=]FILE[:layers=10-19]` each, checked as far as it can be without the
+    model; so is the rule that ends texts. Raises `InputError`.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, rest = _named(text)
+        check(name not in found, "reading", text, f"another name for it, as in NAME=FILE: {name} is taken")
+        path, strength, _ = split_spec(rest)
+        check(strength is None, "reading", text, "[NAME=]FILE[:layers=10-19]: a reading has no strength")
+        if Path(path).absolute() not in coming:
+            kind = load_artifact(path).card.kind
+            check(kind == "vector", "reading", f"{path}, a {kind}", "a vector, or a probe (a vector's, method=probe)")
+        found[name] = rest
+    if rule is not None:
+        StopIf.parse(rule, list(found))
+    return found
 
 
 def read_strengths(text: str | None, field: str = "strengths") -> list[float] | None:

@@ -187,14 +187,15 @@ def _texts(options: GenerateOptions, coming: Coming) -> Run:
     )
     remote, masked = is_endpoint(options.model), checks.denoises_text(options)
     check(options.steps >= 1, "steps", options.steps, "an integer of 1 or more")
-    only_here = ("stream", "edit", "until", "tuned", "generation_config", "split_special_tokens")
+    only_here = ("stream", "edit", "reading", "stop_if", "until", "tuned", "generation_config", "split_special_tokens")
     for name in only_here if remote else ():
         check(not getattr(options, name), spelled(name), getattr(options, name), "unset: the model is an endpoint's")
     edits = [checks.edit_maker(text, coming) for text in options.edit]
+    readings = checks.readings_of(options.reading, options.stop_if, coming)
     for name in ("stream", "json") if by_line(options) else ():
         check(not getattr(options, name), name, True, "unset: --out FILE.jsonl is written line by line")
 
-    return _TextJob(options, prompts, asked, edits, masked).run
+    return _TextJob(options, prompts, asked, edits, readings, masked).run
 
 
 @dataclass
@@ -205,6 +206,7 @@ class _TextJob:
     prompts: list[Any]
     asked: Drawing
     edits: list[Callable[[Any], Edit]]
+    readings: Mapping[str, str]
     masked: bool
     mounted: list[Edit] = field(default_factory=list)
 
@@ -236,6 +238,8 @@ class _TextJob:
             beta=options.beta,
             seed=seed,
             max_rows=options.max_rows,
+            readings=self.readings or None,
+            stop_if=options.stop_if,
             model=model,
             progress=progress,
         )

@@ -60,6 +60,7 @@ def show_samples(
         for number, sample in enumerate(entry["samples"], 1):
             facts = [] if weights is None else [f"weight {weights[i]:.3f}"]
             facts += [f"{k} {sample[k]:.3f}" for k in ("reward", "kl") if sample[k] is not None and k not in hidden]
+            facts += [f"{name} {sum(row) / len(row):.3f}" for name, row in sample.get("readings", {}).items() if row]
             if rounds and samples.lineage is not None and int(samples.lineage[i]) < 0:
                 facts.append("nothing was accepted: abstained")
             shown = f"[{', '.join(facts)}]" if facts else ""

@@ -13,6 +13,7 @@ from steer import Gate, InputError, UnsupportedError
 from steer.adapters.vllm.plugin.reading import check_engine, values_of
 from steer.core import SteerError
 from steer.methods.operators import Probe
+from steer.rewards.text import words
 
 READ = {"up": vector(layers=range(8, 24)), "one": vector(seed=3, layers=[29])}
 
@@ -92,11 +93,31 @@ def test_what_samplers_keep_in_blocks(engine: Any, reference: Any) -> None:
     assert torch.equal(best.readings["one"][0], best.pool.readings["one"][int(best.lineage[0])])
 
 
+def test_a_rule_ends_the_texts_that_it_ends_on_transformers(engine: Any, reference: Any) -> None:
+    """Within blocks and across them; what was drawn after the end leaves no trace but its cost."""
+    plain = greedy(reference, None, (), 40, readings=READ)
+    values = torch.stack([row[3:36].min() for row in plain.readings["up"]])
+    rule = f"up < {float(values.median()) + 1e-3:.4f}"
+    wanted = greedy(reference, None, (), 40, readings=READ, stop_if=rule)
+    lengths = [len(row) for row in wanted.tokens]
+    assert min(lengths) < 36 and lengths != [len(row) for row in plain.tokens]
+    for more in ({}, {"block": 7}):
+        ended = greedy(engine, None, (), 40, readings=READ, stop_if=rule, **more)
+        same(ended, wanted)
+        assert (ended.log_prob - wanted.log_prob).abs().max() < 2e-3 and ended.texts == wanted.texts
+        assert ended.cost.generated_tokens >= sum(lengths)
+    best = engine.generate(
+        PROMPTS[0], sampler="best-of-n", n=1, reward="length", readings=READ, stop_if=rule, max_new_tokens=24, seed=3
+    )
+    assert best.pool.reward.tolist() == [float(len(words(text))) for text in best.pool.texts]  # of what was kept
+    for row, tokens in enumerate(best.pool.tokens):
+        met = (best.pool.readings["up"][row] < float(rule.split()[-1])).tolist()
+        assert not any(met[:-1]) and len(met) == len(tokens)
+
+
 def test_what_the_engine_does_not_read_is_refused(engine: Any) -> None:
     from dataclasses import replace
 
-    with pytest.raises(InputError, match="stop_if: got 'up < 1'; allowed: unset on vLLM"):
-        engine.generate("a", readings=READ, stop_if="up < 1")
     for wrong in ({"graphs": True}, {"parallel": (2, 1)}, {"speculative": True}):
         with pytest.raises(UnsupportedError, match="readings do not go with"):
             check_engine(replace(engine.front.settings, **wrong))

@@ -86,7 +86,7 @@ class Preparer(language.Preparer[Prepared]):
     def readings(self, steering: Steering) -> Readings | None:
         made = super().readings(steering)
         if made is not None:
-            allowed = "unset on vLLM, whose scheduler sees no readings; steer serve on transformers ends texts by them"
+            allowed = "unset on vLLM, whose tokens are sent before they are read; steer serve on transformers takes it"
             check(made.stop is None, "steer.stop_if", str(made.stop), allowed)
             self.model.client.teach(made)
         return made

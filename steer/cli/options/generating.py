@@ -94,6 +94,18 @@ class TextOptions(Options):
     until: Annotated[
         list[str], typer.Option(metavar="TEXT", help="End a step early at a token that holds this; repeatable.")
     ] = field(default_factory=list)
+    reading: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[NAME=]FILE",
+            help="A vector or probe to read where each token is chosen: a number a token in the JSON, their mean in "
+            "what is printed; repeatable.",
+        ),
+    ] = field(default_factory=list)
+    stop_if: Annotated[
+        str | None,
+        typer.Option(metavar="RULE", help='End a text with the first token whose reading does this: "calm < -1.5".'),
+    ] = None
     stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come (one prompt, one output).")] = (
         False
     )
