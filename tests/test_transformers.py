@@ -181,7 +181,7 @@ class Operations(TorchDispatchMode, list[str]):
 def test_constants_are_merged_into_one_addition(tiny_lm: LanguageModel) -> None:
     edits = [(vector(tiny_lm, (0, 1), strength=s), None) for s in (1.0, -0.5, 2.0)]
     track, _ = tracking.start(tiny_lm.body, [tiny_lm.encode("the sun")], edits, 2, hidden=False)
-    program = track.plan.decode(track.position)
+    program = track.plan.decode(track.position, torch.tensor([5, 5]))
     hidden = torch.randn(2, 1, 32)
     want = hidden + 2.5 * edits[0][0].directions[1]
     assert set(program) == {0, 1} and torch.allclose(program[1](hidden), want, atol=1e-5)

@@ -101,10 +101,10 @@ def mapped(
 
 def _check(model: Any, wanted: Wanted) -> None:
     """Raise `InputError` for a name that nothing has; the values are checked with each row."""
-    own: set[str] = set()
+    own = {"readings", "stop_if"} if hasattr(model, "readings") else set()
     if isinstance(wanted.sampler, str):
         check_known("sampler", wanted.sampler, SAMPLERS)
-        own = {"preset", *sampler_fields(wanted.sampler)}
+        own |= {"preset", *sampler_fields(wanted.sampler)}
     for name in wanted.settings:
         check_known("map()", name, {*model.settings, *own})
 

@@ -192,6 +192,8 @@ def _texts(options: GenerateOptions, coming: Coming) -> Run:
         check(not getattr(options, name), spelled(name), getattr(options, name), "unset: the model is an endpoint's")
     edits = [checks.edit_maker(text, coming) for text in options.edit]
     readings = checks.readings_of(options.reading, options.stop_if, coming)
+    able = ", ".join(name for name, kind in SAMPLERS.items() if kind.reads)
+    check(not readings or asked.sampler.reads, "reading", f"with {options.sampler}", f"one of the samplers {able}")
     for name in ("stream", "json") if by_line(options) else ():
         check(not getattr(options, name), name, True, "unset: --out FILE.jsonl is written line by line")
 
