@@ -33,7 +33,7 @@ def batch() -> list[tuple[Any, Any]]:
         vector(0.3, seed=2, scope="from:12"),
         controller(),
         [vector(0.6, operator="clamp"), vector(0.1, seed=3)],
-        None,
+        vector(0.5, seed=4, scope="outside: the,."),
         vector(0.5, scope="prompt"),
     ]
     return [(PROMPTS[i % 4], edit) for i, edit in enumerate(edits)]
@@ -43,18 +43,19 @@ def small(unembedding: Any = None) -> list[tuple[Any, Any]]:
     """Four requests, for an interpreter of kernels."""
     from vllm_tools import PROMPTS, controller, guide, vector
 
-    edits = [vector(0.3), None, controller(), guide(unembedding)]
+    edits = [vector(0.3, scope="inside: the,."), None, controller(), guide(unembedding)]
     return [(PROMPTS[min(i, 1)], edit) for i, edit in enumerate(edits)]
 
 
 def unread() -> list[tuple[Any, Any]]:
-    """`batch` without edits that read the prompt."""
+    """`batch` without edits that read the prompt or go by tokens of the reply."""
     from vllm_tools import vector
 
-    return [
-        (prompt, vector(0.3, seed=5, layers=[0, 14, 15, 29]) if hasattr(edit, "network") else edit)
-        for prompt, edit in batch()
-    ]
+    return [(prompt, vector(0.3, seed=5, layers=[0, 14, 15, 29]) if _reads(edit) else edit) for prompt, edit in batch()]
+
+
+def _reads(edit: Any) -> bool:
+    return hasattr(edit, "network") or bool(edit and not isinstance(edit, list) and edit.scope.marked)
 
 
 def gated() -> list[tuple[Any, Any]]:
