@@ -76,18 +76,28 @@ class VLLMBench(Bench):
         texts = json.loads((recipes() / "neutral_prompts.json").read_text(encoding="utf-8"))
         return [RawText(texts[i % len(texts)]) for i in range(count)]
 
-    def drawing(self, rows: int, edits: Sequence[Any], tokens: int | None = None, engine: Any = None) -> Task:
-        """One call of an engine for `rows` texts of fixed length; `edits` has one entry for each, or is empty."""
+    def drawing(
+        self, rows: int, edits: Sequence[Any], tokens: int | None = None, engine: Any = None, read: Any = None
+    ) -> Task:
+        """One call of an engine for `rows` texts of fixed length; `edits` has one entry for each, or is empty. With
+        readings each token's are asked for as well.
+        """
         prompts, new, engine = self.prompts(rows), tokens or self.tokens, engine or self.engine
         process = engine.process(temperature=1.0, max_new_tokens=new, eos_token_id=[])
+        process = process if read is None else process.watched(read)
         mounted = [process.edited(edit) if edit is not None else process for edit in edits] or [process] * rows
-        made = [one.request(prompt, new, seed) for seed, (one, prompt) in enumerate(zip(mounted, prompts, strict=True))]
+        tags: list[str] = [] if read is None else [f"bench-{row}" for row in range(rows)]
+        each = zip(mounted, prompts, tags or [None] * rows, strict=True)
+        made = [one.request(prompt, new, seed, tag) for seed, (one, prompt, tag) in enumerate(each)]
         texts, params = [text for text, _ in made], [params for _, params in made]
 
         def task() -> None:
             engine.llm.reset_prefix_cache()
             outputs = engine.llm.generate(texts, params, use_tqdm=False)
             assert all(len(output.outputs[0].token_ids) == new for output in outputs)
+            if tags:
+                (told,) = engine.client.rpc("steer_readings", tags)
+                assert all(len(positions) == new for positions, _ in told)
 
         return task
 
@@ -112,6 +122,21 @@ def steered(bench: VLLMBench) -> Iterator[Figure]:
     specs = [model.edit("bench", 0.02 + i / 10000) for i in range(256)]
     (many,) = bench.against_plain(256, [specs], 8)
     yield Figure("steered", "256 requests with 256 different specs", many, at_least=0.90)
+
+
+def readings(bench: VLLMBench) -> Iterator[Figure]:
+    """Batches of which two vectors are read at every token against plain ones."""
+    from steer.readings import as_readings
+
+    bench.engine.client.introduce(norms=True)
+    read = as_readings({"one": bench_vector(0), "two": bench_vector(1)}, None, bench.engine.info)
+    for rows in (8, 32):
+        tasks = [bench.drawing(rows, [], 64), bench.drawing(rows, [], 64, read=read)]
+        for task in tasks:
+            task()
+        plain, watched = alternate(tasks, bench.repeats, bench.clock)
+        name = f"two readings of ten layers / none, tokens/s, batch {rows}"
+        yield Figure("readings", name, ratios(plain, watched), at_least=0.98)
 
 
 def decided(bench: VLLMBench) -> Iterator[Figure]:
@@ -201,6 +226,7 @@ def graphs(bench: VLLMBench) -> Iterator[Figure]:
 
 GROUPS = {
     "steered": steered,
+    "readings": readings,
     "decided": decided,
     "transformers": against_transformers,
     "guided": guided,
@@ -307,7 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     how = "compiled" if chosen.compiled else "eager"
     print(f"engine: vLLM, {how}, {chosen.dtype}, on {bench.device}, in this process", flush=True)
     rows = []
-    groups = chosen.groups or [name for name in GROUPS if name != "graphs" or chosen.compiled]
+    unfit = ("readings",) if chosen.compiled else ("graphs",)  # no captured network is read
+    groups = chosen.groups or [name for name in GROUPS if name not in unfit]
     for name in groups:
         for row in GROUPS[name](bench):
             rows.append(row)
