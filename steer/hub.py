@@ -11,8 +11,9 @@ from typing import Any
 
 from steer.core import InputError, SteerError, check
 from steer.core.errors import first_line
+from steer.core.names import nearby
 
-__all__ = ["PREFIX", "address_of", "download", "model_page", "upload"]
+__all__ = ["PREFIX", "address_of", "download", "has_file", "is_cached", "model_page", "upload"]
 
 PREFIX = "hf://"
 _PART = r"[A-Za-z0-9_][\w.-]{0,95}"
@@ -20,6 +21,31 @@ _SUFFIXES = (".safetensors", ".gguf")
 _FILE = rf"{_PART}(?:/{_PART})*\.(?:safetensors|gguf)"
 _ADDRESS = re.compile(rf"({_PART}/{_PART})(?:/({_FILE}))?(?:@([A-Za-z0-9][\w./-]{{0,95}}))?", re.ASCII)
 _ALLOWED = "hf://ORG/NAME/FILE.safetensors, or .gguf; @REVISION behind it; without a file the repository's only one"
+
+
+def is_cached(repository: str, name: str) -> bool:
+    """Whether a file of a repository is on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repository, name), str)
+
+
+def has_file(repository: str, name: str) -> bool:
+    """Whether a repository of models has a file; the hub is asked what no cache knows. Raises `SteerError` where it
+    cannot be reached: whoever loads the model would find out anew, after many tries.
+    """
+    from huggingface_hub import file_exists
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if is_cached(repository, name):
+        return True
+    try:
+        return file_exists(repository, name)
+    except (HfHubHTTPError, HFValidationError):  # no such model, no access: loading it says which
+        return False
+    except Exception as error:
+        reason = f"no such folder, not in the cache, and the hub cannot be reached ({first_line(error)})"
+        raise SteerError(f"model: could not load {repository!r}: {reason}{nearby(repository)}") from error
 
 
 def download(address: str) -> Path:

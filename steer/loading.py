@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from steer.core import SteerError, check
-from steer.core.errors import first_line
-from steer.core.names import nearby
 from steer.embedded import CARD_NAME, resolve
+from steer.hub import has_file, is_cached
 from steer.methods.prompt import policies_from
 from steer.rewards.heads import models_from
 
@@ -139,19 +138,9 @@ def is_diffusion(where: Any) -> bool:
         return (where / "model_index.json").is_file()
     if not isinstance(where, str):
         return any(kind.__module__.split(".")[0] == "diffusers" for kind in type(where).__mro__)
-    from huggingface_hub import file_exists, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    for name, answer in (("model_index.json", True), ("config.json", False)):
-        if isinstance(try_to_load_from_cache(where, name), str):
-            return answer
-    try:
-        return file_exists(where, "model_index.json")
-    except (HfHubHTTPError, HFValidationError):  # no such model, no access: loading it says which
+    if not is_cached(where, "model_index.json") and is_cached(where, "config.json"):
         return False
-    except Exception as error:  # loading it would find out anew, after many tries
-        reason = f"no such folder, not in the cache, and the hub cannot be reached ({first_line(error)})"
-        raise SteerError(f"model: could not load {where!r}: {reason}{nearby(where)}") from error
+    return has_file(where, "model_index.json")
 
 
 def is_masked(where: Any) -> bool:

@@ -392,6 +392,26 @@ def test_adapters_that_do_not_fit_are_one_line(changed: dict[str, Any], said: st
     assert "\n" not in str(refused.value)
 
 
+def test_an_adapter_whose_base_is_out_of_reach_asks_the_hub_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(saved(llama(), tmp_path / "base"))
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "tuned")
+    file = tmp_path / "tuned" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "there/is-none"}))
+    asked = []
+
+    def unreachable(*where: str) -> bool:
+        asked.append(where)
+        raise OSError("no such host")
+
+    monkeypatch.setattr("huggingface_hub.file_exists", unreachable)
+    with pytest.raises(SteerError, match=r"'there/is-none'.*cannot be reached \(no such host\)"):
+        steer.load(tmp_path / "tuned")
+    assert asked == [("there/is-none", "config.json")]
+
+
 def test_lora_is_taken_with_its_trunk_and_its_blocks() -> None:
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     net, words = peft.get_peft_model(llama(), config).eval(), tokenizer()

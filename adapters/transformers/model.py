@@ -43,6 +43,7 @@ from steer.core.errors import first_line
 from steer.core.readings import Readings
 from steer.edits import Artifact
 from steer.embedded import resolve
+from steer.hub import has_file
 from steer.model import Plan, as_prompts
 from steer.readings import reading_of
 
@@ -91,7 +92,10 @@ def load(
     adapter = None if extra else find_adapter(model)
     if adapter is not None:
         given = {"dtype": dtype, "device": device, "device_map": device_map, "trust_remote_code": trust_remote_code}
-        base = load(resolve(adapter.base), check=False, partial_weights=partial_weights, **given, **options)
+        below = resolve(adapter.base)
+        if isinstance(below, str):
+            has_file(below, "config.json")  # says at once that the hub is out of reach
+        base = load(below, check=False, partial_weights=partial_weights, **given, **options)
         network, tokenizer = adapter.open(base.network), tokenizer or adapter.tokenizer() or base.tokenizer
         return _checked(LanguageModel(network, tokenizer, name or str(model), **made))
     try:
