@@ -86,9 +86,9 @@ class VLLMBench(Bench):
         process = engine.process(temperature=1.0, max_new_tokens=new, eos_token_id=[])
         process = process if read is None else process.watched(read)
         mounted = [process.edited(edit) if edit is not None else process for edit in edits] or [process] * rows
-        tags: list[str] = [] if read is None else [f"bench-{row}" for row in range(rows)]
-        each = zip(mounted, prompts, tags or [None] * rows, strict=True)
-        made = [one.request(prompt, new, seed, tag) for seed, (one, prompt, tag) in enumerate(each)]
+        tags = [] if read is None else [f"bench-{row}" for row in range(rows)]
+        each = enumerate(zip(mounted, prompts, strict=True))
+        made = [one.request(prompt, new, row, tags[row] if tags else None) for row, (one, prompt) in each]
         texts, params = [text for text, _ in made], [params for _, params in made]
 
         def task() -> None:
