@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -248,6 +249,27 @@ def test_marks_are_found_in_the_tokenizer() -> None:
     assert Scope.parse("reply").marks(vocabulary.get) is None
     with pytest.raises(InputError, match="'<tool_call>' and '</tool_call>'"):
         Scope.parse("outside-tools").marks({"<tool_call>": 9}.get)
+
+
+def test_thinking_answers_and_tool_calls(tiny_lm: Any, tiny_lm_dir: Path, tmp_path: Path) -> None:
+    """The same network with a tokenizer that calls four of its words as models that think and call tools do."""
+    folder = tmp_path / "thinks"
+    shutil.copytree(tiny_lm_dir, folder)
+    words = {"calm": "<think>", "loud": "</think>", "what": "<tool_call>", "where": "</tool_call>"}
+    text = (folder / "tokenizer.json").read_text()
+    for word, mark in words.items():
+        text = text.replace(f'"{word}"', f'"{mark}"')
+    (folder / "tokenizer.json").write_text(text)
+    thinks = steer.load(folder, dtype="float32", device="cpu")
+    for prompt in ("the sun calm", "the sun what", "the sun calm a dog loud"):
+        theirs = " ".join(words.get(word, word) for word in prompt.split())
+        for scope, same in (
+            ("thinking", "inside:calm,loud"),
+            ("answer", "outside:calm,loud"),
+            ("outside-tools", "outside:what,where"),
+        ):
+            found = greedy(thinks, RawText(theirs), vector(thinks, scope)).tokens
+            assert found == greedy(tiny_lm, RawText(prompt), vector(tiny_lm, same)).tokens
 
 
 def test_a_model_without_marks_is_refused_before_anything_runs(tiny_lm: Any, tmp_path: Path) -> None:
