@@ -65,7 +65,9 @@ def front_end(input_processor: Any) -> Registry:
         settings = settings_of(config)
         if settings is None:
             raise UnsupportedError('steering is off: start the engine with additional_config={"steer": {}}')
-        held = input_processor.steer = Registry(settings, model_info(config, "", None, input_processor.tokenizer))
+        held = input_processor.steer = Registry(
+            settings, model_info(config, "", None, getattr(input_processor, "tokenizer", None))
+        )
     return held
 
 
