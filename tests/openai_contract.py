@@ -135,6 +135,27 @@ WRONG: list[tuple[int, str, dict[str, Any]]] = [
 class Contract:
     """Plain and steered text, whole and streamed, what is refused, and artifacts over HTTP."""
 
+    # ---- what is read, and where edits act
+
+    def test_every_token_is_read(self, target: Target) -> None:
+        name = target.vector.stem
+        answer = target.chat(temperature=0, steer={**target.edit(), "readings": [name]})
+        own = target.expected(strength=target.strength, readings={name: str(target.vector)})
+        assert texts(answer) == own.texts
+        told = answer.choices[0].steer["readings"][name]
+        assert told == pytest.approx(own.readings[name][0].tolist(), abs=1e-3)
+        refused(400, "steer.readings.0", lambda: target.chat(steer={"readings": ["../calm"]}))
+
+    def test_edits_of_a_part_of_the_reply(self, target: Target) -> None:
+        """The part is marked by two tokens that the reply itself has."""
+        words = target.reference.tokenizer.convert_ids_to_tokens(target.expected().tokens[0])
+        opening, closing = [word for word in dict.fromkeys(words) if "," not in word][1:3]
+        for scope in (f"inside:{opening},{closing}", f"outside:{opening},{closing}"):
+            edit = load_edit(target.vector, target.strength, model=target.reference, scope=scope)
+            own = target.reference.generate(CHAT, edits=edit, temperature=0, max_new_tokens=TOKENS)
+            assert texts(target.chat(temperature=0, steer=target.edit(scope=scope))) == own.texts
+        refused(400, "steer.edits.scope", lambda: target.chat(steer=target.edit(scope="thinking")), "<think>")
+
     # ---- plain
 
     def test_the_model_is_listed(self, target: Target) -> None:

@@ -114,6 +114,7 @@ class Preparer(language.Preparer[Prepared]):
             else:
                 assert named.path is not None, "a language model has no edits of its own"
                 made = load_edit(named.path, asked.strength, **given).with_beta(beta)
+            ServedProcess(self.model, Decoding()).edited(made)  # refused by the edit's own name
         with self._lock:
             made = self._edits.setdefault(key, made)
             while len(self._edits) > _KEPT_EDITS:
